@@ -1,0 +1,69 @@
+"""What the neural models of every family share: scorers on the layers that the config names, and their initialisation."""
+
+from collections.abc import Iterable
+
+from torch import nn
+from transformers import PreTrainedModel, initialization
+
+from .neural_attention_interface import attach_scorer, check_implementation
+from .neural_attention_scorer import NeuralScorer
+
+
+class NeuralPreTrainedModelMixin:
+    """Comes before the stock `*PreTrainedModel` among the bases of a family's `Neural*PreTrainedModel`."""
+
+    # Their masks are read by kernels that compute dot products
+    _supports_flash_attn = False
+    _supports_flex_attn = False
+    _supports_context_parallel = False
+
+    def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args, **kwargs) -> str:
+        check_implementation(attn_implementation, type(self).__name__)
+        return super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        # comes after the scorer's own layers, and so overrides what the stock rule (std 0.02) did to them
+        if isinstance(module, NeuralScorer):
+            module.reset_parameters()
+        else:
+            super()._init_weights(module)
+
+    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
+        # For models outside `transformers.` the stock method passes over modules without direct parameters, and with them
+        # the scaled initialisation of GPT-2's c_proj. It guards code that writes parameters in place, which ours never does.
+        super()._initialize_weights(module, is_custom_code=False)
+
+
+def attach_scorers(model: PreTrainedModel, attentions: Iterable[nn.Module]) -> None:
+    """Gives a scorer to each of a model's self-attention modules (in the order of its layers) that its config names.
+
+    Raises:
+        ValueError: if a neural field of the config is invalid.
+    """
+    config = model.config
+    attentions = list(attentions)
+    for index in config.check_neural_fields():
+        attention = attentions[index]
+        scorer = NeuralScorer(
+            attention.head_dim,
+            proj_dim=config.neural_proj_dim,
+            hidden_dims=config.neural_hidden_dims,
+            mode=config.neural_mode,
+            num_heads=config.num_attention_heads if config.neural_per_head else None,
+            init=config.neural_init,
+        )
+        attach_scorer(attention, scorer)
+
+
+class NeuralHeadMixin:
+    """First base of a model with a head: builds the stock one and puts the neural base model in the stock one's place."""
+
+    base_model_class: type[PreTrainedModel]
+    base_model_arguments: dict = {}
+
+    def __init__(self, config):
+        # the stock constructor hard-codes its base model, which is replaced below: do not spend time on its weights
+        with initialization.no_init_weights():
+            super().__init__(config)
+        setattr(self, self.base_model_prefix, self.base_model_class(config, **self.base_model_arguments))
+        self.post_init()

@@ -1,0 +1,176 @@
+"""How a scorer gets into a Transformers model: attached to the stock attention module, which stays in place.
+
+An attention module fetches its attention function by the name in `self.config._attn_implementation`. Attaching gives one
+module a `NeuralScorer` as a child named `scorer`, and a view of its config in which that name is ours; the rest of the
+model (its mask, its cache, its other layers) goes on with the real config. Nothing of the model is replaced.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
+from transformers.masking_utils import sdpa_mask
+
+from .neural_attention_scorer import NeuralScorer
+
+
+ATTENTION_NAME = "neural_attention"
+
+# The stock implementations whose masks `normalize_mask` understands
+SUPPORTED_IMPLEMENTATIONS = ("eager", "sdpa")
+
+# Arguments of attention functions that change the scores in ways that only a dot product can honour, or that would need
+# another kernel. Silently dropping one would give wrong results.
+UNSUPPORTED_ARGUMENTS = {
+    "softcap": "soft-capping of attention scores",
+    "s_aux": "attention sinks",
+    "position_bias": "position biases",
+    "cache": "paged attention (continuous batching)",
+}
+
+
+class NeuralConfigView:
+    """A model's config as one attention module sees it: the same object but for the name of the attention function."""
+
+    def __init__(self, base: PreTrainedConfig):
+        object.__setattr__(self, "base", base)
+
+    @property
+    def _attn_implementation(self) -> str:
+        return ATTENTION_NAME
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "base":  # not there yet while unpickling
+            raise AttributeError(name)
+        return getattr(self.base, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self.base, name, value)
+
+    def __reduce__(self):
+        return NeuralConfigView, (self.base,)
+
+
+def attach_scorer(attention: nn.Module, scorer: NeuralScorer) -> None:
+    """Makes a stock attention module neural, in place.
+
+    Raises:
+        ValueError: if it has a scorer already.
+    """
+    if isinstance(attention.config, NeuralConfigView):
+        raise ValueError(f"This {type(attention).__name__} has a scorer already; detach it first.")
+    attention.scorer = scorer
+    attention.config = NeuralConfigView(attention.config)
+
+
+def detach_scorer(attention: nn.Module) -> NeuralScorer:
+    """Undoes `attach_scorer` and returns the scorer.
+
+    Raises:
+        ValueError: if it has none.
+    """
+    if not isinstance(attention.config, NeuralConfigView):
+        raise ValueError(f"This {type(attention).__name__} has no scorer.")
+    scorer = attention.scorer
+    del attention.scorer
+    attention.config = attention.config.base
+    return scorer
+
+
+def check_implementation(name: str | None, model_name: str) -> None:
+    """Raises a ValueError with the reason if a model with neural layers cannot run under this attention implementation."""
+    if name is None or name in SUPPORTED_IMPLEMENTATIONS:
+        return
+    if name == ATTENTION_NAME:
+        reason = "it is what single layers run (`config.neural_layers` chooses them), not an implementation for a model"
+    else:
+        reason = "its masks come in a form that only its own kernel reads, and that kernel computes dot products"
+    raise ValueError(
+        f"{model_name} cannot use `attn_implementation={name!r}`: {reason}. Use one of "
+        f"{', '.join(map(repr, SUPPORTED_IMPLEMENTATIONS))}: either runs the neural layers with Neural Attention and the "
+        "other layers with the implementation named."
+    )
+
+
+def normalize_mask(
+    implementation: str,
+    attention_mask: torch.Tensor | None,
+    num_queries: int,
+    num_keys: int,
+    is_causal: bool,
+) -> tuple[torch.Tensor | None, bool, int]:
+    """Turns what a stock attention function is handed into what `NeuralScorer` takes.
+
+    No mask means three things to "sdpa" functions: causal (training, prefill), everything (decoding one token), and
+    causal over the first `num_queries` keys (prefill of a cache longer than the input). To "eager" it means everything.
+    Additive masks exclude with the lowest finite number, under which a fully masked row would attend uniformly; it becomes
+    -inf, so that such rows (left padding) are zero under both implementations.
+
+    Returns:
+        The mask, whether attention is causal, and how many of the keys count.
+    """
+    if attention_mask is None:
+        causal = implementation != "eager" and is_causal and num_queries > 1
+        return None, causal, min(num_keys, num_queries) if causal else num_keys
+    if attention_mask.dim() != 4:
+        raise ValueError(
+            f"Neural Attention got a mask of shape {tuple(attention_mask.shape)}; expected 4 dimensions "
+            "[batch, 1 or heads, queries, keys]."
+        )
+    attention_mask = attention_mask[..., :num_keys]  # static caches may come with masks for more keys
+    if attention_mask.dtype != torch.bool:
+        lowest = torch.finfo(attention_mask.dtype).min
+        attention_mask = attention_mask.masked_fill(attention_mask <= lowest, float("-inf"))
+    return attention_mask, False, num_keys
+
+
+def neural_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **kwargs,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The attention function of neural layers, called by stock attention modules as they call any other.
+
+    Args:
+        query, key, value: `[B, H, Tq, D]`, `[B, Hkv, Tk, D]`, `[B, Hkv, Tk, Dv]`.
+        attention_mask: as the model's own implementation gets it (see `normalize_mask`).
+
+    Returns:
+        Output `[B, Tq, H, Dv]`, and the attention weights `[B, H, Tq, Tk]` if the model's implementation is "eager".
+
+    Raises:
+        ValueError: if the module has no scorer, or an argument asks for what a score network cannot do.
+    """
+    if not isinstance(module.config, NeuralConfigView):
+        check_implementation(ATTENTION_NAME, type(module).__name__)
+    for name, feature in UNSUPPORTED_ARGUMENTS.items():
+        if kwargs.get(name) is not None:
+            raise ValueError(f"Neural Attention cannot honour {feature} (`{name}`), which this model's attention asks for.")
+    implementation = module.config.base._attn_implementation
+    if is_causal is None:
+        is_causal = getattr(module, "is_causal", True)
+    mask, causal, num_keys = normalize_mask(implementation, attention_mask, query.shape[2], key.shape[2], is_causal)
+    output, weights = module.scorer(
+        query,
+        key[:, :, :num_keys],
+        value[:, :, :num_keys],
+        mask,
+        dropout,
+        causal,
+        scaling,
+        need_weights=implementation == "eager",
+    )
+    return output.transpose(1, 2).contiguous(), weights
+
+
+AttentionInterface.register(ATTENTION_NAME, neural_attention_forward)
+# Never used by a neural layer, whose mask follows the model's own implementation. Without an entry, a model set to this
+# name as a whole would lose its causal mask before the error above.
+AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)

@@ -1,0 +1,122 @@
+"""The operation as the paper writes it, pair by pair: the oracle that every other backend is tested against.
+
+DiGiugno and Mahmood, "Neural Attention" (arXiv 2502.17206), section 3, and the authors' released code. It holds tensors
+of size `Tq * Tk * proj_dim`, differentiates through autograd any number of times, and returns the attention weights, which
+is why `attn_implementation="eager"` runs it.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch.nn.functional import linear, relu
+
+from .neural_attention_masking import causal_pairs, dropout_multiplier, mask_scores
+
+
+class ScorerWeights(NamedTuple):
+    """Weights of a scorer, laid out as `nn.Linear` keeps them (`[out, in]` and `[out]`).
+
+    With `p = proj_dim`, `D = head_dim` and `h1, h2 = hidden_dims`. Weights of one set per head have a leading dimension
+    `H` (query heads); shared weights have none.
+    """
+
+    q_weight: torch.Tensor  # [p, D]
+    q_bias: torch.Tensor  # [p]
+    k_weight: torch.Tensor  # [p, D]
+    k_bias: torch.Tensor  # [p]
+    weight1: torch.Tensor  # [h1, 2p], its first p columns for the query
+    bias1: torch.Tensor  # [h1]
+    weight2: torch.Tensor  # [h2, h1]
+    bias2: torch.Tensor  # [h2]
+    weight3: torch.Tensor  # [1, h2]
+    bias3: torch.Tensor  # [1]
+
+    @property
+    def per_head(self) -> bool:
+        return self.weight1.dim() == 3
+
+    def to(self, dtype: torch.dtype) -> "ScorerWeights":
+        return ScorerWeights(*(tensor.to(dtype) for tensor in self))
+
+
+def apply_linear(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """`inputs` `[B, H, ..., in]` -> `[B, H, ..., out]`, by one matrix `[out, in]` or one per head `[H, out, in]`."""
+    if weight.dim() == 2:
+        return linear(inputs, weight, bias)
+    flat = inputs.flatten(2, -2) @ weight.transpose(-1, -2) + bias.unsqueeze(-2)
+    return flat.unflatten(2, inputs.shape[2:-1])
+
+
+def expand_heads(tensor: torch.Tensor, num_heads: int) -> torch.Tensor:
+    """`[B, Hkv, T, D]` -> `[B, H, T, D]`: key and value heads repeated for the query heads that share them."""
+    repeats = num_heads // tensor.shape[1]
+    return tensor if repeats == 1 else tensor.repeat_interleave(repeats, dim=1)
+
+
+def reference_scores(
+    query: torch.Tensor, key: torch.Tensor, weights: ScorerWeights, *, residual_scale: float | None = None
+) -> torch.Tensor:
+    """Scores of all pairs before any mask: `[B, H, Tq, D]`, `[B, H, Tk, D]` -> `[B, H, Tq, Tk]`, in the query's dtype.
+
+    Args:
+        residual_scale: None scores by the network alone; a number adds `residual_scale * query @ key^T`.
+    """
+    weights = weights.to(query.dtype)
+    num_queries, num_keys = query.shape[-2], key.shape[-2]
+    q = apply_linear(query, weights.q_weight, weights.q_bias)
+    k = apply_linear(key, weights.k_weight, weights.k_bias)
+    pairs = torch.cat(
+        (q.unsqueeze(3).expand(-1, -1, -1, num_keys, -1), k.unsqueeze(2).expand(-1, -1, num_queries, -1, -1)), dim=-1
+    )
+    hidden = relu(apply_linear(pairs, weights.weight1, weights.bias1))
+    hidden = relu(apply_linear(hidden, weights.weight2, weights.bias2))
+    scores = apply_linear(hidden, weights.weight3, weights.bias3).squeeze(-1)
+    if residual_scale is not None:
+        scores = scores + (query * residual_scale) @ key.transpose(-1, -2)
+    return scores
+
+
+def softmax_or_zero(scores: torch.Tensor) -> torch.Tensor:
+    """Softmax over the last dimension, in float32 at least; rows of -inf only become zeros, with zero gradients."""
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    largest = scores.detach().amax(dim=-1, keepdim=True)
+    exponentials = (scores - largest.masked_fill(largest == float("-inf"), 0.0)).exp()
+    total = exponentials.sum(dim=-1, keepdim=True)
+    return exponentials / total.masked_fill(total == 0.0, 1.0)
+
+
+def reference_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    weights: ScorerWeights,
+    *,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: torch.Tensor | None = None,
+    is_causal: bool = False,
+    residual_scale: float | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Neural Attention, literally. Arguments are checked and described by `neural_attention`.
+
+    Returns:
+        Output `[B, H, Tq, Dv]` and attention weights `[B, H, Tq, Tk]` (after dropout), both in the query's dtype.
+    """
+    num_heads = query.shape[1]
+    key, value = expand_heads(key, num_heads), expand_heads(value, num_heads)
+    scores = reference_scores(query, key, weights, residual_scale=residual_scale)
+    batch, _, num_queries, num_keys = scores.shape
+    causal = causal_pairs(range(num_queries), num_keys, scores.device) if is_causal else None
+    probabilities = softmax_or_zero(mask_scores(scores, attn_mask, causal)).to(query.dtype)
+    if dropout_seed is not None:
+        probabilities = probabilities * dropout_multiplier(
+            dropout_seed,
+            dropout_p,
+            batch=range(batch),
+            heads=range(num_heads),
+            num_heads=num_heads,
+            rows=range(num_queries),
+            num_columns=num_keys,
+            dtype=query.dtype,
+        )
+    return probabilities @ value.to(query.dtype), probabilities
