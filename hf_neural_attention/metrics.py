@@ -1,0 +1,59 @@
+"""Perplexity and accuracy as `evaluate` modules that are part of this package, so that none is fetched from a network."""
+
+import math
+
+import datasets
+import evaluate
+import numpy as np
+
+
+class Perplexity(evaluate.Metric):
+    """Perplexity from summed negative log-likelihoods, per token and per word.
+
+    `compute(negative_log_likelihood=[...], num_tokens=[...])` takes one entry per window or batch: the sum over its
+    predicted tokens in nats, and their number. Optional `num_words` is the number of words that all these tokens spell.
+
+    Returns `loss` (nats per token), `perplexity` (`exp(loss)`) and, given `num_words`, `word_perplexity`: the exponential
+    of the same sum per word, which does not depend on the tokenizer (Merity et al. 2016 report this one).
+
+    Raises `ValueError` if nothing was predicted.
+    """
+
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(
+            description=type(self).__doc__,
+            citation="",
+            features=datasets.Features(
+                {"negative_log_likelihood": datasets.Value("float64"), "num_tokens": datasets.Value("int64")}
+            ),
+        )
+
+    def _compute(self, negative_log_likelihood, num_tokens, num_words: int | None = None) -> dict[str, float]:
+        total, tokens = float(np.sum(negative_log_likelihood)), int(np.sum(num_tokens))
+        if tokens == 0:
+            raise ValueError("No token was predicted: the text is shorter than two tokens.")
+        scores = {"loss": total / tokens, "perplexity": exp_or_inf(total / tokens)}
+        if num_words:
+            scores["word_perplexity"] = exp_or_inf(total / num_words)
+        return scores
+
+
+class Accuracy(evaluate.Metric):
+    """Share of `predictions` that equal `references` (class indices)."""
+
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(
+            description=type(self).__doc__,
+            citation="",
+            features=datasets.Features({"predictions": datasets.Value("int64"), "references": datasets.Value("int64")}),
+        )
+
+    def _compute(self, predictions, references) -> dict[str, float]:
+        return {"accuracy": float(np.mean(np.equal(predictions, references)))}
+
+
+def exp_or_inf(value: float) -> float:
+    try:
+        return math.exp(value)
+    except OverflowError:
+        return math.inf

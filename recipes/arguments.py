@@ -1,0 +1,97 @@
+"""Command lines of the recipes: flags, or one JSON or YAML file, which flags after it override."""
+
+import json
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import HfArgumentParser
+
+
+ARMS = {"neural": ("neural",), "dot": ("dot",), "both": ("dot", "neural")}
+
+
+@dataclass
+class NeuralArguments:
+    """Which attention to train, and the `neural_*` fields of the config."""
+
+    attention: str = field(
+        default="both",
+        metadata={
+            "help": "neural, dot (the stock model), or both: one after the other from the same initial weights, with the same "
+            "seed and data order, and compared at the end.",
+            "choices": list(ARMS),
+        },
+    )
+    neural_layers: list[str] = field(
+        default_factory=lambda: ["0"], metadata={"help": 'Layers with Neural Attention: indices, or "all".'}
+    )
+    neural_proj_dim: int | None = field(default=None, metadata={"help": "Default: max(2, head_dim // 32), the paper's."})
+    neural_hidden_dims: list[int] | None = field(default=None, metadata={"help": "Two sizes. Default: the paper's."})
+    neural_mode: str = field(default="replace", metadata={"help": "replace (the paper) or residual."})
+    neural_per_head: bool = field(default=False, metadata={"help": "A scorer for each head instead of each layer."})
+    neural_init: str = field(default="mirrored", metadata={"help": "mirrored or paper."})
+    card: str | None = field(
+        default=None,
+        metadata={"help": "Also write the model card there, e.g. model_cards/NAME: NAME.md, NAME.json and NAME.png."},
+    )
+    card_note: str | None = field(
+        default=None, metadata={"help": "A sentence for the card, for instance what else the machine was doing."}
+    )
+
+    def config_fields(self) -> dict[str, Any]:
+        """The fields of a `Neural*Config`."""
+        layers: Any = self.neural_layers if isinstance(self.neural_layers, list) else [self.neural_layers]
+        if layers == ["all"]:
+            layers = "all"
+        else:
+            try:
+                layers = [int(layer) for layer in layers]
+            except ValueError:
+                raise SystemExit(f"--neural_layers is {layers}; expected indices of layers, or all.") from None
+        return {
+            "neural_layers": layers,
+            "neural_proj_dim": self.neural_proj_dim,
+            "neural_hidden_dims": self.neural_hidden_dims,
+            "neural_mode": self.neural_mode,
+            "neural_per_head": self.neural_per_head,
+            "neural_init": self.neural_init,
+        }
+
+
+def parse_arguments(*types: Any, description: str | None = None) -> tuple[Any, ...]:
+    """Parses `sys.argv` into one instance of each dataclass.
+
+    The first argument may be a JSON or YAML file of `name: value`; what follows it are flags, which win.
+
+    Raises:
+        SystemExit: with what is wrong, if the file is missing or malformed, or names an argument that does not exist.
+    """
+    arguments = sys.argv[1:]
+    if arguments and Path(arguments[0]).suffix in (".json", ".yaml", ".yml"):
+        arguments = flags_of_file(Path(arguments[0])) + arguments[1:]
+    parser = HfArgumentParser(list(types), description=description)
+    return parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
+
+
+def flags_of_file(path: Path) -> list[str]:
+    try:
+        text = path.read_text()
+    except OSError as error:
+        raise SystemExit(f"Cannot read the configuration {path}: {error.strerror}.") from None
+    try:
+        content = yaml.safe_load(text)  # JSON is YAML
+    except yaml.YAMLError as error:
+        raise SystemExit(f"The configuration {path} is not valid: {error}") from None
+    if not isinstance(content, dict):
+        raise SystemExit(f"The configuration {path} must hold `name: value` pairs; it holds a {type(content).__name__}.")
+    flags: list[str] = []
+    for name, value in content.items():
+        if value is None:
+            continue
+        flags.append(f"--{name}")
+        values = value if isinstance(value, list) else [value]
+        flags += [json.dumps(item) if isinstance(item, dict) else str(item) for item in values]
+    return flags

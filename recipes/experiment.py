@@ -1,0 +1,185 @@
+"""Trains one model or two that differ in their attention alone, and keeps what is needed to compare them.
+
+output_dir/run.json               what is being run; another run is refused the same folder
+output_dir/<arm>/checkpoint-*     to resume from
+output_dir/<arm>/                 the model as last saved, its tokenizer or image processor, its model card
+output_dir/<arm>/results.json     figures and history
+output_dir/comparison.*           table and picture, where there are two arms
+"""
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import get_last_checkpoint
+
+
+RESULTS = "results.json"
+
+# Arguments that may change between the parts of one run: they do not change what is learned
+FREE_ARGUMENTS = {
+    "card",
+    "card_note",
+    "dataloader_num_workers",
+    "disable_tqdm",
+    "eval_strategy",
+    "eval_steps",
+    "logging_steps",
+    "output_dir",
+    "per_device_eval_batch_size",
+    "resume_from_checkpoint",
+    "save_steps",
+    "save_strategy",
+    "save_total_limit",
+}
+
+
+class StepClock(TrainerCallback, ExportableState):
+    """Seconds spent in training steps, kept in checkpoints so that a resumed run goes on counting."""
+
+    def __init__(self, seconds: float = 0.0):
+        self.seconds = seconds
+        self.started = 0.0
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.started = time.perf_counter()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.seconds += time.perf_counter() - self.started
+
+    def state(self) -> dict[str, Any]:
+        return {"args": {"seconds": self.seconds}, "attributes": {}}
+
+
+@dataclass
+class Experiment:
+    """What the arms share.
+
+    Args:
+        build_model: makes the model of an arm, `"neural"` or `"dot"`, with its initial weights.
+        evaluate: figures of the trained model, by name.
+        show: writes a sample of what the model does into a folder and returns a line of Markdown about it.
+        trainer_arguments: further arguments of `Trainer` (data sets, collator, processing class, metrics).
+        settings: every argument of the command line, for `run.json`.
+    """
+
+    training: TrainingArguments
+    build_model: Callable[[str], PreTrainedModel]
+    evaluate: Callable[[Trainer], dict[str, float]]
+    show: Callable[[PreTrainedModel, Path], str]
+    trainer_arguments: dict[str, Any]
+    settings: dict[str, Any]
+
+    @property
+    def folder(self) -> Path:
+        return Path(str(self.training.output_dir))
+
+    def run(self, arms: tuple[str, ...]) -> dict[str, dict[str, Any]]:
+        """Trains, or goes on training, what is not finished yet; returns the results of all arms."""
+        if self.training.should_save:
+            claim_folder(self.folder, self.settings)
+        return {arm: self.run_arm(arm) for arm in arms}
+
+    def run_arm(self, arm: str) -> dict[str, Any]:
+        folder = self.folder / arm
+        if (folder / RESULTS).exists():
+            print(f"{arm}: finished before, see {folder / RESULTS}")
+            return json.loads((folder / RESULTS).read_text())
+        arguments = self.arguments_of(arm)
+        set_seed(arguments.seed)
+        model = self.initial_model(arm)
+        callbacks = [StepClock(), *self.trainer_arguments.get("callbacks", [])]
+        trainer = Trainer(model=model, args=arguments, **self.trainer_arguments | {"callbacks": callbacks})
+        checkpoint = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+        print(f"{arm}: {'resuming from ' + checkpoint if checkpoint else 'training from the start'}", flush=True)
+        trainer.train(resume_from_checkpoint=checkpoint)
+        # resuming puts another clock in the place of ours
+        clock = next(callback for callback in trainer.callback_handler.callbacks if isinstance(callback, StepClock))
+
+        model.config.use_cache = True  # Trainer switches it off, and a saved model would generate without a cache
+        trainer.save_model()
+        results = {
+            "attention": arm,
+            "parameters": model.num_parameters(),
+            "scorer_parameters": sum(p.numel() for name, p in model.named_parameters() if ".scorer." in name),
+            "steps": trainer.state.global_step,
+            "epochs": trainer.state.epoch,
+            "train_seconds": clock.seconds,
+            "seconds_per_step": clock.seconds / max(trainer.state.global_step, 1),
+            "metrics": self.evaluate(trainer),
+            "config": model.config.to_diff_dict(),
+            "history": trainer.state.log_history,
+        }
+        if arguments.should_save:
+            results["sample"] = self.show(model.eval(), folder)
+            write_json(folder / RESULTS, results)
+        if arguments.push_to_hub:
+            trainer.push_to_hub(tags=["neural-attention"])
+        return results
+
+    def arguments_of(self, arm: str) -> TrainingArguments:
+        """The arm's own `TrainingArguments`: a folder and a repository of its own, all else equal."""
+        hub_model_id = self.training.hub_model_id
+        return dataclasses.replace(
+            self.training,
+            output_dir=str(self.folder / arm),
+            hub_model_id=f"{hub_model_id}-{arm}" if hub_model_id else None,
+            restore_callback_states_from_checkpoint=True,
+            dataloader_pin_memory=self.training.dataloader_pin_memory and torch.accelerator.is_available(),
+        )
+
+    def initial_model(self, arm: str) -> PreTrainedModel:
+        """The arm's model; a neural one takes all weights that it shares with the stock one from that."""
+        model = self.build_model(arm)
+        if arm == "neural":
+            set_seed(self.training.seed)
+            stock = self.build_model("dot").state_dict()
+            missing, unexpected = model.load_state_dict(stock, strict=False)
+            if unexpected or any(".scorer." not in name for name in missing):
+                raise RuntimeError(f"The two models share too little: missing {missing}, unexpected {unexpected}.")
+        return model
+
+
+def claim_folder(folder: Path, settings: dict[str, Any]) -> None:
+    """Records a run in its folder, and refuses a folder that holds another.
+
+    Raises:
+        SystemExit: naming what differs, if the folder holds a run with other settings or files of something else.
+    """
+    settings = {name: value for name, value in settings.items() if name not in FREE_ARGUMENTS}
+    record = folder / "run.json"
+    if record.exists():
+        earlier = json.loads(record.read_text())
+        names = sorted({*settings, *earlier})
+        different = [name for name in names if settings.get(name) != earlier.get(name)]
+        if different:
+            lines = [f"  {name}: {earlier.get(name)!r} there, {settings.get(name)!r} now" for name in different]
+            raise SystemExit(
+                f"{folder} holds another run:\n" + "\n".join(lines) + "\nChoose another --output_dir, or delete that folder."
+            )
+    elif folder.is_dir() and any(folder.iterdir()):
+        raise SystemExit(f"{folder} holds files that are no run of this recipe. Choose another --output_dir, or empty it.")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(record, settings)
+
+
+def settings_of(*arguments: Any) -> dict[str, Any]:
+    """Every argument by name, as JSON can hold it."""
+    settings: dict[str, Any] = {}
+    for group in arguments:
+        settings |= group.to_dict() if isinstance(group, TrainingArguments) else dataclasses.asdict(group)
+    return json.loads(json.dumps(settings, default=str))
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes in one step, so that a killed run leaves the old file or the new one."""
+    draft = path.with_suffix(".draft")
+    draft.write_text(json.dumps(content, indent=1, default=str) + "\n")
+    draft.replace(path)

@@ -1,0 +1,238 @@
+"""Trains a ViT with Neural Attention and one with the dot product on the same images, and compares them.
+
+    python recipes/image_classification.py --output_dir runs/digits --num_train_epochs 10
+    python recipes/image_classification.py recipes/configs/cifar10-small.yaml
+    accelerate launch recipes/image_classification.py CONFIG
+
+Flags after a configuration file override it. Running the same command again goes on where it stopped.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from datasets import Dataset
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    BaseImageProcessor,
+    EvalPrediction,
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessorPil,
+    default_data_collator,
+)
+
+from arguments import ARMS, NeuralArguments, parse_arguments
+from experiment import Experiment, settings_of
+from hf_neural_attention import NeuralViTConfig, NeuralViTForImageClassification
+from hf_neural_attention.metrics import Accuracy
+from image_data import EMBEDDED, ImageArguments, LabelledImages, load_images, with_pixels
+from reporting import Task, report
+
+
+GRID_ROWS, GRID_COLUMNS = 3, 8
+
+
+@dataclass
+class ModelArguments:
+    """The ViT to train: a checkpoint, or a new one of this size."""
+
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "A ViT checkpoint (stock or neural) to start from; the sizes below are then its own."}
+    )
+    hidden_size: int = field(default=192, metadata={"help": "Width."})
+    num_hidden_layers: int = field(default=6, metadata={"help": "Layers."})
+    num_attention_heads: int = field(default=3, metadata={"help": "Heads."})
+    intermediate_size: int | None = field(default=None, metadata={"help": "Feed-forward width. Default: 4 hidden_size."})
+    patch_size: int = field(default=4, metadata={"help": "Side of a patch, in pixels."})
+    dropout: float = field(default=0.0, metadata={"help": "Of attention weights and residual branches."})
+    halve_learning_rate_after: int | None = field(
+        default=None, metadata={"help": "Halve the learning rate once, after so many epochs, as the paper does after 3."}
+    )
+
+
+class HalveLearningRate(TrainerCallback):
+    """Halves the learning rate of any schedule from a given epoch on. The schedule's state keeps it in checkpoints."""
+
+    def __init__(self, after_epoch: int):
+        self.after_epoch = after_epoch
+
+    def on_epoch_end(self, args, state, control, lr_scheduler=None, **kwargs):
+        if round(state.epoch) == self.after_epoch:
+            schedule = getattr(lr_scheduler, "scheduler", lr_scheduler)  # accelerate wraps it
+            schedule.base_lrs = [rate / 2 for rate in schedule.base_lrs]
+
+
+def build_model(
+    arm: str, model: ModelArguments, neural: NeuralArguments, image: ImageArguments, labels: list[str]
+) -> PreTrainedModel:
+    """The model of an arm, newly initialised or from the checkpoint."""
+    fields = neural.config_fields() if arm == "neural" else {}
+    model_class = NeuralViTForImageClassification if arm == "neural" else ViTForImageClassification
+    fields |= {"id2label": dict(enumerate(labels)), "label2id": {label: index for index, label in enumerate(labels)}}
+    if model.model_name_or_path is not None:
+        return model_class.from_pretrained(model.model_name_or_path, **fields)
+    config_class = NeuralViTConfig if arm == "neural" else ViTConfig
+    config = config_class(
+        image_size=image.image_size,
+        patch_size=model.patch_size,
+        hidden_size=model.hidden_size,
+        num_hidden_layers=model.num_hidden_layers,
+        num_attention_heads=model.num_attention_heads,
+        intermediate_size=model.intermediate_size or 4 * model.hidden_size,
+        hidden_dropout_prob=model.dropout,
+        attention_probs_dropout_prob=model.dropout,
+        **fields,
+    )
+    return model_class(config)
+
+
+def check_fit(model: ModelArguments, image: ImageArguments, labels: list[str]) -> None:
+    """Raises SystemExit if images, labels and model do not fit together."""
+    if model.model_name_or_path is None:
+        if image.image_size % model.patch_size:
+            raise SystemExit(f"--image_size {image.image_size} is no multiple of --patch_size {model.patch_size}.")
+        return
+    config = AutoConfig.from_pretrained(model.model_name_or_path)
+    if config.image_size != image.image_size:
+        raise SystemExit(
+            f"{model.model_name_or_path} was made for images of {config.image_size} pixels and --image_size is "
+            f"{image.image_size}. Use its size: images are resized to it."
+        )
+    stored = [config.id2label[index] for index in sorted(config.id2label)]
+    if stored != labels and not all(name.startswith("LABEL_") for name in stored):
+        raise SystemExit(
+            f"{model.model_name_or_path} has {len(stored)} labels ({', '.join(stored[:3])}, ...) and the data has "
+            f"{len(labels)} ({', '.join(labels[:3])}, ...): they do not fit. Save the checkpoint without its head to fine-tune it."
+        )
+    if len(stored) != len(labels):
+        raise SystemExit(f"{model.model_name_or_path} has {len(stored)} labels and the data {len(labels)}: they do not fit.")
+
+
+def make_processor(model: ModelArguments, image: ImageArguments) -> BaseImageProcessor:
+    """The checkpoint's image processor, or ViT's for `image_size`."""
+    if model.model_name_or_path is not None:
+        return AutoImageProcessor.from_pretrained(model.model_name_or_path)
+    side = {"height": image.image_size, "width": image.image_size}
+    return ViTImageProcessorPil(size=side)
+
+
+def compute_accuracy(prediction: EvalPrediction) -> dict[str, float]:
+    predictions = np.argmax(prediction.predictions, axis=-1)
+    return Accuracy(keep_in_memory=True).compute(predictions=predictions, references=prediction.label_ids)
+
+
+def final_figures(trainer: Trainer, datasets: dict[str, Dataset]) -> dict[str, float]:
+    """Loss and accuracy of the trained model on each held-out split."""
+    figures: dict[str, float] = {}
+    for split in ("validation", "test"):
+        scores = trainer.evaluate(datasets[split], metric_key_prefix=split)
+        figures |= {f"{split}_{name}": scores[f"{split}_{name}"] for name in ("loss", "accuracy")}
+    return figures
+
+
+@torch.no_grad()
+def draw_predictions(
+    model: PreTrainedModel, folder: Path, images: LabelledImages, processor: BaseImageProcessor, image: ImageArguments
+) -> str:
+    """Draws test images with what the model takes them for (`predictions.png`) and returns a line of Markdown."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    test = images.splits["test"]
+    count = min(GRID_ROWS * GRID_COLUMNS, test.num_rows)
+    # spread over the split, since some data sets come sorted by class
+    chosen = test.select(np.linspace(0, test.num_rows - 1, count, dtype=int))
+    pixels = with_pixels(chosen, processor, "none", image.image_size)[:]["pixel_values"]
+    guesses = model(pixel_values=pixels.to(model.device)).logits.argmax(-1).tolist()
+    figure, axes = plt.subplots(GRID_ROWS, GRID_COLUMNS, figsize=(1.5 * GRID_COLUMNS, 1.8 * GRID_ROWS), layout="constrained")
+    for axis in axes.flat:
+        axis.axis("off")
+    for axis, example, guess in zip(axes.flat, chosen, guesses, strict=False):
+        right = guess == example["label"]
+        axis.imshow(example["image"].convert("RGB"))
+        title = images.labels[guess] if right else f"{images.labels[guess]}\n(not {images.labels[example['label']]})"
+        axis.set_title(title, fontsize=8, color="black" if right else "tab:red")
+    figure.savefig(folder / "predictions.png", dpi=120)
+    plt.close(figure)
+    right = sum(guess == label for guess, label in zip(guesses, chosen["label"], strict=True))
+    print(f"Predictions: {right} of {count} right, see {folder / 'predictions.png'}")
+    return f"Of {count} test images spread over the split, it names {right} correctly (`predictions.png` beside the model)."
+
+
+def describe_task(images: LabelledImages, image: ImageArguments) -> Task:
+    """What cards and tables say beside the figures."""
+    counts = ", ".join(f"{split} {data.num_rows:,}" for split, data in images.splits.items())
+
+    def loading(folder: str) -> str:
+        return (
+            "from transformers import pipeline\n\n"
+            f'classify = pipeline("image-classification", model="{folder}")\n'
+            'print(classify("image.png"))'
+        )
+
+    name = "scikit-learn digits" if image.dataset_name == EMBEDDED else image.dataset_name
+    return Task(
+        name="image classification",
+        pipeline_tag="image-classification",
+        dataset=Path(name).name if Path(name).exists() else name,
+        main_metric="test_accuracy",
+        higher_is_better=True,
+        metrics={
+            f"{split}_{metric}": f"{split} {metric}" for split in ("validation", "test") for metric in ("accuracy", "loss")
+        },
+        loading=loading,
+        notes=(
+            f"Images: {counts}; {len(images.labels)} classes. Augmentation `{image.augmentation}`. The last model is "
+            "evaluated, none was chosen by its accuracy. ViT is pre-norm; the paper's own models are post-norm."
+        ),
+    )
+
+
+def main() -> None:
+    model, image, neural, training = parse_arguments(
+        ModelArguments, ImageArguments, NeuralArguments, TrainingArguments, description=__doc__
+    )
+    training.remove_unused_columns = False  # pixel values are computed from columns that the model does not take
+    images = load_images(image, training.seed)
+    check_fit(model, image, images.labels)
+    processor = make_processor(model, image)
+    datasets = {
+        split: with_pixels(data, processor, image.augmentation if split == "train" else "none", image.image_size)
+        for split, data in images.splits.items()
+    }
+    print(
+        f"Images: {', '.join(f'{split} {data.num_rows:,}' for split, data in datasets.items())}; labels {len(images.labels)}"
+    )
+    experiment = Experiment(
+        training=training,
+        build_model=lambda arm: build_model(arm, model, neural, image, images.labels),
+        evaluate=lambda trainer: final_figures(trainer, datasets),
+        show=lambda trained, folder: draw_predictions(trained, folder, images, processor, image),
+        trainer_arguments={
+            "train_dataset": datasets["train"],
+            "eval_dataset": datasets["validation"],
+            "data_collator": default_data_collator,
+            "processing_class": processor,
+            "compute_metrics": compute_accuracy,
+            "callbacks": [HalveLearningRate(model.halve_learning_rate_after)] if model.halve_learning_rate_after else [],
+        },
+        settings=settings_of(model, image, neural, training),
+    )
+    results = experiment.run(ARMS[neural.attention])
+    if training.should_save:
+        report(results, describe_task(images, image), Path(training.output_dir), neural.card, neural.card_note)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,63 @@
+"""Perplexity of a causal language model over a long row of tokens."""
+
+from contextlib import AbstractContextManager, nullcontext
+
+import numpy as np
+import torch
+from torch.nn.functional import cross_entropy
+from tqdm.auto import tqdm
+
+from hf_neural_attention.metrics import Perplexity
+
+
+@torch.no_grad()
+def perplexity(
+    model: torch.nn.Module,
+    tokens: np.ndarray,
+    *,
+    window: int,
+    stride: int,
+    batch_size: int,
+    num_words: int | None = None,
+    context: AbstractContextManager | None = None,
+    progress: bool = True,
+) -> dict[str, float]:
+    """Perplexity over windows of `window` tokens that start every `stride` tokens.
+
+    `stride == window` is the cheap way: each window starts from nothing. A smaller stride is the fair way: after the first
+    window, only the last `stride` tokens of each are scored, so that every token has at least `window - stride` tokens of
+    context. Every token but the first (of each window, in the cheap way) is predicted once.
+
+    Args:
+        tokens: int64 array of shape `[num_tokens]`.
+        num_words: words that the tokens spell, for a figure per word.
+        context: autocast, if the model was trained with it.
+
+    Returns:
+        See `hf_neural_attention.metrics.Perplexity`.
+    """
+    if not 0 < stride <= window:
+        raise ValueError(f"`stride` is {stride}; it must be from 1 to the window's {window} tokens.")
+    device = next(model.parameters()).device
+    starts = list(range(0, max(len(tokens) - (window - stride), 1), stride))
+    whole = [start for start in starts if start + window <= len(tokens)]
+    batches = [whole[:1]] + [whole[i : i + batch_size] for i in range(1, len(whole), batch_size)]
+    batches += [[start] for start in starts if start + window > len(tokens)]  # the last, shorter window
+    metric = Perplexity(keep_in_memory=True)
+    was_training = model.training
+    model.eval()
+    for batch in tqdm(
+        [batch for batch in batches if batch], desc=f"perplexity, stride {stride}", leave=False, disable=not progress
+    ):
+        inputs = torch.from_numpy(np.stack([tokens[start : start + window] for start in batch])).to(device)
+        # the first window is scored whole; others skip what the window before has scored
+        scored = inputs.shape[1] - 1 if batch[0] == 0 or stride == window else inputs.shape[1] - (window - stride)
+        if scored < 1:
+            continue
+        with context or nullcontext():
+            logits = model(input_ids=inputs, use_cache=False, logits_to_keep=scored + 1).logits[:, :-1]
+        targets = inputs[:, -scored:]
+        losses = cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="sum")
+        metric.add(negative_log_likelihood=losses.item(), num_tokens=targets.numel())
+    model.train(was_training)
+    return metric.compute(num_words=num_words)

@@ -1,0 +1,212 @@
+"""Tables, pictures and model cards from the results of `experiment.py`, and from nothing else."""
+
+import os
+import platform
+import shlex
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from experiment import write_json
+
+
+LABELS = {"dot": "dot product", "neural": "neural attention"}
+COLORS = {"dot": "tab:gray", "neural": "tab:blue"}
+
+
+@dataclass
+class Task:
+    """What a recipe's cards say beside the figures."""
+
+    name: str  # "language modelling"
+    pipeline_tag: str
+    dataset: str
+    main_metric: str  # of the table, for the sentence that compares
+    higher_is_better: bool
+    metrics: dict[str, str]  # name -> what it is
+    loading: Callable[[str], str]  # folder -> code that loads and uses the model
+    notes: str
+
+
+def environment() -> dict[str, Any]:
+    """The machine and the versions that figures were measured with."""
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return {
+        "cpu": f"{os.cpu_count()} cores, {platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
+        "gpu": ", ".join(gpus) or "none",
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("torch", "transformers", "datasets", "accelerate")},
+    }
+
+
+def command_line() -> str:
+    return " ".join(["python", *(shlex.quote(argument) for argument in sys.argv)])
+
+
+def comparison_table(results: dict[str, dict[str, Any]], task: Task) -> str:
+    """Markdown: a row per figure, a column per arm, and the ratio where there are two."""
+    arms = list(results)
+    header = ["", *(LABELS[arm] for arm in arms)] + (["neural / dot"] if len(arms) == 2 else [])
+    rows = [header, ["---"] * len(header)]
+
+    def add(label: str, values: list[float], form: Callable[[float], str]) -> None:
+        ratio = [f"{values[1] / values[0]:.3f}"] if len(values) == 2 and values[0] else [""] * (len(values) - 1)
+        rows.append([label, *map(form, values), *ratio])
+
+    for name, meaning in task.metrics.items():
+        if all(name in results[arm]["metrics"] for arm in arms):
+            add(meaning, [results[arm]["metrics"][name] for arm in arms], lambda value: f"{value:.4g}")
+    add("parameters", [results[arm]["parameters"] for arm in arms], lambda value: f"{value:,}")
+    add("of which scorers", [results[arm]["scorer_parameters"] for arm in arms], lambda value: f"{value:,}")
+    add("training steps", [results[arm]["steps"] for arm in arms], lambda value: f"{value:,}")
+    add("seconds per step", [results[arm]["seconds_per_step"] for arm in arms], lambda value: f"{value:.3f}")
+    add("training minutes", [results[arm]["train_seconds"] / 60 for arm in arms], lambda value: f"{value:.1f}")
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def verdict(results: dict[str, dict[str, Any]], task: Task) -> str:
+    """One sentence on the main metric, whatever it says, and how far one run carries."""
+    if len(results) < 2:
+        return "One model was trained; nothing is compared."
+    dot, neural = (results[arm]["metrics"][task.main_metric] for arm in ("dot", "neural"))
+    change = (neural - dot) / dot
+    if abs(change) < 0.0005:
+        word = "the same (to 0.1 %)"
+    else:
+        word = f"{abs(change):.1%} {'higher' if change > 0 else 'lower'}"
+        word += " (better)" if (change > 0) == task.higher_is_better else " (worse)"
+    time_ratio = results["neural"]["seconds_per_step"] / results["dot"]["seconds_per_step"]
+    return (
+        f"{task.metrics[task.main_metric].capitalize()} is {word} with Neural Attention, compared with the dot "
+        f"product; a training step took {time_ratio:.2f} times as long. This is one run of each with one seed: it shows neither "
+        "the spread between seeds nor what happens at other sizes."
+    )
+
+
+def draw_comparison(results: dict[str, dict[str, Any]], path: Path) -> None:
+    """Training and evaluation loss of each arm against the step."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
+    for axis, key, title in zip(axes, ("loss", "eval_loss"), ("training loss", "evaluation loss"), strict=True):
+        for arm, result in results.items():
+            points = [(entry["step"], entry[key]) for entry in result["history"] if key in entry]
+            if points:
+                axis.plot(
+                    *zip(*points, strict=True), label=LABELS[arm], color=COLORS[arm], marker="." if len(points) < 50 else ""
+                )
+        axis.set(title=title, xlabel="step")
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("nats")
+    axes[0].legend()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def report(
+    results: dict[str, dict[str, Any]], task: Task, folder: Path, card: str | None = None, note: str | None = None
+) -> None:
+    """Prints the table, writes it with a picture, and writes a model card into each arm's folder, and to `card`."""
+    table = comparison_table(results, task)
+    print(f"\n{table}\n\n{verdict(results, task)}\n")
+    (folder / "comparison.md").write_text(f"{table}\n\n{verdict(results, task)}\n")
+    draw_comparison(results, folder / "comparison.png")
+    record = {"command": command_line(), "environment": environment(), "note": note or "", "results": results}
+    write_json(folder / "comparison.json", record)
+    for arm in results:
+        shutil.copy(folder / "comparison.png", folder / arm / "comparison.png")
+        (folder / arm / "README.md").write_text(card_text(record, task, arm, "comparison.png"))
+    print(f"Models: {', '.join(str(folder / arm) for arm in results)}. Table and picture: {folder / 'comparison.md'}, .png")
+    if card is not None:
+        target = Path(card)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_json(target.with_suffix(".json"), record)
+        shutil.copy(folder / "comparison.png", target.with_suffix(".png"))
+        arm = "neural" if "neural" in results else "dot"
+        target.with_suffix(".md").write_text(card_text(record, task, arm, target.with_suffix(".png").name))
+        print(f"Model card: {target.with_suffix('.md')}")
+
+
+def card_text(record: dict[str, Any], task: Task, arm: str, picture: str) -> str:
+    """A model card with metadata, figures, the exact command and the limits."""
+    results = record["results"]
+    result = results[arm]
+    metadata = {
+        "license": "apache-2.0",
+        "library_name": "transformers",
+        "pipeline_tag": task.pipeline_tag,
+        "tags": ["neural-attention"] if arm == "neural" else [],
+        "datasets": [task.dataset],
+    }
+    config = {name: value for name, value in result["config"].items() if name not in ("architectures", "id2label", "label2id")}
+    where = record["environment"]
+    kind = "a model with Neural Attention" if arm == "neural" else "the dot-product baseline"
+    package = "import hf_neural_attention  # makes the model type known to the Auto classes\n" if arm == "neural" else ""
+    return f"""---
+{yaml.safe_dump(metadata, sort_keys=False).strip()}
+---
+
+# {task.name.capitalize()} on {task.dataset}: {kind}
+
+Trained by `hf_neural_attention`. Neural Attention (DiGiugno and Mahmood, arXiv 2502.17206) scores a query against a key with
+a small network instead of a dot product.
+
+## Figures
+
+{comparison_table(results, task)}
+
+{verdict(results, task)}
+
+![Training and evaluation loss]({picture})
+
+{task.notes}
+
+## How it was made
+
+```
+{record["command"]}
+```
+
+On {where["cpu"]} (GPU: {where["gpu"]}), {where["threads"]} threads, Python {where["python"]}, torch {where["torch"]},
+transformers {where["transformers"]}. {record["note"]} {result["steps"]:,} steps ({result["epochs"]:.2f} epochs) in
+{result["train_seconds"] / 60:.1f} minutes. The arms had the same seed, data order, dropout rate and initial weights of all
+that they share.
+
+Config (what differs from the defaults): `{config}`
+
+## What it does
+
+{result["sample"]}
+
+## Use
+
+```python
+{package}{task.loading("FOLDER")}
+```
+
+## Limits
+
+A small model trained for a comparison, not for use: its output is not to be relied on. Figures are of one run.
+
+## Citation
+
+```bibtex
+@article{{digiugno2025neural,
+  title   = {{Neural Attention: A Novel Mechanism for Enhanced Expressive Power in Transformer Models}},
+  author  = {{DiGiugno, Andrew and Mahmood, Kaleel}},
+  journal = {{arXiv preprint arXiv:2502.17206}},
+  year    = {{2025}}
+}}
+```
+"""

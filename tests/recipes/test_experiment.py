@@ -1,0 +1,146 @@
+"""What makes a comparison fair, and what makes a run safe to stop."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, TrainerCallback, TrainingArguments, default_data_collator
+
+from experiment import Experiment, StepClock, claim_folder, settings_of, write_json
+from hf_neural_attention import NeuralGPT2Config, NeuralGPT2LMHeadModel
+from text_data import TokenizedText, cut_into_blocks
+
+
+SIZES = {"vocab_size": 50, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 8, "bos_token_id": 1, "eos_token_id": 2}
+
+
+class Recorder(TrainerCallback):
+    """Notes what each arm starts from and sees."""
+
+    def __init__(self):
+        self.starts, self.batches = [], []
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self.starts.append({name: value.clone() for name, value in model.state_dict().items()})
+
+
+class Killed(TrainerCallback):
+    """Ends the process's training abruptly, as an outage would, once."""
+
+    def __init__(self, at_step):
+        self.at_step = at_step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.at_step:
+            self.at_step = None
+            raise KeyboardInterrupt
+
+
+def build_model(arm):
+    return NeuralGPT2LMHeadModel(NeuralGPT2Config(**SIZES)) if arm == "neural" else GPT2LMHeadModel(GPT2Config(**SIZES))
+
+
+def make_experiment(folder, *callbacks, seen=None, **settings):
+    tokens = torch.randint(0, 50, (400,), generator=torch.Generator().manual_seed(0)).numpy()
+
+    def collate(examples):
+        batch = default_data_collator(examples)
+        if seen is not None:
+            seen.append(batch["input_ids"])
+        return batch
+
+    training = TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=5,
+        num_train_epochs=2,
+        learning_rate=1e-2,
+        save_steps=4,
+        logging_steps=1,
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+    )
+    return Experiment(
+        training=training,
+        build_model=build_model,
+        evaluate=lambda trainer: {"figure": 1.0},
+        show=lambda model, path: "a sample",
+        trainer_arguments={
+            "train_dataset": cut_into_blocks(TokenizedText(tokens, 0), 8),
+            "data_collator": collate,
+            "callbacks": list(callbacks),
+        },
+        settings={"seed": 42, **settings},
+    )
+
+
+def test_both_arms_start_from_the_same_weights_and_see_the_same_data(tmp_path):
+    recorder, seen = Recorder(), []
+    results = make_experiment(tmp_path, recorder, seen=seen).run(("dot", "neural"))
+    dot, neural = recorder.starts
+    assert all(torch.equal(neural[name], value) for name, value in dot.items())
+    assert all(".scorer." in name for name in set(neural) - set(dot)) and len(neural) > len(dot)
+    half = len(seen) // 2
+    assert half == 20 and all(map(torch.equal, seen[:half], seen[half:]))
+    assert not torch.equal(seen[0], seen[1])
+    assert results["neural"]["parameters"] - results["dot"]["parameters"] == results["neural"]["scorer_parameters"] > 0
+    losses = [[entry["loss"] for entry in results[arm]["history"] if "loss" in entry] for arm in ("dot", "neural")]
+    assert losses[0] != losses[1]
+
+
+def test_an_interrupted_run_ends_as_an_uninterrupted_one(tmp_path):
+    whole = make_experiment(tmp_path / "whole").run(("neural",))["neural"]
+    with pytest.raises(KeyboardInterrupt):
+        make_experiment(tmp_path / "parts", Killed(at_step=10)).run(("neural",))
+    parts = make_experiment(tmp_path / "parts").run(("neural",))["neural"]
+    losses = [[entry["loss"] for entry in run["history"] if "loss" in entry] for run in (whole, parts)]
+    assert losses[0] == losses[1] and len(losses[0]) == 20
+    one, two = (NeuralGPT2LMHeadModel.from_pretrained(tmp_path / name / "neural") for name in ("whole", "parts"))
+    assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), two.state_dict().values(), strict=True))
+    assert parts["steps"] == 20 and parts["train_seconds"] > 0
+    assert one.config.use_cache  # Trainer had switched it off
+
+
+def test_a_finished_arm_is_not_trained_again(tmp_path, capsys):
+    first = make_experiment(tmp_path).run(("dot",))
+    recorder = Recorder()
+    again = make_experiment(tmp_path, recorder).run(("dot",))
+    assert not recorder.starts and "finished before" in capsys.readouterr().out
+    assert json.loads(json.dumps(first)) == again
+
+
+def test_a_folder_with_another_run_is_refused_and_left_alone(tmp_path):
+    claim_folder(tmp_path / "run", {"seed": 1, "logging_steps": 5})
+    claim_folder(tmp_path / "run", {"seed": 1, "logging_steps": 7})  # changes nothing that is learned
+    before = (tmp_path / "run/run.json").read_text()
+    with pytest.raises(SystemExit, match="holds another run:\n  seed: 1 there, 2 now\nChoose another --output_dir"):
+        claim_folder(tmp_path / "run", {"seed": 2})
+    assert (tmp_path / "run/run.json").read_text() == before
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/thesis.txt").write_text("precious")
+    with pytest.raises(SystemExit, match="holds files that are no run of this recipe"):
+        claim_folder(tmp_path / "other", {"seed": 1})
+
+
+def test_settings_are_json_and_hold_every_argument(tmp_path):
+    settings = settings_of(TrainingArguments(str(tmp_path), report_to="none", learning_rate=0.5))
+    assert settings["learning_rate"] == 0.5 and json.loads(json.dumps(settings)) == settings
+
+
+def test_json_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    file = tmp_path / "results.json"
+    write_json(file, {"a": 1})
+
+    def fail(self, text):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(Path, "write_text", fail)
+    with pytest.raises(OSError, match="disk full"):
+        write_json(file, {"a": 2})
+    assert json.loads(file.read_text()) == {"a": 1}
+
+
+def test_the_clock_goes_on_from_a_checkpoint():
+    state = StepClock(seconds=3.5).state()
+    assert StepClock(**state["args"]).seconds == 3.5

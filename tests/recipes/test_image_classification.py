@@ -1,0 +1,115 @@
+"""The image recipe from the command line to a model that loads and classifies."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+from transformers import (
+    AutoModelForImageClassification,
+    TrainerControl,
+    TrainerState,
+    ViTConfig,
+    ViTForImageClassification,
+    get_scheduler,
+    pipeline,
+)
+
+import hf_neural_attention
+from arguments import NeuralArguments
+from conftest import run_in
+from image_classification import HalveLearningRate, ModelArguments, build_model, check_fit
+from image_data import ImageArguments
+
+
+TINY = (
+    *("--image_size", 8, "--patch_size", 4, "--hidden_size", 16, "--num_hidden_layers", 2, "--num_attention_heads", 2),
+    *("--max_train_samples", 64, "--max_eval_samples", 16, "--max_steps", 4, "--save_steps", 2, "--logging_steps", 1),
+    *("--eval_strategy", "steps", "--eval_steps", 2, "--report_to", "none", "--per_device_train_batch_size", 16),
+)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A finished run of both arms, and what it printed."""
+    folder = tmp_path_factory.mktemp("image_classification")
+    return folder / "run", run_in(folder, "image_classification.py", *TINY, "--output_dir", "run", "--card", "cards/model")
+
+
+@pytest.mark.slow
+def test_both_arms_end_as_models_with_cards_a_table_and_pictures(trained):
+    folder, printed = trained
+    assert "| test accuracy |" in printed and "Predictions: " in printed
+    for arm in ("dot", "neural"):
+        for file in ("model.safetensors", "preprocessor_config.json", "results.json", "README.md", "predictions.png"):
+            assert (folder / arm / file).stat().st_size > 0, file
+    record = json.loads((folder.parent / "cards/model.json").read_text())
+    assert 0 <= record["results"]["neural"]["metrics"]["test_accuracy"] <= 1
+
+
+@pytest.mark.slow
+def test_the_trained_model_loads_and_classifies(trained):
+    model = AutoModelForImageClassification.from_pretrained(trained[0] / "neural")
+    assert type(model) is hf_neural_attention.NeuralViTForImageClassification
+    guesses = pipeline("image-classification", model=str(trained[0] / "neural"))(Image.new("RGB", (20, 20)))
+    assert guesses[0]["label"] in set("0123456789")
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """A stock ViT for images of 8 pixels and the ten digits."""
+    labels = dict(enumerate("0123456789"))
+    config = ViTConfig(image_size=8, patch_size=4, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, id2label=labels)
+    ViTForImageClassification(config).save_pretrained(tmp_path / "vit")
+    return ModelArguments(model_name_or_path=str(tmp_path / "vit"))
+
+
+def test_images_of_another_size_are_refused(checkpoint):
+    digits = list("0123456789")
+    check_fit(checkpoint, ImageArguments(image_size=8), digits)
+    with pytest.raises(SystemExit, match="made for images of 8 pixels and --image_size is 32"):
+        check_fit(checkpoint, ImageArguments(image_size=32), digits)
+    with pytest.raises(SystemExit, match="--image_size 10 is no multiple of --patch_size 4"):
+        check_fit(ModelArguments(patch_size=4), ImageArguments(image_size=10), digits)
+
+
+def test_labels_that_do_not_fit_are_refused(checkpoint):
+    with pytest.raises(SystemExit, match=r"has 10 labels \(0, 1, 2, ...\) and the data has 2 \(cat, dog, ...\)"):
+        check_fit(checkpoint, ImageArguments(image_size=8), ["cat", "dog"])
+
+
+def test_a_stock_checkpoint_becomes_a_neural_model_with_its_weights(checkpoint):
+    neural = NeuralArguments(attention="neural", neural_layers=["all"])
+    model = build_model("neural", checkpoint, neural, ImageArguments(image_size=8), list("0123456789"))
+    stock = ViTForImageClassification.from_pretrained(checkpoint.model_name_or_path).state_dict()
+    assert type(model) is hf_neural_attention.NeuralViTForImageClassification
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in stock.items())
+
+
+@pytest.mark.slow
+def test_errors_reach_the_user_without_a_traceback(run_recipe):
+    assert "is no folder" in run_recipe(
+        "image_classification.py", *TINY, "--dataset_name", "./x", "--output_dir", "b", fails=True
+    )
+
+
+def test_the_learning_rate_is_halved_once_and_stays_so_in_checkpoints():
+    import torch
+
+    def make():
+        optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=0.4)
+        return optimizer, get_scheduler("constant", optimizer)
+
+    optimizer, schedule = make()
+    rates = []
+    for epoch in (1, 2, 3, 4):
+        optimizer.step()
+        schedule.step()
+        rates.append(optimizer.param_groups[0]["lr"])
+        HalveLearningRate(2).on_epoch_end(None, TrainerState(epoch=epoch), TrainerControl(), lr_scheduler=schedule)
+    assert rates == [0.4, 0.4, 0.2, 0.2]
+    optimizer, resumed = make()
+    resumed.load_state_dict(schedule.state_dict())
+    optimizer.step()
+    resumed.step()
+    assert optimizer.param_groups[0]["lr"] == 0.2

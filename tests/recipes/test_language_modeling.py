@@ -1,0 +1,94 @@
+"""The text recipe from the command line to a model that loads and generates."""
+
+import json
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, pipeline
+
+import hf_neural_attention
+from conftest import run_in
+from language_modeling import ModelArguments, check_fit, generate_sample
+from text_data import TextArguments, load_text, load_tokenizer
+
+
+TINY = (
+    *("--vocab_size", 300, "--block_size", 32, "--n_embd", 16, "--n_layer", 2, "--n_head", 2, "--max_train_samples", 16),
+    *("--max_eval_tokens", 200, "--max_steps", 4, "--save_steps", 2, "--logging_steps", 1, "--eval_strategy", "steps"),
+    *("--eval_steps", 2, "--report_to", "none", "--per_device_train_batch_size", 4),
+)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A finished run of both arms, and what it printed."""
+    folder = tmp_path_factory.mktemp("language_modeling")
+    return folder / "run", run_in(folder, "language_modeling.py", *TINY, "--output_dir", "run", "--card", "cards/model")
+
+
+@pytest.mark.slow
+def test_both_arms_end_as_models_with_cards_a_table_and_pictures(trained):
+    folder, printed = trained
+    assert "| test perplexity per token (windows of 32, stride 16) |" in printed and "Sample: " in printed
+    for arm in ("dot", "neural"):
+        for file in ("model.safetensors", "tokenizer.json", "results.json", "README.md", "sample.txt", "comparison.png"):
+            assert (folder / arm / file).stat().st_size > 0, file
+    assert (folder.parent / "cards/model.md").exists() and (folder.parent / "cards/model.png").exists()
+    record = json.loads((folder.parent / "cards/model.json").read_text())
+    figures = [record["results"][arm]["metrics"] for arm in ("dot", "neural")]
+    assert figures[0].keys() == figures[1].keys() and figures[0] != figures[1]
+    assert record["command"].startswith("python") and record["environment"]["torch"]
+
+
+@pytest.mark.slow
+def test_the_trained_model_loads_and_generates(trained):
+    folder = trained[0] / "neural"
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert type(model) is hf_neural_attention.NeuralGPT2LMHeadModel and model.config.use_cache
+    assert type(AutoModelForCausalLM.from_pretrained(trained[0] / "dot")).__name__ == "GPT2LMHeadModel"
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    text = pipeline("text-generation", model=model, tokenizer=tokenizer)("The import", max_new_tokens=3)[0]["generated_text"]
+    assert text.startswith("The import") and len(text) > len("The import")
+
+
+@pytest.mark.slow
+def test_the_same_command_goes_on_and_another_is_refused(trained, run_recipe):
+    folder = trained[0]
+    printed = run_recipe("language_modeling.py", *TINY, "--output_dir", folder)
+    assert printed.count("finished before") == 2 and "| test perplexity per token" in printed
+    refused = run_recipe("language_modeling.py", *TINY, "--output_dir", folder, "--seed", 7, fails=True)
+    assert "holds another run" in refused and "seed: 42 there, 7 now" in refused
+
+
+@pytest.mark.slow
+def test_a_stock_checkpoint_is_fine_tuned(trained, run_recipe):
+    flags = ("--model_name_or_path", trained[0] / "dot", "--attention", "neural", "--neural_mode", "residual")
+    printed = run_recipe("language_modeling.py", *TINY, *flags, "--output_dir", "tuned")
+    assert "| test perplexity per token" in printed and "nothing is compared" in printed
+
+
+@pytest.mark.slow
+def test_errors_reach_the_user_without_a_traceback(run_recipe):
+    refused = run_recipe("language_modeling.py", *TINY, "--dataset_name", "./nowhere", "--output_dir", "run", fails=True)
+    assert "There is no file or folder ./nowhere" in refused
+
+
+def test_text_tokenizer_and_model_that_do_not_fit_are_refused(tmp_path):
+    arguments = TextArguments(vocab_size=300, block_size=32)
+    tokenizer = load_tokenizer(arguments, None, load_text(arguments))
+    sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 32, "bos_token_id": 0, "eos_token_id": 0}
+    for vocabulary in (300, 290):
+        GPT2LMHeadModel(GPT2Config(vocab_size=vocabulary, **sizes)).save_pretrained(tmp_path / str(vocabulary))
+    fitting = ModelArguments(model_name_or_path=str(tmp_path / "300"))
+    check_fit(fitting, arguments, tokenizer)
+    with pytest.raises(SystemExit, match="--block_size 64 is more than the 32 positions"):
+        check_fit(fitting, TextArguments(block_size=64), tokenizer)
+    with pytest.raises(SystemExit, match=r"The tokenizer has 300 tokens and .* embeddings for 290"):
+        check_fit(ModelArguments(model_name_or_path=str(tmp_path / "290")), arguments, tokenizer)
+
+
+def test_a_prompt_longer_than_the_model_is_cut(tmp_path, capsys):
+    arguments = TextArguments(vocab_size=300)
+    tokenizer = load_tokenizer(arguments, None, load_text(arguments))
+    config = GPT2Config(vocab_size=300, n_embd=16, n_layer=1, n_head=2, n_positions=16, bos_token_id=0, eos_token_id=0)
+    generate_sample(GPT2LMHeadModel(config).eval(), tmp_path, tokenizer, "a very long prompt " * 20, seed=0)
+    assert (tmp_path / "sample.txt").read_text().startswith("a very")

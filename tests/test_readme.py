@@ -1,0 +1,62 @@
+"""What the README tells people to type works as it stands there."""
+
+import re
+from pathlib import Path
+
+import pytest
+from transformers import GPT2Config, GPT2LMHeadModel, GPT2Tokenizer
+
+from hf_neural_attention import NeuralGPT2Config, NeuralGPT2LMHeadModel
+
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+BLOCKS = dict(re.findall(r"^## (\w[\w ]*)\n(?:(?!^## ).)*?```python\n(.*?)```", README, re.MULTILINE | re.DOTALL))
+
+
+@pytest.fixture
+def in_a_folder_with_models(tmp_path, monkeypatch):
+    """The folders that the blocks load: what `make quickstart` leaves, and a small GPT-2 in the place of the Hub's."""
+    monkeypatch.chdir(tmp_path)
+    texts = ["The import statement binds names."] * 3
+    tokenizer = GPT2Tokenizer().train_new_from_iterator(texts, vocab_size=270)
+    sizes = {"vocab_size": len(tokenizer), "n_embd": 32, "n_layer": 2, "n_head": 2, "bos_token_id": 0, "eos_token_id": 0}
+    NeuralGPT2LMHeadModel(NeuralGPT2Config(**sizes)).save_pretrained("runs/quickstart/neural")
+    tokenizer.save_pretrained("runs/quickstart/neural")
+    GPT2LMHeadModel(GPT2Config(**sizes)).save_pretrained("openai-community/gpt2")
+
+
+@pytest.mark.parametrize("heading", ["Load", "Train", "Patch", "How it works"])
+def test_the_blocks_run_as_written(heading, in_a_folder_with_models, capsys):
+    scope = {}
+    exec(compile(BLOCKS[heading], f"README, {heading}", "exec"), scope)
+    if heading == "Load":
+        assert capsys.readouterr().out.startswith("The import statement")
+    if heading == "How it works":
+        assert scope["output"].shape == (1, 12, 100, 64)
+
+
+def test_a_patched_checkpoint_computes_what_it_computed(in_a_folder_with_models):
+    scope = {}
+    exec(BLOCKS["Patch"], scope)
+    stock = GPT2LMHeadModel.from_pretrained("openai-community/gpt2").eval()
+    inputs = stock.dummy_inputs["input_ids"] % stock.config.vocab_size
+    difference = scope["model"].eval()(inputs).logits - stock(inputs).logits
+    assert difference.abs().max() < 1e-5
+    assert len([name for name, _ in scope["model"].named_parameters() if name.endswith("scorer.linear1.weight")]) == 2
+
+
+def test_commands_and_files_that_documents_name_exist():
+    for document in ("README.md", "recipes/README.md", "CONTRIBUTING.md"):
+        text = (ROOT / document).read_text()
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", text):
+            assert ((ROOT / document).parent / target).exists(), f"{document} links to {target}"
+        for name in re.findall(r"(?:recipes|model_cards|assets)/[\w./-]+\.(?:py|yaml|md|png)", text):
+            assert (ROOT / name).exists(), f"{document} names {name}"
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert set(re.findall(r"`?make ([a-z-]+)", README)) <= targets
+
+
+def test_ci_runs_the_readmes_test_command():
+    assert "make test" in (ROOT / ".ci/run").read_text()
+    assert "make test" in README
