@@ -1,0 +1,132 @@
+"""What the files around the code say agrees with the code and with each other."""
+
+import os
+import re
+import subprocess
+import tomllib
+from importlib.metadata import distribution
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
+
+from hf_neural_attention import __version__
+
+
+ROOT = Path(__file__).parents[1]
+
+ENVIRONMENT_VARIABLE = re.compile(r"""(?:environ(?:\.get|\.setdefault|\.pop)?|getenv)\s*[\[(]\s*["'](\w+)["']""")
+# the folders below which people and machines keep their own files
+MACHINE_PATH = re.compile(r"(?<![\w.:/-])/(?:home|Users|root|work|opt|mnt|srv)/\w|\b[A-Z]:\\Users\\")
+
+
+def read(name: str) -> str:
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def project() -> dict:
+    return tomllib.loads(read("pyproject.toml"))["project"]
+
+
+def requirements() -> list[Requirement]:
+    """Everything that pyproject.toml names, but for its own extras."""
+    extras = project()["optional-dependencies"].values()
+    lines = [*project()["dependencies"], *(line for extra in extras for line in extra)]
+    return [requirement for requirement in map(Requirement, lines) if requirement.name != project()["name"]]
+
+
+def pins() -> dict[str, str]:
+    """Version of each package that constraints.txt names."""
+    lines = [line for line in read("constraints.txt").splitlines() if line and not line.startswith("#")]
+    assert all(re.fullmatch(r"[\w.-]+==[\w.]+", line) for line in lines), "pins are exact and for any platform"
+    pairs = [line.split("==") for line in lines]
+    names = [canonicalize_name(name) for name, _ in pairs]
+    assert len(set(names)) == len(names), "a package is pinned twice"
+    return dict(zip(names, (version for _, version in pairs), strict=True))
+
+
+def documented_variables() -> set[str]:
+    return set(re.findall(r"^\| `(\w+)` \|", read("CONTRIBUTING.md"), flags=re.MULTILINE))
+
+
+def variables_in(*folders: str) -> set[str]:
+    files = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
+    return {name for path in files for name in ENVIRONMENT_VARIABLE.findall(path.read_text(encoding="utf-8"))}
+
+
+def test_citation():
+    citation = yaml.safe_load(read("CITATION.cff"))
+    assert citation["cff-version"] == "1.2.0"
+    assert str(citation["version"]) == __version__
+    assert citation["license"] == project()["license"]
+    assert citation["authors"] == [{"name": "The hf_neural_attention authors"}]
+    (paper,) = citation["references"]
+    assert [author["family-names"] for author in paper["authors"]] == ["DiGiugno", "Mahmood"]
+    assert {"type": "other", "value": "arXiv:2502.17206", "description": "arXiv identifier"} in paper["identifiers"]
+
+
+def test_changelog_names_the_version():
+    assert re.search(rf"^## \[{re.escape(__version__)}\]", read("CHANGELOG.md"), flags=re.MULTILINE)
+
+
+def test_license_is_complete_and_ours():
+    text = read("LICENSE")
+    assert "END OF TERMS AND CONDITIONS" in text
+    assert "Copyright 2026 The hf_neural_attention authors" in text
+
+
+@pytest.mark.parametrize("requirement", requirements(), ids=str)
+def test_constraints_satisfy_pyproject(requirement):
+    assert requirement.specifier.contains(pins()[canonicalize_name(requirement.name)])
+
+
+def test_oldest_python_runs_every_dependency():
+    oldest = project()["requires-python"].removeprefix(">=")
+    for requirement in requirements():
+        try:
+            needed = distribution(requirement.name).metadata["Requires-Python"]
+        except ModuleNotFoundError:  # an extra that is not installed
+            continue
+        assert needed is None or SpecifierSet(needed).contains(f"{oldest}.0"), f"{requirement.name} needs Python {needed}"
+
+
+def test_environment_variables_are_documented():
+    used = variables_in("hf_neural_attention", "recipes", "tests")
+    assert {"HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TOKENIZERS_PARALLELISM"} <= used, "the search itself works"
+    assert used - documented_variables() == set()
+
+
+def test_documented_environment_variables_exist():
+    sources = [*(ROOT / "hf_neural_attention").rglob("*.py"), *(ROOT / "recipes").rglob("*.py")]
+    sources += [*(ROOT / "tests").rglob("*.py"), ROOT / "Makefile"]
+    text = "\n".join(path.read_text(encoding="utf-8") for path in sources)
+    assert documented_variables()
+    assert not [name for name in documented_variables() if not re.search(rf"\b{name}\b", text)]
+
+
+def test_ci_runs_the_command_of_the_readme():
+    assert os.access(ROOT / ".ci" / "run", os.X_OK)
+    assert re.search(r"^make test$", read(".ci/run"), flags=re.MULTILINE)
+
+
+def test_no_path_of_a_machine():
+    listing = subprocess.run(
+        ["git", "-c", "safe.directory=*", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    if listing.returncode:
+        pytest.skip("not a git checkout")
+    assert MACHINE_PATH.search("see " + "/" + "home/someone/data"), "the search itself works"
+    found = []
+    for name in listing.stdout.split("\0"):
+        path = ROOT / name
+        if not name or not path.is_file():
+            continue
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError:  # a picture
+            continue
+        found += [f"{name}:{number}: {line}" for number, line in enumerate(lines, 1) if MACHINE_PATH.search(line)]
+    assert not found, "\n".join(found)
