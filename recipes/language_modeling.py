@@ -102,7 +102,9 @@ def generate_sample(model: Any, folder: Path, tokenizer: PreTrainedTokenizerBase
     """Continues the prompt, prints and keeps it (`sample.txt`), and returns it as Markdown."""
     set_seed(seed)
     positions = model.config.n_positions
-    ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)["input_ids"][:, : positions // 2].to(model.device)
+    ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False, verbose=False)["input_ids"][:, : positions // 2].to(
+        model.device
+    )
     options = {"do_sample": True, "top_k": 50, "temperature": 0.8, "pad_token_id": tokenizer.eos_token_id or 0}
     length = min(SAMPLE_TOKENS, positions - ids.shape[1])
     output = model.generate(inputs=ids, attention_mask=torch.ones_like(ids), max_new_tokens=length, **options)

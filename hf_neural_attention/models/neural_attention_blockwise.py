@@ -26,9 +26,7 @@ def without_autocast(tensor: torch.Tensor) -> AbstractContextManager:
     return torch.autocast(device_type=tensor.device.type, enabled=False)
 
 
-def pair_features(
-    query: torch.Tensor, key: torch.Tensor, weights: ScorerWeights
-) -> tuple[torch.Tensor, torch.Tensor]:
+def pair_features(query: torch.Tensor, key: torch.Tensor, weights: ScorerWeights) -> tuple[torch.Tensor, torch.Tensor]:
     """What each query and each key contributes to the scorer's first hidden layer, before its ReLU.
 
     Args:
@@ -65,10 +63,8 @@ class Block(NamedTuple):
         """Part of a `[B, H, Tk, ...]` tensor."""
         return tensor[as_slice(self.batch), as_slice(self.heads), : self.num_keys]
 
-    def mask_of(self, mask: torch.Tensor | None) -> torch.Tensor | None:
+    def mask_of(self, mask: torch.Tensor) -> torch.Tensor:
         """Part of a 4-dimensional mask, of which any dimension may be 1 (broadcast)."""
-        if mask is None:
-            return None
         wanted = (as_slice(self.batch), as_slice(self.heads), as_slice(self.rows), slice(self.num_keys))
         return mask[tuple(part if size > 1 else slice(None) for part, size in zip(wanted, mask.shape, strict=True))]
 
@@ -144,7 +140,16 @@ def score_block(
     if query is not None and key is not None:
         scores += block.queries_of(query) @ block.keys_of(key).transpose(-1, -2)
     causal = causal_pairs(block.rows, block.num_keys, u.device) if is_causal else None
-    return Activations(hidden1, hidden2, mask_scores(scores, block.mask_of(attn_mask), causal))
+    mask = None if attn_mask is None else block.mask_of(attn_mask)
+    return Activations(hidden1, hidden2, mask_scores(scores, mask, causal))
+
+
+def softmax_keys(scores: torch.Tensor, attn_mask: torch.Tensor | None) -> torch.Tensor:
+    """Softmax over the last dimension; rows of -inf only, which no mask but `attn_mask` can leave, become zeros."""
+    probabilities = scores.softmax(dim=-1)
+    if attn_mask is None:
+        return probabilities
+    return probabilities.masked_fill_(scores.amax(dim=-1, keepdim=True) == float("-inf"), 0.0)
 
 
 def block_dropout(
@@ -178,42 +183,36 @@ def blockwise_forward(
     dropout_seed: torch.Tensor | None,
     dropout_p: float,
     is_causal: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output `[B, H, Tq, Dv]` and the logarithm of each row's sum of exponentials `[B, H, Tq]` (+inf for empty rows).
+) -> torch.Tensor:
+    """Output `[B, H, Tq, Dv]`.
 
     All float tensors but `attn_mask` have one dtype and `H` heads; `query` is scaled. `attn_mask` has four dimensions.
     """
     batch, num_heads, num_queries, width = u.shape
     num_keys = w.shape[2]
     output = u.new_zeros(batch, num_heads, num_queries, value.shape[-1])
-    logsumexp = u.new_full((batch, num_heads, num_queries), float("inf"))
     layers = PairLayers(weight2, bias2, weight3)
     if num_keys == 0:
-        return output, logsumexp
+        return output
     with without_autocast(u):
         for block in cut_into_blocks(batch, num_heads, num_queries, num_keys, width, is_causal):
             scores = score_block(block, u, w, layers, query, key, attn_mask, is_causal).scores
-            total = scores.logsumexp(dim=-1)
-            total.masked_fill_(total == float("-inf"), float("inf"))
-            probabilities = scores.sub_(total.unsqueeze(-1)).exp_()
+            probabilities = softmax_keys(scores, attn_mask)
             dropout = block_dropout(block, dropout_seed, dropout_p, num_heads, u.dtype)
             if dropout is not None:
                 probabilities *= dropout
             block.queries_of(output)[:] = probabilities @ block.keys_of(value)
-            block.queries_of(logsumexp)[:] = total
-    return output, logsumexp
+    return output
 
 
 @blockwise_forward.register_fake
 def _(u, w, value, weight2, bias2, weight3, query, key, attn_mask, dropout_seed, dropout_p, is_causal):
-    return u.new_empty(*u.shape[:3], value.shape[-1]), u.new_empty(u.shape[:3])
+    return u.new_empty(*u.shape[:3], value.shape[-1])
 
 
 @torch.library.custom_op("hf_neural_attention::blockwise_backward", mutates_args=())
 def blockwise_backward(
     grad_output: torch.Tensor,
-    output: torch.Tensor,
-    logsumexp: torch.Tensor,
     u: torch.Tensor,
     w: torch.Tensor,
     value: torch.Tensor,
@@ -237,11 +236,10 @@ def blockwise_backward(
     if num_keys == 0:
         return gradients
     with without_autocast(u):
-        delta = (grad_output * output).sum(dim=-1)
         for block in cut_into_blocks(batch, num_heads, num_queries, num_keys, width, is_causal):
             layers = all_layers.heads_of(block)
             hidden1, hidden2, scores = score_block(block, u, w, all_layers, query, key, attn_mask, is_causal)
-            probabilities = scores.sub_(block.queries_of(logsumexp).unsqueeze(-1)).exp_()
+            probabilities = softmax_keys(scores, attn_mask)
             grad_out = block.queries_of(grad_output)
             grad_scores = grad_out @ block.keys_of(value).transpose(-1, -2)
             dropped = probabilities
@@ -250,7 +248,9 @@ def blockwise_backward(
                 dropped = probabilities * dropout
                 grad_scores *= dropout
             block.keys_of(grad_value).add_(dropped.transpose(-1, -2) @ grad_out)
-            grad_scores.sub_(block.queries_of(delta).unsqueeze(-1)).mul_(probabilities)
+            grad_scores *= probabilities
+            # from these very numbers, not `grad_output * output`, so that rounding cancels where a row has one large weight
+            grad_scores.addcmul_(probabilities, grad_scores.sum(dim=-1, keepdim=True), value=-1.0)
 
             if query is not None and key is not None:
                 block.queries_of(grad_query).add_(grad_scores @ block.keys_of(key))
@@ -274,8 +274,6 @@ def blockwise_backward(
 @blockwise_backward.register_fake
 def _(
     grad_output,
-    output,
-    logsumexp,
     u,
     w,
     value,
@@ -309,20 +307,18 @@ def add_per_layer(total: torch.Tensor, block: Block, part: torch.Tensor) -> None
 
 def setup_context(ctx, inputs, output):
     *tensors, ctx.dropout_p, ctx.is_causal = inputs
-    ctx.save_for_backward(*tensors, *output)
+    ctx.save_for_backward(*tensors)
 
 
-def backward(ctx, grad_output, grad_logsumexp):
-    *tensors, output, logsumexp = ctx.saved_tensors
+def backward(ctx, grad_output):
+    tensors = ctx.saved_tensors
     attn_mask = tensors[8]
     mask_needs_grad = attn_mask is not None and ctx.needs_input_grad[8]
-    gradients = blockwise_backward(
-        grad_output.contiguous(), output, logsumexp, *tensors, ctx.dropout_p, ctx.is_causal, mask_needs_grad
-    )
+    gradients = blockwise_backward(grad_output.contiguous(), *tensors, ctx.dropout_p, ctx.is_causal, mask_needs_grad)
     present = [tensor is not None for tensor in tensors[:8]] + [mask_needs_grad]
     inputs = [gradient if asked else None for gradient, asked in zip(gradients, present, strict=True)]
     if mask_needs_grad:
-        inputs[8] = inputs[8].to(attn_mask.dtype)
+        inputs[8] = gradients[8].to(attn_mask.dtype)
     return (*inputs, None, None, None)
 
 
@@ -358,7 +354,7 @@ def blockwise_attention(
         if residual_scale is not None:
             scaled_query = query.to(dtype) * residual_scale
             full_key = expand_heads(key, num_heads).to(dtype)
-        output, _ = blockwise_forward(
+        output = blockwise_forward(
             u,
             expand_heads(w, num_heads),
             expand_heads(value, num_heads).to(dtype),

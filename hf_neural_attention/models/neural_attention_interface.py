@@ -5,10 +5,9 @@ module a `NeuralScorer` as a child named `scorer`, and a view of its config in w
 model (its mask, its cache, its other layers) goes on with the real config. Nothing of the model is replaced.
 """
 
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
-from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
 from transformers.masking_utils import sdpa_mask
 
@@ -16,6 +15,9 @@ from .neural_attention_scorer import NeuralScorer
 
 
 ATTENTION_NAME = "neural_attention"
+
+# A stock attention module: any `nn.Module`, whose annotations leave no room for attributes like `config`
+AttentionModule: TypeAlias = Any
 
 # The stock implementations whose masks `normalize_mask` understands
 SUPPORTED_IMPLEMENTATIONS = ("eager", "sdpa")
@@ -52,7 +54,7 @@ class NeuralConfigView:
         return NeuralConfigView, (self.base,)
 
 
-def attach_scorer(attention: nn.Module, scorer: NeuralScorer) -> None:
+def attach_scorer(attention: AttentionModule, scorer: NeuralScorer) -> None:
     """Makes a stock attention module neural, in place.
 
     Raises:
@@ -64,7 +66,7 @@ def attach_scorer(attention: nn.Module, scorer: NeuralScorer) -> None:
     attention.config = NeuralConfigView(attention.config)
 
 
-def detach_scorer(attention: nn.Module) -> NeuralScorer:
+def detach_scorer(attention: AttentionModule) -> NeuralScorer:
     """Undoes `attach_scorer` and returns the scorer.
 
     Raises:
@@ -126,7 +128,7 @@ def normalize_mask(
 
 
 def neural_attention_forward(
-    module: nn.Module,
+    module: AttentionModule,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,

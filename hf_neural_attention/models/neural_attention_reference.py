@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch.nn.functional import linear, relu
 
-from .neural_attention_masking import causal_pairs, dropout_multiplier, mask_scores
+from .neural_attention_masking import dropout_multiplier, mask_scores
 
 
 class ScorerWeights(NamedTuple):
@@ -77,8 +77,9 @@ def reference_scores(
 
 
 def softmax_or_zero(scores: torch.Tensor) -> torch.Tensor:
-    """Softmax over the last dimension, in float32 at least; rows of -inf only become zeros, with zero gradients."""
-    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    """Softmax over the last dimension; rows of -inf only become zeros, with zero gradients."""
+    if scores.shape[-1] == 0:
+        return scores
     largest = scores.detach().amax(dim=-1, keepdim=True)
     exponentials = (scores - largest.masked_fill(largest == float("-inf"), 0.0)).exp()
     total = exponentials.sum(dim=-1, keepdim=True)
@@ -105,8 +106,11 @@ def reference_attention(
     num_heads = query.shape[1]
     key, value = expand_heads(key, num_heads), expand_heads(value, num_heads)
     scores = reference_scores(query, key, weights, residual_scale=residual_scale)
+    # masks and the softmax in float32 at least: a mask's lowest float32 number is -inf in half precision
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     batch, _, num_queries, num_keys = scores.shape
-    causal = causal_pairs(range(num_queries), num_keys, scores.device) if is_causal else None
+    # tril, not causal_pairs: an exported graph keeps its lengths dynamic
+    causal = torch.ones(num_queries, num_keys, dtype=torch.bool, device=scores.device).tril() if is_causal else None
     probabilities = softmax_or_zero(mask_scores(scores, attn_mask, causal)).to(query.dtype)
     if dropout_seed is not None:
         probabilities = probabilities * dropout_multiplier(
@@ -119,4 +123,5 @@ def reference_attention(
             num_columns=num_keys,
             dtype=query.dtype,
         )
-    return probabilities @ value.to(query.dtype), probabilities
+    output = probabilities @ value.to(query.dtype)
+    return output.to(query.dtype), probabilities  # autocast makes the product smaller

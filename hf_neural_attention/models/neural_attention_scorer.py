@@ -1,6 +1,7 @@
 """The network that scores a query against a key, as a module: its weights, their initialisation, its forward."""
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -87,7 +88,7 @@ class NeuralScorer(nn.Module):
         self.head_dim, self.proj_dim, self.hidden_dims = head_dim, proj_dim, (first, second)
         self.mode, self.num_heads, self.init = mode, num_heads, init
 
-        def layer(in_features: int, out_features: int) -> nn.Module:
+        def layer(in_features: int, out_features: int) -> nn.Linear | PerHeadLinear:
             if num_heads is None:
                 return nn.Linear(in_features, out_features)
             return PerHeadLinear(num_heads, in_features, out_features)
@@ -104,7 +105,7 @@ class NeuralScorer(nn.Module):
         return f"mode={self.mode!r}, init={self.init!r}"
 
     @property
-    def layers(self) -> tuple[nn.Module, ...]:
+    def layers(self) -> tuple[nn.Linear | PerHeadLinear, ...]:
         return self.q_proj, self.k_proj, self.linear1, self.linear2, self.linear3
 
     @torch.no_grad()
@@ -149,7 +150,7 @@ class NeuralScorer(nn.Module):
             Output `[B, H, Tq, Dv]`, and the attention weights `[B, H, Tq, Tk]` after dropout, or None.
         """
         check_arguments(self, query, key, value, attn_mask, dropout_p)
-        arguments = {
+        arguments: dict[str, Any] = {
             "attn_mask": None if attn_mask is None else attn_mask.view((1,) * (4 - attn_mask.dim()) + attn_mask.shape),
             "dropout_p": dropout_p,
             "dropout_seed": draw_dropout_seed(dropout_p, query.device),
@@ -163,7 +164,7 @@ class NeuralScorer(nn.Module):
         return run_backend(backend, query, key, value, self.weights(), **arguments), None
 
 
-def effective_weights(layer: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+def effective_weights(layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """Weight `[out, in]` and bias `[out]` of a linear layer, plain, per head (leading dimension H), or wrapped."""
     if type(layer) in (nn.Linear, PerHeadLinear):
         return layer.weight, layer.bias
@@ -247,14 +248,15 @@ def mirrored_weights(head_dim: int, proj_dim: int, first: int, second: int) -> S
       arc-cosine kernel of order 1): no sample is needed.
     - biases: zero.
     """
-    q_weight, k_weight = (nn.init.orthogonal_(torch.empty(proj_dim, head_dim)) for _ in range(2))
-    halves = torch.randn(2, (first + 1) // 2, proj_dim)
+    dtype = torch.float32  # also where models are built in half precision, in which torch has no QR decomposition
+    q_weight, k_weight = (nn.init.orthogonal_(torch.empty(proj_dim, head_dim, dtype=dtype)) for _ in range(2))
+    halves = torch.randn(2, (first + 1) // 2, proj_dim, dtype=dtype)
     halves = halves / halves.norm(dim=-1, keepdim=True) / math.sqrt(2)
     directions = torch.cat(tuple(halves), dim=-1)
     weight1 = torch.stack((directions, -directions), dim=1).flatten(0, 1)[:first]
-    weight2 = torch.rand(second, first) + 0.1
+    weight2 = torch.rand(second, first, dtype=dtype) + 0.1
     weight2 = weight2 / weight2.norm(dim=-1, keepdim=True)
-    weight3 = torch.randn(1, second)
+    weight3 = torch.randn(1, second, dtype=dtype)
 
     mixed = torch.cat((weight1[:, :proj_dim] @ q_weight, weight1[:, proj_dim:] @ k_weight), dim=-1)
     coefficients = (weight3 @ weight2).squeeze(0)

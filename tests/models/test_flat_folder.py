@@ -1,0 +1,60 @@
+"""The models folder is what the Hub gets: its files must work there by themselves, without this package."""
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import hf_neural_attention
+
+
+MODELS = Path(hf_neural_attention.__file__).parent / "models"
+
+SAVE = """
+import torch
+from hf_neural_attention import NeuralGPT2Config, NeuralGPT2LMHeadModel
+
+NeuralGPT2Config.register_for_auto_class()
+NeuralGPT2LMHeadModel.register_for_auto_class("AutoModelForCausalLM")
+sizes = dict(vocab_size=99, n_embd=32, n_layer=2, n_head=2, bos_token_id=1, eos_token_id=2)
+model = NeuralGPT2LMHeadModel(NeuralGPT2Config(neural_layers="all", **sizes)).eval()
+model.save_pretrained("saved")
+torch.save(model(torch.arange(10)[None]).logits, "logits.pt")
+"""
+
+LOAD = """
+import sys
+sys.modules["hf_neural_attention"] = None  # as if it were not installed
+import torch
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("saved", trust_remote_code=True).eval()
+assert type(model).__module__.startswith("transformers_modules.")
+assert torch.equal(model(torch.arange(10)[None]).logits, torch.load("logits.pt"))
+"""
+
+
+@pytest.mark.parametrize("file", sorted(MODELS.glob("*.py")), ids=lambda file: file.stem)
+def test_files_import_siblings_and_the_two_libraries_only(file):
+    allowed = {"torch", "transformers", "huggingface_hub", *sys.stdlib_module_names}
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            assert node.level == 1 and "." not in node.module and (MODELS / f"{node.module}.py").exists(), node.module
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            names = [node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+            for name in names:
+                # the installed package serves where it is there, inside `try`
+                assert name.split(".")[0] in allowed or name == "hf_neural_attention.ops", name
+
+
+@pytest.mark.slow
+def test_a_saved_model_with_its_code_runs_without_the_package(tmp_path):
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    for script in (SAVE, LOAD):
+        done = subprocess.run(
+            [sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
