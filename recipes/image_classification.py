@@ -46,6 +46,9 @@ class ModelArguments:
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "A ViT checkpoint (stock or neural) to start from; the sizes below are then its own."}
     )
+    ignore_mismatched_sizes: bool = field(
+        default=False, metadata={"help": "Give a checkpoint that was trained for other labels a new classifier."}
+    )
     hidden_size: int = field(default=192, metadata={"help": "Width."})
     num_hidden_layers: int = field(default=6, metadata={"help": "Layers."})
     num_attention_heads: int = field(default=3, metadata={"help": "Heads."})
@@ -77,7 +80,9 @@ def build_model(
     model_class = NeuralViTForImageClassification if arm == "neural" else ViTForImageClassification
     fields |= {"id2label": dict(enumerate(labels)), "label2id": {label: index for index, label in enumerate(labels)}}
     if model.model_name_or_path is not None:
-        return model_class.from_pretrained(model.model_name_or_path, **fields)
+        return model_class.from_pretrained(
+            model.model_name_or_path, ignore_mismatched_sizes=model.ignore_mismatched_sizes, **fields
+        )
     config_class = NeuralViTConfig if arm == "neural" else ViTConfig
     config = config_class(
         image_size=image.image_size,
@@ -106,13 +111,13 @@ def check_fit(model: ModelArguments, image: ImageArguments, labels: list[str]) -
             f"{image.image_size}. Use its size: images are resized to it."
         )
     stored = [config.id2label[index] for index in sorted(config.id2label)]
-    if stored != labels and not all(name.startswith("LABEL_") for name in stored):
+    unnamed = len(stored) == len(labels) and all(name.startswith("LABEL_") for name in stored)
+    if stored != labels and not unnamed and not model.ignore_mismatched_sizes:
         raise SystemExit(
             f"{model.model_name_or_path} has {len(stored)} labels ({', '.join(stored[:3])}, ...) and the data has "
-            f"{len(labels)} ({', '.join(labels[:3])}, ...): they do not fit. Save the checkpoint without its head to fine-tune it."
+            f"{len(labels)} ({', '.join(labels[:3])}, ...): they do not fit. To fine-tune it with a new classifier, add "
+            "--ignore_mismatched_sizes."
         )
-    if len(stored) != len(labels):
-        raise SystemExit(f"{model.model_name_or_path} has {len(stored)} labels and the data {len(labels)}: they do not fit.")
 
 
 def make_processor(model: ModelArguments, image: ImageArguments) -> BaseImageProcessor:

@@ -10,6 +10,8 @@ from PIL import Image as PIL
 from PIL import ImageEnhance, ImageOps
 from transformers import BaseImageProcessor
 
+from hub_data import load_hub_dataset
+
 
 EMBEDDED = "embedded"
 HELD_OUT_SHARE = 0.1
@@ -92,7 +94,7 @@ def load_splits(arguments: ImageArguments) -> DatasetDict:
     elif path.exists() or name.startswith((".", "/")) or path.suffix:
         raise SystemExit(f"{name} is no folder. Expected a folder with train.parquet, or with train/CLASS/*.png.")
     else:
-        splits = load_dataset(name, arguments.dataset_config_name)
+        splits = load_hub_dataset(name, arguments.dataset_config_name)
     if "train" not in splits:
         raise SystemExit(f"{name} has no split train; it has {', '.join(splits)}.")
     return splits

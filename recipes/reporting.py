@@ -86,8 +86,8 @@ def verdict(results: dict[str, dict[str, Any]], task: Task) -> str:
     time_ratio = results["neural"]["seconds_per_step"] / results["dot"]["seconds_per_step"]
     return (
         f"{task.metrics[task.main_metric].capitalize()} is {word} with Neural Attention, compared with the dot "
-        f"product; a training step took {time_ratio:.2f} times as long. This is one run of each with one seed: it shows neither "
-        "the spread between seeds nor what happens at other sizes."
+        f"product; a training step took {time_ratio:.2f} times as long. This is one run of each with one seed: it shows "
+        "neither the spread between seeds nor what happens at other sizes."
     )
 
 

@@ -11,6 +11,8 @@ import numpy as np
 from datasets import Dataset, DatasetDict, load_dataset
 from transformers import AutoTokenizer, BertTokenizer, GPT2Tokenizer, PreTrainedTokenizerBase
 
+from hub_data import load_hub_dataset
+
 
 SPLITS = ("train", "validation", "test")
 EMBEDDED = "embedded"
@@ -62,7 +64,7 @@ def load_text(arguments: TextArguments) -> DatasetDict:
     elif name.startswith((".", os.sep)) or path.suffix:
         raise SystemExit(f"There is no file or folder {name}.")
     else:
-        splits = load_dataset(name, arguments.dataset_config_name)
+        splits = load_hub_dataset(name, arguments.dataset_config_name)
     check_columns(splits, arguments)
     return with_held_out_splits(splits)
 

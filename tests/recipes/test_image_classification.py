@@ -76,6 +76,11 @@ def test_images_of_another_size_are_refused(checkpoint):
 def test_labels_that_do_not_fit_are_refused(checkpoint):
     with pytest.raises(SystemExit, match=r"has 10 labels \(0, 1, 2, ...\) and the data has 2 \(cat, dog, ...\)"):
         check_fit(checkpoint, ImageArguments(image_size=8), ["cat", "dog"])
+    checkpoint.ignore_mismatched_sizes = True
+    check_fit(checkpoint, ImageArguments(image_size=8), ["cat", "dog"])
+    for arm in ("dot", "neural"):
+        model = build_model(arm, checkpoint, NeuralArguments(), ImageArguments(image_size=8), ["cat", "dog"])
+        assert model.classifier.weight.shape == (2, 16) and model.config.id2label == {0: "cat", 1: "dog"}
 
 
 def test_a_stock_checkpoint_becomes_a_neural_model_with_its_weights(checkpoint):

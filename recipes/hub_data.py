@@ -1,0 +1,22 @@
+"""Data sets by their name on the Hub, with errors that say what to do."""
+
+from datasets import DatasetDict, load_dataset
+from datasets.exceptions import DatasetNotFoundError
+from huggingface_hub.errors import OfflineModeIsEnabled
+
+
+def load_hub_dataset(name: str, config: str | None) -> DatasetDict:
+    """All splits of a data set on the Hub, or of its copy in the cache.
+
+    Raises:
+        SystemExit: if there is no such data set or configuration, or no network and no copy.
+    """
+    try:
+        return load_dataset(name, config)
+    except (DatasetNotFoundError, ConnectionError, OfflineModeIsEnabled) as error:
+        raise SystemExit(
+            f"{name} is no file or folder here, and cannot be had from the Hub: {error} Check the name; without a network, "
+            "give --dataset_name a local folder."
+        ) from None
+    except ValueError as error:  # what `datasets` raises for a configuration that is missing or unknown
+        raise SystemExit(f"{name}: {error} Choose one with --dataset_config_name.") from None
