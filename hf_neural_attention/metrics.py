@@ -11,10 +11,10 @@ class Perplexity(evaluate.Metric):
     """Perplexity from summed negative log-likelihoods, per token and per word.
 
     `compute(negative_log_likelihood=[...], num_tokens=[...])` takes one entry per window or batch: the sum over its
-    predicted tokens in nats, and their number. Optional `num_words` is the number of words that all these tokens spell.
+    predicted tokens in nats, and their number. Optional `tokens_per_word` is the number of tokens of the text per word of it.
 
-    Returns `loss` (nats per token), `perplexity` (`exp(loss)`) and, given `num_words`, `word_perplexity`: the exponential
-    of the same sum per word, which does not depend on the tokenizer (Merity et al. 2016 report this one).
+    Returns `loss` (nats per token), `perplexity` (`exp(loss)`) and, given `tokens_per_word`, `word_perplexity`
+    (`exp(loss * tokens_per_word)`), which can be compared between tokenizers (Merity et al. 2016 report this one).
 
     Raises `ValueError` if nothing was predicted.
     """
@@ -28,13 +28,13 @@ class Perplexity(evaluate.Metric):
             ),
         )
 
-    def _compute(self, negative_log_likelihood, num_tokens, num_words: int | None = None) -> dict[str, float]:
+    def _compute(self, negative_log_likelihood, num_tokens, tokens_per_word: float | None = None) -> dict[str, float]:
         total, tokens = float(np.sum(negative_log_likelihood)), int(np.sum(num_tokens))
         if tokens == 0:
             raise ValueError("No token was predicted: the text is shorter than two tokens.")
         scores = {"loss": total / tokens, "perplexity": exp_or_inf(total / tokens)}
-        if num_words:
-            scores["word_perplexity"] = exp_or_inf(total / num_words)
+        if tokens_per_word:
+            scores["word_perplexity"] = exp_or_inf(total / tokens * tokens_per_word)
         return scores
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from torch import nn
 from transformers import PreTrainedModel, initialization
 
-from .neural_attention_interface import attach_scorer, check_implementation
+from .neural_attention_interface import AttentionModule, attach_scorer, check_implementation
 from .neural_attention_scorer import NeuralScorer
 
 
@@ -34,7 +34,7 @@ class NeuralPreTrainedModelMixin:
         super()._initialize_weights(module, is_custom_code=False)
 
 
-def attach_scorers(model: PreTrainedModel, attentions: Iterable[nn.Module]) -> None:
+def attach_scorers(model: PreTrainedModel, attentions: Iterable[AttentionModule]) -> None:
     """Gives a scorer to each of a model's self-attention modules (in the order of its layers) that its config names.
 
     Raises:

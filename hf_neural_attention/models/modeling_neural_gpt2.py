@@ -19,6 +19,8 @@ from .modeling_neural_attention import NeuralHeadMixin, NeuralPreTrainedModelMix
 
 
 class NeuralGPT2PreTrainedModel(NeuralPreTrainedModelMixin, GPT2PreTrainedModel):
+    """Base of the `NeuralGPT2*` models: loading, saving, and the initialisation of weights."""
+
     config_class = NeuralGPT2Config
     config: NeuralGPT2Config
 

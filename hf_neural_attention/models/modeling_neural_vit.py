@@ -11,6 +11,8 @@ from .modeling_neural_attention import NeuralHeadMixin, NeuralPreTrainedModelMix
 
 
 class NeuralViTPreTrainedModel(NeuralPreTrainedModelMixin, ViTPreTrainedModel):
+    """Base of the `NeuralViT*` models: loading, saving, and the initialisation of weights."""
+
     config_class = NeuralViTConfig
     config: NeuralViTConfig
 

@@ -8,7 +8,7 @@ Both passes are `torch.library` operators, so that `torch.compile` sees one node
 """
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -23,6 +23,8 @@ MAX_BLOCK_QUERIES = 64
 
 
 def without_autocast(tensor: torch.Tensor) -> AbstractContextManager:
+    if tensor.device.type == "meta":
+        return nullcontext()  # autocast does not know it
     return torch.autocast(device_type=tensor.device.type, enabled=False)
 
 

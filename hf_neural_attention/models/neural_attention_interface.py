@@ -60,7 +60,7 @@ def attach_scorer(attention: AttentionModule, scorer: NeuralScorer) -> None:
     Raises:
         ValueError: if it has a scorer already.
     """
-    if isinstance(attention.config, NeuralConfigView):
+    if hasattr(attention, "scorer"):
         raise ValueError(f"This {type(attention).__name__} has a scorer already; detach it first.")
     attention.scorer = scorer
     attention.config = NeuralConfigView(attention.config)
@@ -72,7 +72,7 @@ def detach_scorer(attention: AttentionModule) -> NeuralScorer:
     Raises:
         ValueError: if it has none.
     """
-    if not isinstance(attention.config, NeuralConfigView):
+    if not hasattr(attention, "scorer"):
         raise ValueError(f"This {type(attention).__name__} has no scorer.")
     scorer = attention.scorer
     del attention.scorer
@@ -86,6 +86,8 @@ def check_implementation(name: str | None, model_name: str) -> None:
         return
     if name == ATTENTION_NAME:
         reason = "it is what single layers run (`config.neural_layers` chooses them), not an implementation for a model"
+    elif name.startswith("paged"):
+        reason = "its cache keeps keys in pages, which a score network does not read"
     else:
         reason = "its masks come in a form that only its own kernel reads, and that kernel computes dot products"
     raise ValueError(
@@ -150,7 +152,8 @@ def neural_attention_forward(
     Raises:
         ValueError: if the module has no scorer, or an argument asks for what a score network cannot do.
     """
-    if not isinstance(module.config, NeuralConfigView):
+    # not by the class of its config: of several copies of this file, each from a model on the Hub, the last one serves all
+    if not hasattr(module, "scorer"):
         check_implementation(ATTENTION_NAME, type(module).__name__)
     for name, feature in UNSUPPORTED_ARGUMENTS.items():
         if kwargs.get(name) is not None:

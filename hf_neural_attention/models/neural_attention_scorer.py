@@ -98,7 +98,6 @@ class NeuralScorer(nn.Module):
         self.linear1 = layer(2 * proj_dim, first)
         self.linear2 = layer(first, second)
         self.linear3 = layer(second, 1)
-        self.linear3.bias.requires_grad_(False)
         self.reset_parameters()
 
     def extra_repr(self) -> str:
@@ -111,6 +110,8 @@ class NeuralScorer(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draws new weights by `self.init`. Weights that `from_pretrained` has just loaded are left as they are."""
+        # here, since `from_pretrained` makes all that it loads trainable, and a parameter that never gets a gradient stops DDP
+        self.linear3.bias.requires_grad_(False)
         if self.linear1.weight.is_meta:
             return
         draw = mirrored_weights if self.init == "mirrored" else paper_weights
@@ -167,12 +168,23 @@ class NeuralScorer(nn.Module):
 def effective_weights(layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """Weight `[out, in]` and bias `[out]` of a linear layer, plain, per head (leading dimension H), or wrapped."""
     if type(layer) in (nn.Linear, PerHeadLinear):
+        if layer.weight.is_meta and hasattr(layer, "_hf_hook"):
+            return offloaded_weights(layer)
         return layer.weight, layer.bias
     base = layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
     dtype = base.bias.dtype if base.bias.is_floating_point() else torch.float32
     inputs = torch.eye(base.in_features, device=base.bias.device, dtype=dtype)
     bias = layer(torch.zeros_like(inputs[:1]))[0]
     return (layer(inputs) - bias).T, bias
+
+
+def offloaded_weights(layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weight and bias of a layer that accelerate keeps on the CPU or on disk, brought in by the hook around its forward."""
+    hook = layer._hf_hook
+    hook.pre_forward(layer)
+    weight, bias = layer.weight, layer.bias
+    hook.post_forward(layer, None)
+    return weight, bias
 
 
 def check_arguments(
@@ -240,23 +252,27 @@ def mirrored_weights(head_dim: int, proj_dim: int, first: int, second: int) -> S
 
     - `q_proj`, `k_proj`: orthonormal rows, so that nothing of the input is seen twice.
     - `linear1`: random directions, half of each one's length on the query and half on the key, so that both matter; units
-      come in mirrored pairs (`x` and `-x`), so one of each pair is active for every query and key.
-    - `linear2`: non-negative, so its units are active wherever a unit of `linear1` is: none is dead, at any `proj_dim`.
+      come in mirrored pairs (`x` and `-x`; an odd one stays alone), so one of each pair is active for every query and key.
+    - `linear2`: non-negative, so its units are active wherever a unit of `linear1` is (everywhere, or for half the pairs
+      where `hidden_dims[0]` is 1): none is dead, at any `proj_dim`.
     - `linear3`: random, scaled so that scores have standard deviation `INITIAL_SCORE_STD` on unit-normal queries and keys,
       as those of the scaled dot product do. All ReLUs of `linear2` being open, a score is a weighted sum of ReLUs of
       jointly normal numbers, whose variance has a closed form (Cho and Saul 2009, "Kernel methods for deep learning",
       arc-cosine kernel of order 1): no sample is needed.
-    - biases: zero.
+    - biases: zero. `linear2`'s therefore gets a zero gradient at the very start, as it moves all scores of a row together.
     """
-    dtype = torch.float32  # also where models are built in half precision, in which torch has no QR decomposition
-    q_weight, k_weight = (nn.init.orthogonal_(torch.empty(proj_dim, head_dim, dtype=dtype)) for _ in range(2))
-    halves = torch.randn(2, (first + 1) // 2, proj_dim, dtype=dtype)
+    # whatever torch's defaults are: it has no QR decomposition in half precision, nor float64 on every device
+    where: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
+    q_weight, k_weight = (nn.init.orthogonal_(torch.empty(proj_dim, head_dim, **where)) for _ in range(2))
+    halves = torch.randn(2, (first + 1) // 2, proj_dim, **where)
     halves = halves / halves.norm(dim=-1, keepdim=True) / math.sqrt(2)
     directions = torch.cat(tuple(halves), dim=-1)
     weight1 = torch.stack((directions, -directions), dim=1).flatten(0, 1)[:first]
-    weight2 = torch.rand(second, first, dtype=dtype) + 0.1
+    weight2 = torch.rand(second, first, **where) + 0.1
     weight2 = weight2 / weight2.norm(dim=-1, keepdim=True)
-    weight3 = torch.randn(1, second, dtype=dtype)
+    weight3 = torch.randn(1, second, **where)
+    if first == 1:
+        weight3 = weight3.abs()  # equal columns of linear2 would cancel
 
     mixed = torch.cat((weight1[:, :proj_dim] @ q_weight, weight1[:, proj_dim:] @ k_weight), dim=-1)
     coefficients = (weight3 @ weight2).squeeze(0)

@@ -26,14 +26,29 @@ torch.save(model(torch.arange(10)[None]).logits, "logits.pt")
 """
 
 LOAD = """
-import sys
+import shutil, sys
 sys.modules["hf_neural_attention"] = None  # as if it were not installed
 import torch
 from transformers import AutoModelForCausalLM
 
-model = AutoModelForCausalLM.from_pretrained("saved", trust_remote_code=True).eval()
-assert type(model).__module__.startswith("transformers_modules.")
-assert torch.equal(model(torch.arange(10)[None]).logits, torch.load("logits.pt"))
+shutil.copytree("saved", "again")
+# the copy of the code that is loaded last takes the place of the first among the attention functions
+models = [AutoModelForCausalLM.from_pretrained(name, trust_remote_code=True).eval() for name in ("saved", "again")]
+assert len({type(model) for model in models}) == 2
+assert all(type(model).__module__.startswith("transformers_modules.") for model in models)
+assert all(torch.equal(model(torch.arange(10)[None]).logits, torch.load("logits.pt")) for model in models)
+"""
+
+LOAD_BESIDE = """
+import torch
+from transformers import AutoModelForCausalLM
+
+copy = AutoModelForCausalLM.from_pretrained("saved", trust_remote_code=True).eval()
+assert type(copy).__module__.startswith("transformers_modules.")
+import hf_neural_attention
+installed = AutoModelForCausalLM.from_pretrained("saved", trust_remote_code=True).eval()  # preferred, once it is imported
+assert type(installed) is hf_neural_attention.NeuralGPT2LMHeadModel
+assert all(torch.equal(model(torch.arange(10)[None]).logits, torch.load("logits.pt")) for model in (copy, installed))
 """
 
 
@@ -51,9 +66,9 @@ def test_files_import_siblings_and_the_two_libraries_only(file):
 
 
 @pytest.mark.slow
-def test_a_saved_model_with_its_code_runs_without_the_package(tmp_path):
+def test_a_saved_model_with_its_code_runs_without_the_package_and_beside_it(tmp_path):
     environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
-    for script in (SAVE, LOAD):
+    for script in (SAVE, LOAD, LOAD_BESIDE):
         done = subprocess.run(
             [sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
         )

@@ -1,0 +1,211 @@
+"""`generate`: every strategy and every cache gives, token by token, what generating without a cache gives."""
+
+import pytest
+import torch
+from transformers import (
+    DynamicCache,
+    PreTrainedTokenizerFast,
+    QuantizedCache,
+    StaticCache,
+    pipeline,
+)
+from transformers.utils import is_optimum_quanto_available
+
+from common import GPT2, all_variants, assert_near, eager_and_sdpa, run, transformers_log
+from generating import NEW_TOKENS, generate, neural, prompt, stock_model
+
+
+ALL = {"neural_layers": "all", "neural_proj_dim": 4}
+RESIDUAL = {"neural_layers": "all", "neural_mode": "residual"}
+STRATEGIES = {
+    "greedy": {"do_sample": False},
+    "sampled": {"do_sample": True, "temperature": 0.7, "top_k": 20},
+    "beam": {"do_sample": False, "num_beams": 3},
+    "sampled beam": {"do_sample": True, "num_beams": 2},
+    "several": {"do_sample": True, "num_return_sequences": 2},
+    "penalized": {"do_sample": False, "repetition_penalty": 1.3, "no_repeat_ngram_size": 2},
+}
+strategies = pytest.mark.parametrize("strategy", STRATEGIES.values(), ids=STRATEGIES.keys())
+
+
+def assert_caches_agree(model, **strategy) -> None:
+    inputs = prompt()
+    expected = generate(model, inputs, use_cache=False, **strategy)
+    assert torch.equal(generate(model, inputs, **strategy), expected)
+    assert torch.equal(generate(model, inputs, cache_implementation="static", **strategy), expected)
+
+
+@eager_and_sdpa
+@all_variants
+def test_with_and_without_a_cache(implementation: str, fields: dict):
+    assert_caches_agree(neural(attn_implementation=implementation, **fields))
+
+
+@eager_and_sdpa
+@strategies
+def test_strategies_with_and_without_a_cache(implementation: str, strategy: dict):
+    assert_caches_agree(neural(attn_implementation=implementation, **ALL), **strategy)
+
+
+@eager_and_sdpa
+@all_variants
+def test_left_padding_changes_no_token(implementation: str, fields: dict):
+    model = neural(attn_implementation=implementation, **fields)
+    inputs = prompt()
+    together = generate(model, inputs)
+    alone = {"input_ids": inputs["input_ids"][1:, 4:], "attention_mask": inputs["attention_mask"][1:, 4:]}
+    assert torch.equal(generate(model, alone), together[1:])
+    # and the padding is masked, not just harmless
+    assert not torch.equal(generate(model, {**inputs, "attention_mask": torch.ones(2, 9, dtype=torch.long)})[1], together[1])
+
+
+@eager_and_sdpa
+@pytest.mark.parametrize("arguments", ({}, {"cache_implementation": "static"}, {"use_cache": False}), ids=str)
+def test_what_is_generated_is_what_the_logits_say(implementation: str, arguments: dict):
+    model = neural(attn_implementation=implementation, **ALL)
+    inputs = prompt(padded=False)
+    tokens = generate(model, inputs, **arguments)
+    whole = torch.cat((inputs["input_ids"], tokens), dim=1)
+    assert torch.equal(run(model, input_ids=whole)[:, 8:-1].argmax(dim=-1), tokens)
+
+
+@eager_and_sdpa
+@strategies
+def test_residual_at_birth_generates_what_the_stock_model_does(implementation: str, strategy: dict):
+    stock = stock_model(attn_implementation=implementation)
+    inputs = prompt()
+    expected = generate(stock, inputs, **strategy)
+    assert torch.equal(generate(GPT2.twin(stock, **RESIDUAL), inputs, **strategy), expected)
+    assert not torch.equal(generate(GPT2.twin(stock, **ALL), inputs, **strategy), expected)
+
+
+@eager_and_sdpa
+@pytest.mark.parametrize("static", (False, True))
+def test_caches_that_outlive_a_call(implementation: str, static: bool):
+    model = neural(attn_implementation=implementation, **ALL)
+    inputs = prompt(padded=False)
+    cache = StaticCache(model.config, 40) if static else DynamicCache(config=model.config)
+    first = torch.cat((inputs["input_ids"], generate(model, inputs, past_key_values=cache)), dim=1)
+    longer = torch.cat((first, torch.randint(3, 98, (2, 3))), dim=1)
+    more = {"input_ids": longer, "attention_mask": torch.ones_like(longer)}
+    assert torch.equal(generate(model, more, past_key_values=cache), generate(model, more, use_cache=False))
+
+
+@eager_and_sdpa
+@pytest.mark.parametrize("static", (False, True))
+def test_sliding_window_caches(implementation: str, static: bool):
+    # stock GPT-2 has no sliding window of its own, but its caches make one of a config that has
+    stock = stock_model(attn_implementation=implementation, sliding_window=8)
+    inputs = prompt(padded=False)
+
+    def with_cache(model) -> torch.Tensor:
+        cache = StaticCache(model.config, 40) if static else DynamicCache(config=model.config)
+        assert all(layer.is_sliding for layer in cache.layers)
+        return generate(model, inputs, past_key_values=cache)
+
+    expected = with_cache(stock)
+    assert not torch.equal(expected, generate(stock, inputs, use_cache=False)), "the window must matter"
+    assert torch.equal(with_cache(GPT2.twin(stock, **RESIDUAL)), expected)
+    neural = GPT2.twin(stock, **ALL)
+    assert not torch.equal(with_cache(neural), expected)
+    # a window that holds everything is no window
+    neural.config.sliding_window = 40
+    assert torch.equal(with_cache(neural), generate(neural, inputs, use_cache=False))
+
+
+QUANTIZED = {
+    "quanto": {"backend": "quanto", "nbits": 4, "q_group_size": 8, "residual_length": 4},
+    "fp8": {"backend": "fp8"},
+}
+
+
+@eager_and_sdpa
+@pytest.mark.parametrize("backend", QUANTIZED)
+def test_quantized_caches(implementation: str, backend: str):
+    if backend == "quanto" and not is_optimum_quanto_available():
+        pytest.skip("optimum-quanto is not installed")
+    stock = stock_model(attn_implementation=implementation)
+    inputs = prompt(padded=False)
+    arguments = {"cache_implementation": "quantized", "cache_config": QUANTIZED[backend]}
+    expected = generate(stock, inputs, **arguments)
+    assert torch.equal(generate(GPT2.twin(stock, **RESIDUAL), inputs, **arguments), expected)
+    neural_model = GPT2.twin(stock, **ALL)
+    assert not torch.equal(generate(neural_model, inputs, **arguments), expected)
+
+    for model in (stock, neural_model):
+        cache, plain = QuantizedCache(config=model.config, **QUANTIZED[backend]), DynamicCache(config=model.config)
+        for each in (cache, plain):
+            model(input_ids=inputs["input_ids"][:, :8], past_key_values=each)
+        lossy, exact = (run(model, input_ids=inputs["input_ids"][:, 8:], past_key_values=each) for each in (cache, plain))
+        assert 1e-4 < (lossy - exact).abs().max() / exact.abs().max() < 0.5, "something is lost, but little"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="offloaded caches need an accelerator, with stock models too")
+@pytest.mark.parametrize("cache", ("offloaded", "offloaded_static"))
+def test_offloaded_caches(cache: str):
+    model = neural(**ALL).cuda()
+    inputs = {name: tensor.cuda() for name, tensor in prompt().items()}
+    assert torch.equal(generate(model, inputs, cache_implementation=cache), generate(model, inputs, use_cache=False))
+
+
+def test_inputs_embeds():
+    model = neural(**ALL)
+    inputs = prompt(padded=False)
+    embeds = {"inputs_embeds": model.transformer.wte(inputs["input_ids"]), "attention_mask": inputs["attention_mask"]}
+    tokens = model.generate(**embeds, max_new_tokens=NEW_TOKENS, do_sample=False)
+    assert torch.equal(tokens, generate(model, inputs))
+
+
+def test_scores_and_attentions_are_returned():
+    model = neural(attn_implementation="eager", **ALL)
+    outputs = model.generate(
+        **prompt(), max_new_tokens=3, do_sample=False, return_dict_in_generate=True, output_scores=True, output_attentions=True
+    )
+    assert len(outputs.scores) == len(outputs.attentions) == 3
+    assert [[weights.shape for weights in step] for step in outputs.attentions] == [
+        [(2, 4, 9, 9)] * 3,
+        [(2, 4, 1, 10)] * 3,
+        [(2, 4, 1, 11)] * 3,
+    ]
+    last = outputs.attentions[-1][0]
+    assert (last.sum(dim=-1) - 1).abs().max() < 1e-5 and last[1, ..., :4].abs().max() == 0
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
+def test_low_precision(dtype: torch.dtype):
+    model = neural(**ALL).to(dtype)
+    inputs = prompt()
+    cached, whole = (
+        model.generate(
+            **inputs, max_new_tokens=2, do_sample=False, output_logits=True, return_dict_in_generate=True, use_cache=use_cache
+        ).logits[0]
+        for use_cache in (True, False)
+    )
+    assert torch.isfinite(cached).all()
+    assert_near(cached.float(), whole.float(), 1e-2)
+    generate(model, inputs, cache_implementation="static")
+
+
+@pytest.fixture
+def tokenizer() -> PreTrainedTokenizerFast:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = {"<pad>": 0, "<s>": 1, **{f"w{i}": i for i in range(2, 98)}, "</s>": 98}
+    inner = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="<pad>", bos_token="<s>", eos_token="</s>", padding_side="left"
+    )
+
+
+def test_text_generation_pipeline(tokenizer, tmp_path):
+    neural(**ALL).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    with transformers_log() as log:
+        generator = pipeline("text-generation", model=str(tmp_path), tokenizer=str(tmp_path))
+        (first,), (second,) = generator(["w5 w6 w7", "w8"], max_new_tokens=6, do_sample=False, batch_size=2)
+    assert not any("not supported" in message for message in log)
+    assert type(generator.model) is GPT2.neural_class()
+    assert first["generated_text"].startswith("w5 w6 w7") and first["generated_text"].count("w") > 3
+    assert second["generated_text"].startswith("w8") and second["generated_text"].count("w") > 1
+    assert generator("w8", max_new_tokens=6, do_sample=False)[0] == second

@@ -1,0 +1,299 @@
+"""Attaching scorers, the attention function, and what runs under which attention implementation."""
+
+import copy
+import re
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import AttentionInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from common import (
+    GPT2,
+    VIT,
+    Family,
+    all_variants,
+    assert_far,
+    assert_near,
+    both_families,
+    one_and_all_layers,
+    run,
+    scorers,
+    use,
+)
+from hf_neural_attention import NeuralScorer, neural_attention
+from hf_neural_attention.models.neural_attention_interface import (
+    ATTENTION_NAME,
+    NeuralConfigView,
+    attach_scorer,
+    detach_scorer,
+    neural_attention_forward,
+    normalize_mask,
+)
+
+
+REFUSED = {
+    "flash_attention_2": "kernel computes dot products",
+    "flash_attention_3": "kernel computes dot products",
+    "flex_attention": "kernel computes dot products",
+    "paged|eager": "kernel computes dot products",
+    "unheard_of": "kernel computes dot products",
+    ATTENTION_NAME: "what single layers run",
+}
+refused = pytest.mark.parametrize(("name", "reason"), REFUSED.items(), ids=REFUSED.keys())
+
+
+def attention_of(model, layer: int = 0):
+    base = model.base_model
+    return base.h[layer].attn if hasattr(base, "h") else base.layers[layer].attention
+
+
+@both_families
+@all_variants
+def test_eager_and_sdpa_agree(family: Family, fields: dict):
+    sdpa = family.neural(**fields)
+    assert sdpa.config._attn_implementation == "sdpa"
+    eager = use(sdpa, "eager")
+    assert eager.config._attn_implementation == "eager"
+    inputs = family.inputs(labels=False)
+    expected = run(sdpa, **inputs)
+    assert_near(run(eager, **inputs), expected)
+    back = use(eager, "sdpa")
+    assert torch.equal(run(back, **inputs), expected)
+
+
+@both_families
+@one_and_all_layers
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 6e-2), (torch.float16, 8e-3)], ids=("bf16", "fp16"))
+def test_eager_and_sdpa_agree_in_low_precision(family: Family, fields: dict, dtype: torch.dtype, tolerance: float):
+    # a handful of roundings of 2^-8 and 2^-11 apart: three layers, each with attention, projections and a feed-forward
+    model = family.neural(**fields)
+    inputs = family.inputs(labels=False)
+    expected = run(model, **inputs)
+    model = model.to(dtype)
+    sdpa, eager = run(model, **inputs), run(use(model, "eager"), **inputs)
+    assert sdpa.dtype == eager.dtype == dtype
+    assert_near(sdpa.float(), expected, tolerance)
+    assert_near(eager.float(), expected, tolerance)
+
+
+@both_families
+@pytest.mark.parametrize("implementation", ("eager", "sdpa"))
+def test_implementation_chosen_while_loading(family: Family, implementation: str, tmp_path):
+    model = family.neural()
+    model.save_pretrained(tmp_path)
+    loaded = family.neural_class().from_pretrained(tmp_path, attn_implementation=implementation)
+    assert loaded.config._attn_implementation == implementation
+    inputs = family.inputs(labels=False)
+    assert torch.equal(run(loaded, **inputs), run(use(model, implementation), **inputs))
+
+
+@both_families
+@refused
+def test_other_implementations_are_refused_at_load(family: Family, name: str, reason: str, tmp_path):
+    family.neural().save_pretrained(tmp_path)
+    for make in (
+        lambda: family.neural_class().from_pretrained(tmp_path, attn_implementation=name),
+        lambda: family.neural_class()._from_config(family.config(), attn_implementation=name),
+        lambda: family.neural_class()(family.config(attn_implementation=name)),
+    ):
+        with pytest.raises(ValueError, match=reason) as error:
+            make()
+        assert repr(name) in str(error.value) and "'eager', 'sdpa'" in str(error.value)
+        assert f"Neural{family.stem}" in str(error.value)
+
+
+@both_families
+@refused
+@pytest.mark.parametrize("implementation", ("eager", "sdpa"))
+def test_other_implementations_are_refused_later_and_nothing_changes(
+    family: Family, name: str, reason: str, implementation: str
+):
+    model = use(family.neural(), implementation)
+    inputs = family.inputs(labels=False)
+    expected = run(model, **inputs)
+    for change in (name, {"": name}):
+        with pytest.raises(ValueError, match=reason):
+            model.set_attn_implementation(change)
+        assert model.config._attn_implementation == implementation
+        assert torch.equal(run(model, **inputs), expected)
+
+
+@both_families
+def test_the_whole_model_cannot_run_our_function_without_scorers(family: Family):
+    # a stock model accepts any registered name; without an error here it would look for scorers that are not there
+    stock = family.stock()
+    stock.set_attn_implementation(ATTENTION_NAME)
+    with pytest.raises(ValueError, match="what single layers run"):
+        stock(**family.inputs())
+
+
+@both_families
+@one_and_all_layers
+def test_attention_maps_of_all_layers_under_eager(family: Family, fields: dict):
+    model = use(family.neural(**fields), "eager")
+    inputs = family.inputs(labels=False)
+    attentions = model(**inputs, output_attentions=True).attentions
+    length = 12 if family is GPT2 else 17
+    assert len(attentions) == 3 and all(weights.shape == (2, 4, length, length) for weights in attentions)
+    for weights in attentions:
+        assert (weights.sum(dim=-1) - 1).abs().max() < 1e-5 and weights.min() >= 0
+        if family is GPT2:
+            assert weights.triu(1).abs().max() == 0
+    # they are the weights that were used: the maps of a stock twin differ, where the layer is neural
+    stock = family.stock(attn_implementation="eager")
+    stock.load_state_dict(model.state_dict(), strict=False)
+    assert_far(attentions[0], stock(**inputs, output_attentions=True).attentions[0])
+
+
+@both_families
+def test_attention_maps_are_the_weights_that_were_used(family: Family):
+    model = use(family.neural(neural_layers="all"), "eager")
+    attention, seen = attention_of(model), {}
+    attention.scorer.register_forward_hook(lambda module, args, output: seen.update(value=args[2], output=output[0]))
+    weights = model(**family.inputs(labels=False), output_attentions=True).attentions[0]
+    assert_near(weights @ seen["value"], seen["output"])
+
+
+@both_families
+def test_attention_maps_elsewhere_are_as_in_the_stock_model(family: Family):
+    stock, model = family.stock(), family.neural(neural_layers="all")
+    inputs = family.inputs(labels=False)
+    # under sdpa there are none, and asking the config for them is refused
+    assert stock(**inputs, output_attentions=True).attentions == model(**inputs, output_attentions=True).attentions == ()
+    for each in (stock, model):
+        with pytest.raises(ValueError, match="`output_attentions`"):
+            each.config.output_attentions = True
+    assert "attentions" not in use(model, "eager")(**inputs)
+
+
+@both_families
+@pytest.mark.parametrize("implementation", ("eager", "sdpa"))
+def test_hidden_states(family: Family, implementation: str):
+    stock = family.stock(attn_implementation=implementation)
+    inputs = family.inputs(labels=False)
+    expected = stock(**inputs, output_hidden_states=True).hidden_states
+    residual = family.twin(stock, neural_layers="all", neural_mode="residual")(
+        **inputs, output_hidden_states=True
+    ).hidden_states
+    assert len(residual) == len(expected) == 4
+    for actual, wanted in zip(residual, expected, strict=True):
+        assert_near(actual, wanted)
+    neural = family.twin(stock, neural_layers=[1])(**inputs, output_hidden_states=True).hidden_states
+    assert torch.equal(neural[1], expected[1])
+    assert_far(neural[2], expected[2])
+
+
+@both_families
+def test_attach_and_detach(family: Family):
+    model = family.stock()
+    inputs = family.inputs(labels=False)
+    expected, names = run(model, **inputs), list(model.state_dict())
+    attention = attention_of(model)
+    config, scorer = attention.config, NeuralScorer(attention.head_dim)
+    attach_scorer(attention, scorer)
+    assert attention.scorer is scorer and attention.config.base is config is model.config
+    assert_far(run(model, **inputs), expected)
+    with pytest.raises(ValueError, match=f"{family.stem}Attention has a scorer already; detach it first"):
+        attach_scorer(attention, NeuralScorer(attention.head_dim))
+    assert attention.scorer is scorer
+    assert detach_scorer(attention) is scorer
+    assert attention.config is config and list(model.state_dict()) == names
+    assert torch.equal(run(model, **inputs), expected)
+    with pytest.raises(ValueError, match=f"{family.stem}Attention has no scorer"):
+        detach_scorer(attention)
+
+
+@both_families
+def test_attaching_equals_our_classes_and_survives_earlier_output_capture(family: Family):
+    model = family.stock(attn_implementation="eager")
+    inputs = family.inputs(labels=False)
+    # the hooks that record attention maps are installed by the first call that asks for them
+    model(**inputs, output_attentions=True)
+    neural = use(family.twin(model, neural_layers="all"), "eager")
+    for layer in range(3):
+        attach_scorer(attention_of(model, layer), copy.deepcopy(attention_of(neural, layer).scorer))
+    ours, theirs = (each(**inputs, output_attentions=True) for each in (model, neural))
+    assert torch.equal(ours.logits, theirs.logits) and len(ours.attentions) == 3
+    assert all(torch.equal(a, b) for a, b in zip(ours.attentions, theirs.attentions, strict=True))
+
+
+@both_families
+def test_a_second_stock_model_is_untouched(family: Family):
+    inputs = family.inputs(labels=False)
+    stock = family.stock()
+    expected = run(stock, **inputs)
+    stock_function = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    neural = family.neural(neural_layers="all")
+    neural(**inputs)
+    neural.set_attn_implementation("eager")
+    neural(**inputs)
+    assert torch.equal(run(stock, **inputs), expected) and stock.config._attn_implementation == "sdpa"
+    assert ALL_ATTENTION_FUNCTIONS["sdpa"] is stock_function and not scorers(stock)
+    assert AttentionInterface._global_mapping[ATTENTION_NAME] is neural_attention_forward
+
+
+def test_config_view_is_the_config_but_for_one_name():
+    config = GPT2.config()
+    view = NeuralConfigView(config)
+    assert view._attn_implementation == ATTENTION_NAME and config._attn_implementation != ATTENTION_NAME
+    assert view.n_embd == 32 and view.to_dict() == config.to_dict()
+    view.initializer_range = 0.5
+    assert config.initializer_range == 0.5
+    with pytest.raises(AttributeError, match="no_such_field"):
+        _ = view.no_such_field
+    both = copy.deepcopy({"config": config, "view": view})
+    assert both["view"].base is both["config"] is not config
+
+
+# implementation, mask or None, queries, keys, causal module -> mask or None, causal, keys that count
+NO_MASK = [
+    ("sdpa", 7, 7, True, (True, 7)),  # training and prefill
+    ("sdpa", 1, 8, True, (False, 8)),  # decoding one token
+    ("sdpa", 7, 12, True, (True, 7)),  # prefill of a static cache
+    ("sdpa", 7, 7, False, (False, 7)),  # images
+    ("sdpa", 3, 5, False, (False, 5)),
+    ("eager", 7, 7, True, (False, 7)),
+    ("eager", 1, 8, True, (False, 8)),
+]
+
+
+@pytest.mark.parametrize(("implementation", "queries", "keys", "is_causal", "expected"), NO_MASK)
+def test_what_no_mask_means(implementation: str, queries: int, keys: int, is_causal: bool, expected: tuple):
+    assert normalize_mask(implementation, None, queries, keys, is_causal) == (None, *expected)
+
+
+def test_masks_are_cut_and_their_lowest_number_becomes_infinite():
+    lowest = torch.finfo(torch.float32).min
+    mask, causal, keys = normalize_mask("eager", torch.tensor([[[[0.0, -3.0, lowest, -torch.inf, 0.0]]]]), 1, 4, True)
+    assert mask.tolist() == [[[[0.0, -3.0, -torch.inf, -torch.inf]]]] and not causal and keys == 4
+    bools = torch.rand(2, 1, 3, 6) > 0.5
+    mask, causal, keys = normalize_mask("sdpa", bools, 3, 6, True)
+    assert torch.equal(mask, bools) and not causal and keys == 6
+    with pytest.raises(ValueError, match=re.escape("mask of shape (2, 6); expected 4 dimensions")):
+        normalize_mask("sdpa", torch.ones(2, 6), 3, 6, True)
+
+
+@pytest.mark.parametrize("argument", ("softcap", "s_aux", "position_bias", "cache"))
+def test_arguments_that_only_a_dot_product_honours_are_refused(argument: str):
+    attention = attention_of(VIT.neural())
+    tensors = torch.randn(3, 1, 4, 5, 8)
+    with pytest.raises(ValueError, match=f"cannot honour .*`{argument}`"):
+        neural_attention_forward(attention, *tensors, None, **{argument: torch.ones(4)})
+    # None is how models say that they do without
+    assert neural_attention_forward(attention, *tensors, None, **{argument: None})[0].shape == (1, 5, 4, 8)
+
+
+@pytest.mark.parametrize(
+    ("causal_module", "argument", "causal"), [(True, None, True), (False, None, False), (True, False, False)]
+)
+def test_attention_function_computes_the_operation(causal_module: bool, argument: bool | None, causal: bool):
+    scorer = NeuralScorer(8, proj_dim=4)
+    query, key, value = torch.randn(3, 2, 4, 5, 8)
+    config = NeuralConfigView(SimpleNamespace(_attn_implementation="sdpa"))
+    module = SimpleNamespace(config=config, is_causal=causal_module, scorer=scorer)
+    output, weights = neural_attention_forward(module, query, key, value, None, is_causal=argument)
+    expected = neural_attention(query, key, value, scorer, is_causal=causal)
+    assert torch.equal(output, expected.transpose(1, 2)) and output.is_contiguous() and weights is None
+    assert_far(expected, neural_attention(query, key, value, scorer, is_causal=not causal))
