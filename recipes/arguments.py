@@ -25,14 +25,16 @@ class NeuralArguments:
             "choices": list(ARMS),
         },
     )
-    neural_layers: list[str] = field(
-        default_factory=lambda: ["0"], metadata={"help": 'Layers with Neural Attention: indices, or "all".'}
+    neural_layers: list[str] | None = field(
+        default=None, metadata={"help": "Layers with Neural Attention: indices, all, or none. Default: 0."}
     )
     neural_proj_dim: int | None = field(default=None, metadata={"help": "Default: max(2, head_dim // 32), the paper's."})
     neural_hidden_dims: list[int] | None = field(default=None, metadata={"help": "Two sizes. Default: the paper's."})
-    neural_mode: str = field(default="replace", metadata={"help": "replace (the paper) or residual."})
-    neural_per_head: bool = field(default=False, metadata={"help": "A scorer for each head instead of each layer."})
-    neural_init: str = field(default="mirrored", metadata={"help": "mirrored or paper."})
+    neural_mode: str | None = field(default=None, metadata={"help": "replace (the paper; default) or residual."})
+    neural_per_head: bool | None = field(
+        default=None, metadata={"help": "A scorer for each head instead of each layer. Default: False."}
+    )
+    neural_init: str | None = field(default=None, metadata={"help": "mirrored (default) or paper."})
     card: str | None = field(
         default=None,
         metadata={"help": "Also write the model card there, e.g. model_cards/NAME: NAME.md, NAME.json and NAME.png."},
@@ -42,23 +44,27 @@ class NeuralArguments:
     )
 
     def config_fields(self) -> dict[str, Any]:
-        """The fields of a `Neural*Config`."""
-        layers: Any = self.neural_layers if isinstance(self.neural_layers, list) else [self.neural_layers]
-        if layers == ["all"]:
-            layers = "all"
-        else:
-            try:
-                layers = [int(layer) for layer in layers]
-            except ValueError:
-                raise SystemExit(f"--neural_layers is {layers}; expected indices of layers, or all.") from None
-        return {
-            "neural_layers": layers,
+        """The fields of a `Neural*Config` that are given; others keep the config's default, or the checkpoint's value."""
+        fields = {
+            "neural_layers": self.layers(),
             "neural_proj_dim": self.neural_proj_dim,
             "neural_hidden_dims": self.neural_hidden_dims,
             "neural_mode": self.neural_mode,
             "neural_per_head": self.neural_per_head,
             "neural_init": self.neural_init,
         }
+        return {name: value for name, value in fields.items() if value is not None}
+
+    def layers(self) -> list[int] | str | None:
+        words = self.neural_layers
+        if words is None or words == ["none"]:
+            return None if words is None else []
+        if words == ["all"]:
+            return "all"
+        try:
+            return [int(word) for word in words]
+        except ValueError:
+            raise SystemExit(f"--neural_layers is {words}; expected indices of layers, all, or none.") from None
 
 
 def parse_arguments(*types: Any, description: str | None = None) -> tuple[Any, ...]:
@@ -93,5 +99,6 @@ def flags_of_file(path: Path) -> list[str]:
             continue
         flags.append(f"--{name}")
         values = value if isinstance(value, list) else [value]
+        values = values or ["none"]  # an empty list of layers
         flags += [json.dumps(item) if isinstance(item, dict) else str(item) for item in values]
     return flags

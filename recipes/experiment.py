@@ -23,11 +23,12 @@ from transformers.trainer_utils import get_last_checkpoint
 
 RESULTS = "results.json"
 
-# Arguments that may change between the parts of one run: they do not change what is learned
+# Arguments that may change between the parts of one run: they do not change what is learned, unless the best checkpoint is
+# kept (`load_best_model_at_end`)
 FREE_ARGUMENTS = {
+    "attention",
     "card",
     "card_note",
-    "dataloader_num_workers",
     "disable_tqdm",
     "eval_strategy",
     "eval_steps",
@@ -65,7 +66,7 @@ class Experiment:
     Args:
         build_model: makes the model of an arm, `"neural"` or `"dot"`, with its initial weights.
         evaluate: figures of the trained model, by name.
-        show: writes a sample of what the model does into a folder and returns a line of Markdown about it.
+        show: returns some Markdown about what the model does; writes into the folder that it gets, or nothing for None.
         trainer_arguments: further arguments of `Trainer` (data sets, collator, processing class, metrics).
         settings: every argument of the command line, for `run.json`.
     """
@@ -73,7 +74,7 @@ class Experiment:
     training: TrainingArguments
     build_model: Callable[[str], PreTrainedModel]
     evaluate: Callable[[Trainer], dict[str, float]]
-    show: Callable[[PreTrainedModel, Path], str]
+    show: Callable[[PreTrainedModel, Path | None], str]
     trainer_arguments: dict[str, Any]
     settings: dict[str, Any]
 
@@ -82,7 +83,15 @@ class Experiment:
         return Path(str(self.training.output_dir))
 
     def run(self, arms: tuple[str, ...]) -> dict[str, dict[str, Any]]:
-        """Trains, or goes on training, what is not finished yet; returns the results of all arms."""
+        """Trains, or goes on training, what is not finished yet; returns the results of all arms.
+
+        Raises:
+            SystemExit: if the folder holds another run, the model cannot be built, or an argument cannot be honoured.
+        """
+        if self.training.push_to_hub:
+            raise SystemExit("--push_to_hub is not there yet. Upload a finished folder with `hf upload REPOSITORY FOLDER`.")
+        if self.training.resume_from_checkpoint:
+            raise SystemExit("--resume_from_checkpoint: a run resumes from its last checkpoint by itself, for each arm.")
         if self.training.should_save:
             claim_folder(self.folder, self.settings)
         return {arm: self.run_arm(arm) for arm in arms}
@@ -90,25 +99,33 @@ class Experiment:
     def run_arm(self, arm: str) -> dict[str, Any]:
         folder = self.folder / arm
         if (folder / RESULTS).exists():
-            print(f"{arm}: finished before, see {folder / RESULTS}")
+            self.say(f"{arm}: finished before, see {folder / RESULTS}")
             return json.loads((folder / RESULTS).read_text())
         arguments = self.arguments_of(arm)
         set_seed(arguments.seed)
-        model = self.initial_model(arm)
+        try:
+            model = self.initial_model(arm)
+        except ValueError as error:
+            raise SystemExit(f"The {arm} model cannot be built: {error}") from None
+        parameters = {name: parameter.numel() for name, parameter in model.named_parameters()}  # before they are sharded
+        use_cache = getattr(model.config, "use_cache", None)
         callbacks = [StepClock(), *self.trainer_arguments.get("callbacks", [])]
         trainer = Trainer(model=model, args=arguments, **self.trainer_arguments | {"callbacks": callbacks})
         checkpoint = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-        print(f"{arm}: {'resuming from ' + checkpoint if checkpoint else 'training from the start'}", flush=True)
+        self.say(f"{arm}: {'resuming from ' + checkpoint if checkpoint else 'training from the start'}")
         trainer.train(resume_from_checkpoint=checkpoint)
         # resuming puts another clock in the place of ours
         clock = next(callback for callback in trainer.callback_handler.callbacks if isinstance(callback, StepClock))
 
-        model.config.use_cache = True  # Trainer switches it off, and a saved model would generate without a cache
+        if use_cache is not None:
+            model.config.use_cache = use_cache  # Trainer switches it off, and a saved model would generate without a cache
+        elif hasattr(model.config, "use_cache"):
+            del model.config.use_cache
         trainer.save_model()
         results = {
             "attention": arm,
-            "parameters": model.num_parameters(),
-            "scorer_parameters": sum(p.numel() for name, p in model.named_parameters() if ".scorer." in name),
+            "parameters": sum(parameters.values()),
+            "scorer_parameters": sum(size for name, size in parameters.items() if ".scorer." in name),
             "steps": trainer.state.global_step,
             "epochs": trainer.state.epoch,
             "train_seconds": clock.seconds,
@@ -117,20 +134,21 @@ class Experiment:
             "config": model.config.to_diff_dict(),
             "history": trainer.state.log_history,
         }
+        # by all processes: parameters may be sharded among them
+        results["sample"] = self.show(model.eval(), folder if arguments.should_save else None)
         if arguments.should_save:
-            results["sample"] = self.show(model.eval(), folder)
             write_json(folder / RESULTS, results)
-        if arguments.push_to_hub:
-            trainer.push_to_hub(tags=["neural-attention"])
         return results
 
+    def say(self, text: str) -> None:
+        if self.training.should_save:
+            print(text, flush=True)
+
     def arguments_of(self, arm: str) -> TrainingArguments:
-        """The arm's own `TrainingArguments`: a folder and a repository of its own, all else equal."""
-        hub_model_id = self.training.hub_model_id
+        """The arm's own `TrainingArguments`: a folder of its own, all else equal."""
         return dataclasses.replace(
             self.training,
             output_dir=str(self.folder / arm),
-            hub_model_id=f"{hub_model_id}-{arm}" if hub_model_id else None,
             restore_callback_states_from_checkpoint=True,
             dataloader_pin_memory=self.training.dataloader_pin_memory and torch.accelerator.is_available(),
         )
@@ -155,7 +173,8 @@ def claim_folder(folder: Path, settings: dict[str, Any]) -> None:
     """
     settings = {name: value for name, value in settings.items() if name not in FREE_ARGUMENTS}
     record = folder / "run.json"
-    if record.exists():
+    begun = any(folder.glob("*/checkpoint-*")) or any(folder.glob(f"*/{RESULTS}"))
+    if record.exists() and begun:
         earlier = json.loads(record.read_text())
         names = sorted({*settings, *earlier})
         different = [name for name in names if settings.get(name) != earlier.get(name)]
@@ -164,7 +183,7 @@ def claim_folder(folder: Path, settings: dict[str, Any]) -> None:
             raise SystemExit(
                 f"{folder} holds another run:\n" + "\n".join(lines) + "\nChoose another --output_dir, or delete that folder."
             )
-    elif folder.is_dir() and any(folder.iterdir()):
+    elif not record.exists() and folder.is_dir() and any(folder.iterdir()):
         raise SystemExit(f"{folder} holds files that are no run of this recipe. Choose another --output_dir, or empty it.")
     folder.mkdir(parents=True, exist_ok=True)
     write_json(record, settings)

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from datasets import Dataset
 from transformers import (
-    AutoConfig,
     AutoImageProcessor,
     BaseImageProcessor,
     EvalPrediction,
@@ -29,6 +28,7 @@ from transformers import (
 )
 
 from arguments import ARMS, NeuralArguments, parse_arguments
+from checkpoints import load_checkpoint_config
 from experiment import Experiment, settings_of
 from hf_neural_attention import NeuralViTConfig, NeuralViTForImageClassification
 from hf_neural_attention.metrics import Accuracy
@@ -61,15 +61,19 @@ class ModelArguments:
 
 
 class HalveLearningRate(TrainerCallback):
-    """Halves the learning rate of any schedule from a given epoch on. The schedule's state keeps it in checkpoints."""
+    """Halves the learning rate of any schedule from a given epoch on, once."""
 
     def __init__(self, after_epoch: int):
         self.after_epoch = after_epoch
 
-    def on_epoch_end(self, args, state, control, lr_scheduler=None, **kwargs):
-        if round(state.epoch) == self.after_epoch:
-            schedule = getattr(lr_scheduler, "scheduler", lr_scheduler)  # accelerate wraps it
-            schedule.base_lrs = [rate / 2 for rate in schedule.base_lrs]
+    def on_step_begin(self, args, state, control, lr_scheduler=None, optimizer=None, **kwargs):
+        schedule = getattr(lr_scheduler, "scheduler", lr_scheduler)  # accelerate wraps it
+        first_rates = [group["initial_lr"] for group in optimizer.param_groups]
+        # a checkpoint holds both, so a resumed run knows whether it was done
+        if state.epoch >= self.after_epoch and schedule.base_lrs == first_rates:
+            schedule.base_lrs = [rate / 2 for rate in first_rates]
+            for group in optimizer.param_groups:
+                group["lr"] /= 2
 
 
 def build_model(
@@ -98,19 +102,19 @@ def build_model(
     return model_class(config)
 
 
-def check_fit(model: ModelArguments, image: ImageArguments, labels: list[str]) -> None:
+def check_fit(model: ModelArguments, image: ImageArguments, neural: NeuralArguments, labels: list[str]) -> None:
     """Raises SystemExit if images, labels and model do not fit together."""
     if model.model_name_or_path is None:
         if image.image_size % model.patch_size:
             raise SystemExit(f"--image_size {image.image_size} is no multiple of --patch_size {model.patch_size}.")
         return
-    config = AutoConfig.from_pretrained(model.model_name_or_path)
+    config = load_checkpoint_config(model.model_name_or_path, "vit", neural)
     if config.image_size != image.image_size:
         raise SystemExit(
             f"{model.model_name_or_path} was made for images of {config.image_size} pixels and --image_size is "
             f"{image.image_size}. Use its size: images are resized to it."
         )
-    stored = [config.id2label[index] for index in sorted(config.id2label)]
+    stored = list((config.id2label or {}).values())
     unnamed = len(stored) == len(labels) and all(name.startswith("LABEL_") for name in stored)
     if stored != labels and not unnamed and not model.ignore_mismatched_sizes:
         raise SystemExit(
@@ -144,7 +148,7 @@ def final_figures(trainer: Trainer, datasets: dict[str, Dataset]) -> dict[str, f
 
 @torch.no_grad()
 def draw_predictions(
-    model: PreTrainedModel, folder: Path, images: LabelledImages, processor: BaseImageProcessor, image: ImageArguments
+    model: PreTrainedModel, folder: Path | None, images: LabelledImages, processor: BaseImageProcessor, image: ImageArguments
 ) -> str:
     """Draws test images with what the model takes them for (`predictions.png`) and returns a line of Markdown."""
     import matplotlib
@@ -158,19 +162,22 @@ def draw_predictions(
     chosen = test.select(np.linspace(0, test.num_rows - 1, count, dtype=int))
     pixels = with_pixels(chosen, processor, "none", image.image_size)[:]["pixel_values"]
     guesses = model(pixel_values=pixels.to(model.device)).logits.argmax(-1).tolist()
+    right = sum(guess == label for guess, label in zip(guesses, chosen["label"], strict=True))
+    summary = f"Of {count} test images spread over the split, it names {right} correctly (`predictions.png` beside the model)."
+    if folder is None:
+        return summary
     figure, axes = plt.subplots(GRID_ROWS, GRID_COLUMNS, figsize=(1.5 * GRID_COLUMNS, 1.8 * GRID_ROWS), layout="constrained")
     for axis in axes.flat:
         axis.axis("off")
     for axis, example, guess in zip(axes.flat, chosen, guesses, strict=False):
-        right = guess == example["label"]
+        hit = guess == example["label"]
         axis.imshow(example["image"].convert("RGB"))
-        title = images.labels[guess] if right else f"{images.labels[guess]}\n(not {images.labels[example['label']]})"
-        axis.set_title(title, fontsize=8, color="black" if right else "tab:red")
+        title = images.labels[guess] if hit else f"{images.labels[guess]}\n(not {images.labels[example['label']]})"
+        axis.set_title(title, fontsize=8, color="black" if hit else "tab:red")
     figure.savefig(folder / "predictions.png", dpi=120)
     plt.close(figure)
-    right = sum(guess == label for guess, label in zip(guesses, chosen["label"], strict=True))
     print(f"Predictions: {right} of {count} right, see {folder / 'predictions.png'}")
-    return f"Of {count} test images spread over the split, it names {right} correctly (`predictions.png` beside the model)."
+    return summary
 
 
 def describe_task(images: LabelledImages, image: ImageArguments) -> Task:
@@ -189,8 +196,9 @@ def describe_task(images: LabelledImages, image: ImageArguments) -> Task:
         name="image classification",
         pipeline_tag="image-classification",
         dataset=Path(name).name if Path(name).exists() else name,
+        hub_dataset=None if image.dataset_name == EMBEDDED or Path(name).exists() else name,
         main_metric="test_accuracy",
-        higher_is_better=True,
+        is_accuracy=True,
         metrics={
             f"{split}_{metric}": f"{split} {metric}" for split in ("validation", "test") for metric in ("accuracy", "loss")
         },
@@ -208,7 +216,7 @@ def main() -> None:
     )
     training.remove_unused_columns = False  # pixel values are computed from columns that the model does not take
     images = load_images(image, training.seed)
-    check_fit(model, image, images.labels)
+    check_fit(model, image, neural, images.labels)
     processor = make_processor(model, image)
     datasets = {
         split: with_pixels(data, processor, image.augmentation if split == "train" else "none", image.image_size)

@@ -2,10 +2,13 @@
 
 import random
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, load_dataset
+from datasets.data_files import EmptyDatasetError
 from PIL import Image as PIL
 from PIL import ImageEnhance, ImageOps
 from transformers import BaseImageProcessor
@@ -89,8 +92,13 @@ def load_splits(arguments: ImageArguments) -> DatasetDict:
         return embedded_digits()
     path = Path(name)
     if path.is_dir():
-        files = {file.stem: str(file) for file in sorted(path.glob("*.parquet"))}
-        splits = load_dataset("parquet", data_files=files) if files else load_dataset("imagefolder", data_dir=name)
+        files: dict[str, list[str]] = {}
+        for file in sorted(path.glob("*.parquet")):  # train.parquet, or train-00000-of-00001.parquet as on the Hub
+            files.setdefault(file.stem.split("-")[0], []).append(str(file))
+        try:
+            splits = load_dataset("parquet", data_files=files) if files else load_dataset("imagefolder", data_dir=name)
+        except EmptyDatasetError:
+            raise SystemExit(f"The folder {name} has no train.parquet and no train/CLASS/*.png.") from None
     elif path.exists() or name.startswith((".", "/")) or path.suffix:
         raise SystemExit(f"{name} is no folder. Expected a folder with train.parquet, or with train/CLASS/*.png.")
     else:
@@ -185,9 +193,9 @@ def shift_hue(image: PIL.Image, share: float) -> PIL.Image:
 
 def with_pixels(data: Dataset, processor: BaseImageProcessor, augmentation: str, size: int) -> Dataset:
     """The data set with `pixel_values` and `labels`, computed when an example is read."""
+    return data.with_transform(partial(make_pixels, processor=processor, augmentation=augmentation, size=size))
 
-    def transform(batch):
-        images = [augment(image.convert("RGB"), augmentation, size) for image in batch["image"]]
-        return {"pixel_values": processor(images, return_tensors="pt")["pixel_values"], "labels": batch["label"]}
 
-    return data.with_transform(transform)
+def make_pixels(batch: dict[str, Any], processor: BaseImageProcessor, augmentation: str, size: int) -> dict[str, Any]:
+    images = [augment(image.convert("RGB"), augmentation, size) for image in batch["image"]]
+    return {"pixel_values": processor(images, return_tensors="pt")["pixel_values"], "labels": batch["label"]}

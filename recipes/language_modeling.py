@@ -14,7 +14,6 @@ from typing import Any, cast
 import torch
 from datasets import Dataset
 from transformers import (
-    AutoConfig,
     GPT2Config,
     GPT2LMHeadModel,
     PreTrainedModel,
@@ -26,6 +25,7 @@ from transformers import (
 )
 
 from arguments import ARMS, NeuralArguments, parse_arguments
+from checkpoints import load_checkpoint_config
 from experiment import Experiment, settings_of
 from hf_neural_attention import NeuralGPT2Config, NeuralGPT2LMHeadModel
 from perplexity import perplexity
@@ -80,25 +80,35 @@ def build_model(
     return model_class(config)
 
 
-def check_fit(model: ModelArguments, text: TextArguments, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raises SystemExit if text, tokenizer and model do not fit together."""
-    positions, vocabulary = model.n_positions or text.block_size, len(tokenizer)
+def check_fit(model: ModelArguments, text: TextArguments, neural: NeuralArguments, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Returns how many positions the model has.
+
+    Raises:
+        SystemExit: if text, tokenizer and model do not fit together.
+    """
+    positions = model.n_positions or text.block_size
     if model.model_name_or_path is not None:
-        config = AutoConfig.from_pretrained(model.model_name_or_path)
-        positions, vocabulary = config.n_positions, config.vocab_size
-    if len(tokenizer) > vocabulary:
-        raise SystemExit(
-            f"The tokenizer has {len(tokenizer)} tokens and {model.model_name_or_path} embeddings for {vocabulary}: they do "
-            "not belong together. Choose the checkpoint's own with --tokenizer_name."
-        )
+        config = load_checkpoint_config(model.model_name_or_path, "gpt2", neural)
+        positions = config.n_positions
+        if len(tokenizer) > config.vocab_size:
+            raise SystemExit(
+                f"The tokenizer has {len(tokenizer)} tokens and {model.model_name_or_path} embeddings for "
+                f"{config.vocab_size}: they do not belong together. Choose the checkpoint's own with --tokenizer_name."
+            )
+        if text.tokenizer_name is not None and len(tokenizer) < config.vocab_size:
+            print(
+                f"Note: the tokenizer {text.tokenizer_name} has {len(tokenizer)} tokens and the checkpoint embeddings for "
+                f"{config.vocab_size}. If it is not the one that the checkpoint was trained with, training starts from noise."
+            )
     if text.block_size > positions:
         raise SystemExit(
             f"--block_size {text.block_size} is more than the {positions} positions of the model. Lower it, or raise "
             "--n_positions for a new model."
         )
+    return positions
 
 
-def generate_sample(model: Any, folder: Path, tokenizer: PreTrainedTokenizerBase, prompt: str, seed: int) -> str:
+def generate_sample(model: Any, folder: Path | None, tokenizer: PreTrainedTokenizerBase, prompt: str, seed: int) -> str:
     """Continues the prompt, prints and keeps it (`sample.txt`), and returns it as Markdown."""
     set_seed(seed)
     positions = model.config.n_positions
@@ -109,10 +119,17 @@ def generate_sample(model: Any, folder: Path, tokenizer: PreTrainedTokenizerBase
     length = min(SAMPLE_TOKENS, positions - ids.shape[1])
     output = model.generate(inputs=ids, attention_mask=torch.ones_like(ids), max_new_tokens=length, **options)
     sample = str(tokenizer.decode(output[0], skip_special_tokens=True))
-    (folder / "sample.txt").write_text(sample + "\n")
-    print(f"\nSample: {sample}\n")
+    if folder is not None:
+        (folder / "sample.txt").write_text(sample + "\n")
+        print(f"\nSample: {sample}\n")
     quoted = "\n".join(f"> {line}" for line in sample.splitlines())
     return f"A sample (top-k 50, temperature 0.8) after the prompt `{prompt.strip()}`:\n\n{quoted}"
+
+
+def collate(examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """A batch of blocks, which are their own labels."""
+    batch = default_data_collator(examples)
+    return {"input_ids": batch["input_ids"], "labels": batch["input_ids"].clone()}
 
 
 def final_figures(trainer: Trainer, texts: dict[str, TokenizedText], text: TextArguments) -> dict[str, float]:
@@ -121,7 +138,6 @@ def final_figures(trainer: Trainer, texts: dict[str, TokenizedText], text: TextA
     figures: dict[str, float] = {}
     stride = text.stride or text.block_size // 2
     for split, tokenized in texts.items():
-        words = tokenized.num_words if text.max_eval_tokens is None else None
         for name, step in (("whole", text.block_size), ("stride", stride)):
             scores = perplexity(
                 model,
@@ -129,7 +145,7 @@ def final_figures(trainer: Trainer, texts: dict[str, TokenizedText], text: TextA
                 window=text.block_size,
                 stride=step,
                 batch_size=trainer.args.per_device_eval_batch_size,
-                num_words=words,
+                tokens_per_word=tokenized.tokens_per_word,
                 context=trainer.compute_loss_context_manager(),
                 progress=not trainer.args.disable_tqdm,
             )
@@ -147,6 +163,7 @@ def describe_task(text: TextArguments, texts: dict[str, TokenizedText], tokenize
         for metric, unit in (("perplexity", "token"), ("word_perplexity", "word"))
         for name in windows
     }
+    metrics |= {f"{split}_loss_stride": f"{split} loss, nats per token (stride {stride})" for split in ("validation", "test")}
     counts = ", ".join(f"{split} {len(part.tokens):,}" for split, part in texts.items())
 
     def loading(folder: str) -> str:
@@ -162,9 +179,10 @@ def describe_task(text: TextArguments, texts: dict[str, TokenizedText], tokenize
     return Task(
         name="language modelling",
         pipeline_tag="text-generation",
-        dataset=text.dataset_config_name or (Path(name).name if Path(name).exists() else name),
+        dataset=Path(name).name if Path(name).exists() else f"{name} {text.dataset_config_name or ''}".strip(),
+        hub_dataset=None if text.dataset_name == EMBEDDED or Path(name).exists() else name,
         main_metric="test_perplexity_stride",
-        higher_is_better=False,
+        is_accuracy=False,
         metrics=metrics,
         loading=loading,
         notes=(
@@ -182,8 +200,7 @@ def main() -> None:
     )
     splits = load_text(text)
     tokenizer = load_tokenizer(text, model.model_name_or_path, splits)
-    check_fit(model, text, tokenizer)
-    tokenizer.model_max_length = model.n_positions or text.block_size
+    tokenizer.model_max_length = check_fit(model, text, neural, tokenizer)
     texts = {split: tokenize(data, text.text_column_name, tokenizer) for split, data in splits.items()}
     print(
         f"Tokens: {', '.join(f'{split} {len(part.tokens):,}' for split, part in texts.items())}; vocabulary {len(tokenizer):,}"
@@ -204,7 +221,7 @@ def main() -> None:
         trainer_arguments={
             "train_dataset": blocks["train"],
             "eval_dataset": blocks["validation"],
-            "data_collator": default_data_collator,
+            "data_collator": collate,
             "processing_class": tokenizer,
         },
         settings=settings_of(model, text, neural, training) | {"train_tokens": texts["train"].fingerprint},

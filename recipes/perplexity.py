@@ -18,7 +18,7 @@ def perplexity(
     window: int,
     stride: int,
     batch_size: int,
-    num_words: int | None = None,
+    tokens_per_word: float | None = None,
     context: AbstractContextManager | None = None,
     progress: bool = True,
 ) -> dict[str, float]:
@@ -29,8 +29,8 @@ def perplexity(
     context. Every token but the first (of each window, in the cheap way) is predicted once.
 
     Args:
-        tokens: int64 array of shape `[num_tokens]`.
-        num_words: words that the tokens spell, for a figure per word.
+        tokens: integer array of shape `[num_tokens]`.
+        tokens_per_word: of the text, for a figure per word.
         context: autocast, if the model was trained with it.
 
     Returns:
@@ -49,7 +49,7 @@ def perplexity(
     for batch in tqdm(
         [batch for batch in batches if batch], desc=f"perplexity, stride {stride}", leave=False, disable=not progress
     ):
-        inputs = torch.from_numpy(np.stack([tokens[start : start + window] for start in batch])).to(device)
+        inputs = torch.from_numpy(np.stack([tokens[start : start + window] for start in batch])).to(device, torch.int64)
         # the first window is scored whole; others skip what the window before has scored
         scored = inputs.shape[1] - 1 if batch[0] == 0 or stride == window else inputs.shape[1] - (window - stride)
         if scored < 1:
@@ -60,4 +60,4 @@ def perplexity(
         losses = cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="sum")
         metric.add(negative_log_likelihood=losses.item(), num_tokens=targets.numel())
     model.train(was_training)
-    return metric.compute(num_words=num_words)
+    return metric.compute(tokens_per_word=tokens_per_word)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import yaml
+from accelerate import PartialState
 
 from experiment import write_json
 
@@ -27,9 +28,10 @@ class Task:
 
     name: str  # "language modelling"
     pipeline_tag: str
-    dataset: str
+    dataset: str  # as people call it
+    hub_dataset: str | None  # its name on the Hub, if it came from there
     main_metric: str  # of the table, for the sentence that compares
-    higher_is_better: bool
+    is_accuracy: bool  # higher is better, and differences are in points; otherwise lower is better, in percent
     metrics: dict[str, str]  # name -> what it is
     loading: Callable[[str], str]  # folder -> code that loads and uses the model
     notes: str
@@ -42,13 +44,19 @@ def environment() -> dict[str, Any]:
         "cpu": f"{os.cpu_count()} cores, {platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
         "gpu": ", ".join(gpus) or "none",
         "threads": torch.get_num_threads(),
+        "processes": PartialState().num_processes,
         "python": platform.python_version(),
         **{name: version(name) for name in ("torch", "transformers", "datasets", "accelerate")},
     }
 
 
 def command_line() -> str:
-    return " ".join(["python", *(shlex.quote(argument) for argument in sys.argv)])
+    """What was typed, without secrets; under a launcher, what it ran in each process."""
+    words = list(sys.argv)
+    for index, word in enumerate(words):
+        if word.startswith("--hub_token"):
+            words[index : index + (1 if "=" in word else 2)] = ["--hub_token", "..."]
+    return shlex.join(["python", *words])
 
 
 def comparison_table(results: dict[str, dict[str, Any]], task: Task) -> str:
@@ -77,12 +85,15 @@ def verdict(results: dict[str, dict[str, Any]], task: Task) -> str:
     if len(results) < 2:
         return "One model was trained; nothing is compared."
     dot, neural = (results[arm]["metrics"][task.main_metric] for arm in ("dot", "neural"))
-    change = (neural - dot) / dot
-    if abs(change) < 0.0005:
-        word = "the same (to 0.1 %)"
+    if task.is_accuracy:
+        size, amount = abs(neural - dot), f"{abs(neural - dot) * 100:.1f} points"
     else:
-        word = f"{abs(change):.1%} {'higher' if change > 0 else 'lower'}"
-        word += " (better)" if (change > 0) == task.higher_is_better else " (worse)"
+        size, amount = abs(neural - dot) / dot, f"{abs(neural - dot) / dot:.1%}"
+    if size < 0.0005:
+        word = "the same (to one in a thousand)"
+    else:
+        word = f"{amount} {'higher' if neural > dot else 'lower'}"
+        word += " (better)" if (neural > dot) == task.is_accuracy else " (worse)"
     time_ratio = results["neural"]["seconds_per_step"] / results["dot"]["seconds_per_step"]
     return (
         f"{task.metrics[task.main_metric].capitalize()} is {word} with Neural Attention, compared with the dot "
@@ -129,13 +140,17 @@ def report(
         (folder / arm / "README.md").write_text(card_text(record, task, arm, "comparison.png"))
     print(f"Models: {', '.join(str(folder / arm) for arm in results)}. Table and picture: {folder / 'comparison.md'}, .png")
     if card is not None:
-        target = Path(card)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        write_json(target.with_suffix(".json"), record)
-        shutil.copy(folder / "comparison.png", target.with_suffix(".png"))
+        Path(card).parent.mkdir(parents=True, exist_ok=True)
+        write_json(Path(f"{card}.json"), record)
+        shutil.copy(folder / "comparison.png", f"{card}.png")
         arm = "neural" if "neural" in results else "dot"
-        target.with_suffix(".md").write_text(card_text(record, task, arm, target.with_suffix(".png").name))
-        print(f"Model card: {target.with_suffix('.md')}")
+        Path(f"{card}.md").write_text(card_text(record, task, arm, Path(f"{card}.png").name))
+        print(f"Model card: {card}.md")
+
+
+def last_loss(result: dict[str, Any]) -> str:
+    losses = [entry["loss"] for entry in result["history"] if "loss" in entry]
+    return f"{losses[-1]:.3f}" if losses else "not logged"
 
 
 def card_text(record: dict[str, Any], task: Task, arm: str, picture: str) -> str:
@@ -147,11 +162,16 @@ def card_text(record: dict[str, Any], task: Task, arm: str, picture: str) -> str
         "library_name": "transformers",
         "pipeline_tag": task.pipeline_tag,
         "tags": ["neural-attention"] if arm == "neural" else [],
-        "datasets": [task.dataset],
+        **({"datasets": [task.hub_dataset]} if task.hub_dataset else {}),
     }
     config = {name: value for name, value in result["config"].items() if name not in ("architectures", "id2label", "label2id")}
     where = record["environment"]
     kind = "a model with Neural Attention" if arm == "neural" else "the dot-product baseline"
+    fairness = (
+        "Both models had the same seed, data order, dropout rate and initial weights of all that they share."
+        if len(results) > 1
+        else ""
+    )
     package = "import hf_neural_attention  # makes the model type known to the Auto classes\n" if arm == "neural" else ""
     return f"""---
 {yaml.safe_dump(metadata, sort_keys=False).strip()}
@@ -178,10 +198,10 @@ a small network instead of a dot product.
 {record["command"]}
 ```
 
-On {where["cpu"]} (GPU: {where["gpu"]}), {where["threads"]} threads, Python {where["python"]}, torch {where["torch"]},
-transformers {where["transformers"]}. {record["note"]} {result["steps"]:,} steps ({result["epochs"]:.2f} epochs) in
-{result["train_seconds"] / 60:.1f} minutes. The arms had the same seed, data order, dropout rate and initial weights of all
-that they share.
+On {where["cpu"]} (GPU: {where["gpu"]}), {where["processes"]} process(es) of {where["threads"]} thread(s), Python
+{where["python"]}, torch {where["torch"]}, transformers {where["transformers"]}. {record["note"]} {result["steps"]:,} steps
+({result["epochs"]:.2f} epochs) in {result["train_seconds"] / 60:.1f} minutes; the last training loss was {last_loss(result)}.
+{fairness}
 
 Config (what differs from the defaults): `{config}`
 

@@ -141,8 +141,12 @@ def load_tokenizer(arguments: TextArguments, checkpoint: str | None, splits: Dat
 class TokenizedText:
     """A split as one row of tokens, with what per-word figures need."""
 
-    tokens: np.ndarray  # int64
+    tokens: np.ndarray  # int32
     num_words: int
+
+    @property
+    def tokens_per_word(self) -> float | None:
+        return len(self.tokens) / self.num_words if self.num_words else None
 
     @property
     def fingerprint(self) -> str:
@@ -150,16 +154,18 @@ class TokenizedText:
 
 
 def tokenize(split: Dataset, column: str, tokenizer: PreTrainedTokenizerBase) -> TokenizedText:
-    """All tokens of a split in order. Words are what stands between white space; each line end counts as one more, as in
-    the WikiText papers, since a model has to predict it."""
-    ids: list[list[int]] = []
+    """All tokens of a split in order. Words are what stands between white space; where the tokenizer keeps line ends, each
+    counts as one more, as in the WikiText papers, since a model has to predict it."""
+    keeps_lines = "\n" in tokenizer.decode(tokenizer("a\nb", add_special_tokens=False)["input_ids"])
+    parts = [np.empty(0, dtype=np.int32)]
     num_words = 0
     for batch in split.select_columns(column).iter(1000):
         texts = batch[column]
-        num_words += sum(len(text.split()) + text.count("\n") for text in texts)
+        num_words += sum(len(text.split()) + (text.count("\n") if keeps_lines else 0) for text in texts)
         # no special tokens and no warning about length: the row is cut into blocks afterwards
-        ids += tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-    return TokenizedText(np.fromiter(chain.from_iterable(ids), dtype=np.int64), num_words)
+        ids = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        parts.append(np.fromiter(chain.from_iterable(ids), dtype=np.int32))
+    return TokenizedText(np.concatenate(parts), num_words)
 
 
 def cut_into_blocks(text: TokenizedText, block_size: int, limit: int | None = None) -> Dataset:
@@ -172,4 +178,4 @@ def cut_into_blocks(text: TokenizedText, block_size: int, limit: int | None = No
     if count == 0:
         raise SystemExit(f"The text has {len(text.tokens)} tokens, less than one block of --block_size {block_size}.")
     blocks = text.tokens[: count * block_size].reshape(count, block_size)[:limit]
-    return Dataset.from_dict({"input_ids": blocks, "labels": blocks}).with_format("torch")
+    return Dataset.from_dict({"input_ids": blocks}).with_format("torch")

@@ -9,7 +9,9 @@ from hf_neural_attention.metrics import Accuracy, Perplexity
 
 
 def test_perplexity_is_the_exponential_of_the_mean_over_tokens_and_over_words():
-    scores = Perplexity(keep_in_memory=True).compute(negative_log_likelihood=[6.0, 2.0], num_tokens=[3, 1], num_words=2)
+    scores = Perplexity(keep_in_memory=True).compute(
+        negative_log_likelihood=[6.0, 2.0], num_tokens=[3, 1], tokens_per_word=2.0
+    )
     assert scores == {"loss": 2.0, "perplexity": math.exp(2.0), "word_perplexity": math.exp(4.0)}
 
 

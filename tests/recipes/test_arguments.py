@@ -25,7 +25,10 @@ def test_flags_make_config_fields(monkeypatch):
     fields = arguments.config_fields()
     assert fields["neural_layers"] == [0, -1]
     assert (fields["neural_proj_dim"], fields["neural_hidden_dims"]) == (3, [4, 2])
-    assert parse(monkeypatch, "--neural_layers", "all")[0].config_fields()["neural_layers"] == "all"
+    assert set(fields) == {"neural_layers", "neural_proj_dim", "neural_hidden_dims"}  # others stay the checkpoint's
+    assert parse(monkeypatch, "--neural_layers", "all")[0].config_fields() == {"neural_layers": "all"}
+    assert parse(monkeypatch, "--neural_layers", "none")[0].config_fields() == {"neural_layers": []}
+    assert parse(monkeypatch)[0].config_fields() == {}
 
 
 @pytest.mark.parametrize("suffix", ["json", "yaml"])
@@ -36,6 +39,8 @@ def test_a_file_serves_and_flags_after_it_win(monkeypatch, tmp_path, suffix):
     (arguments,) = parse(monkeypatch, file, "--neural_mode", "replace")
     assert (arguments.attention, arguments.neural_layers, arguments.neural_mode) == ("neural", ["0", "1"], "replace")
     assert arguments.neural_proj_dim is None
+    file.write_text("{neural_layers: []}")
+    assert parse(monkeypatch, file)[0].config_fields() == {"neural_layers": []}
 
 
 @pytest.mark.parametrize(
@@ -58,7 +63,7 @@ def test_unknown_names_and_words_are_refused(monkeypatch, tmp_path, capsys):
     with pytest.raises(SystemExit):
         parse(monkeypatch, "--attention", "quadratic")
     assert "invalid choice" in capsys.readouterr().err
-    with pytest.raises(SystemExit, match="expected indices of layers, or all"):
+    with pytest.raises(SystemExit, match="expected indices of layers, all, or none"):
         parse(monkeypatch, "--neural_layers", "first")[0].config_fields()
 
 

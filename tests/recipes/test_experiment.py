@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, TrainerCallback, TrainingArguments, default_data_collator
+from transformers import GPT2Config, GPT2LMHeadModel, TrainerCallback, TrainingArguments
 
 from experiment import Experiment, StepClock, claim_folder, settings_of, write_json
 from hf_neural_attention import NeuralGPT2Config, NeuralGPT2LMHeadModel
+from language_modeling import collate as collate_blocks
 from text_data import TokenizedText, cut_into_blocks
 
 
@@ -45,7 +46,7 @@ def make_experiment(folder, *callbacks, seen=None, **settings):
     tokens = torch.randint(0, 50, (400,), generator=torch.Generator().manual_seed(0)).numpy()
 
     def collate(examples):
-        batch = default_data_collator(examples)
+        batch = collate_blocks(examples)
         if seen is not None:
             seen.append(batch["input_ids"])
         return batch
@@ -111,7 +112,9 @@ def test_a_finished_arm_is_not_trained_again(tmp_path, capsys):
 
 
 def test_a_folder_with_another_run_is_refused_and_left_alone(tmp_path):
-    claim_folder(tmp_path / "run", {"seed": 1, "logging_steps": 5})
+    claim_folder(tmp_path / "run", {"seed": 0})
+    claim_folder(tmp_path / "run", {"seed": 1, "logging_steps": 5})  # a start that came to nothing holds no folder
+    (tmp_path / "run/dot/checkpoint-4").mkdir(parents=True)
     claim_folder(tmp_path / "run", {"seed": 1, "logging_steps": 7})  # changes nothing that is learned
     before = (tmp_path / "run/run.json").read_text()
     with pytest.raises(SystemExit, match="holds another run:\n  seed: 1 there, 2 now\nChoose another --output_dir"):
@@ -121,6 +124,24 @@ def test_a_folder_with_another_run_is_refused_and_left_alone(tmp_path):
     (tmp_path / "other/thesis.txt").write_text("precious")
     with pytest.raises(SystemExit, match="holds files that are no run of this recipe"):
         claim_folder(tmp_path / "other", {"seed": 1})
+
+
+def test_models_that_cannot_be_built_are_said_plainly(tmp_path):
+    def refuse(arm):
+        raise ValueError("`neural_proj_dim` is 0; it must be at least 1.")
+
+    experiment = make_experiment(tmp_path)
+    experiment.build_model = refuse
+    with pytest.raises(SystemExit, match="The dot model cannot be built: `neural_proj_dim` is 0"):
+        experiment.run(("dot",))
+
+
+@pytest.mark.parametrize(("argument", "value"), [("push_to_hub", True), ("resume_from_checkpoint", "there")])
+def test_arguments_that_would_be_ignored_are_refused(tmp_path, argument, value):
+    experiment = make_experiment(tmp_path)
+    setattr(experiment.training, argument, value)
+    with pytest.raises(SystemExit, match=f"--{argument}"):
+        experiment.run(("dot",))
 
 
 def test_settings_are_json_and_hold_every_argument(tmp_path):

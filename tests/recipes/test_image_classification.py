@@ -66,18 +66,18 @@ def checkpoint(tmp_path):
 
 def test_images_of_another_size_are_refused(checkpoint):
     digits = list("0123456789")
-    check_fit(checkpoint, ImageArguments(image_size=8), digits)
+    check_fit(checkpoint, ImageArguments(image_size=8), NeuralArguments(), digits)
     with pytest.raises(SystemExit, match="made for images of 8 pixels and --image_size is 32"):
-        check_fit(checkpoint, ImageArguments(image_size=32), digits)
+        check_fit(checkpoint, ImageArguments(image_size=32), NeuralArguments(), digits)
     with pytest.raises(SystemExit, match="--image_size 10 is no multiple of --patch_size 4"):
-        check_fit(ModelArguments(patch_size=4), ImageArguments(image_size=10), digits)
+        check_fit(ModelArguments(patch_size=4), ImageArguments(image_size=10), NeuralArguments(), digits)
 
 
 def test_labels_that_do_not_fit_are_refused(checkpoint):
     with pytest.raises(SystemExit, match=r"has 10 labels \(0, 1, 2, ...\) and the data has 2 \(cat, dog, ...\)"):
-        check_fit(checkpoint, ImageArguments(image_size=8), ["cat", "dog"])
+        check_fit(checkpoint, ImageArguments(image_size=8), NeuralArguments(), ["cat", "dog"])
     checkpoint.ignore_mismatched_sizes = True
-    check_fit(checkpoint, ImageArguments(image_size=8), ["cat", "dog"])
+    check_fit(checkpoint, ImageArguments(image_size=8), NeuralArguments(), ["cat", "dog"])
     for arm in ("dot", "neural"):
         model = build_model(arm, checkpoint, NeuralArguments(), ImageArguments(image_size=8), ["cat", "dog"])
         assert model.classifier.weight.shape == (2, 16) and model.config.id2label == {0: "cat", 1: "dog"}
@@ -98,23 +98,24 @@ def test_errors_reach_the_user_without_a_traceback(run_recipe):
     )
 
 
-def test_the_learning_rate_is_halved_once_and_stays_so_in_checkpoints():
-    import torch
-
+def test_the_learning_rate_is_halved_once_also_in_a_run_resumed_at_that_point():
     def make():
         optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=0.4)
         return optimizer, get_scheduler("constant", optimizer)
 
-    optimizer, schedule = make()
-    rates = []
-    for epoch in (1, 2, 3, 4):
+    def step(optimizer, schedule, epoch):
+        callback, state = HalveLearningRate(2), TrainerState(epoch=epoch)
+        callback.on_step_begin(None, state, TrainerControl(), lr_scheduler=schedule, optimizer=optimizer)
+        rate = optimizer.param_groups[0]["lr"]
         optimizer.step()
         schedule.step()
-        rates.append(optimizer.param_groups[0]["lr"])
-        HalveLearningRate(2).on_epoch_end(None, TrainerState(epoch=epoch), TrainerControl(), lr_scheduler=schedule)
-    assert rates == [0.4, 0.4, 0.2, 0.2]
-    optimizer, resumed = make()
-    resumed.load_state_dict(schedule.state_dict())
-    optimizer.step()
-    resumed.step()
-    assert optimizer.param_groups[0]["lr"] == 0.2
+        return rate
+
+    optimizer, schedule = make()
+    assert [step(optimizer, schedule, epoch) for epoch in (0.0, 1.0, 1.5)] == [0.4, 0.4, 0.4]
+    for epochs, rates in (((2.0, 2.5, 3.0), [0.2, 0.2, 0.2]), ((3.5,), [0.2])):
+        resumed, resumed_schedule = make()
+        resumed.load_state_dict(optimizer.state_dict())
+        resumed_schedule.load_state_dict(schedule.state_dict())
+        optimizer, schedule = resumed, resumed_schedule
+        assert [step(optimizer, schedule, epoch) for epoch in epochs] == rates

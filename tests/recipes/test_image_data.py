@@ -1,5 +1,6 @@
 """Images: where they come from, how they are augmented, and what is refused."""
 
+import pickle
 import random
 
 import numpy as np
@@ -8,7 +9,16 @@ from datasets import ClassLabel, Dataset, Features, Image, Value
 from PIL import Image as PIL
 from transformers import ViTImageProcessorPil
 
-from image_data import AUGMENTATIONS, ImageArguments, augment, load_images, random_resized_crop, shift_hue, with_pixels
+from image_data import (
+    AUGMENTATIONS,
+    ImageArguments,
+    augment,
+    load_images,
+    make_pixels,
+    random_resized_crop,
+    shift_hue,
+    with_pixels,
+)
 
 
 def make_images(count, side=8):
@@ -44,6 +54,17 @@ def test_parquet_files_get_standard_columns_and_a_validation_split_of_their_own(
     assert images.splits["test"].column_names == ["image", "label"]
     again = load_images(ImageArguments(dataset_name=folder), seed=0)
     assert again.splits["validation"]["label"] == images.splits["validation"]["label"]
+
+
+def test_parquet_files_in_parts_as_on_the_hub(tmp_path):
+    write_parquet(tmp_path, **{"train-00000-of-00002": 20, "train-00001-of-00002": 20, "test-00000-of-00001": 6})
+    images = load_images(ImageArguments(dataset_name=str(tmp_path)), seed=0)
+    assert {split: data.num_rows for split, data in images.splits.items()} == {"train": 36, "validation": 4, "test": 6}
+
+
+def test_an_empty_folder_is_refused(tmp_path):
+    with pytest.raises(SystemExit, match=r"has no train\.parquet and no train/CLASS"):
+        load_images(ImageArguments(dataset_name=str(tmp_path)), seed=0)
 
 
 def test_a_folder_of_images(tmp_path):
@@ -118,3 +139,4 @@ def test_pixels_are_what_the_model_takes(tmp_path):
     assert batch["pixel_values"].shape == (3, 3, 16, 16)
     assert -1.0 <= batch["pixel_values"].min() < batch["pixel_values"].max() <= 1.0
     assert batch["labels"] == images.splits["train"]["label"][:3]
+    pickle.dumps(make_pixels)  # data loader workers that are spawned get it so

@@ -6,8 +6,10 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, pipeline
 
 import hf_neural_attention
+from arguments import NeuralArguments
+from checkpoints import load_checkpoint_config
 from conftest import run_in
-from language_modeling import ModelArguments, check_fit, generate_sample
+from language_modeling import ModelArguments, build_model, check_fit, generate_sample
 from text_data import TextArguments, load_text, load_tokenizer
 
 
@@ -79,11 +81,11 @@ def test_text_tokenizer_and_model_that_do_not_fit_are_refused(tmp_path):
     for vocabulary in (300, 290):
         GPT2LMHeadModel(GPT2Config(vocab_size=vocabulary, **sizes)).save_pretrained(tmp_path / str(vocabulary))
     fitting = ModelArguments(model_name_or_path=str(tmp_path / "300"))
-    check_fit(fitting, arguments, tokenizer)
+    assert check_fit(fitting, arguments, NeuralArguments(), tokenizer) == 32
     with pytest.raises(SystemExit, match="--block_size 64 is more than the 32 positions"):
-        check_fit(fitting, TextArguments(block_size=64), tokenizer)
+        check_fit(fitting, TextArguments(block_size=64), NeuralArguments(), tokenizer)
     with pytest.raises(SystemExit, match=r"The tokenizer has 300 tokens and .* embeddings for 290"):
-        check_fit(ModelArguments(model_name_or_path=str(tmp_path / "290")), arguments, tokenizer)
+        check_fit(ModelArguments(model_name_or_path=str(tmp_path / "290")), arguments, NeuralArguments(), tokenizer)
 
 
 def test_a_prompt_longer_than_the_model_is_cut(tmp_path, capsys):
@@ -92,3 +94,28 @@ def test_a_prompt_longer_than_the_model_is_cut(tmp_path, capsys):
     config = GPT2Config(vocab_size=300, n_embd=16, n_layer=1, n_head=2, n_positions=16, bos_token_id=0, eos_token_id=0)
     generate_sample(GPT2LMHeadModel(config).eval(), tmp_path, tokenizer, "a very long prompt " * 20, seed=0)
     assert (tmp_path / "sample.txt").read_text().startswith("a very")
+
+
+def test_a_neural_checkpoint_keeps_its_fields_and_starts_no_dot_product(tmp_path):
+    sizes = {
+        "vocab_size": 300,
+        "n_embd": 16,
+        "n_layer": 2,
+        "n_head": 2,
+        "n_positions": 32,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+    }
+    fields = {"neural_layers": "all", "neural_mode": "residual", "neural_proj_dim": 3}
+    hf_neural_attention.NeuralGPT2LMHeadModel(hf_neural_attention.NeuralGPT2Config(**sizes, **fields)).save_pretrained(
+        tmp_path
+    )
+    model = ModelArguments(model_name_or_path=str(tmp_path))
+    built = build_model("neural", model, NeuralArguments(attention="neural"), TextArguments(), None)
+    assert {name: getattr(built.config, name) for name in fields} == fields
+    with pytest.raises(SystemExit, match="was trained with Neural Attention: no dot-product model can start from it"):
+        load_checkpoint_config(str(tmp_path), "gpt2", NeuralArguments(attention="both"))
+    with pytest.raises(SystemExit, match="is a model of type neural_gpt2; this recipe trains vit"):
+        load_checkpoint_config(str(tmp_path), "vit", NeuralArguments())
+    with pytest.raises(SystemExit, match="is no checkpoint"):
+        load_checkpoint_config(str(tmp_path / "nowhere"), "gpt2", NeuralArguments())

@@ -1,20 +1,22 @@
 """Tables, sentences and cards say what the figures say."""
 
 import json
+import sys
 
 import pytest
 import yaml
 
-from reporting import Task, card_text, comparison_table, report, verdict
+from reporting import Task, card_text, command_line, comparison_table, report, verdict
 
 
 def task(**changes):
     settings = {
         "name": "language modelling",
         "pipeline_tag": "text-generation",
-        "dataset": "some/text",
+        "dataset": "some text",
+        "hub_dataset": "some/text",
         "main_metric": "test_perplexity",
-        "higher_is_better": False,
+        "is_accuracy": False,
         "metrics": {"test_perplexity": "test perplexity"},
         "loading": lambda folder: f"load({folder!r})",
         "notes": "A note.",
@@ -50,39 +52,74 @@ def test_the_table_has_a_column_per_arm_and_the_ratio():
 
 
 @pytest.mark.parametrize(
-    ("neural", "higher_is_better", "words"),
+    ("neural", "words"),
+    [(19.0, "5.0% lower (better)"), (21.0, "5.0% higher (worse)"), (20.001, "the same (to one in a thousand)")],
+)
+def test_the_sentence_says_which_perplexity_is_better(neural, words):
+    assert words in verdict(results(neural=neural), task())
+
+
+@pytest.mark.parametrize(
+    ("dot", "neural", "words"),
     [
-        (19.0, False, "5.0% lower (better)"),
-        (21.0, False, "5.0% higher (worse)"),
-        (21.0, True, "5.0% higher (better)"),
-        (19.0, True, "5.0% lower (worse)"),
-        (20.001, False, "the same (to 0.1 %)"),
+        (0.5, 0.525, "2.5 points higher (better)"),
+        (0.5, 0.475, "2.5 points lower (worse)"),
+        (0.0, 0.0, "the same"),
+        (0.0, 0.01, "1.0 points higher"),
     ],
 )
-def test_the_sentence_says_which_is_better(neural, higher_is_better, words):
-    assert words in verdict(results(neural=neural), task(higher_is_better=higher_is_better))
+def test_accuracies_differ_by_points_also_from_nothing(dot, neural, words):
+    compared = results(dot=dot, neural=neural)
+    assert words in verdict(compared, task(is_accuracy=True))
+    assert f"| test perplexity | {dot:.4g} | {neural:.4g} |" in comparison_table(compared, task())
+
+
+@pytest.mark.parametrize("secret", [["--hub_token", "hf_secret"], ["--hub_token=hf_secret"]])
+def test_commands_keep_no_secret(monkeypatch, secret):
+    monkeypatch.setattr(sys, "argv", ["recipe.py", *secret, "--tokenizer_name", "a b"])
+    assert command_line() == "python recipe.py --hub_token ... --tokenizer_name 'a b'"
 
 
 def test_cards_carry_metadata_figures_command_and_versions():
-    environment = {"cpu": "2 cores", "gpu": "none", "threads": 1, "python": "3", "torch": "2", "transformers": "5"}
+    environment = {
+        "cpu": "2 cores",
+        "gpu": "none",
+        "processes": 1,
+        "threads": 1,
+        "python": "3",
+        "torch": "2",
+        "transformers": "5",
+    }
     record = {"command": "python recipe.py a", "environment": environment, "note": "Busy.", "results": results()}
     card = card_text(record, task(), "neural", "picture.png")
     metadata = yaml.safe_load(card.split("---")[1])
     assert metadata["pipeline_tag"] == "text-generation" and metadata["tags"] == ["neural-attention"]
-    for part in ("python recipe.py a", "| 20 | 19 | 0.950 |", "2 cores", "Busy.", "A note.", "> a sample", "picture.png"):
+    assert metadata["datasets"] == ["some/text"] and "datasets" not in card_text(
+        record, task(hub_dataset=None), "dot", "a.png"
+    )
+    for part in (
+        "python recipe.py a",
+        "last training loss was 2.000",
+        "| 20 | 19 | 0.950 |",
+        "2 cores",
+        "Busy.",
+        "A note.",
+        "> a sample",
+        "picture.png",
+    ):
         assert part in card, part
-    assert "import hf_neural_attention" in card
+    assert "the last training loss was 2.000" in card and "import hf_neural_attention" in card
     assert "import hf_neural_attention" not in card_text(record, task(), "dot", "picture.png")
 
 
 def test_a_report_leaves_pictures_cards_and_the_json_they_come_from(tmp_path, capsys):
     for arm in ("dot", "neural"):
         (tmp_path / "run" / arm).mkdir(parents=True)
-    report(results(), task(), tmp_path / "run", card=str(tmp_path / "cards" / "some-model"))
+    report(results(), task(), tmp_path / "run", card=str(tmp_path / "cards" / "model-0.9M"))
     assert "5.0% lower (better)" in capsys.readouterr().out
     for file in ("run/comparison.md", "run/comparison.png", "run/neural/README.md", "run/dot/README.md"):
         assert (tmp_path / file).stat().st_size > 100, file
-    record = json.loads((tmp_path / "cards/some-model.json").read_text())
-    card = (tmp_path / "cards/some-model.md").read_text()
-    assert card == card_text(record, task(), "neural", "some-model.png")
-    assert (tmp_path / "cards/some-model.png").exists()
+    record = json.loads((tmp_path / "cards/model-0.9M.json").read_text())
+    card = (tmp_path / "cards/model-0.9M.md").read_text()
+    assert card == card_text(record, task(), "neural", "model-0.9M.png")
+    assert (tmp_path / "cards/model-0.9M.png").exists()

@@ -90,11 +90,17 @@ def test_tokens_in_order_and_words_with_line_ends():
     assert text.num_words == 40 * (6 + 1)
 
 
+def test_line_ends_are_no_words_to_a_tokenizer_that_drops_them(tmp_path):
+    (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "b"]))
+    tokenizer = load_tokenizer(TextArguments(tokenizer_name=str(tmp_path)), None, {})
+    text = tokenize(Dataset.from_dict({"text": ["a b\n", "a\n"]}), "text", tokenizer)
+    assert (text.tokens.tolist(), text.num_words, text.tokens_per_word) == ([5, 6, 5], 3, 1.0)
+
+
 def test_blocks_hold_all_tokens_but_the_last_few():
     text = TokenizedText(np.arange(23), num_words=0)
     blocks = cut_into_blocks(text, 5)
     assert blocks["input_ids"][:].flatten().tolist() == list(range(20))
-    assert blocks["labels"][:].tolist() == blocks["input_ids"][:].tolist()
     assert cut_into_blocks(text, 5, limit=2).num_rows == 2
     with pytest.raises(SystemExit, match="23 tokens, less than one block of --block_size 24"):
         cut_into_blocks(text, 24)
