@@ -9,6 +9,7 @@ output_dir/comparison.*           table and picture, where there are two arms
 
 import dataclasses
 import json
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,12 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import get_last_checkpoint
 
 
 RESULTS = "results.json"
+TIMED_TURNS = 10
 
 # Arguments that may change between the parts of one run: they do not change what is learned, unless the best checkpoint is
 # kept (`load_best_model_at_end`)
@@ -94,7 +97,32 @@ class Experiment:
             raise SystemExit("--resume_from_checkpoint: a run resumes from its last checkpoint by itself, for each arm.")
         if self.training.should_save:
             claim_folder(self.folder, self.settings)
-        return {arm: self.run_arm(arm) for arm in arms}
+        results = {arm: self.run_arm(arm) for arm in arms}
+        if len(arms) > 1 and self.training.should_save:
+            for arm, seconds in self.time_in_turn(arms).items():
+                results[arm]["seconds_in_turn"] = seconds
+        return results
+
+    def time_in_turn(self, arms: tuple[str, ...]) -> dict[str, float]:
+        """Median seconds of a forward and backward pass over one batch, in one process and by turns: unlike the times of the
+        two trainings, these are not distorted by what else the machine did meanwhile."""
+        batch = first_batch(self.trainer_arguments, self.training.per_device_train_batch_size)
+        batch = {name: tensor.to(self.training.device) for name, tensor in batch.items()}
+        models: dict[str, Any] = {arm: self.initial_model(arm) for arm in arms}
+        seconds: dict[str, list[float]] = {arm: [] for arm in arms}
+        for model in models.values():
+            model.to(self.training.device).train()
+        for turn in range(TIMED_TURNS + 1):  # the first is for warming up
+            for arm, model in models.items():
+                started = time.perf_counter()
+                with Accelerator().autocast():
+                    loss = model(**batch).loss
+                loss.backward()
+                if torch.accelerator.is_available():
+                    torch.accelerator.synchronize()
+                if turn:
+                    seconds[arm].append(time.perf_counter() - started)
+        return {arm: statistics.median(times) for arm, times in seconds.items()}
 
     def run_arm(self, arm: str) -> dict[str, Any]:
         folder = self.folder / arm
@@ -165,6 +193,12 @@ class Experiment:
         return model
 
 
+def first_batch(trainer_arguments: dict[str, Any], batch_size: int) -> dict[str, torch.Tensor]:
+    """The first batch of the training data, as the trainer would collate it."""
+    data = trainer_arguments["train_dataset"]
+    return trainer_arguments["data_collator"]([data[index] for index in range(min(batch_size, len(data)))])
+
+
 def claim_folder(folder: Path, settings: dict[str, Any]) -> None:
     """Records a run in its folder, and refuses a folder that holds another.
 
@@ -176,7 +210,7 @@ def claim_folder(folder: Path, settings: dict[str, Any]) -> None:
     begun = any(folder.glob("*/checkpoint-*")) or any(folder.glob(f"*/{RESULTS}"))
     if record.exists() and begun:
         earlier = json.loads(record.read_text())
-        names = sorted({*settings, *earlier})
+        names = sorted({*settings, *earlier} - FREE_ARGUMENTS)
         different = [name for name in names if settings.get(name) != earlier.get(name)]
         if different:
             lines = [f"  {name}: {earlier.get(name)!r} there, {settings.get(name)!r} now" for name in different]

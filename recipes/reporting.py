@@ -75,7 +75,9 @@ def comparison_table(results: dict[str, dict[str, Any]], task: Task) -> str:
     add("parameters", [results[arm]["parameters"] for arm in arms], lambda value: f"{value:,}")
     add("of which scorers", [results[arm]["scorer_parameters"] for arm in arms], lambda value: f"{value:,}")
     add("training steps", [results[arm]["steps"] for arm in arms], lambda value: f"{value:,}")
-    add("seconds per step", [results[arm]["seconds_per_step"] for arm in arms], lambda value: f"{value:.3f}")
+    if len(arms) > 1:
+        label = "seconds per step, forward and backward, timed by turns"
+        add(label, [results[arm]["seconds_in_turn"] for arm in arms], lambda value: f"{value:.3f}")
     add("training minutes", [results[arm]["train_seconds"] / 60 for arm in arms], lambda value: f"{value:.1f}")
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
@@ -94,7 +96,7 @@ def verdict(results: dict[str, dict[str, Any]], task: Task) -> str:
     else:
         word = f"{amount} {'higher' if neural > dot else 'lower'}"
         word += " (better)" if (neural > dot) == task.is_accuracy else " (worse)"
-    time_ratio = results["neural"]["seconds_per_step"] / results["dot"]["seconds_per_step"]
+    time_ratio = results["neural"]["seconds_in_turn"] / results["dot"]["seconds_in_turn"]
     return (
         f"{task.metrics[task.main_metric].capitalize()} is {word} with Neural Attention, compared with the dot "
         f"product; a training step took {time_ratio:.2f} times as long. This is one run of each with one seed: it shows "

@@ -34,6 +34,7 @@ def results(dot=20.0, neural=19.0):
             "epochs": 1.5,
             "train_seconds": seconds,
             "seconds_per_step": seconds / 10,
+            "seconds_in_turn": seconds / 20,
             "config": {"n_layer": 2},
             "history": [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.0, "eval_loss": 2.5}],
             "sample": "> a sample",
@@ -46,7 +47,7 @@ def test_the_table_has_a_column_per_arm_and_the_ratio():
     table = comparison_table(results(), task())
     assert "| test perplexity | 20 | 19 | 0.950 |" in table
     assert "| of which scorers | 0 | 25 |  |" in table
-    assert "| seconds per step | 6.000 | 9.000 | 1.500 |" in table
+    assert "timed by turns | 3.000 | 4.500 | 1.500 |" in table
     alone = comparison_table({"neural": results()["neural"]}, task())
     assert "| test perplexity | 19 |" in alone and "ratio" not in alone
 
