@@ -21,6 +21,9 @@ from .neural_attention_reference import ScorerWeights, apply_linear, expand_head
 BLOCK_NUMBERS = 1 << 20
 MAX_BLOCK_QUERIES = 64
 
+# Copies of this file from several models on the Hub each register operators of their own: one name would void the first's
+NAMESPACE = "hf_neural_attention" if __name__.startswith("hf_neural_attention.") else __name__.replace(".", "_")
+
 
 def without_autocast(tensor: torch.Tensor) -> AbstractContextManager:
     if tensor.device.type == "meta":
@@ -171,7 +174,7 @@ def block_dropout(
     )
 
 
-@torch.library.custom_op("hf_neural_attention::blockwise_forward", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::blockwise_forward", mutates_args=())
 def blockwise_forward(
     u: torch.Tensor,
     w: torch.Tensor,
@@ -212,7 +215,7 @@ def _(u, w, value, weight2, bias2, weight3, query, key, attn_mask, dropout_seed,
     return u.new_empty(*u.shape[:3], value.shape[-1])
 
 
-@torch.library.custom_op("hf_neural_attention::blockwise_backward", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::blockwise_backward", mutates_args=())
 def blockwise_backward(
     grad_output: torch.Tensor,
     u: torch.Tensor,
