@@ -12,7 +12,8 @@ def reference_output(
     return reference_attention(query, key, value, weights, **arguments)[0]
 
 
-# name -> function(query, key, value, weights, *, attn_mask, dropout_p, dropout_seed, is_causal, residual_scale) -> output
+# name -> function(query, key, value, weights, *, attn_mask, dropout_p, dropout_seed, is_causal, residual_scale,
+# keys_projected) -> output
 BACKENDS = {"reference": reference_output, "blockwise": blockwise_attention}
 
 

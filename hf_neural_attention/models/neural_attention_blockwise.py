@@ -1,8 +1,9 @@
 """The operation in blocks of queries, in plain PyTorch: any device, memory linear in the sequence length.
 
 The first layer of the scorer acts on a concatenation, so it splits into a sum, `linear1([q'; k']) = u_i + w_j`
-(`pair_features`), and a pair costs only `relu(u_i + w_j)`, two small layers and the softmax. Blocks are recomputed in
-backward. Computes in float32 (float64 for float64 inputs), whatever the dtype of the inputs, and under autocast too.
+(`first_layer_of_query`, `key_features`), and a pair costs only `relu(u_i + w_j)`, two small layers and the softmax. Blocks
+are recomputed in backward. Computes in float32 (float64 for float64 inputs), whatever the dtype of the inputs, and under
+autocast too.
 
 Both passes are `torch.library` operators, so that `torch.compile` sees one node each instead of an unrolled loop.
 """
@@ -14,7 +15,7 @@ from typing import NamedTuple
 import torch
 
 from .neural_attention_masking import causal_pairs, dropout_multiplier, mask_scores
-from .neural_attention_reference import ScorerWeights, apply_linear, expand_heads
+from .neural_attention_reference import ScorerWeights, apply_linear, expand_heads, first_layer_of_query, key_features
 
 
 # Numbers in the largest tensor of a block, [heads, h1, queries, keys]: about the size of a core's cache, by measurement
@@ -29,27 +30,6 @@ def without_autocast(tensor: torch.Tensor) -> AbstractContextManager:
     if tensor.device.type == "meta":
         return nullcontext()  # autocast does not know it
     return torch.autocast(device_type=tensor.device.type, enabled=False)
-
-
-def pair_features(query: torch.Tensor, key: torch.Tensor, weights: ScorerWeights) -> tuple[torch.Tensor, torch.Tensor]:
-    """What each query and each key contributes to the scorer's first hidden layer, before its ReLU.
-
-    Args:
-        query: `[B, H, Tq, D]`.
-        key: `[B, Hkv, Tk, D]`, or `[B, H, Tk, D]` if `weights` are per head.
-
-    Returns:
-        `u` of shape `[B, H, Tq, h1]` (bias included) and `w` of shape `[B, Hkv or H, Tk, h1]`, such that pair `(i, j)` has
-        the first hidden layer `relu(u_i + w_j)`. In the dtype of `weights`.
-    """
-    proj_dim = weights.q_weight.shape[-2]
-    weight_q, weight_k = weights.weight1[..., :proj_dim], weights.weight1[..., proj_dim:]
-    # One product per side: head_dim -> h1, with the down-projection folded into linear1
-    u_bias = weights.bias1 + (weight_q @ weights.q_bias.unsqueeze(-1)).squeeze(-1)
-    w_bias = (weight_k @ weights.k_bias.unsqueeze(-1)).squeeze(-1)
-    u = apply_linear(query.to(weight_q.dtype), weight_q @ weights.q_weight, u_bias)
-    w = apply_linear(key.to(weight_k.dtype), weight_k @ weights.k_weight, w_bias)
-    return u, w
 
 
 class Block(NamedTuple):
@@ -341,6 +321,7 @@ def blockwise_attention(
     dropout_seed: torch.Tensor | None = None,
     is_causal: bool = False,
     residual_scale: float | None = None,
+    keys_projected: bool = False,
 ) -> torch.Tensor:
     """Neural Attention in blocks. Arguments are checked and described by `neural_attention`.
 
@@ -353,7 +334,11 @@ def blockwise_attention(
     num_heads = query.shape[1]
     with without_autocast(query):
         weights = weights.to(dtype)
-        u, w = pair_features(query, expand_heads(key, num_heads) if weights.per_head else key, weights)
+        u = apply_linear(query.to(dtype), *first_layer_of_query(weights))
+        if keys_projected:
+            w = key.to(dtype)
+        else:
+            w = key_features(expand_heads(key, num_heads) if weights.per_head else key, weights)
         layers = weights.weight2, weights.bias2, weights.weight3
         scaled_query = full_key = None
         if residual_scale is not None:

@@ -143,7 +143,8 @@ def neural_attention_forward(
     """The attention function of neural layers, called by stock attention modules as they call any other.
 
     Args:
-        query, key, value: `[B, H, Tq, D]`, `[B, Hkv, Tk, D]`, `[B, Hkv, Tk, Dv]`.
+        query, key, value: `[B, H, Tq, D]`, `[B, Hkv, Tk, D]`, `[B, Hkv, Tk, Dv]`; keys of another size than the queries
+            come projected from a `NeuralCache`.
         attention_mask: as the model's own implementation gets it (see `normalize_mask`).
 
     Returns:
@@ -170,6 +171,7 @@ def neural_attention_forward(
         dropout,
         causal,
         scaling,
+        keys_projected=key.shape[-1] != query.shape[-1],
         need_weights=implementation == "eager",
     )
     return output.transpose(1, 2).contiguous(), weights

@@ -53,22 +53,60 @@ def expand_heads(tensor: torch.Tensor, num_heads: int) -> torch.Tensor:
     return tensor if repeats == 1 else tensor.repeat_interleave(repeats, dim=1)
 
 
+def first_layer_of_query(weights: ScorerWeights) -> tuple[torch.Tensor, torch.Tensor]:
+    """`(A, a)` such that a query contributes `u = A q + a` to the scorer's first hidden layer, before its ReLU.
+
+    linear1 acts on a concatenation, so it splits into a sum, `linear1([q'; k']) = u_i + w_j`; the down-projection is folded
+    in, which leaves one product per token, head_dim -> h1.
+
+    Returns:
+        `[h1, D]` and `[h1]` (linear1's bias included), with a leading dimension H where the weights are per head.
+    """
+    weight = weights.weight1[..., : weights.q_weight.shape[-2]]
+    return weight @ weights.q_weight, weights.bias1 + (weight @ weights.q_bias.unsqueeze(-1)).squeeze(-1)
+
+
+def first_layer_of_key(weights: ScorerWeights) -> tuple[torch.Tensor, torch.Tensor]:
+    """`(C, c)` such that a key contributes `w = C k + c`; otherwise as `first_layer_of_query`."""
+    weight = weights.weight1[..., weights.q_weight.shape[-2] :]
+    return weight @ weights.k_weight, (weight @ weights.k_bias.unsqueeze(-1)).squeeze(-1)
+
+
+def key_features(key: torch.Tensor, weights: ScorerWeights) -> torch.Tensor:
+    """`w` of all keys, all that a scorer needs to know of them: `[B, Hkv, Tk, D]` -> `[B, Hkv, Tk, h1]`.
+
+    Weights per head give every query head features of its own: `key` must then have `H` heads. In the weights' dtype.
+    """
+    weight, bias = first_layer_of_key(weights)
+    return apply_linear(key.to(weight.dtype), weight, bias)
+
+
 def reference_scores(
-    query: torch.Tensor, key: torch.Tensor, weights: ScorerWeights, *, residual_scale: float | None = None
+    query: torch.Tensor,
+    key: torch.Tensor,
+    weights: ScorerWeights,
+    *,
+    residual_scale: float | None = None,
+    keys_projected: bool = False,
 ) -> torch.Tensor:
     """Scores of all pairs before any mask: `[B, H, Tq, D]`, `[B, H, Tk, D]` -> `[B, H, Tq, Tk]`, in the query's dtype.
 
     Args:
         residual_scale: None scores by the network alone; a number adds `residual_scale * query @ key^T`.
+        keys_projected: `key` is `key_features(key)`, `[B, H, Tk, h1]`.
     """
     weights = weights.to(query.dtype)
     num_queries, num_keys = query.shape[-2], key.shape[-2]
-    q = apply_linear(query, weights.q_weight, weights.q_bias)
-    k = apply_linear(key, weights.k_weight, weights.k_bias)
-    pairs = torch.cat(
-        (q.unsqueeze(3).expand(-1, -1, -1, num_keys, -1), k.unsqueeze(2).expand(-1, -1, num_queries, -1, -1)), dim=-1
-    )
-    hidden = relu(apply_linear(pairs, weights.weight1, weights.bias1))
+    if keys_projected:
+        u = apply_linear(query, *first_layer_of_query(weights))
+        hidden = relu(u.unsqueeze(3) + key.to(query.dtype).unsqueeze(2))
+    else:
+        q = apply_linear(query, weights.q_weight, weights.q_bias)
+        k = apply_linear(key, weights.k_weight, weights.k_bias)
+        pairs = torch.cat(
+            (q.unsqueeze(3).expand(-1, -1, -1, num_keys, -1), k.unsqueeze(2).expand(-1, -1, num_queries, -1, -1)), dim=-1
+        )
+        hidden = relu(apply_linear(pairs, weights.weight1, weights.bias1))
     hidden = relu(apply_linear(hidden, weights.weight2, weights.bias2))
     scores = apply_linear(hidden, weights.weight3, weights.bias3).squeeze(-1)
     if residual_scale is not None:
@@ -97,6 +135,7 @@ def reference_attention(
     dropout_seed: torch.Tensor | None = None,
     is_causal: bool = False,
     residual_scale: float | None = None,
+    keys_projected: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Neural Attention, literally. Arguments are checked and described by `neural_attention`.
 
@@ -105,7 +144,7 @@ def reference_attention(
     """
     num_heads = query.shape[1]
     key, value = expand_heads(key, num_heads), expand_heads(value, num_heads)
-    scores = reference_scores(query, key, weights, residual_scale=residual_scale)
+    scores = reference_scores(query, key, weights, residual_scale=residual_scale, keys_projected=keys_projected)
     # masks and the softmax in float32 at least: a mask's lowest float32 number is -inf in half precision
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     batch, _, num_queries, num_keys = scores.shape

@@ -8,8 +8,9 @@ from torch import nn
 from transformers import initialization
 
 from .configuration_neural_attention import INITIALIZATIONS, MODES
+from .neural_attention_blockwise import without_autocast
 from .neural_attention_masking import draw_dropout_seed
-from .neural_attention_reference import ScorerWeights, reference_attention
+from .neural_attention_reference import ScorerWeights, expand_heads, key_features, reference_attention
 
 
 try:
@@ -129,6 +130,25 @@ class NeuralScorer(nn.Module):
         its effective weight is its response to the identity matrix."""
         return ScorerWeights(*(tensor for layer in self.layers for tensor in effective_weights(layer)))
 
+    def project_keys(self, key: torch.Tensor) -> torch.Tensor:
+        """What a cache has to keep of keys: their part of the first hidden layer, `hidden_dims[0]` numbers each.
+
+        Args:
+            key: `[B, Hkv, Tk, D]`.
+
+        Returns:
+            `[B, Hkv, Tk, h1]`, or `[B, H, Tk, h1]` with weights per head, in float32 (float64 for float64 keys), as every
+            backend computes it: a rounded one would change scores. Goes into `forward` with `keys_projected=True`.
+
+        Raises:
+            ValueError: in `mode="residual"`, whose dot product needs the keys themselves.
+        """
+        if self.mode == "residual":
+            raise ValueError('`mode="residual"` needs whole keys for its dot product; they cannot be projected beforehand.')
+        with without_autocast(key):
+            weights = self.weights().to(torch.promote_types(key.dtype, torch.float32))
+            return key_features(key if self.num_heads is None else expand_heads(key, self.num_heads), weights)
+
     def forward(
         self,
         query: torch.Tensor,
@@ -140,6 +160,7 @@ class NeuralScorer(nn.Module):
         scale: float | None = None,
         *,
         backend: str | None = None,
+        keys_projected: bool = False,
         need_weights: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Runs the operation; everything but what follows is as in `hf_neural_attention.neural_attention`.
@@ -150,13 +171,14 @@ class NeuralScorer(nn.Module):
         Returns:
             Output `[B, H, Tq, Dv]`, and the attention weights `[B, H, Tq, Tk]` after dropout, or None.
         """
-        check_arguments(self, query, key, value, attn_mask, dropout_p)
+        check_arguments(self, query, key, value, attn_mask, dropout_p, keys_projected)
         arguments: dict[str, Any] = {
             "attn_mask": None if attn_mask is None else attn_mask.view((1,) * (4 - attn_mask.dim()) + attn_mask.shape),
             "dropout_p": dropout_p,
             "dropout_seed": draw_dropout_seed(dropout_p, query.device),
             "is_causal": is_causal,
             "residual_scale": None,
+            "keys_projected": keys_projected,
         }
         if self.mode == "residual":
             arguments["residual_scale"] = 1.0 / math.sqrt(self.head_dim) if scale is None else scale
@@ -175,7 +197,7 @@ def effective_weights(layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
     dtype = base.bias.dtype if base.bias.is_floating_point() else torch.float32
     inputs = torch.eye(base.in_features, device=base.bias.device, dtype=dtype)
     bias = layer(torch.zeros_like(inputs[:1]))[0]
-    return (layer(inputs) - bias).T, bias
+    return (layer(inputs) - bias).T.contiguous(), bias
 
 
 def offloaded_weights(layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -194,6 +216,7 @@ def check_arguments(
     value: torch.Tensor,
     attn_mask: torch.Tensor | None,
     dropout_p: float,
+    keys_projected: bool,
 ) -> None:
     """Raises a ValueError that names the argument, what it is and what was expected."""
     for name, tensor in (("query", query), ("key", key), ("value", value)):
@@ -201,19 +224,29 @@ def check_arguments(
             raise ValueError(f"`{name}` has shape {tuple(tensor.shape)}; expected 4 dimensions [batch, heads, length, size].")
         if not tensor.is_floating_point():
             raise ValueError(f"`{name}` has dtype {tensor.dtype}; expected a floating-point dtype.")
-    if query.shape[-1] != scorer.head_dim or key.shape[-1] != scorer.head_dim:
+    if keys_projected:
+        if scorer.mode == "residual":
+            raise ValueError('`keys_projected` does not go with `mode="residual"`, whose dot product needs whole keys.')
+        wanted_heads, size = value.shape[1] if scorer.num_heads is None else scorer.num_heads, scorer.hidden_dims[0]
+        if (key.shape[1], key.shape[3]) != (wanted_heads, size) or query.shape[-1] != scorer.head_dim:
+            raise ValueError(
+                f"`query` and `key` have shapes {tuple(query.shape)} and {tuple(key.shape)}; with `keys_projected` this "
+                f"scorer expects [B, H, Tq, {scorer.head_dim}] and [B, {wanted_heads}, Tk, {size}]."
+            )
+    elif query.shape[-1] != scorer.head_dim or key.shape[-1] != scorer.head_dim:
         raise ValueError(
             f"`query` and `key` have sizes {query.shape[-1]} and {key.shape[-1]}; this scorer was made for head_dim "
             f"{scorer.head_dim}."
         )
-    if key.shape[:3] != value.shape[:3] or query.shape[0] != key.shape[0]:
+    same_heads = key.shape[1] == value.shape[1] or keys_projected
+    if (key.shape[0], key.shape[2]) != (value.shape[0], value.shape[2]) or not same_heads or len(query) != len(key):
         raise ValueError(
             f"`query` {tuple(query.shape)}, `key` {tuple(key.shape)} and `value` {tuple(value.shape)} do not fit: all need "
             "the same batch size, key and value also the same heads and length."
         )
     num_heads = query.shape[1]
-    if key.shape[1] == 0 or num_heads % key.shape[1]:
-        raise ValueError(f"`query` has {num_heads} heads, which is no multiple of the {key.shape[1]} key and value heads.")
+    if value.shape[1] == 0 or num_heads % value.shape[1]:
+        raise ValueError(f"`query` has {num_heads} heads, which is no multiple of the {value.shape[1]} key and value heads.")
     if scorer.num_heads is not None and scorer.num_heads != num_heads:
         raise ValueError(f"`query` has {num_heads} heads; this scorer has weights for {scorer.num_heads}.")
     if not 0.0 <= dropout_p <= 1.0:

@@ -27,6 +27,7 @@ def neural_attention(
     scale: float | None = None,
     *,
     backend: str | None = None,
+    keys_projected: bool = False,
 ) -> torch.Tensor:
     """Attention whose scores come from `scorer`; otherwise as `torch.nn.functional.scaled_dot_product_attention`.
 
@@ -49,6 +50,8 @@ def neural_attention(
             the network are never scaled, so `mode="replace"` takes no notice of it.
         backend (`str`, *optional*): `"reference"` (literal; memory `B * H * Tq * Tk * proj_dim`), `"blockwise"` (linear
             memory), or `"auto"`. Default: `"auto"`.
+        keys_projected (`bool`): `key` is what `scorer.project_keys(key)` returned: `[B, Hkv, Tk, h1]` (`H` heads with weights
+            per head), with `h1 = scorer.hidden_dims[0]`. Not in `mode="residual"`. Default: False.
 
     Returns:
         `torch.Tensor` of shape `(B, H, Tq, Dv)`, in the query's dtype. The blockwise backend computes in float32 at least.
@@ -56,4 +59,4 @@ def neural_attention(
     Raises:
         ValueError: if shapes, dtypes or the probability do not fit, naming the argument.
     """
-    return scorer(query, key, value, attn_mask, dropout_p, is_causal, scale, backend=backend)[0]
+    return scorer(query, key, value, attn_mask, dropout_p, is_causal, scale, backend=backend, keys_projected=keys_projected)[0]

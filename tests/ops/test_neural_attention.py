@@ -313,6 +313,31 @@ def test_expanded_output_gradient(backend: str):
     torch.testing.assert_close(*gradients)
 
 
+def with_projected_keys(query, key, value, scorer, **options):
+    return neural_attention(query, scorer.project_keys(key), value, scorer, keys_projected=True, **options)
+
+
+@every_backend
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(heads=4, kv_heads=2, is_causal=True, hidden_dims=(3, 2)),
+        Case(heads=4, kv_heads=2, per_head=True, mask="float"),
+        Case(queries=1, keys=33, mask="bool", mask_shape=(2, 1, 1, 33)),
+    ],
+    ids=str,
+)
+def test_projected_keys(case: Case, backend: str):
+    tensors, scorer = case.draw()
+    exact = run_with_gradients(literal_attention, tensors, scorer, torch.float64, **case.options)
+    ours = run_with_gradients(with_projected_keys, tensors, scorer, torch.float64, **case.options, backend=backend)
+    assert_equals_oracle(ours, exact)
+    heads = case.heads if case.per_head else case.kv_heads or case.heads
+    projected = scorer.project_keys(tensors["key"])
+    assert projected.shape == (case.batch, heads, case.keys or case.queries, scorer.hidden_dims[0])
+    assert scorer.bfloat16().project_keys(tensors["key"].bfloat16()).dtype == torch.float32
+
+
 @every_backend
 @pytest.mark.parametrize("dropout_p", [0.1, 0.5, 1.0])
 @pytest.mark.parametrize("case", [Case(is_causal=True), Case(heads=4, kv_heads=2, mask="float")], ids=str)
@@ -388,6 +413,11 @@ def test_gradcheck(backend: str):
         ({"attn_mask": torch.ones(7, 7, dtype=torch.int64)}, "`attn_mask` has dtype torch.int64; expected bool"),
         ({"attn_mask": torch.ones(6, 7)}, r"`attn_mask` has shape \(6, 7\), which does not broadcast to \(2, 2, 7, 7\)"),
         ({"attn_mask": torch.ones(1, 2, 2, 7, 7)}, r"does not broadcast to \(2, 2, 7, 7\)"),
+        ({"keys_projected": True}, r"with `keys_projected` this scorer expects \[B, H, Tq, 8\] and \[B, 2, Tk, 2\]"),
+        (
+            {"keys_projected": True, "scorer": NeuralScorer(8, mode="residual")},
+            '`keys_projected` does not go with `mode="residual"`',
+        ),
         ({"backend": "fast"}, "`backend` is 'fast'; it must be one of 'auto', 'reference'"),
     ),
     ids=lambda value: value if isinstance(value, str) else "",
