@@ -9,6 +9,11 @@ import torch
 from torch import nn
 from torch.nn.functional import linear, relu
 
+from hf_neural_attention.ops import BACKENDS, Inputs
+
+
+# what can run here: without a C++ compiler the native kernel's tests drop out (tests/ops/test_native.py says so)
+CPU_BACKENDS = [name for name in BACKENDS if BACKENDS[name].reason_against(Inputs("cpu", torch.float64)) is None]
 
 Tensors = dict[str, torch.Tensor]
 Attend = Callable[..., torch.Tensor]  # (query, key, value, scorer, attn_mask, **options) -> output

@@ -6,14 +6,23 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..models.neural_attention_backends import BACKENDS, run_backend
+from .dispatch import BACKENDS, Choice, Inputs, choose_backend, run_backend, set_backend, use_backend
 
 
 if TYPE_CHECKING:
     from ..models.neural_attention_scorer import NeuralScorer
 
 
-__all__ = ["BACKENDS", "neural_attention", "run_backend"]
+__all__ = [
+    "BACKENDS",
+    "Choice",
+    "Inputs",
+    "choose_backend",
+    "neural_attention",
+    "run_backend",
+    "set_backend",
+    "use_backend",
+]
 
 
 def neural_attention(
@@ -48,15 +57,18 @@ def neural_attention(
             and `Tk` differ (upper-left alignment, as there). Default: False.
         scale (`float`, *optional*): Factor of the dot product in `mode="residual"`. Default: `1 / sqrt(D)`. The scores of
             the network are never scaled, so `mode="replace"` takes no notice of it.
-        backend (`str`, *optional*): `"reference"` (literal; memory `B * H * Tq * Tk * proj_dim`), `"blockwise"` (linear
-            memory), or `"auto"`. Default: `"auto"`.
+        backend (`str`, *optional*): `"native"` (fused, CPU), `"triton"` (fused, GPU), `"blockwise"` (PyTorch operators,
+            linear memory), `"reference"` (literal; memory `B * H * Tq * Tk * proj_dim`), or `"auto"`, the first of these that
+            can take the inputs. Default: what `use_backend`, `set_backend` or `HF_NEURAL_ATTENTION_BACKEND` says, else
+            `"auto"`.
         keys_projected (`bool`): `key` is what `scorer.project_keys(key)` returned: `[B, Hkv, Tk, h1]` (`H` heads with weights
             per head), with `h1 = scorer.hidden_dims[0]`. Not in `mode="residual"`. Default: False.
 
     Returns:
-        `torch.Tensor` of shape `(B, H, Tq, Dv)`, in the query's dtype. The blockwise backend computes in float32 at least.
+        `torch.Tensor` of shape `(B, H, Tq, Dv)`, in the query's dtype. All but the reference compute in float32 at least.
 
     Raises:
-        ValueError: if shapes, dtypes or the probability do not fit, naming the argument.
+        ValueError: if shapes, dtypes or the probability do not fit, naming the argument, or if the backend that was asked for
+            cannot run here, with the reason.
     """
     return scorer(query, key, value, attn_mask, dropout_p, is_causal, scale, backend=backend, keys_projected=keys_projected)[0]

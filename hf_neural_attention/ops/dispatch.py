@@ -1,0 +1,207 @@
+"""Which backend runs: the one asked for, or the fastest that can take the inputs.
+
+Asked for by, first to last: the `backend` argument, `use_backend`, `set_backend`, `HF_NEURAL_ATTENTION_BACKEND`; else "auto".
+"""
+
+import functools
+import importlib.util
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import NamedTuple
+
+import torch
+
+from ..models.neural_attention_backends import BACKENDS as PYTORCH_BACKENDS
+from ..models.neural_attention_reference import ScorerWeights
+
+
+logger = logging.getLogger(__name__)
+
+ENVIRONMENT_VARIABLE = "HF_NEURAL_ATTENTION_BACKEND"
+AUTO = "auto"
+
+
+class Inputs(NamedTuple):
+    """What the choice of a backend depends on."""
+
+    device_type: str  # as in `torch.device.type`
+    dtype: torch.dtype  # of the query
+    head_dim: int = 0  # the larger one of a query's and a value's size
+    exporting: bool = False  # only plain operators may appear: `torch.export`, ONNX, `torch.jit.trace`
+
+
+def run_native(*args, **arguments) -> torch.Tensor:
+    from .native import native_attention
+
+    return native_attention(*args, **arguments)
+
+
+def run_triton(*args, **arguments) -> torch.Tensor:
+    from .triton import triton_attention
+
+    return triton_attention(*args, **arguments)
+
+
+def against_reference(inputs: Inputs) -> str | None:
+    return None
+
+
+def against_blockwise(inputs: Inputs) -> str | None:
+    return "an exported graph may only hold PyTorch's own operators" if inputs.exporting else None
+
+
+def against_native(inputs: Inputs) -> str | None:
+    from .native_build import BuildError, load_library
+
+    if inputs.exporting:
+        return against_blockwise(inputs)
+    if inputs.device_type != "cpu":
+        return f"it runs on the CPU, and the tensors are on {inputs.device_type!r}"
+    library = load_library(torch.promote_types(inputs.dtype, torch.float32))
+    return str(library) if isinstance(library, BuildError) else None
+
+
+def against_triton(inputs: Inputs) -> str | None:
+    if inputs.exporting:
+        return against_blockwise(inputs)
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed (`pip install triton`)"
+    from .triton import unavailable_reason
+
+    return unavailable_reason(inputs.device_type, inputs.dtype, inputs.head_dim)
+
+
+class Backend(NamedTuple):
+    """A way to compute the operation.
+
+    Args:
+        run: function(query, key, value, weights, *, attn_mask, dropout_p, dropout_seed, is_causal, residual_scale,
+            keys_projected) -> output.
+        reason_against: why it cannot take certain inputs here, or None.
+        is_fused: computes scores, softmax and output in one pass.
+    """
+
+    run: Callable[..., torch.Tensor]
+    reason_against: Callable[[Inputs], str | None]
+    is_fused: bool
+
+
+# The fastest first: "auto" takes the first that nothing speaks against
+BACKENDS = {
+    "native": Backend(run_native, against_native, is_fused=True),
+    "triton": Backend(run_triton, against_triton, is_fused=True),
+    "blockwise": Backend(PYTORCH_BACKENDS["blockwise"], against_blockwise, is_fused=False),
+    "reference": Backend(PYTORCH_BACKENDS["reference"], against_reference, is_fused=False),
+}
+
+# None: not set
+process_choice: str | None = None
+context_choice: ContextVar[str | None] = ContextVar("hf_neural_attention_backend", default=None)
+
+
+def check_name(name: str, source: str) -> str:
+    """Raises a ValueError if `name`, which came from `source`, is no backend."""
+    if name not in (AUTO, *BACKENDS):
+        raise ValueError(f"{source} is {name!r}; it must be one of {', '.join(map(repr, (AUTO, *BACKENDS)))}.")
+    return name
+
+
+def set_backend(name: str | None) -> None:
+    """Chooses the backend for the whole process.
+
+    Args:
+        name (`str`, *optional*): "auto", "native", "triton", "blockwise" or "reference". None takes the choice back.
+
+    Raises:
+        ValueError: if there is no backend of that name. Whether it can run is seen when it is called: an error, then, with
+            the reason.
+    """
+    global process_choice
+    process_choice = None if name is None else check_name(name, "`set_backend`'s `name`")
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Chooses the backend inside a `with` block, in this thread (or task) alone; blocks nest.
+
+    Code that `torch.compile` has compiled keeps the backend that it was compiled with.
+
+    Raises:
+        ValueError: if there is no backend of that name.
+    """
+    token = context_choice.set(check_name(name, "`use_backend`'s `name`"))
+    try:
+        yield
+    finally:
+        context_choice.reset(token)
+
+
+def asked_backend() -> str:
+    """The backend that the context, the process or the environment asks for, "auto" if none does.
+
+    Raises:
+        ValueError: if the environment names one that does not exist.
+    """
+    asked = context_choice.get() or process_choice
+    return asked or check_name(
+        os.environ.get(ENVIRONMENT_VARIABLE) or AUTO, f"The environment variable {ENVIRONMENT_VARIABLE}"
+    )
+
+
+class Choice(NamedTuple):
+    """Which backend runs, and why the faster ones do not: reasons by name, in order of speed."""
+
+    name: str
+    reasons: dict[str, str]
+
+
+@functools.cache
+def warn_once(message: str) -> None:
+    logger.warning(message)
+
+
+def choose_backend(name: str | None, inputs: Inputs) -> Choice:
+    """Args: name: as in `neural_attention`; None asks the context, the process and the environment.
+
+    Raises:
+        ValueError: if there is no such backend, or it cannot take these inputs here.
+    """
+    name = asked_backend() if name is None else check_name(name, "`backend`")
+    reasons: dict[str, str] = {}
+    if name != AUTO and not inputs.exporting:
+        reason = BACKENDS[name].reason_against(inputs)
+        if reason is not None:
+            raise ValueError(f"The backend {name!r} cannot run here: {reason}.")
+        return Choice(name, reasons)
+    for candidate, backend in BACKENDS.items():
+        reason = backend.reason_against(inputs)
+        if reason is None:
+            break
+        reasons[candidate] = reason
+    if inputs.device_type == "cpu" and "native" in reasons and not inputs.exporting:
+        warn_once(
+            "Neural Attention's native CPU kernel is not available, the blockwise PyTorch backend runs instead (same results, "
+            f"several times slower): {reasons['native']}."
+        )
+    return Choice(candidate, reasons)
+
+
+@torch.compiler.assume_constant_result
+def choose_name(name: str | None, device_type: str, dtype: torch.dtype, head_dim: int) -> str:
+    # a constant to torch.compile, which could not trace a compiler's run
+    return choose_backend(name, Inputs(device_type, dtype, head_dim)).name
+
+
+def run_backend(
+    name: str | None, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, weights: ScorerWeights, **arguments
+) -> torch.Tensor:
+    """Runs the named backend, or the one that `choose_backend` finds for None and "auto"."""
+    head_dim = max(query.shape[-1], value.shape[-1])
+    if torch.compiler.is_exporting() or torch.jit.is_tracing():
+        chosen = choose_backend(name, Inputs(query.device.type, query.dtype, head_dim, exporting=True)).name
+    else:
+        chosen = choose_name(name, query.device.type, query.dtype, head_dim)
+    return BACKENDS[chosen].run(query, key, value, weights, **arguments)

@@ -1,0 +1,267 @@
+// Forward: blocks of queries against tiles of keys, with the softmax's normaliser kept as a running sum.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+
+#include "masks.h"
+#include "matmul.h"
+#include "scores.h"
+
+constexpr int64_t QUERY_BLOCK = 64;
+constexpr int64_t ROW_GROUP = 8;
+
+// Sums of weights that are taken as they are; outside, the row's pivot is moved (a sum of 2^64 is far from overflow, and
+// one of 2^-64 far from where single weights would be lost)
+constexpr Real LARGEST_SUM = Real(18446744073709551616.0), SMALLEST_SUM = 1 / LARGEST_SUM;
+
+// w of every key, [B, Hw, tiles, h1, KEY_TILE]: what the keys contribute to the first layer, tile by tile
+INLINE int64_t key_tiles(const Problem& problem) { return (problem.keys + KEY_TILE - 1) / KEY_TILE; }
+INLINE const Real* feature_tile(const Problem& problem, const Real* features, int64_t b, int64_t head, int64_t tile) {
+  return features + ((b * problem.feature_heads() + problem.feature_head(head)) * key_tiles(problem) + tile) * problem.hidden1 * KEY_TILE;
+}
+
+static void project_keys(const Problem& problem, Real* features) {
+  const int64_t tiles = key_tiles(problem), heads = problem.feature_heads(), width = problem.key_width();
+#pragma omp parallel num_threads(problem.num_threads)
+  {
+    const int64_t padded = round_up(width, LANES);
+    Scratch scratch(padded * LANES + padded * KEY_TILE);
+    Real *row = scratch.take(padded * LANES), *columns = scratch.take(padded * KEY_TILE);
+#pragma omp for schedule(static)
+    for (int64_t task = 0; task < problem.batch * heads * tiles; task++) {
+      const int64_t tile = task % tiles, head = task / tiles % heads, b = task / tiles / heads;
+      const int64_t first = tile * KEY_TILE, n = std::min(KEY_TILE, problem.keys - first);
+      const int64_t key_head = problem.keys_projected || problem.weight_sets == 1 ? head : head / (problem.heads / problem.kv_heads);
+      const char* keys = problem.key.at(b, key_head, first);
+      Real* out = features + task * problem.hidden1 * KEY_TILE;
+      if (problem.keys_projected) {
+        read_transposed(problem.key, keys, n, width, out, KEY_TILE, row);
+      } else {
+        const int64_t set = problem.weight_sets == 1 ? 0 : head;
+        read_transposed(problem.key, keys, n, width, columns, KEY_TILE, row);
+        project(problem.key_weight + set * problem.hidden1 * width, problem.key_bias + set * problem.hidden1, problem.hidden1,
+                width, columns, KEY_TILE, n, out, KEY_TILE);
+      }
+    }
+  }
+}
+
+// 2^(score - pivot) of one query and n keys into p, zeros up to the next multiple of LANES; returns their sum
+template <int R2>
+static Real exp_scores(const PairNetwork& net, const QueryRow& row, const Real* w, bool residual, const Real* bias,
+                       const Tail& tail, int64_t n, Real pivot, Real* p) {
+  Vec total = Vec{};
+  int64_t j = 0;
+  auto strip = [&](auto size, const Real* strip_bias) INLINE_LAMBDA {
+    Vec score[size];
+    score_strip<R2, size>(net, row, w + j, KEY_TILE, residual ? p + j : nullptr, strip_bias, pivot, score);
+    unroll<size>([&](auto s) INLINE_LAMBDA {
+      score[s] = exp2(score[s]);
+      store(p + j + s * LANES, score[s]);
+      total += score[s];
+    });
+    j += size * LANES;
+  };
+  constexpr int S = strip_vectors<R2>();
+  while (j + S * LANES <= n) strip(std::integral_constant<int, S>{}, bias ? bias + j : nullptr);
+  if constexpr (S > 2)
+    while (j + 2 * LANES <= n) strip(std::integral_constant<int, 2>{}, bias ? bias + j : nullptr);
+  while (j + LANES <= n) strip(std::integral_constant<int, 1>{}, bias ? bias + j : nullptr);
+  if (j < n) strip(std::integral_constant<int, 1>{}, bias ? bias + j : tail.window(n - j));
+  return sum_lanes(total);
+}
+
+// The same where weights would overflow or vanish: the pivot becomes the largest score. Returns the sum, and the pivot.
+template <int R2>
+static Real exp_scores_exactly(const PairNetwork& net, const QueryRow& row, const Real* w, bool residual, const Real* bias,
+                               const Tail& tail, int64_t n, Real& pivot, bool may_fall, Real* p) {
+  Vec largest = splat(NEVER);
+  for (int64_t j = 0; j < n; j += LANES) {
+    Vec score[1];
+    const Real* strip_bias = bias ? bias + j : n - j < LANES ? tail.window(n - j) : nullptr;
+    score_strip<R2, 1>(net, row, w + j, KEY_TILE, residual ? p + j : nullptr, strip_bias, 0, score);
+    store(p + j, score[0]);
+    largest = larger(largest, score[0]);
+  }
+  const Real top = max_lanes(largest);
+  if (top > pivot || may_fall) pivot = top;
+  Vec total = Vec{};
+  for (int64_t j = 0; j < n; j += LANES) {
+    const Vec weight = exp2(load(p + j) - pivot);
+    store(p + j, weight);
+    total += weight;
+  }
+  return sum_lanes(total);
+}
+
+struct ForwardResult {
+  Real* output;  // [B, H, Tq, Dv], by strides, the last of which is 1
+  int64_t strides[3];
+  Real* softmax;  // [B, H, Tq, 2]: pivot and 1 / sum of 2^(score - pivot), 0 for empty rows
+};
+
+template <int R2>
+class Forward {
+ public:
+  Forward(const Problem& problem, const Real* features, const ForwardResult& result)
+      : problem(problem), features(features), result(result), width(round_up(problem.head_dim, LANES)),
+        value_width(round_up(problem.value_dim, LANES)), hidden2(round_up(problem.hidden2, R2)),
+        pack_values(!problem.value.is_plain() || problem.value_dim % LANES != 0) {}
+
+  void run() const {
+    const int64_t blocks = (problem.queries + QUERY_BLOCK - 1) / QUERY_BLOCK;
+#pragma omp parallel num_threads(problem.num_threads)
+    {
+      Memory memory(*this);
+      // under a causal mask the last blocks are the longest: they go first
+#pragma omp for schedule(dynamic)
+      for (int64_t task = 0; task < problem.batch * problem.heads * blocks; task++) {
+        const int64_t head = task / blocks % problem.heads;
+        block(memory, task / blocks / problem.heads, head, (blocks - 1 - task % blocks) * QUERY_BLOCK);
+      }
+    }
+  }
+
+ private:
+  const Problem& problem;
+  const Real* features;
+  const ForwardResult& result;
+  const int64_t width, value_width, hidden2;
+  const bool pack_values;
+
+  struct Memory {
+    Scratch scratch;
+    Real *row, *query, *u, *bias2, *weights, *mask, *values, *keys, *output, *net;
+    Real pivot[QUERY_BLOCK], sum[QUERY_BLOCK];
+    Tail tail;
+    explicit Memory(const Forward& f) : scratch(f.scratch_size()) {
+      const int64_t widest = std::max(f.width, f.value_width);
+      row = scratch.take(LANES * widest);
+      query = scratch.take(f.width * QUERY_BLOCK);
+      u = scratch.take(f.problem.hidden1 * QUERY_BLOCK);
+      bias2 = scratch.take(f.hidden2 * QUERY_BLOCK);
+      weights = scratch.take(ROW_GROUP * KEY_TILE);
+      mask = scratch.take(2 * KEY_TILE);
+      values = scratch.take(f.pack_values ? KEY_TILE * f.value_width : 0);
+      keys = scratch.take(f.problem.residual ? f.width * KEY_TILE : 0);
+      output = scratch.take(QUERY_BLOCK * f.value_width);
+      net = scratch.take(PairNetwork::size(f.problem.hidden1, f.hidden2));
+    }
+  };
+
+  int64_t scratch_size() const {
+    return LANES * std::max(width, value_width) + (width + problem.hidden1 + hidden2) * QUERY_BLOCK + (ROW_GROUP + 2) * KEY_TILE +
+           KEY_TILE * (value_width + width) + QUERY_BLOCK * value_width + PairNetwork::size(problem.hidden1, hidden2) + 16 * LANES;
+  }
+
+  void block(Memory& memory, int64_t b, int64_t head, int64_t first) const {
+    const int64_t set = problem.weight_set(head), count = std::min(QUERY_BLOCK, problem.queries - first);
+    const PairNetwork net(problem, set, hidden2, memory.net);
+    read_transposed(problem.query, problem.query.at(b, head, first), count, problem.head_dim, memory.query, QUERY_BLOCK, memory.row);
+    project(problem.query_weight + set * problem.hidden1 * problem.head_dim, problem.query_bias + set * problem.hidden1,
+            problem.hidden1, problem.head_dim, memory.query, QUERY_BLOCK, count, memory.u, QUERY_BLOCK);
+    prepare_queries(net, memory.u, QUERY_BLOCK, count, memory.bias2);
+    std::memset(memory.output, 0, sizeof(Real) * QUERY_BLOCK * value_width);
+    std::memset(memory.pivot, 0, sizeof(memory.pivot));
+    std::memset(memory.sum, 0, sizeof(memory.sum));
+
+    const int64_t visible = problem.is_causal ? std::min(problem.keys, first + count) : problem.keys;
+    for (int64_t key = 0; key < visible; key += KEY_TILE) tile(memory, net, b, head, first, count, key, std::min(KEY_TILE, visible - key));
+    finish(memory, b, head, first, count);
+  }
+
+  void tile(Memory& memory, const PairNetwork& net, int64_t b, int64_t head, int64_t first, int64_t count, int64_t key, int64_t n) const {
+    const int64_t kv_head = head / (problem.heads / problem.kv_heads);
+    const bool one_mask = problem.mask.data && problem.mask.strides[2] == 0;
+    Coverage coverage = EVERYTHING;
+    if (one_mask) coverage = read_mask(problem.mask, problem.mask.at(b, head, 0), key, n, memory.mask);
+    if (coverage == NOTHING) return;
+    const Real* w = feature_tile(problem, features, b, head, key / KEY_TILE);
+    const Real* values = reinterpret_cast<const Real*>(problem.value.at(b, kv_head, key));
+    int64_t value_row = problem.value.strides[2];
+    bool packed = !pack_values;
+    if (problem.residual) read_transposed(problem.key, problem.key.at(b, kv_head, key), n, problem.head_dim, memory.keys, KEY_TILE, memory.row);
+
+    for (int64_t group = 0; group < count; group += ROW_GROUP) {
+      const int64_t rows = std::min(ROW_GROUP, count - group);
+      const int64_t seen = problem.is_causal ? std::min(n, first + group + rows - key) : n;
+      if (seen <= 0) continue;
+      if (problem.residual) dot_products(memory, group, rows, seen);
+      bool any = false;
+      for (int64_t r = 0; r < rows; r++) {
+        const int64_t query = first + group + r;
+        const int64_t row_keys = problem.is_causal ? std::min(n, query + 1 - key) : n;
+        Real* p = memory.weights + r * KEY_TILE;
+        Coverage row_coverage = row_keys <= 0 ? NOTHING : coverage;
+        Real* mask = memory.mask;
+        if (row_coverage != NOTHING && problem.mask.data && (!one_mask || (coverage == SOME && row_keys < n))) {
+          mask += KEY_TILE;  // the row's own, cut at its last key
+          row_coverage = read_mask(problem.mask, problem.mask.at(b, head, query), key, row_keys, mask);
+        }
+        if (row_coverage != NOTHING) {
+          weigh(memory, net, group + r, w, row_coverage == SOME ? mask : nullptr, row_keys, p);
+          if (problem.has_dropout) drop(problem, b, head, query, key, row_keys, p);
+          any = true;
+        }
+        for (int64_t j = row_coverage == NOTHING ? 0 : round_up(row_keys, LANES); j < seen; j++) p[j] = 0;
+      }
+      if (!any) continue;
+      if (!packed) {
+        pack(memory, values = memory.values, b, kv_head, key, n);
+        value_row = value_width, packed = true;
+      }
+      multiply(memory.weights, KEY_TILE, 1, rows, seen, values, value_row, memory.output + group * value_width, value_width, value_width);
+    }
+  }
+
+  // Unnormalised weights of one query, in terms of its pivot, and their sum
+  INLINE void weigh(Memory& memory, const PairNetwork& net, int64_t i, const Real* w, const Real* bias, int64_t n, Real* p) const {
+    const QueryRow row{memory.u + i, memory.bias2 + i, QUERY_BLOCK};
+    Real sum = exp_scores<R2>(net, row, w, problem.residual, bias, memory.tail, n, memory.pivot[i], p);
+    const bool begun = memory.sum[i] > 0;
+    if (!(sum <= LARGEST_SUM && (begun || sum >= SMALLEST_SUM))) {
+      if (problem.residual) dot_products(memory, i, 1, n, p);
+      const Real before = memory.pivot[i];
+      sum = exp_scores_exactly<R2>(net, row, w, problem.residual, bias, memory.tail, n, memory.pivot[i], !begun, p);
+      if (begun) rescale(memory, i, std::exp2(before - memory.pivot[i]));
+    }
+    memory.sum[i] += sum;
+  }
+
+  void rescale(Memory& memory, int64_t i, Real factor) const {
+    memory.sum[i] *= factor;
+    for (int64_t d = 0; d < value_width; d++) memory.output[i * value_width + d] *= factor;
+  }
+
+  // Residual mode: scale * q.k of some rows of a group into its weights
+  void dot_products(Memory& memory, int64_t i, int64_t rows, int64_t n, Real* out = nullptr) const {
+    out = out ? out : memory.weights;
+    const int64_t columns = round_up(n, LANES);
+    for (int64_t r = 0; r < rows; r++) std::memset(out + r * KEY_TILE, 0, sizeof(Real) * columns);
+    multiply(memory.query + i, 1, QUERY_BLOCK, rows, problem.head_dim, memory.keys, KEY_TILE, out, KEY_TILE, columns);
+    const Real scale = Real(problem.residual_scale * LOG2_E);
+    for (int64_t r = 0; r < rows; r++)
+      for (int64_t j = 0; j < columns; j += LANES) store(out + r * KEY_TILE + j, load(out + r * KEY_TILE + j) * scale);
+  }
+
+  void pack(Memory& memory, const Real*, int64_t b, int64_t kv_head, int64_t key, int64_t n) const {
+    for (int64_t j = 0; j < n; j++) {
+      Real* out = memory.values + j * value_width;
+      read_row(problem.value, problem.value.at(b, kv_head, key + j), problem.value_dim, out);
+      for (int64_t d = problem.value_dim; d < value_width; d++) out[d] = 0;
+    }
+  }
+
+  void finish(Memory& memory, int64_t b, int64_t head, int64_t first, int64_t count) const {
+    const Real kept = problem.drop_below < 65536 ? Real(65536.0 / (65536 - problem.drop_below)) : 0;
+    for (int64_t i = 0; i < count; i++) {
+      const Real sum = memory.sum[i];
+      const Real inverse = sum == 0 ? 0 : 1 / sum, factor = problem.has_dropout ? inverse * kept : inverse;
+      Real* out = result.output + b * result.strides[0] + head * result.strides[1] + (first + i) * result.strides[2];
+      for (int64_t d = 0; d < problem.value_dim; d++) out[d] = memory.output[i * value_width + d] * factor;
+      Real* const softmax = result.softmax + ((b * problem.heads + head) * problem.queries + first + i) * 2;
+      softmax[0] = memory.pivot[i], softmax[1] = inverse;
+    }
+  }
+};

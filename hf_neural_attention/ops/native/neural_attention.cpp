@@ -1,0 +1,31 @@
+// The native CPU kernel's doors. See ../README.md for the mathematics and the tiling.
+#include <algorithm>
+#include <type_traits>
+
+#include "backward.h"
+
+// Calls f with the block of second-layer units, a constant, that suits a scorer
+template <class F>
+static void for_block_of_units(const Problem& problem, F&& f) {
+  if (problem.hidden2 == 1) f(std::integral_constant<int, 1>{});
+  else if (problem.hidden2 == 2) f(std::integral_constant<int, 2>{});
+  else if (problem.hidden2 <= 4) f(std::integral_constant<int, 4>{});
+  else f(std::integral_constant<int, 8>{});
+}
+
+extern "C" {
+
+// Numbers (of Real) that the forward pass wants as working memory for w
+int64_t feature_numbers(const Problem* problem) {
+  return problem->batch * problem->feature_heads() * key_tiles(*problem) * problem->hidden1 * KEY_TILE;
+}
+
+void forward(const Problem* problem, Real* features, const ForwardResult* result) {
+  project_keys(*problem, features);
+  for_block_of_units(*problem, [&](auto units) { Forward<units>(*problem, features, *result).run(); });
+}
+
+void backward(const Problem* problem, const BackwardResult* result) {
+  for_block_of_units(*problem, [&](auto units) { Backward<units>(*problem, *result).run(); });
+}
+}

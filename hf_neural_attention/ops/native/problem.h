@@ -1,0 +1,168 @@
+// What Python hands over (native.py mirrors these structures with ctypes), and how its tensors are read.
+#pragma once
+
+#include <limits>
+
+#include "simd.h"
+
+enum ElementType : int64_t { FLOAT32 = 0, FLOAT64 = 1, BFLOAT16 = 2, FLOAT16 = 3, BOOL = 4 };
+
+// A 4-dimensional tensor; strides count elements. `data` is null where there is none.
+struct Tensor {
+  const char* data;
+  int64_t strides[4];
+  int64_t type;
+
+  INLINE int64_t element_size() const { return type == FLOAT64 ? 8 : type == FLOAT32 ? 4 : type == BOOL ? 1 : 2; }
+  INLINE const char* at(int64_t i, int64_t j, int64_t k) const {
+    return data + (i * strides[0] + j * strides[1] + k * strides[2]) * element_size();
+  }
+  // Rows of it can be read as vectors where they lie
+  INLINE bool is_plain() const { return type == (sizeof(Real) == 8 ? FLOAT64 : FLOAT32) && strides[3] == 1; }
+};
+
+struct Problem {
+  int64_t batch, heads, kv_heads, queries, keys, head_dim, value_dim, hidden1, hidden2;
+  int64_t weight_sets;      // 1, or `heads` where the weights are per head
+  int64_t keys_projected;   // `key` holds w, [B, Hw, Tk, h1]
+  int64_t is_causal;
+  int64_t residual;         // scores have scale * q.k added
+  int64_t num_threads;
+  int64_t drop_below;       // of the 65,536 values of a pair's random number
+  int64_t has_dropout;
+  int64_t seed;
+  double residual_scale;
+  Tensor query, key, value, mask;
+  // The first layer of the scorer by itself, u = A q + a and w = C k + c, and the layers that act on pairs. Contiguous.
+  const Real* query_weight;  // A [weight_sets, h1, D]
+  const Real* query_bias;    // a [weight_sets, h1]
+  const Real* key_weight;    // C
+  const Real* key_bias;      // c
+  const Real* weight2;       // [weight_sets, h2, h1]
+  const Real* bias2;         // [weight_sets, h2]
+  const Real* weight3;       // [weight_sets, h2]
+
+  INLINE int64_t key_width() const { return keys_projected ? hidden1 : head_dim; }
+  // The heads that w has: every query head its own where the weights are per head
+  INLINE int64_t feature_heads() const { return weight_sets == 1 ? kv_heads : heads; }
+  INLINE int64_t feature_head(int64_t head) const { return weight_sets == 1 ? head / (heads / kv_heads) : head; }
+  INLINE int64_t weight_set(int64_t head) const { return weight_sets == 1 ? 0 : head; }
+};
+
+INLINE float float_from_bits(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
+
+INLINE float float_from_half(uint16_t half) {
+  const uint32_t magnitude = uint32_t(half & 0x7fff) << 13;
+  // the exponents' biases differ by 112; a product brings subnormal numbers right as well
+  const float scaled = float_from_bits(magnitude) * float_from_bits(0x77800000);
+  const uint32_t sign = uint32_t(half & 0x8000) << 16;
+  uint32_t bits;
+  std::memcpy(&bits, &scaled, 4);
+  if (magnitude >= 0x0f800000) bits |= 0x7f800000;  // infinite or NaN
+  return float_from_bits(bits | sign);
+}
+
+template <class Element, class Convert>
+INLINE void convert_row(const char* data, int64_t stride, int64_t n, Real* out, Convert convert) {
+  const Element* p = reinterpret_cast<const Element*>(data);
+  if (stride == 1)
+    for (int64_t i = 0; i < n; i++) out[i] = Real(convert(p[i]));
+  else
+    for (int64_t i = 0; i < n; i++) out[i] = Real(convert(p[i * stride]));
+}
+
+// n numbers of the last dimension, whatever their type, starting at `data`
+static void read_row(const Tensor& tensor, const char* data, int64_t n, Real* out) {
+  const int64_t stride = tensor.strides[3];
+  switch (tensor.type) {
+    case FLOAT32: return convert_row<float>(data, stride, n, out, [](float x) { return x; });
+    case FLOAT64: return convert_row<double>(data, stride, n, out, [](double x) { return x; });
+    case BFLOAT16:
+      return convert_row<uint16_t>(data, stride, n, out, [](uint16_t x) { return float_from_bits(uint32_t(x) << 16); });
+    case FLOAT16: return convert_row<uint16_t>(data, stride, n, out, float_from_half);
+    case BOOL: return convert_row<uint8_t>(data, stride, n, out, [](uint8_t x) { return x ? Real(0) : -std::numeric_limits<Real>::infinity(); });
+  }
+}
+
+// `count` rows of `width` numbers as the columns of out [width, ld]; columns up to the next multiple of LANES are zero.
+// `row` is room for LANES rows of round_up(width, LANES) numbers.
+static void read_transposed(const Tensor& tensor, const char* data, int64_t count, int64_t width, Real* out, int64_t ld,
+                            Real* row) {
+  const int64_t row_bytes = tensor.strides[2] * tensor.element_size();
+  const int64_t padded = round_up(width, LANES);
+  for (int64_t first = 0; first < count; first += LANES) {
+    const int64_t here = count - first < LANES ? count - first : LANES;
+    const bool in_place = tensor.is_plain() && here == LANES && width % LANES == 0;
+    if (!in_place) {
+      std::memset(row, 0, sizeof(Real) * LANES * padded);
+      for (int64_t i = 0; i < here; i++) read_row(tensor, data + (first + i) * row_bytes, width, row + i * padded);
+    }
+    const Real* from = in_place ? reinterpret_cast<const Real*>(data + first * row_bytes) : row;
+    const int64_t stride = in_place ? tensor.strides[2] : padded;
+    for (int64_t d = 0; d < width; d += LANES) {
+      Vec block[LANES];
+      unroll<LANES>([&](auto i) INLINE_LAMBDA { block[i] = load(from + i * stride + d); });
+      transpose(block);
+      const int64_t columns = width - d < LANES ? width - d : LANES;
+      if (columns == LANES)
+        unroll<LANES>([&](auto i) INLINE_LAMBDA { store(out + (d + i) * ld + first, block[i]); });
+      else
+        for (int64_t i = 0; i < columns; i++) store(out + (d + i) * ld + first, block[i]);
+    }
+  }
+}
+
+// out [rows, ld] = weight [rows, width] times columns [width, ld_in], plus bias; `count` columns, in vectors
+static void project(const Real* weight, const Real* bias, int64_t rows, int64_t width, const Real* columns, int64_t ld_in,
+                    int64_t count, Real* out, int64_t ld) {
+  for (int64_t j = 0; j < count; j += LANES) {
+    int64_t r = 0;
+    for (; r + 4 <= rows; r += 4) {
+      Vec sum[4];
+      unroll<4>([&](auto i) INLINE_LAMBDA { sum[i] = splat(bias[r + i]); });
+      for (int64_t d = 0; d < width; d++) {
+        const Vec x = load(columns + d * ld_in + j);
+        unroll<4>([&](auto i) INLINE_LAMBDA { sum[i] += x * weight[(r + i) * width + d]; });
+      }
+      unroll<4>([&](auto i) INLINE_LAMBDA { store(out + (r + i) * ld + j, sum[i]); });
+    }
+    for (; r < rows; r++) {
+      Vec sum = splat(bias[r]);
+      for (int64_t d = 0; d < width; d++) sum += load(columns + d * ld_in + j) * weight[r * width + d];
+      store(out + r * ld + j, sum);
+    }
+  }
+}
+
+// Memory shared by the threads
+struct Buffer {
+  Real* const data;
+  explicit Buffer(int64_t count) : data(new Real[count > 0 ? count : 1]) {}
+  ~Buffer() { delete[] data; }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+};
+
+// A thread's memory, in pieces that start at vector boundaries
+class Scratch {
+ public:
+  INLINE Real* take(int64_t count) {
+    Real* piece = next_;
+    next_ += round_up(count, LANES);
+    return piece;
+  }
+  explicit Scratch(int64_t count) : memory_(new char[count * sizeof(Real) + 2 * VECTOR_BYTES]) {
+    next_ = reinterpret_cast<Real*>(round_up(reinterpret_cast<int64_t>(memory_), VECTOR_BYTES));
+  }
+  ~Scratch() { delete[] memory_; }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+
+ private:
+  char* memory_;
+  Real* next_;
+};
