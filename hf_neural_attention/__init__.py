@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 
 # public name -> module that defines it, imported on first use
 PUBLIC_NAMES = {
+    "NeuralCache": "models.neural_attention_cache",
     "NeuralGPT2Config": "models.configuration_neural_gpt2",
     "NeuralGPT2DoubleHeadsModel": "models.modeling_neural_gpt2",
     "NeuralGPT2ForQuestionAnswering": "models.modeling_neural_gpt2",
@@ -32,6 +33,7 @@ PUBLIC_NAMES = {
 }
 
 __all__ = [
+    "NeuralCache",
     "NeuralGPT2Config",
     "NeuralGPT2DoubleHeadsModel",
     "NeuralGPT2ForQuestionAnswering",
@@ -68,6 +70,7 @@ if TYPE_CHECKING:
         NeuralViTModel,
         NeuralViTPreTrainedModel,
     )
+    from .models.neural_attention_cache import NeuralCache
     from .models.neural_attention_scorer import NeuralScorer
     from .ops import neural_attention
 

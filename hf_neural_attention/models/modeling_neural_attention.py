@@ -1,10 +1,13 @@
-"""What the neural models of every family share: scorers on the layers that the config names, and their initialisation."""
+"""What the neural models of every family share: scorers on the layers that the config names, their initialisation, and
+which cache `generate` prepares."""
 
 from collections.abc import Iterable
+from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel, initialization
+from transformers import GenerationConfig, PreTrainedModel, initialization
 
+from .neural_attention_cache import NEURAL_CACHES, replace_cache
 from .neural_attention_interface import AttentionModule, attach_scorer, check_implementation
 from .neural_attention_scorer import NeuralScorer
 
@@ -32,6 +35,37 @@ class NeuralPreTrainedModelMixin:
         # For models outside `transformers.` the stock method passes over modules without direct parameters, and with them
         # the scaled initialisation of GPT-2's c_proj. It guards code that writes parameters in place, which ours never does.
         super()._initialize_weights(module, is_custom_code=False)
+
+    # `generate` checks the name of a cache while it puts its settings together, and makes the cache when it knows the length.
+    # Stock models with caches of their own override the same two methods.
+
+    def _prepare_generation_config(
+        self, generation_config: GenerationConfig | None, *args, **kwargs
+    ) -> tuple[GenerationConfig, dict]:
+        wanted = kwargs.get("cache_implementation") in NEURAL_CACHES
+        if wanted:
+            stock = NEURAL_CACHES[kwargs.pop("cache_implementation")]
+            if stock is not None and generation_config is None:  # arguments beside a whole config are deprecated
+                kwargs["cache_implementation"] = stock
+        prepared, model_kwargs = super()._prepare_generation_config(generation_config, *args, **kwargs)
+        if wanted:
+            prepared.cache_implementation = stock
+        # always set: an assistant gets a copy of the settings of the model that it assists
+        prepared._neural_cache = wanted
+        return prepared, model_kwargs
+
+    def _prepare_cache_for_generation(self, generation_config: GenerationConfig, model_kwargs: dict, *args, **kwargs) -> Any:
+        wanted = getattr(generation_config, "_neural_cache", False)
+        given: Any = model_kwargs.get("past_key_values")
+        if wanted and given is not None:
+            raise ValueError("`generate` got `past_key_values` and a `cache_implementation`; please use only one of the two.")
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        if wanted and model_kwargs.get("past_key_values") is not None:
+            model_kwargs["past_key_values"] = replace_cache(model_kwargs["past_key_values"], self)
+        # not by class: the cache may come from the installed package, and this file from the Hub
+        given = getattr(given, "self_attention_cache", given)
+        if hasattr(given, "check_model"):
+            given.check_model(self)
 
 
 def attach_scorers(model: PreTrainedModel, attentions: Iterable[AttentionModule]) -> None:
