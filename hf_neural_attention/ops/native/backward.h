@@ -255,6 +255,7 @@ class Backward {
         }
     }
     Real* const grad_u = u_of(part, b, head);
+    const DropoutColumns dropout(problem, b, head, key);
     for (int64_t i = 0; i < count; i++) {
       const int64_t query = first + i, row_keys = problem.is_causal ? std::min(n, query + 1 - key) : n;
       Real *p = memory.weights + i * BACKWARD_KEYS, *ds = memory.grad_scores + i * BACKWARD_KEYS;
@@ -267,7 +268,7 @@ class Backward {
       int64_t done = 0;
       if (row_coverage != NOTHING) {
         std::memset(memory.sum_u, 0, sizeof(Real) * h1 * LANES);
-        pairs_of_one_query(memory, net, q, b, head, query, i, key, row_keys, row_coverage == SOME ? mask : nullptr, p, ds);
+        pairs_of_one_query(memory, net, q, dropout, query, i, key, row_keys, row_coverage == SOME ? mask : nullptr, p, ds);
         for (int64_t c = 0; c < h1; c++) grad_u[query * h1 + c] += sum_lanes(load(memory.sum_u + c * LANES));
         done = round_up(row_keys, LANES);
         if (result.grad_mask) std::memcpy(result.grad_mask + ((b * problem.heads + head) * problem.queries + query) * problem.keys + key, ds, sizeof(Real) * row_keys);
@@ -293,7 +294,7 @@ class Backward {
   }
 
   // Weights p and gradients of the scores ds (in: of the weights) of one query, and what they give to w, u and the network
-  void pairs_of_one_query(Memory& memory, const PairNetwork& net, const QueryBlock& q, int64_t b, int64_t head, int64_t query, int64_t i,
+  void pairs_of_one_query(Memory& memory, const PairNetwork& net, const QueryBlock& q, const DropoutColumns& dropout, int64_t query, int64_t i,
                           int64_t key, int64_t n, const Real* bias, Real* p, Real* ds) const {
     const QueryRow row{q.minus_u + i, q.bias2 + i, BACKWARD_QUERIES};
     const Real pivot = q.pivot[i], inverse = q.inverse[i], delta = q.delta[i];
@@ -301,7 +302,7 @@ class Backward {
     if (problem.has_dropout) {
       const Real kept = problem.drop_below < 65536 ? Real(65536.0 / (65536 - problem.drop_below)) : 0;
       for (int64_t j = 0; j < BACKWARD_KEYS; j++) keep[j] = kept;
-      drop(problem, b, head, query, key, n, keep);
+      drop(dropout, query, key % DROPOUT_COLUMNS, n, keep);
     }
     constexpr int S = backward_vectors<R2>();
     int64_t j = 0;

@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <cmath>
 
-#include "masks.h"
+#include "dropout.h"
 #include "matmul.h"
 #include "scores.h"
 
@@ -183,6 +183,7 @@ class Forward {
     bool packed = !pack_values;
     if (problem.residual) read_transposed(problem.key, problem.key.at(b, kv_head, key), n, problem.head_dim, memory.keys, KEY_TILE, memory.row);
 
+    const DropoutColumns dropout(problem, b, head, key);
     for (int64_t group = 0; group < count; group += ROW_GROUP) {
       const int64_t rows = std::min(ROW_GROUP, count - group);
       const int64_t seen = problem.is_causal ? std::min(n, first + group + rows - key) : n;
@@ -201,7 +202,7 @@ class Forward {
         }
         if (row_coverage != NOTHING) {
           weigh(memory, net, group + r, w, row_coverage == SOME ? mask : nullptr, row_keys, p);
-          if (problem.has_dropout) drop(problem, b, head, query, key, row_keys, p);
+          if (problem.has_dropout) drop(dropout, query, 0, row_keys, p);
           any = true;
         }
         for (int64_t j = row_coverage == NOTHING ? 0 : round_up(row_keys, LANES); j < seen; j++) p[j] = 0;
