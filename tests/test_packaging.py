@@ -59,6 +59,7 @@ def test_wheel_metadata(wheel):
     assert metadata["License-Expression"] == "Apache-2.0"
     required = [requirement for requirement in metadata.get_all("Requires-Dist", []) if "extra ==" not in requirement]
     assert {requirement.split(">")[0].split("<")[0] for requirement in required} == {
+        "filelock",
         "huggingface-hub",
         "safetensors",
         "torch",

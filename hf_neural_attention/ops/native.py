@@ -226,9 +226,7 @@ def native_backward(
     `u` and `w` are the tokens' parts of the first layer; `query` and `key` get the share of the dot product alone (residual
     mode); `mask` is that of every pair, `[B, H, Tq, Tk]`.
     """
-    shapes = gradient_shapes(
-        query, key, value, weight2, bias2, weight3, residual_scale is not None, mask_needs_grad
-    )
+    shapes = gradient_shapes(query, key, value, weight2, bias2, weight3, residual_scale is not None, mask_needs_grad)
     empty = is_empty(query, value)
 
     def allocate(name: str) -> torch.Tensor:
@@ -256,9 +254,7 @@ def native_backward(
 @native_backward.register_fake
 def _(grad_output, output, softmax, query, key, value, query_weight, query_bias, key_weight, key_bias, weight2, bias2, weight3,
       attn_mask, dropout_seed, dropout_p, is_causal, residual_scale, mask_needs_grad):  # fmt: skip
-    shapes = gradient_shapes(
-        query, key, value, weight2, bias2, weight3, residual_scale is not None, mask_needs_grad
-    )
+    shapes = gradient_shapes(query, key, value, weight2, bias2, weight3, residual_scale is not None, mask_needs_grad)
     return [weight2.new_empty(0 if shape is None else shape) for shape in shapes.values()]
 
 

@@ -38,23 +38,43 @@ class BuildError(RuntimeError):
 
 
 def cache_folder() -> Path:
-    """`HF_NEURAL_ATTENTION_CACHE`, or `hf_neural_attention` in the user's cache (`XDG_CACHE_HOME`, by default ~/.cache)."""
+    """`HF_NEURAL_ATTENTION_CACHE`, or `hf_neural_attention` in the user's cache (`XDG_CACHE_HOME`, by default ~/.cache).
+
+    Raises:
+        BuildError: if none of these is set and the user has no home.
+    """
     if folder := os.environ.get("HF_NEURAL_ATTENTION_CACHE"):
-        return Path(folder)
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "hf_neural_attention"
+        return Path(folder).absolute()
+    try:
+        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    except RuntimeError:  # containers that run under a number without a name
+        raise BuildError("the user has no home: set HF_NEURAL_ATTENTION_CACHE to a folder that can be written to") from None
+    return Path(base).absolute() / "hf_neural_attention"
 
 
-def find_compiler() -> str:
-    """Path of the C++ compiler: `CXX`, or the first of the usual names.
+def words_of(variable: str) -> list[str]:
+    """The words of an environment variable, as a shell sees them.
+
+    Raises:
+        BuildError: if a quotation mark has no partner.
+    """
+    try:
+        return shlex.split(os.environ.get(variable, ""))
+    except ValueError as error:
+        raise BuildError(f"{variable} cannot be read: {error}") from None
+
+
+def find_compiler() -> list[str]:
+    """Command of the C++ compiler: `CXX` (which may hold arguments, as in "ccache g++"), or the first of the usual names.
 
     Raises:
         BuildError: if there is none.
     """
-    names = [os.environ["CXX"]] if os.environ.get("CXX") else COMPILERS
+    asked = words_of("CXX")
+    names = asked[:1] or COMPILERS
     for name in names:
         if path := shutil.which(name):
-            return path
+            return [path, *asked[1:]]
     raise BuildError(
         f"there is no C++ compiler ({', '.join(names)}): install one (Debian, Ubuntu: `apt install g++`; Fedora: `dnf install "
         "gcc-c++`; macOS: `xcode-select --install`; conda: `conda install gxx`) or set CXX to its path"
@@ -71,15 +91,15 @@ def cpu_description() -> str:
         return platform.processor()
 
 
-def extra_flags() -> tuple[str, ...]:
-    return tuple(shlex.split(os.environ.get("HF_NEURAL_ATTENTION_CXXFLAGS", "")))
+def extra_flags() -> list[str]:
+    return words_of("HF_NEURAL_ATTENTION_CXXFLAGS")
 
 
-def library_name(compiler: str, dtype: torch.dtype) -> str:
+def library_name(compiler: list[str], dtype: torch.dtype) -> str:
     digest = hashlib.sha256()
     for path in sorted(SOURCES.iterdir()):
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
-    parts = (*FLAGS, *extra_flags(), compiler, torch.__version__, platform.platform(), cpu_description(), str(dtype))
+    parts = (*FLAGS, *extra_flags(), *compiler, torch.__version__, platform.platform(), cpu_description(), str(dtype))
     digest.update("\0".join(parts).encode())
     return f"neural_attention-{str(dtype).removeprefix('torch.')}-{digest.hexdigest()[:20]}.so"
 
@@ -93,7 +113,7 @@ def run(command: list[str]) -> str | None:
     return None if done.returncode == 0 else f"{shlex.join(command)}\n{done.stderr.strip()[-2000:]}"
 
 
-def compile_library(compiler: str, dtype: torch.dtype, target: Path) -> None:
+def compile_library(compiler: list[str], dtype: torch.dtype, target: Path) -> None:
     """Compiles and links into `target`, all at once or not at all.
 
     Raises:
@@ -107,7 +127,7 @@ def compile_library(compiler: str, dtype: torch.dtype, target: Path) -> None:
         for openmp in OPENMP_FLAGS:
             for architecture in ARCHITECTURE_FLAGS:
                 flags = (*FLAGS, *architecture, *openmp, *extra_flags(), *kind)
-                problem = run([compiler, *flags, "-c", str(SOURCES / MAIN_SOURCE), "-o", str(compiled)])
+                problem = run([*compiler, *flags, "-c", str(SOURCES / MAIN_SOURCE), "-o", str(compiled)])
                 if problem is not None:
                     problems.append(problem)
                     continue
@@ -116,12 +136,12 @@ def compile_library(compiler: str, dtype: torch.dtype, target: Path) -> None:
                 shared = "-dynamiclib" if platform.system() == "Darwin" else "-shared"
                 undefined = ("-undefined", "dynamic_lookup") if platform.system() == "Darwin" else ()
                 for libraries in ((), openmp[-1:]):
-                    problem = run([compiler, shared, str(compiled), "-o", str(linked), *undefined, *libraries])
+                    problem = run([*compiler, shared, str(compiled), "-o", str(linked), *undefined, *libraries])
                     if problem is None and loads(linked):
                         os.replace(linked, target)
                         return
                     problems.append(problem or f"{linked.name}, linked with {libraries}, does not load")
-    raise BuildError(f"the compiler {compiler} fails; its first message:\n{problems[0]}")
+    raise BuildError(f"the compiler {shlex.join(compiler)} fails; its first message:\n{problems[0]}")
 
 
 def loads(library: Path) -> bool:
@@ -140,6 +160,8 @@ def load_library(dtype: torch.dtype) -> ctypes.CDLL | BuildError:
         The library, or the reason why there is none: asked once per process.
     """
     try:
+        if platform.system() == "Windows":
+            raise BuildError("it is built on Linux and macOS only")
         compiler = find_compiler()
         path = cache_folder() / library_name(compiler, dtype)
         if not path.exists():
