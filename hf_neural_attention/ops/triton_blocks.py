@@ -1,0 +1,113 @@
+"""How the Triton kernels cut their work, from sizes alone: no kernel is timed, so results do not differ from run to run."""
+
+from typing import Any, NamedTuple
+
+
+# Up to this many weights in the second layer, the network is unrolled; above, a loop counts the units of the first layer
+MAX_UNROLLED_WEIGHTS = 16
+# Units of the second layer that are held at once: each is a tile in registers
+MAX_UNITS = 8
+
+
+class Blocks(NamedTuple):
+    """How a kernel is cut and launched."""
+
+    queries: int
+    keys: int
+    warps: int
+    stages: int
+
+
+def padded(size: int) -> int:
+    """The power of two, at least 16, that a matrix product is padded to."""
+    return max(16, 1 << (size - 1).bit_length())
+
+
+def is_unrolled(hidden: tuple[int, int]) -> bool:
+    return hidden[0] * hidden[1] <= MAX_UNROLLED_WEIGHTS
+
+
+def needed_bytes(blocks: Blocks, kernel: str, sizes: tuple[int, int], itemsize: int) -> int:
+    """Upper estimate of the shared memory of a kernel; `sizes`: padded sizes of query (0 in replace mode) and value."""
+    rows, columns = (blocks.keys, blocks.queries) if kernel == "key" else (blocks.queries, blocks.keys)
+    owned = rows * (sum(sizes) if kernel != "forward" else sizes[0])
+    streamed = columns * sum(sizes) * blocks.stages
+    return itemsize * (owned + streamed + rows * columns) + 4 * (rows + columns) * 8
+
+
+def preferred_sizes(kernel: str, residual: bool, wide: bool, unrolled: bool, half: bool) -> tuple[int, int, int]:
+    """Queries, keys and warps for which registers spill least, by what `recipes/compile_triton_kernels.py` tabulates.
+
+    Args:
+        kernel: `"forward"`, `"query"` or `"key"`.
+        residual: there is a dot product of queries and keys.
+        wide: heads are of more than 64 numbers.
+        unrolled: the network has few weights.
+        half: numbers of 16 bits, which are multiplied by tensor cores; those of 32 bits take many more registers.
+    """
+    if half:
+        if not unrolled:
+            return 32, 32, 4
+        if kernel == "key":
+            return (32, 32, 4) if wide else (32, 64, 4)
+        if wide or residual:
+            return (32, 32, 4) if kernel == "query" and residual else (64, 32, 4)
+        return 64, 64, 4
+    if kernel == "forward":
+        return (16, 16, 4) if wide and residual else (32, 32, 8 if residual else 4)
+    if kernel == "query":
+        return (16, 16, 4) if residual else (32, 32, 4 if unrolled else 8)
+    return (32, 32, 4) if unrolled and not residual and not wide else (16, 16, 4)
+
+
+def choose_blocks(kernel: str, head_dim: int, value_dim: int, hidden: tuple[int, int], itemsize: int, shared: int) -> Blocks:
+    """Blocks of a kernel: a fixed choice, so that results do not differ from run to run.
+
+    Args:
+        kernel: `"forward"`, `"query"` or `"key"` (the two of backward).
+        head_dim: size of a query where its dot product counts, 0 in replace mode.
+        value_dim: size of a value.
+        hidden: `(h1, h2)`.
+        itemsize: bytes of a number of the values.
+        shared: shared memory of the device in bytes. Where even the smallest blocks may need more, they are chosen: the
+            need is an upper estimate, and Triton raises an error if it is true.
+    """
+    sizes = (padded(head_dim) if head_dim else 0, padded(value_dim))
+    queries, keys, warps = preferred_sizes(kernel, head_dim > 0, max(sizes) > 64, is_unrolled(hidden), itemsize <= 2)
+    blocks = Blocks(queries, keys, warps, stages=2)
+    while needed_bytes(blocks, kernel, sizes, itemsize) > shared:
+        if blocks.stages > 1:
+            blocks = blocks._replace(stages=blocks.stages - 1)
+        elif max(blocks.queries, blocks.keys) > 16:
+            wider = "queries" if blocks.queries >= blocks.keys else "keys"
+            blocks = blocks._replace(**{wider: getattr(blocks, wider) // 2})
+        else:
+            break
+    return blocks
+
+
+def kernel_constants(
+    kernel: str, blocks: Blocks, head_dim: int, value_dim: int, hidden: tuple[int, int], **flags: Any
+) -> dict[str, Any]:
+    """The `tl.constexpr` arguments of a kernel, `flags` among them."""
+    first, second = hidden
+    unrolled = is_unrolled(hidden)
+    # units of the second layer in as few parts as can be, of nearly equal size
+    units = second if unrolled else -(-second // -(-second // MAX_UNITS))
+    constants = {
+        "D": head_dim,
+        "D_PADDED": padded(head_dim),
+        "DV": value_dim,
+        "DV_PADDED": padded(value_dim),
+        "H1": first,
+        "H2": second,
+        "UNITS": units,
+        "UNROLL": unrolled,
+        "BLOCK_M": blocks.queries,
+        "BLOCK_N": blocks.keys,
+        **flags,
+    }
+    if kernel != "forward":
+        # a column more than there are units, for the gradient of the bias
+        constants |= {"H1_PADDED": 1 << first.bit_length(), "H2_PADDED": 1 << (second - 1).bit_length()}
+    return constants

@@ -1,0 +1,287 @@
+"""The Triton backend: in Triton's interpreter, ahead-of-time compiled for GPUs that are not here, and on one that is.
+
+The interpreter must be chosen before Triton is imported, and then holds for the whole process: it gets one of its own, which
+runs the tests of every backend (`test_neural_attention.py`) and those here that are marked `interpreted`.
+"""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from test_neural_attention import CASES, LOW_PRECISION, Case
+
+from hf_neural_attention.models.neural_attention_masking import draw_dropout_seed
+from hf_neural_attention.models.neural_attention_scorer import NeuralScorer
+from hf_neural_attention.ops import neural_attention
+from hf_neural_attention.ops import triton as backend
+from hf_neural_attention.ops.triton_blocks import Blocks, choose_blocks, needed_bytes, padded
+from numerics import (
+    assert_equals_oracle,
+    assert_no_worse_than_reference,
+    literal_attention,
+    run_with_gradients,
+)
+
+
+ROOT = Path(__file__).parents[2]
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the interpreter's process")
+parent = pytest.mark.skipif(INTERPRETED, reason="this is the interpreter's process")
+gpu = pytest.mark.skipif(INTERPRETED or not torch.cuda.is_available(), reason="needs a GPU")
+
+# Tests of every backend that the interpreter runs in about a minute, and the others
+KINDS = "every_gradient or empty_rows or without or expanded or projected or dropout or alignment or mean"
+QUICK = f"({KINDS} or (sharp and bfloat16) or (replace and float16 and not bfloat16)) and not (111 or proj_dim or autocast)"
+
+
+def run(*command: str | Path, **environment: str) -> str:
+    kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET" and not name.startswith("PYTEST_")}
+    done = subprocess.run(
+        [sys.executable, *command], cwd=ROOT, env=kept | environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+def run_in_interpreter(selection: str) -> None:
+    files = [Path(__file__), Path(__file__).with_name("test_neural_attention.py")]
+    options = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-k", selection]
+    output = run("-m", "pytest", *options, *files, TRITON_INTERPRET="1")
+    assert " passed" in output
+
+
+@parent
+def test_in_the_interpreter():
+    run_in_interpreter(f"interpreter or (triton- or triton]) and ({QUICK})")
+
+
+@parent
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_the_rest_in_the_interpreter():
+    run_in_interpreter(f"(triton- or triton]) and not ({QUICK})")
+
+
+@interpreted
+@pytest.mark.parametrize("case", [Case(queries=50, keys=70, is_causal=True), Case(queries=40, mode="residual", mask="bool")])
+def test_interpreter_with_little_shared_memory(case: Case, monkeypatch: pytest.MonkeyPatch):
+    tensors, scorer = case.draw()
+    exact = run_with_gradients(literal_attention, tensors, scorer, torch.float64, **case.options)
+    few = 12_000
+    monkeypatch.setattr(backend, "shared_bytes", lambda device: few)
+    sizes = (8 if case.mode == "residual" else 0, 8, (4, 2), 8)
+    small, large = (choose_blocks("forward", *sizes, shared) for shared in (few, 1 << 20))
+    assert small != large
+    ours = run_with_gradients(neural_attention, tensors, scorer, torch.float64, **case.options, backend="triton")
+    assert_equals_oracle(ours, exact)
+
+
+@interpreted
+@pytest.mark.parametrize("keys", [16, 32, 64, 128])
+def test_interpreter_draws_the_same_dropout_for_all_block_sizes(keys: int, monkeypatch: pytest.MonkeyPatch):
+    tensors, scorer = Case(batch=1, queries=17, keys=150, proj_dim=1).draw()
+    torch.manual_seed(3)
+    expected = neural_attention(**tensors, scorer=scorer, dropout_p=0.4, backend="blockwise")
+    monkeypatch.setattr(backend, "choose_blocks", lambda *arguments: Blocks(16, keys, 4, 1))
+    torch.manual_seed(3)
+    ours = neural_attention(**tensors, scorer=scorer, dropout_p=0.4, backend="triton")
+    assert_equals_oracle({"output": ours}, {"output": expected})
+
+
+@interpreted
+def test_interpreter_with_a_mask_of_the_lowest_number():
+    # a row's largest score is then so low that the logarithm of its sum would vanish beside it
+    tensors, scorer = Case(queries=5, mask="float").draw()
+    tensors["attn_mask"] = tensors["attn_mask"].float().nan_to_num(neginf=0.0)
+    tensors["attn_mask"][:, :, 2] = torch.finfo(torch.float32).min
+    results = [
+        run_with_gradients(neural_attention, tensors, scorer, torch.float32, backend=name) for name in ("blockwise", "triton")
+    ]
+    for name, expected in results[0].items():
+        torch.testing.assert_close(results[1][name], expected, rtol=1e-4, atol=1e-5)
+
+
+@interpreted
+@pytest.mark.parametrize("everything", [False, True])
+def test_interpreter_operators_are_registered_as_torch_wants_them(everything: bool):
+    heads = 2 if everything else 1
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, dtype=torch.float64).requires_grad_()
+
+    arguments = {
+        "u": draw(1, 2, 3, 2),
+        "w": draw(1, 2, 4, 2),
+        "value": draw(1, 2, 4, 3),
+        "weight2": draw(heads, 1, 2),
+        "bias2": draw(heads, 1),
+        "weight3": draw(heads, 1, 1),
+        "query": draw(1, 2, 3, 6) if everything else None,
+        "key": draw(1, 2, 4, 6) if everything else None,
+        "attn_mask": draw(1, 1, 3, 4) if everything else None,
+        "dropout_seed": torch.tensor([11]) if everything else None,
+        "dropout_p": 0.25 if everything else 0.0,
+        "is_causal": not everything,
+    }
+    torch.library.opcheck(backend.triton_forward, (), arguments)
+    detached = {
+        name: argument.detach() if isinstance(argument, torch.Tensor) else argument for name, argument in arguments.items()
+    }
+    output, statistics = backend.triton_forward(**detached)
+    backward = {"grad_output": torch.randn_like(output), "output": output, "statistics": statistics, **detached}
+    torch.library.opcheck(backend.triton_backward, (), backward | {"mask_needs_grad": everything})
+
+
+@interpreted
+def test_interpreter_under_torch_compile():
+    tensors, scorer = Case(batch=1, queries=5, is_causal=True).draw()
+    compiled = torch.compile(neural_attention, fullgraph=True, backend="aot_eager")
+    results = [
+        run_with_gradients(attend, tensors, scorer, torch.float64, is_causal=True, backend="triton")
+        for attend in (neural_attention, compiled)
+    ]
+    assert_equals_oracle(results[1], results[0])
+
+
+def test_reasons_against():
+    assert backend.unavailable_reason("cuda", torch.int8, 64).startswith("it computes in torch.float16")
+    assert backend.unavailable_reason("cuda", torch.float16, 257) == "its heads have at most 256 numbers, not 257"
+    if not INTERPRETED:
+        assert "it runs on GPUs, and the tensors are on 'cpu'" in backend.unavailable_reason("cpu", torch.float32, 64)
+        assert "interpreter only" in backend.unavailable_reason("cuda", torch.float64, 64)
+        tensors, scorer = Case().draw()
+        with pytest.raises(ValueError, match="runs on GPUs"):
+            backend.triton_attention(*tensors.values(), scorer.weights())
+
+
+@parent
+def test_kernels_are_imported_when_one_runs_and_not_before():
+    code = "import sys, hf_neural_attention.ops.triton; assert 'hf_neural_attention.ops.triton_kernels' not in sys.modules"
+    run("-c", code)
+
+
+@pytest.mark.parametrize("kernel", ["forward", "query", "key"])
+@pytest.mark.parametrize("shared", [65536, 101376, 166912, 232448])
+def test_blocks_fit(kernel: str, shared: int):
+    for itemsize in (2, 4):
+        for head_dim in (16, 64, 100, 128, 256):
+            for query_dim in (0, head_dim):
+                for hidden in ((2, 1), (8, 4), (16, 8)):
+                    blocks = choose_blocks(kernel, query_dim, head_dim, hidden, itemsize, shared)
+                    sizes = (padded(query_dim) if query_dim else 0, padded(head_dim))
+                    assert needed_bytes(blocks, kernel, sizes, itemsize) <= shared or blocks[:2] == (16, 16)
+    assert choose_blocks(kernel, 256, 256, (2, 1), 4, 0) == (16, 16, blocks.warps, 1)
+
+
+def compile_ahead_of_time(folder: Path, *flags: str) -> list[dict]:
+    card = folder / "card"
+    run(ROOT / "recipes" / "compile_triton_kernels.py", *flags, "--output", card, TRITON_CACHE_DIR=str(folder / "cache"))
+    assert card.with_suffix(".md").read_text().count("\n| ") >= 3
+    results = json.loads(card.with_suffix(".json").read_text())["results"]
+    for row in results:
+        assert row["shared_bytes"] <= row["shared_limit"], row
+        assert row["registers"] <= (512 if row["target"].startswith("gfx") else 255), row
+    return results
+
+
+@parent
+def test_kernels_compile_ahead_of_time(tmp_path: Path):
+    results = compile_ahead_of_time(tmp_path, "--targets", "sm_90", "--dtypes", "bf16", "--modes", "replace", "--sizes", "0")
+    assert len(results) == 3
+    assert not any(row["spilled_bytes"] for row in results)
+
+
+@parent
+@pytest.mark.slow
+def test_kernels_compile_ahead_of_time_for_all(tmp_path: Path):
+    targets = ("--targets", "sm_80", "sm_90", "gfx942")
+    results = compile_ahead_of_time(tmp_path, *targets, "--modes", "replace", "--sizes", "0", "2")
+    assert len(results) == 3 * 3 * 3 * 2
+    results = compile_ahead_of_time(tmp_path, *targets, "--dtypes", "bf16", "--modes", "masked", "--sizes", "0")
+    assert len(results) == 3 * 3
+
+
+def on_gpu(query, key, value, scorer, attn_mask=None, dropout_seed=None, **options):
+    """The Triton backend on the GPU for inputs, weights and gradients on the CPU."""
+    options.pop("scale", None)
+    weights = type(scorer.weights())(*(weight.cuda() for weight in scorer.weights()))
+    if attn_mask is not None:
+        attn_mask = attn_mask.view((1,) * (4 - attn_mask.dim()) + attn_mask.shape).cuda()
+    inputs = (tensor.cuda() for tensor in (query, key, value))
+    return backend.triton_attention(*inputs, weights, attn_mask=attn_mask, dropout_seed=dropout_seed, **options).cpu()
+
+
+def gpu_options(case: Case, scorer: NeuralScorer) -> dict:
+    scale = scorer.head_dim**-0.5 if case.scale is None else case.scale
+    return {"is_causal": case.is_causal, "residual_scale": scale if case.mode == "residual" else None}
+
+
+def compare_on_gpu(case: Case, dtype: torch.dtype) -> None:
+    ours, literal, exact = [], [], []
+    for seed in range(5):
+        torch.manual_seed(seed)
+        tensors, scorer = case.draw()
+        tensors = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
+        scorer = scorer.to(dtype)
+        exact.append(run_with_gradients(literal_attention, tensors, scorer, torch.float64, **case.options))
+        literal.append(run_with_gradients(literal_attention, tensors, scorer, dtype, **case.options))
+        ours.append(run_with_gradients(on_gpu, tensors, scorer, dtype, **gpu_options(case, scorer)))
+    assert_no_worse_than_reference(ours, literal, exact, dtype)
+
+
+@gpu
+@pytest.mark.parametrize("name", CASES)
+def test_gpu_output_and_every_gradient(name: str):
+    compare_on_gpu(CASES[name], torch.float32)
+
+
+@gpu
+@pytest.mark.parametrize("name", LOW_PRECISION)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_gpu_no_worse_than_the_formula_in_the_same_dtype(dtype: torch.dtype, name: str):
+    compare_on_gpu(LOW_PRECISION[name], dtype)
+
+
+@gpu
+@pytest.mark.parametrize("case", [Case(queries=130), Case(queries=130, mode="residual", heads=4, kv_heads=2)], ids=str)
+def test_gpu_later_tokens_leave_earlier_outputs_as_they_are(case: Case):
+    tensors, scorer = replace(case, is_causal=True).draw()
+    tensors, scorer = {name: tensor.float() for name, tensor in tensors.items()}, scorer.float()
+    options = gpu_options(replace(case, is_causal=True), scorer)
+    before = on_gpu(**tensors, scorer=scorer, **options)
+    for name in tensors:
+        for position in (1, 65, 129):
+            changed = {**tensors, name: tensors[name].clone()}
+            changed[name][:, :, position] += 3.0
+            after = on_gpu(**changed, scorer=scorer, **options)
+            assert torch.equal(after[:, :, :position], before[:, :, :position])
+            assert not torch.equal(after[:, :, position], before[:, :, position])
+
+
+@gpu
+def test_gpu_dropout_and_repeated_runs():
+    tensors, scorer = Case(queries=150, head_dim=32, proj_dim=2, is_causal=True).draw()
+    tensors, scorer = {name: tensor.float() for name, tensor in tensors.items()}, scorer.float()
+    seed = draw_dropout_seed(0.3, torch.device("cpu"))
+    arguments = {"is_causal": True, "dropout_p": 0.3}
+    blockwise = run_with_gradients(run_blockwise, tensors, scorer, torch.float32, dropout_seed=seed, **arguments)
+    ours = [
+        run_with_gradients(on_gpu, tensors, scorer, torch.float32, dropout_seed=seed.cuda(), **arguments) for _ in range(2)
+    ]
+    for name, expected in blockwise.items():
+        assert torch.equal(ours[0][name], ours[1][name]), name
+        torch.testing.assert_close(ours[0][name], expected, rtol=1e-4, atol=1e-4)
+
+
+def run_blockwise(query, key, value, scorer, **options):
+    from hf_neural_attention.models.neural_attention_blockwise import blockwise_attention
+
+    return blockwise_attention(query, key, value, scorer.weights(), **options)
