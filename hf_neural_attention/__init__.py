@@ -29,7 +29,10 @@ PUBLIC_NAMES = {
     "NeuralViTForMaskedImageModeling": "models.modeling_neural_vit",
     "NeuralViTModel": "models.modeling_neural_vit",
     "NeuralViTPreTrainedModel": "models.modeling_neural_vit",
+    "explain": "diagnostics",
     "neural_attention": "ops",
+    "set_backend": "ops",
+    "use_backend": "ops",
 }
 
 __all__ = [
@@ -49,10 +52,14 @@ __all__ = [
     "NeuralViTModel",
     "NeuralViTPreTrainedModel",
     "__version__",
+    "explain",
     "neural_attention",
+    "set_backend",
+    "use_backend",
 ]
 
 if TYPE_CHECKING:
+    from .diagnostics import explain
     from .models.configuration_neural_gpt2 import NeuralGPT2Config
     from .models.configuration_neural_vit import NeuralViTConfig
     from .models.modeling_neural_gpt2 import (
@@ -72,7 +79,7 @@ if TYPE_CHECKING:
     )
     from .models.neural_attention_cache import NeuralCache
     from .models.neural_attention_scorer import NeuralScorer
-    from .ops import neural_attention
+    from .ops import neural_attention, set_backend, use_backend
 
 
 def __getattr__(name: str):

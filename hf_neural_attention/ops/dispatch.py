@@ -139,16 +139,27 @@ def use_backend(name: str) -> Iterator[None]:
         context_choice.reset(token)
 
 
-def asked_backend() -> str:
-    """The backend that the context, the process or the environment asks for, "auto" if none does.
+class Asked(NamedTuple):
+    """A wish for a backend, and where it comes from."""
+
+    name: str
+    source: str
+
+
+def asked_backend(argument: str | None = None) -> Asked:
+    """The backend that the argument, the context, the process or the environment asks for, "auto" if none does.
 
     Raises:
-        ValueError: if the environment names one that does not exist.
+        ValueError: if there is no such backend.
     """
-    asked = context_choice.get() or process_choice
-    return asked or check_name(
-        os.environ.get(ENVIRONMENT_VARIABLE) or AUTO, f"The environment variable {ENVIRONMENT_VARIABLE}"
-    )
+    if argument is not None:
+        return Asked(check_name(argument, "`backend`"), "the argument `backend`")
+    if in_context := context_choice.get():
+        return Asked(in_context, "`use_backend`")
+    if process_choice:
+        return Asked(process_choice, "`set_backend`")
+    source = f"the environment variable {ENVIRONMENT_VARIABLE}"
+    return Asked(check_name(os.environ.get(ENVIRONMENT_VARIABLE) or AUTO, f"The{source[3:]}"), source)
 
 
 class Choice(NamedTuple):
@@ -169,7 +180,7 @@ def choose_backend(name: str | None, inputs: Inputs) -> Choice:
     Raises:
         ValueError: if there is no such backend, or it cannot take these inputs here.
     """
-    name = asked_backend() if name is None else check_name(name, "`backend`")
+    name = asked_backend(name).name
     reasons: dict[str, str] = {}
     if name != AUTO and not inputs.exporting:
         reason = BACKENDS[name].reason_against(inputs)

@@ -1,0 +1,201 @@
+"""Says which backend runs, and why no faster one does: `explain`."""
+
+import sys
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from .models.neural_attention_scorer import check_arguments
+from .ops.dispatch import AUTO, BACKENDS, Inputs, asked_backend, choose_backend, run_backend
+
+
+class LayerBackend(NamedTuple):
+    """What one neural layer, or one call of the operation, runs on."""
+
+    layer: str  # qualified name of the module that holds the scorer; "inputs" for a call
+    backend: str | None  # None: it raises, with `reason`
+    is_fused: bool
+    reason: str | None  # why it is not a fused backend
+    notes: tuple[str, ...]  # whatever else about the layer is not as plain as it could be
+
+
+class Explanation(tuple[LayerBackend, ...]):
+    """One `LayerBackend` per neural layer. `str()` makes a table of it."""
+
+    def __str__(self) -> str:
+        remarks: dict[str, int] = {}  # text -> number of the footnote
+        rows = [("layer", "backend", "fused", "")]
+        for layer in self:
+            texts = ((layer.reason,) if layer.reason else ()) + layer.notes
+            numbers = [remarks.setdefault(text, len(remarks) + 1) for text in texts]
+            marks = "".join(f"[{number}]" for number in numbers)
+            rows.append((layer.layer, layer.backend or "error", "yes" if layer.is_fused else "no", marks))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+        return "\n".join([*lines, *([""] if remarks else []), *(f"[{number}] {text}" for text, number in remarks.items())])
+
+    __repr__ = __str__
+
+
+def explain(
+    model_or_query: nn.Module | torch.Tensor,
+    key: torch.Tensor | None = None,
+    value: torch.Tensor | None = None,
+    scorer: Any = None,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    *,
+    backend: str | None = None,
+    keys_projected: bool = False,
+) -> Explanation:
+    """Says for each neural layer which backend runs and, if it is not a fused one, why not. Runs none of them.
+
+    Whether the native kernel can be had is found out by compiling it, if that was never done here.
+
+    Args:
+        model_or_query (`nn.Module` or `torch.Tensor`): A model with neural layers, however wrapped, or the query of a call of
+            `neural_attention`, whose other arguments then follow.
+        backend (`str`, *optional*): As in `neural_attention`. For a model: as if inside `use_backend(backend)`.
+
+    Returns:
+        `Explanation`: a tuple of `LayerBackend`, one per neural layer in the order of the model (one for a call). Printing it
+        shows a table.
+
+    Raises:
+        TypeError: if the first argument is neither a module nor a tensor, or the arguments of a call are incomplete.
+        ValueError: if the model has no neural layer, the arguments of a call do not fit, or there is no such backend.
+    """
+    if isinstance(model_or_query, nn.Module):
+        if any(argument is not None for argument in (key, value, scorer, attn_mask)):
+            raise TypeError("`explain` takes a model alone, or the arguments of `neural_attention`; it got a model and more.")
+        layers = [explain_layer(name, parent, found, backend) for name, parent, found in neural_layers(model_or_query)]
+        if not layers:
+            raise ValueError(
+                f"This {type(model_or_query).__name__} has no neural layer: none of its modules has a `NeuralScorer`."
+            )
+        compiled = any(isinstance(module, torch._dynamo.OptimizedModule) for module in model_or_query.modules())
+        if compiled or model_or_query._compiled_call_impl is not None:
+            note = "torch.compile: what is compiled already keeps the backend that it was compiled with"
+            layers = [layer._replace(notes=(*layer.notes, note)) for layer in layers]
+        return Explanation(layers)
+    if not isinstance(model_or_query, torch.Tensor):
+        raise TypeError(f"`model_or_query` is a {type(model_or_query).__name__}; expected a model or a query tensor.")
+    if key is None or value is None or scorer is None:
+        raise TypeError("`explain` needs `key`, `value` and `scorer` beside a query, as `neural_attention` does.")
+    check_arguments(scorer, model_or_query, key, value, attn_mask, dropout_p, keys_projected)
+    head_dim = max(model_or_query.shape[-1], value.shape[-1])
+    inputs = Inputs(model_or_query.device.type, model_or_query.dtype, head_dim)
+    return Explanation([explain_choice("inputs", scorer, inputs, backend)])
+
+
+def is_scorer(module: nn.Module) -> bool:
+    """By what it can do: models from the Hub bring a `NeuralScorer` class of their own, and peft may wrap one."""
+    return hasattr(module, "project_keys") and hasattr(module, "linear1")
+
+
+def neural_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, Any]]:
+    """Name and module of every layer that has a scorer, and the scorer."""
+    if is_scorer(model):
+        yield "scorer", model, model
+        return
+    found: list[str] = []
+    for name, module in model.named_modules(remove_duplicate=False):
+        # what is wrapped has been found with its wrapper
+        if is_scorer(module) and not any(name.startswith(f"{outer}.") for outer in found):
+            found.append(name)
+            parent, _, child = name.rpartition(".")
+            yield (parent if child == "scorer" and parent else name), model.get_submodule(parent), module
+
+
+def explain_layer(name: str, attention: nn.Module, scorer: Any, backend: str | None) -> LayerBackend:
+    """Of one layer of a model: as `neural_attention_forward` runs it."""
+    inputs = Inputs(*place_of(attention), scorer.head_dim)
+    # a view of the model's config, whose own implementation says in which form weights and masks are wanted
+    config = getattr(getattr(attention, "config", None), "base", None)
+    if getattr(config, "_attn_implementation", None) == "eager":
+        asked_backend(backend)  # an unknown name is an error under every implementation
+        reason = (
+            'attn_implementation="eager" returns the attention weights, which only the reference holds: '
+            '`model.set_attn_implementation("sdpa")` makes the fused backends available'
+        )
+        return LayerBackend(name, "reference", False, reason, notes_on(scorer, inputs))
+    return explain_choice(name, scorer, inputs, backend)
+
+
+def explain_choice(name: str, scorer: Any, inputs: Inputs, backend: str | None) -> LayerBackend:
+    asked = asked_backend(backend)
+    notes = notes_on(scorer, inputs)
+    # a model from the Hub, whose code was imported when this package was not to be had, brings copies of two backends
+    if getattr(sys.modules.get(type(scorer).__module__), "run_backend", run_backend) is not run_backend:
+        reason = f"its code, {type(scorer).__module__}, does not use this package's backends but copies of two"
+        return LayerBackend(name, "blockwise", False, reason, notes)
+    try:
+        choice = choose_backend(asked.name, inputs)
+    except ValueError as error:
+        return LayerBackend(name, None, False, f"{asked.source} asks for {asked.name!r}: {error}", notes)
+    is_fused, why_not = BACKENDS[choice.name].is_fused, None
+    if not is_fused and asked.name != AUTO:
+        best = choose_backend(AUTO, inputs).name
+        instead = "" if best == choice.name else f" ({AUTO!r} would take {best!r})"
+        why_not = f"{asked.source} asks for {asked.name!r}{instead}"
+    elif not is_fused:
+        why_not = "; ".join(f"{candidate}: {why}" for candidate, why in choice.reasons.items())
+    return LayerBackend(name, choice.name, is_fused, why_not, notes)
+
+
+def place_of(module: nn.Module) -> tuple[str, torch.dtype]:
+    """Type of device and dtype that a module computes with; accelerate's hooks know where offloaded weights go."""
+    parameters = [parameter for parameter in module.parameters() if parameter.is_floating_point()]
+    device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
+    if device.type == "meta":
+        hooks = (hook for child in module.modules() for hook in hooks_of(child))
+        places = (getattr(hook, "execution_device", None) for hook in hooks)
+        device = next((torch.device(place) for place in places if place is not None), device)
+    return device.type, parameters[0].dtype if parameters else torch.get_default_dtype()
+
+
+def hooks_of(module: nn.Module) -> list[Any]:
+    """Accelerate's hooks around a module's forward."""
+    hook = getattr(module, "_hf_hook", None)
+    return [] if hook is None else list(getattr(hook, "hooks", [hook]))
+
+
+def notes_on(scorer: Any, inputs: Inputs) -> tuple[str, ...]:
+    """What about a scorer is wrapped, quantised, offloaded or not called, the layers' names in front."""
+    layers: dict[str, list[str]] = {}
+    for name in ("q_proj", "k_proj", "linear1", "linear2", "linear3"):
+        for note in notes_on_layer(getattr(scorer, name), inputs):
+            layers.setdefault(note, []).append(name)
+    found = [f"scorer.{', '.join(names)}: {note}" for note, names in layers.items()]
+    if inputs.device_type == "meta":
+        found.append("on the meta device: shapes only, no numbers")
+    if scorer.mode == "residual":
+        found.append('mode="residual": the dot product is computed as well, and keys are cached whole')
+    return tuple(found)
+
+
+def notes_on_layer(layer: Any, inputs: Inputs) -> Iterator[str]:
+    """Kept in step with `effective_weights`, which says what the operation gets of such a layer."""
+    base = layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
+    honoured = "what the layer makes of the identity matrix is used as its weight"
+    if base is not layer:
+        state = ", merged" if getattr(layer, "merged", False) else ""
+        state = ", disabled" if getattr(layer, "disable_adapters", False) else state
+        yield f"under an adapter of peft{state}; {honoured}"
+    if not is_plain(base):
+        yield f"quantised or wrapped ({type(base).__module__}.{type(base).__name__}); {honoured}"
+    elif type(base.weight) not in (nn.Parameter, torch.Tensor):
+        yield f"the weight is a {type(base.weight).__name__}, which is used as it is and untried"
+    elif base.weight.is_meta and inputs.device_type != "meta":
+        yield "offloaded by accelerate; the weights are brought in for each call"
+    if is_plain(layer) and (layer._forward_hooks or layer._forward_pre_hooks):
+        yield "its forward hooks are not called, since the operation takes its weights and does not call it"
+
+
+def is_plain(layer: nn.Module) -> bool:
+    """By name beside `nn.Linear`, since models from the Hub bring a class of their own."""
+    return type(layer) is nn.Linear or type(layer).__name__ == "PerHeadLinear"
