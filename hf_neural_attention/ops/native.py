@@ -5,13 +5,12 @@ Arithmetic is in float32 (float64 for float64 inputs); float32, bfloat16 and flo
 """
 
 import ctypes
-from typing import Any
 
 import torch
 
 from ..models.neural_attention_blockwise import without_autocast
 from ..models.neural_attention_masking import dropout_threshold
-from ..models.neural_attention_reference import ScorerWeights, expand_heads, first_layer_of_key, first_layer_of_query
+from ..models.neural_attention_reference import ScorerWeights, first_layer_of_key, first_layer_of_query
 from .native_build import BuildError, load_library
 
 
@@ -19,6 +18,11 @@ Int = ctypes.c_int64
 Pointer = ctypes.c_void_p
 
 ELEMENT_TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3, torch.bool: 4}
+
+
+# What is differentiated, in the order of the operators' arguments
+TOKENS = ("query", "key", "value")
+PARAMETERS = ("query_weight", "query_bias", "key_weight", "key_bias", "weight2", "bias2", "weight3")
 
 
 class Tensor(ctypes.Structure):
@@ -37,27 +41,25 @@ class Problem(ctypes.Structure):
         *((name, Int) for name in ("drop_below", "has_dropout", "seed")),
         ("residual_scale", ctypes.c_double),
         *((name, Tensor) for name in ("query", "key", "value", "mask")),
-        *((name, Pointer) for name in ("query_weight", "query_bias", "key_weight", "key_bias", "weight2", "bias2", "weight3")),
+        *((name, Pointer) for name in PARAMETERS),
     ]  # fmt: skip
 
 
 class ForwardResult(ctypes.Structure):
     """`ForwardResult` of native/forward.h."""
 
-    _fields_ = [("output", Pointer), ("strides", Int * 3), ("softmax", Pointer)]
-
-
-GRADIENTS = ("value", "u", "w", "weight2", "bias2", "weight3", "query", "key", "mask")
+    _fields_ = [("output", Tensor), ("exact", Tensor), ("softmax", Pointer)]
 
 
 class BackwardResult(ctypes.Structure):
-    """`BackwardResult` of native/backward.h."""
+    """`BackwardResult` of native/query_blocks.h."""
 
     _fields_ = [
         ("output", Tensor),
         ("grad_output", Tensor),
         ("softmax", Pointer),
-        *((f"grad_{name}", Pointer) for name in GRADIENTS),
+        *((f"grad_{name}", Tensor) for name in TOKENS),
+        *((f"grad_{name}", Pointer) for name in (*PARAMETERS, "mask")),
     ]
 
 
@@ -122,8 +124,7 @@ def describe_problem(
         value=describe(value),
         mask=describe(mask),
     )
-    names = ("query_weight", "query_bias", "key_weight", "key_bias", "weight2", "bias2", "weight3")
-    for name, parameter in zip(names, parameters, strict=True):
+    for name, parameter in zip(PARAMETERS, parameters, strict=True):
         setattr(problem, name, None if parameter is None else parameter.data_ptr())
     return problem, [*parameters, mask]
 
@@ -149,54 +150,48 @@ def native_forward(
     dropout_p: float,
     is_causal: bool,
     residual_scale: float | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output `[B, H, Tq, Dv]`, and what the softmax of each row was, `[B, H, Tq, 2]`: pivot `m` and `1 / sum(2^(score - m))`,
-    with scores in units of log2(e). Both in the weights' dtype (float32 or float64).
+    needs_grad: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Output `[B, H, Tq, Dv]` in the query's dtype; the same before rounding, in the weights' dtype, for backward; and what
+    the softmax of each row was, `[B, H, Tq, 2]`: pivot `m` and `1 / sum(2^(score - m))`, with scores in units of log2(e).
 
-    `query`, `key` and `value` may have any floating dtype and strides. The weights are those of the first layer by token
-    (`first_layer_of_query`, `first_layer_of_key`; None for projected keys) and of the layers by pair. `attn_mask` has four
-    dimensions. The output lies in memory as `[B, Tq, H, Dv]`, which is what attention modules turn it into.
+    `query`, `key` and `value` may have any floating dtype and strides. The weights, in float32 or float64, are those of the
+    first layer by token (`first_layer_of_query`, `first_layer_of_key`; None for projected keys) and of the layers by pair.
+    `attn_mask` has four dimensions. The second result is empty if `needs_grad` is False or the first is as exact. Outputs lie
+    in memory as `[B, Tq, H, Dv]`, which is what attention modules turn them into.
     """
-    batch, heads, queries, _ = query.shape
-    output = weight2.new_empty(batch, queries, heads, value.shape[-1]).transpose(1, 2)
-    softmax = weight2.new_empty(batch, heads, queries, 2)
+    output, exact, softmax = allocate_outputs(query, value, weight2.dtype, needs_grad)
     if is_empty(query, value):
-        return output.zero_(), softmax.zero_()
+        return output.zero_(), exact.zero_(), softmax.zero_()
     library = library_for(weight2.dtype)
     problem, keep = describe_problem(
         query, key, value, query_weight, query_bias, key_weight, key_bias, weight2, bias2, weight3,
         attn_mask, dropout_seed, dropout_p, is_causal, residual_scale,
     )  # fmt: skip
-    features = weight2.new_empty(library.feature_numbers(ctypes.byref(problem)))
-    result = ForwardResult(output.data_ptr(), (Int * 3)(*output.stride()[:3]), softmax.data_ptr())
-    library.forward(ctypes.byref(problem), Pointer(features.data_ptr()), ctypes.byref(result))
+    prepared = weight2.new_empty(library.prepared_numbers_of(ctypes.byref(problem)))
+    result = ForwardResult(describe(output), describe(exact if exact.numel() else None), softmax.data_ptr())
+    library.forward(ctypes.byref(problem), Pointer(prepared.data_ptr()), ctypes.byref(result))
     del keep
-    return output, softmax
+    return output, exact, softmax
+
+
+def allocate_outputs(
+    query: torch.Tensor, value: torch.Tensor, exact_dtype: torch.dtype, needs_grad: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    batch, heads, queries, _ = query.shape
+    shape = (batch, queries, heads, value.shape[-1])
+    has_exact = needs_grad and query.dtype != exact_dtype
+    return (
+        query.new_empty(shape).transpose(1, 2),
+        query.new_empty(shape, dtype=exact_dtype).transpose(1, 2) if has_exact else query.new_empty(0, dtype=exact_dtype),
+        query.new_empty(batch, heads, queries, 2, dtype=exact_dtype),
+    )
 
 
 @native_forward.register_fake
-def _(query, key, value, query_weight, query_bias, key_weight, key_bias, weight2, bias2, weight3, *_):
-    batch, heads, queries, _ = query.shape
-    output = weight2.new_empty(batch, queries, heads, value.shape[-1]).transpose(1, 2)
-    return output, weight2.new_empty(batch, heads, queries, 2)
-
-
-def gradient_shapes(query, key, value, weight2, bias2, weight3, residual, mask_needs_grad) -> dict[str, Any]:
-    """Shape of every gradient that the kernel gives, by the names of `GRADIENTS`; None for those not asked."""
-    batch, heads, queries, _ = query.shape
-    hidden1, keys = weight2.shape[-1], key.shape[2]
-    feature_heads = heads if weight2.dim() == 3 else value.shape[1]
-    return {
-        "value": value.shape,
-        "u": (batch, heads, queries, hidden1),
-        "w": (batch, feature_heads, keys, hidden1),
-        "weight2": weight2.shape,
-        "bias2": bias2.shape,
-        "weight3": weight3.shape,
-        "query": query.shape if residual else None,
-        "key": key.shape if residual else None,
-        "mask": (batch, heads, queries, keys) if mask_needs_grad else None,
-    }
+def _(query, key, value, query_weight, query_bias, key_weight, key_bias, weight2, bias2, weight3, attn_mask, dropout_seed,
+      dropout_p, is_causal, residual_scale, needs_grad):  # fmt: skip
+    return allocate_outputs(query, value, weight2.dtype, needs_grad)
 
 
 @torch.library.custom_op("hf_neural_attention::native_backward", mutates_args=(), device_types="cpu")
@@ -221,102 +216,66 @@ def native_backward(
     residual_scale: float | None,
     mask_needs_grad: bool,
 ) -> list[torch.Tensor]:
-    """Gradients by the names of `GRADIENTS`; empty tensors for those not asked.
+    """Gradients of `TOKENS`, `PARAMETERS` and the mask, each of its input's shape and dtype; empty for inputs that are None.
 
-    `u` and `w` are the tokens' parts of the first layer; `query` and `key` get the share of the dot product alone (residual
-    mode); `mask` is that of every pair, `[B, H, Tq, Tk]`.
+    `output` is the unrounded one. A caller that asks for the gradient of a mask pays for every pair.
     """
-    shapes = gradient_shapes(query, key, value, weight2, bias2, weight3, residual_scale is not None, mask_needs_grad)
-    empty = is_empty(query, value)
-
-    def allocate(name: str) -> torch.Tensor:
-        # the kernel never writes to the pairs that a mask leaves out
-        if empty or name == "mask":
-            return weight2.new_zeros(0 if shapes[name] is None else shapes[name])
-        return weight2.new_empty(0 if shapes[name] is None else shapes[name])
-
-    gradients = {name: allocate(name) for name in GRADIENTS}
-    if empty:
-        return list(gradients.values())
+    tensors = (query, key, value, query_weight, query_bias, key_weight, key_bias, weight2, bias2, weight3, attn_mask)
+    gradients = allocate_gradients(tensors, mask_needs_grad)
+    if is_empty(query, value):
+        return [gradient.zero_() for gradient in gradients]
     library = library_for(weight2.dtype)
-    problem, keep = describe_problem(
-        query, key, value, query_weight, query_bias, key_weight, key_bias, weight2, bias2, weight3,
-        attn_mask, dropout_seed, dropout_p, is_causal, residual_scale,
-    )  # fmt: skip
+    problem, keep = describe_problem(*tensors, dropout_seed, dropout_p, is_causal, residual_scale)
     result = BackwardResult(output=describe(output), grad_output=describe(grad_output), softmax=softmax.data_ptr())
-    for name, shape in shapes.items():
-        setattr(result, f"grad_{name}", None if shape is None else gradients[name].data_ptr())
+    for name, gradient in zip(TOKENS, gradients, strict=False):
+        setattr(result, f"grad_{name}", describe(gradient))
+    for name, gradient in zip(PARAMETERS, gradients[len(TOKENS) :], strict=False):
+        setattr(result, f"grad_{name}", gradient.data_ptr() if gradient.numel() else None)
+    of_pairs = None
+    if mask_needs_grad:
+        # the kernel never writes to the pairs that a mask leaves out
+        of_pairs = weight2.new_zeros(*query.shape[:3], key.shape[2])
+        result.grad_mask = of_pairs.data_ptr()
     library.backward(ctypes.byref(problem), ctypes.byref(result))
     del keep
-    return list(gradients.values())
+    if of_pairs is not None and attn_mask is not None:
+        gradients[-1].copy_(of_pairs.sum_to_size(attn_mask.shape))
+    return gradients
+
+
+def allocate_gradients(tensors: tuple[torch.Tensor | None, ...], mask_needs_grad: bool) -> list[torch.Tensor]:
+    *inputs, attn_mask = tensors
+    query = tensors[0]
+    assert query is not None
+    kept = [*inputs, attn_mask if mask_needs_grad else None]
+    tokens = [query.new_empty(0) if tensor is None else torch.empty_like(tensor) for tensor in kept[: len(TOKENS)]]
+    # kernels write to the others as they lie in memory
+    rest = kept[len(TOKENS) :]
+    return tokens + [query.new_empty(0) if tensor is None else tensor.new_empty(tensor.shape) for tensor in rest]
 
 
 @native_backward.register_fake
 def _(grad_output, output, softmax, query, key, value, query_weight, query_bias, key_weight, key_bias, weight2, bias2, weight3,
       attn_mask, dropout_seed, dropout_p, is_causal, residual_scale, mask_needs_grad):  # fmt: skip
-    shapes = gradient_shapes(query, key, value, weight2, bias2, weight3, residual_scale is not None, mask_needs_grad)
-    return [weight2.new_empty(0 if shape is None else shape) for shape in shapes.values()]
+    tensors = (query, key, value, query_weight, query_bias, key_weight, key_bias, weight2, bias2, weight3, attn_mask)
+    return allocate_gradients(tensors, mask_needs_grad)
 
 
 def setup_context(ctx, inputs, output):
-    *tensors, ctx.dropout_p, ctx.is_causal, ctx.residual_scale = inputs
+    *tensors, ctx.dropout_p, ctx.is_causal, ctx.residual_scale, _ = inputs
+    rounded, exact, softmax = output
     ctx.mask_needs_grad = tensors[10] is not None and ctx.needs_input_grad[10]
-    ctx.save_for_backward(*output, *tensors)
-    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(exact, softmax)
+    ctx.save_for_backward(exact if exact.numel() else rounded, softmax, *tensors)
 
 
-def through_projection(
-    grad: torch.Tensor, inputs: torch.Tensor, weight: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of inputs, weight and bias of a first layer by token: `grad` `[B, H, T, h1]`, `inputs` `[B, H, T, D]`."""
-    inputs = inputs.to(grad.dtype)
-    if weight.dim() == 3:
-        return grad @ weight, (grad.transpose(-1, -2) @ inputs).sum(dim=0), grad.sum(dim=(0, 2))
-    flat = grad.flatten(0, 2)
-    return grad @ weight, flat.T @ inputs.flatten(0, 2), flat.sum(dim=0)
-
-
-def backward(ctx, grad_output, grad_softmax):
-    if grad_output is None:
-        return (None,) * 15
-    query, key, value, query_weight, _, key_weight, *_, attn_mask, _ = ctx.saved_tensors[2:]
-    gradients = dict(
-        zip(
-            GRADIENTS,
-            native_backward(
-                grad_output, *ctx.saved_tensors, ctx.dropout_p, ctx.is_causal, ctx.residual_scale, ctx.mask_needs_grad
-            ),
-            strict=True,
-        )
+def backward(ctx, grad_output, _, __):
+    output, softmax, *tensors = ctx.saved_tensors
+    gradients = native_backward(
+        grad_output, output, softmax, *tensors, ctx.dropout_p, ctx.is_causal, ctx.residual_scale, ctx.mask_needs_grad
     )
-    grad_query, grad_query_weight, grad_query_bias = through_projection(gradients["u"], query, query_weight)
-    if key_weight is None:
-        grad_key, grad_key_weight, grad_key_bias = gradients["w"], None, None
-    else:
-        own_keys = expand_heads(key, query.shape[1]) if key_weight.dim() == 3 else key
-        grad_key, grad_key_weight, grad_key_bias = through_projection(gradients["w"], own_keys, key_weight)
-        if grad_key.shape != key.shape:  # a key and value head serves several query heads
-            grad_key = grad_key.unflatten(1, (key.shape[1], -1)).sum(dim=2)
-    if ctx.residual_scale is not None:
-        grad_query, grad_key = grad_query + gradients["query"], grad_key + gradients["key"]
-    grad_mask = gradients["mask"].sum_to_size(attn_mask.shape).to(attn_mask.dtype) if ctx.mask_needs_grad else None
-    return (
-        grad_query.to(query.dtype),
-        grad_key.to(key.dtype),
-        gradients["value"].to(value.dtype),
-        grad_query_weight,
-        grad_query_bias,
-        grad_key_weight,
-        grad_key_bias,
-        gradients["weight2"],
-        gradients["bias2"],
-        gradients["weight3"],
-        grad_mask,
-        None,
-        None,
-        None,
-        None,
-    )
+    present = [*(tensor is not None for tensor in tensors[:10]), ctx.mask_needs_grad]
+    return (*(gradient if here else None for gradient, here in zip(gradients, present, strict=True)), *[None] * 5)
 
 
 native_forward.register_autograd(backward, setup_context=setup_context)
@@ -346,24 +305,18 @@ def native_attention(
         RuntimeError: if the kernel cannot be compiled here.
     """
     with without_autocast(query):
+        # what else there is (8 bits, say) is converted first
+        key, value = (tensor if tensor.dtype in ELEMENT_TYPES else tensor.float() for tensor in (key, value))
+        if attn_mask is not None and attn_mask.dtype not in ELEMENT_TYPES:
+            attn_mask = attn_mask.float()
         weights = weights.to(torch.promote_types(query.dtype, torch.float32))
-        query_weight, query_bias = first_layer_of_query(weights)
-        key_weight, key_bias = (None, None) if keys_projected else first_layer_of_key(weights)
-        output, _ = native_forward(
-            query,
-            key,
-            value,
-            query_weight,
-            query_bias,
-            key_weight,
-            key_bias,
-            weights.weight2,
-            weights.bias2,
-            weights.weight3.squeeze(-2),
+        tensors = (
+            *(query, key, value),
+            *first_layer_of_query(weights),
+            *((None, None) if keys_projected else first_layer_of_key(weights)),
+            *(weights.weight2, weights.bias2, weights.weight3.squeeze(-2)),
             attn_mask,
-            dropout_seed,
-            dropout_p,
-            is_causal,
-            residual_scale,
         )
-    return output.to(query.dtype)
+        needs_grad = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+        output, _, _ = native_forward(*tensors, dropout_seed, dropout_p, is_causal, residual_scale, needs_grad)
+    return output

@@ -5,28 +5,18 @@
 // which the first two, times w3_r, are the gradients of weight2 and bias2.
 #pragma once
 
-#include "forward.h"
+#include <memory>
 
-constexpr int64_t BACKWARD_KEYS = 64, BACKWARD_QUERIES = 32;
+#include "first_layer.h"
+#include "query_blocks.h"
+
+constexpr int64_t BACKWARD_KEYS = 64;
+constexpr int64_t TOKENS_AT_ONCE = 64;  // of the queries, back through the first layer
 
 template <int R2>
 constexpr int backward_vectors() {
   return NUM_REGISTERS == 32 ? (R2 == 8 ? 2 : 4) : 1;
 }
-
-struct BackwardResult {
-  Tensor output, grad_output;  // [B, H, Tq, Dv]
-  const Real* softmax;         // [B, H, Tq, 2], as ForwardResult has it
-  Real* grad_value;            // [B, Hkv, Tk, Dv], contiguous, as all that follows
-  Real* grad_u;                // [B, H, Tq, h1]
-  Real* grad_w;                // [B, Hw, Tk, h1]
-  Real* grad_weight2;          // [weight_sets, h2, h1]
-  Real* grad_bias2;            // [weight_sets, h2]
-  Real* grad_weight3;          // [weight_sets, h2]
-  Real* grad_query;            // residual mode: [B, H, Tq, D], of the dot product alone
-  Real* grad_key;              // residual mode: [B, Hkv, Tk, D], of the dot product alone
-  Real* grad_mask;             // [B, H, Tq, Tk], zeros, or null
-};
 
 template <int R2>
 class Backward {
@@ -35,69 +25,67 @@ class Backward {
       : problem(problem), result(result), width(round_up(problem.head_dim, LANES)),
         value_width(round_up(problem.value_dim, LANES)), hidden2(round_up(problem.hidden2, R2)),
         groups(problem.heads / problem.kv_heads), tiles((problem.keys + BACKWARD_KEYS - 1) / BACKWARD_KEYS),
-        blocks((problem.queries + BACKWARD_QUERIES - 1) / BACKWARD_QUERIES),
-        parts(std::max<int64_t>(1, std::min<int64_t>(tiles, (4 * problem.num_threads + problem.batch * problem.kv_heads - 1) /
-                                                                (problem.batch * problem.kv_heads)))),
-        tasks(problem.batch * problem.kv_heads * parts),
-        sums(round_up((problem.hidden1 + 2) * hidden2, LANES)),
-        prepared(block_numbers() * problem.batch * problem.heads * blocks),
-        partial_u(problem.batch * problem.heads * problem.queries * problem.hidden1 * (parts > 1 ? parts : 0)),
-        partial_query(problem.residual && parts > 1 ? problem.batch * problem.heads * problem.queries * problem.head_dim * parts : 0),
-        partial_sums(tasks * groups * sums) {}
+        parts(parts_of(problem.batch * problem.kv_heads, tiles)),
+        query_parts(parts_of(problem.batch * problem.heads, (problem.queries + TOKENS_AT_ONCE - 1) / TOKENS_AT_ONCE)),
+        layer_sums(FirstLayer::sum_size(problem.hidden1, width)), pair_sums(round_up((problem.hidden1 + 2) * hidden2, LANES)),
+        query_blocks(problem, result, hidden2),
+        partial_u(problem.batch * problem.heads * problem.queries * problem.hidden1 * parts),
+        partial_query(problem.residual ? problem.batch * problem.heads * problem.queries * width * parts : 0),
+        query_sums(problem.batch * problem.heads * query_parts * layer_sums),
+        key_sums(problem.keys_projected ? 0 : problem.batch * problem.heads * parts * layer_sums),
+        network_sums(problem.batch * problem.heads * parts * pair_sums) {}
 
   void run() {
-    prepare();
 #pragma omp parallel num_threads(problem.num_threads)
     {
       Memory memory(*this);
       // under a causal mask the first keys have the most queries: they go first
 #pragma omp for schedule(dynamic)
-      for (int64_t task = 0; task < tasks; task++) {
-        const int64_t pairs = problem.batch * problem.kv_heads, part = task / pairs, kv_head = task % pairs % problem.kv_heads;
-        keys_of_one_head(memory, task % pairs / problem.kv_heads, kv_head, part);
+      for (int64_t task = 0; task < problem.batch * problem.kv_heads * parts; task++) {
+        const int64_t head = task % (problem.batch * problem.kv_heads);
+        keys_of_one_head(memory, head / problem.kv_heads, head % problem.kv_heads, task / (problem.batch * problem.kv_heads));
+      }
+#pragma omp for schedule(static)
+      for (int64_t task = 0; task < problem.batch * problem.heads * query_parts; task++) {
+        const int64_t head = task / query_parts;
+        queries_of_one_head(memory, head / problem.heads, head % problem.heads, task % query_parts);
       }
     }
-    collect();
+    store_sums();
   }
 
  private:
   const Problem& problem;
   const BackwardResult& result;
-  const int64_t width, value_width, hidden2, groups, tiles, blocks;
-  const int64_t parts;  // of the keys of a head, to be worked on side by side
-  const int64_t tasks, sums;
-  // Per block of queries: minus_u [h1, n], the second layer's bias [h2, n], the softmax's pivot [n] and 1 / sum [n],
-  // grad_output . output [n],
-  // grad_output [n, Dv] and, in residual mode, the queries [n, D]
-  Buffer prepared;
-  Buffer partial_u, partial_query, partial_sums;
+  const int64_t width, value_width, hidden2, groups, tiles;
+  const int64_t parts, query_parts;  // of the keys and of the queries of a head, to be worked on side by side
+  const int64_t layer_sums, pair_sums;
+  const QueryBlocks query_blocks;
+  // Of each part of the keys, [B, H, Tq, h1] and, in residual mode, [B, H, Tq, D]: gradients of u, and of the scaled queries
+  Buffer partial_u, partial_query;
+  // Sums over tokens or pairs, by example, head and part
+  Buffer query_sums, key_sums, network_sums;
 
-  int64_t block_numbers() const {
-    return (problem.hidden1 + hidden2 + 3 + value_width + (problem.residual ? width : 0)) * BACKWARD_QUERIES;
-  }
-  struct QueryBlock {
-    Real *minus_u, *bias2, *pivot, *inverse, *delta, *grad_output, *query;
-  };
-  QueryBlock query_block(int64_t b, int64_t head, int64_t block) const {
-    constexpr int64_t n = BACKWARD_QUERIES;
-    Real* p = prepared.data + ((b * problem.heads + head) * blocks + block) * block_numbers();
-    Real *const bias2 = p + problem.hidden1 * n, *const rows = bias2 + hidden2 * n;
-    return {p, bias2, rows, rows + n, rows + 2 * n, rows + 3 * n, rows + (3 + value_width) * n};
+  // Enough for the threads to find work
+  int64_t parts_of(int64_t heads, int64_t most) const {
+    return std::max<int64_t>(1, std::min<int64_t>(most, (4 * problem.num_threads + heads - 1) / heads));
   }
 
   struct Memory {
     Scratch scratch;
     Real *row, *columns, *net, *back_weights, *w, *grad_w, *values, *grad_values, *weights, *grad_scores, *mask, *sums, *sum_u;
-    Real *keys, *key_columns, *grad_keys, *queries;
+    Real *keys, *key_columns, *grad_keys, *dot_keys;
+    FirstLayer layer;
     Tail tail;
-    explicit Memory(const Backward& f) : scratch(f.scratch_size()) {
+    explicit Memory(const Backward& f)
+        : scratch(f.scratch_size()), layer(f.problem.hidden1, f.problem.head_dim, f.width, scratch.take(f.problem.hidden1 * f.width)) {
       const int64_t h1 = f.problem.hidden1;
-      row = scratch.take(LANES * std::max(f.width, f.value_width));
+      row = scratch.take(LANES * f.widest());
       columns = scratch.take(f.width * BACKWARD_KEYS);
       net = scratch.take(PairNetwork::size(h1, f.hidden2));
       back_weights = scratch.take(h1 * f.hidden2);
       w = scratch.take(h1 * BACKWARD_KEYS);
-      grad_w = scratch.take(h1 * BACKWARD_KEYS);
+      grad_w = scratch.take(h1 * std::max(BACKWARD_KEYS, TOKENS_AT_ONCE));
       values = scratch.take(f.value_width * BACKWARD_KEYS);
       grad_values = scratch.take(f.value_width * BACKWARD_KEYS);
       weights = scratch.take(BACKWARD_QUERIES * BACKWARD_KEYS);
@@ -105,148 +93,108 @@ class Backward {
       mask = scratch.take(2 * BACKWARD_KEYS);
       sums = scratch.take((h1 + 2) * f.hidden2 * LANES);
       sum_u = scratch.take(h1 * LANES);
-      const int64_t whole = f.problem.residual ? f.width * BACKWARD_KEYS : 0;
-      keys = scratch.take(whole), key_columns = scratch.take(whole), grad_keys = scratch.take(whole);
+      keys = scratch.take(f.width * std::max(BACKWARD_KEYS, TOKENS_AT_ONCE));
+      grad_keys = scratch.take(f.width * std::max(BACKWARD_KEYS, TOKENS_AT_ONCE));
+      key_columns = scratch.take(f.problem.residual ? f.width * BACKWARD_KEYS : 0);
+      dot_keys = scratch.take(f.problem.residual ? f.width * BACKWARD_KEYS : 0);
     }
   };
+  int64_t widest() const { return std::max({width, value_width, round_up(problem.hidden1, LANES)}); }
   int64_t scratch_size() const {
     const int64_t h1 = problem.hidden1;
-    return LANES * std::max(width, value_width) + PairNetwork::size(h1, hidden2) + h1 * hidden2 + (h1 + 2) * hidden2 * LANES + h1 * LANES +
-           BACKWARD_KEYS * (2 * h1 + 2 * value_width + 4 * width + 2 + 2 * BACKWARD_QUERIES) + 32 * LANES;
+    return LANES * widest() + PairNetwork::size(h1, hidden2) + h1 * (hidden2 + width + LANES) + (h1 + 2) * hidden2 * LANES +
+           BACKWARD_KEYS * (h1 + 2 * value_width + 3 * width + 2 + 2 * BACKWARD_QUERIES) +
+           std::max(BACKWARD_KEYS, TOKENS_AT_ONCE) * (h1 + 2 * width) + 32 * LANES;
   }
 
-  void prepare() const {
-    constexpr int64_t n = BACKWARD_QUERIES;
-#pragma omp parallel num_threads(problem.num_threads)
-    {
-      Scratch scratch(LANES * std::max(width, value_width) + width * n + value_width + PairNetwork::size(problem.hidden1, hidden2) + 8 * LANES);
-      Real *row = scratch.take(LANES * std::max(width, value_width)), *columns = scratch.take(width * n);
-      Real *output = scratch.take(value_width), *room = scratch.take(PairNetwork::size(problem.hidden1, hidden2));
-#pragma omp for schedule(static)
-      for (int64_t task = 0; task < problem.batch * problem.heads * blocks; task++) {
-        const int64_t block = task % blocks, head = task / blocks % problem.heads, b = task / blocks / problem.heads;
-        const int64_t first = block * n, count = std::min(n, problem.queries - first), set = problem.weight_set(head);
-        const QueryBlock q = query_block(b, head, block);
-        const PairNetwork net(problem, set, hidden2, room);
-        read_transposed(problem.query, problem.query.at(b, head, first), count, problem.head_dim, columns, n, row);
-        project(problem.query_weight + set * problem.hidden1 * problem.head_dim, problem.query_bias + set * problem.hidden1,
-                problem.hidden1, problem.head_dim, columns, n, count, q.minus_u, n);
-        prepare_queries(net, q.minus_u, n, count, q.bias2);
-        for (int64_t i = 0; i < count; i++) {
-          Real* grad = q.grad_output + i * value_width;
-          read_row(result.grad_output, result.grad_output.at(b, head, first + i), problem.value_dim, grad);
-          read_row(result.output, result.output.at(b, head, first + i), problem.value_dim, output);
-          for (int64_t d = problem.value_dim; d < value_width; d++) grad[d] = output[d] = 0;
-          // in double: its error would be shared by all weights of the row, and add up in what they sum to
-          double delta[8] = {};
-          for (int64_t d = 0; d < problem.value_dim; d++) delta[d % 8] += double(grad[d]) * output[d];
-          q.delta[i] = Real((delta[0] + delta[1]) + (delta[2] + delta[3]) + ((delta[4] + delta[5]) + (delta[6] + delta[7])));
-          const Real* const softmax = result.softmax + ((b * problem.heads + head) * problem.queries + first + i) * 2;
-          q.pivot[i] = softmax[0], q.inverse[i] = softmax[1];
-          if (problem.residual) {
-            Real* query = q.query + i * width;
-            read_row(problem.query, problem.query.at(b, head, first + i), problem.head_dim, query);
-            for (int64_t d = 0; d < width; d++) query[d] = d < problem.head_dim ? query[d] : 0;
-          }
-        }
-      }
-    }
-  }
-
-  Real* u_of(int64_t part, int64_t b, int64_t head) const {
-    const int64_t size = problem.queries * problem.hidden1;
-    Real* base = parts > 1 ? partial_u.data + part * problem.batch * problem.heads * size : result.grad_u;
-    return base + (b * problem.heads + head) * size;
-  }
-  Real* query_of(int64_t part, int64_t b, int64_t head) const {
-    const int64_t size = problem.queries * problem.head_dim;
-    Real* base = parts > 1 ? partial_query.data + part * problem.batch * problem.heads * size : result.grad_query;
-    return base + (b * problem.heads + head) * size;
-  }
+  // Where the numbers of a head and a part of its keys begin
+  int64_t place(int64_t b, int64_t head, int64_t part) const { return (part * problem.batch + b) * problem.heads + head; }
+  Real* u_of(int64_t b, int64_t head, int64_t part) const { return partial_u.data + place(b, head, part) * problem.queries * problem.hidden1; }
+  Real* query_of(int64_t b, int64_t head, int64_t part) const { return partial_query.data + place(b, head, part) * problem.queries * width; }
 
   void keys_of_one_head(Memory& memory, int64_t b, int64_t kv_head, int64_t part) const {
-    const int64_t h1 = problem.hidden1;
-    for (int64_t g = 0; g < groups; g++) {
-      std::memset(u_of(part, b, kv_head * groups + g), 0, sizeof(Real) * problem.queries * h1);
-      if (problem.residual) std::memset(query_of(part, b, kv_head * groups + g), 0, sizeof(Real) * problem.queries * problem.head_dim);
+    for (int64_t head = kv_head * groups; head < (kv_head + 1) * groups; head++) {
+      std::memset(u_of(b, head, part), 0, sizeof(Real) * problem.queries * problem.hidden1);
+      if (problem.residual) std::memset(query_of(b, head, part), 0, sizeof(Real) * problem.queries * width);
+      if (!problem.keys_projected) std::memset(key_sums.data + place(b, head, part) * layer_sums, 0, sizeof(Real) * layer_sums);
+      std::memset(network_sums.data + place(b, head, part) * pair_sums, 0, sizeof(Real) * pair_sums);
     }
-    Real* const task_sums = partial_sums.data + ((b * problem.kv_heads + kv_head) * parts + part) * groups * sums;
-    std::memset(task_sums, 0, sizeof(Real) * groups * sums);
-    const int64_t first_tile = tiles * part / parts, last_tile = tiles * (part + 1) / parts;
-    for (int64_t tile = first_tile; tile < last_tile; tile++) {
-      const int64_t key = tile * BACKWARD_KEYS, n = std::min(BACKWARD_KEYS, problem.keys - key);
-      read_transposed(problem.value, problem.value.at(b, kv_head, key), n, problem.value_dim, memory.values, BACKWARD_KEYS, memory.row);
-      std::memset(memory.grad_values, 0, sizeof(Real) * BACKWARD_KEYS * value_width);
-      if (problem.residual) {
-        read_transposed(problem.key, problem.key.at(b, kv_head, key), n, problem.head_dim, memory.key_columns, BACKWARD_KEYS, memory.row);
-        for (int64_t j = 0; j < n; j++) {
-          read_row(problem.key, problem.key.at(b, kv_head, key + j), problem.head_dim, memory.keys + j * width);
-          for (int64_t d = problem.head_dim; d < width; d++) memory.keys[j * width + d] = 0;
-        }
-        std::memset(memory.grad_keys, 0, sizeof(Real) * BACKWARD_KEYS * width);
+    for (int64_t tile = tiles * part / parts; tile < tiles * (part + 1) / parts; tile++) one_tile(memory, b, kv_head, part, tile * BACKWARD_KEYS);
+  }
+
+  void one_tile(Memory& memory, int64_t b, int64_t kv_head, int64_t part, int64_t key) const {
+    const int64_t n = std::min(BACKWARD_KEYS, problem.keys - key), h1 = problem.hidden1;
+    read_transposed(problem.value, problem.value.at(b, kv_head, key), n, problem.value_dim, memory.values, BACKWARD_KEYS, memory.row);
+    std::memset(memory.grad_values, 0, sizeof(Real) * BACKWARD_KEYS * value_width);
+    Rows keys{nullptr, 0};
+    if (!problem.keys_projected) {
+      keys = read_rows(problem.key, problem.key.at(b, kv_head, key), n, problem.head_dim, memory.keys);
+      std::memset(memory.grad_keys, 0, sizeof(Real) * BACKWARD_KEYS * width);
+    }
+    if (problem.residual) {
+      read_transposed(problem.key, problem.key.at(b, kv_head, key), n, problem.head_dim, memory.key_columns, BACKWARD_KEYS, memory.row);
+      std::memset(memory.dot_keys, 0, sizeof(Real) * BACKWARD_KEYS * width);
+    }
+    for (int64_t g = 0; g < groups; g++) {
+      const int64_t head = kv_head * groups + g, set = problem.weight_set(head);
+      const bool own_features = problem.weight_sets > 1;
+      const PairNetwork net(problem, set, hidden2, memory.net);
+      for (int64_t r = 0; r < hidden2; r++)
+        for (int64_t c = 0; c < h1; c++) memory.back_weights[c * hidden2 + r] = net.weight2[c * hidden2 + r] * (net.weight3[r] / Real(LOG2_E));
+      if (g == 0 || own_features) {
+        key_features(problem, b, problem.feature_head(head), key, n, BACKWARD_KEYS, memory.columns, memory.row, memory.w);
+        std::memset(memory.grad_w, 0, sizeof(Real) * h1 * BACKWARD_KEYS);
       }
-      for (int64_t g = 0; g < groups; g++) {
-        const int64_t head = kv_head * groups + g, set = problem.weight_set(head), w_head = problem.feature_head(head);
-        const PairNetwork net(problem, set, hidden2, memory.net);
-        for (int64_t r = 0; r < hidden2; r++)
-          for (int64_t c = 0; c < h1; c++) memory.back_weights[c * hidden2 + r] = net.weight2[c * hidden2 + r] * (net.weight3[r] / Real(LOG2_E));
-        if (g == 0 || problem.weight_sets > 1) {
-          features(memory, b, head, key, n);
-          std::memset(memory.grad_w, 0, sizeof(Real) * h1 * BACKWARD_KEYS);
-        }
-        std::memset(memory.sums, 0, sizeof(Real) * (h1 + 2) * hidden2 * LANES);
-        for (int64_t block = problem.is_causal ? key / BACKWARD_QUERIES : 0; block < blocks; block++)
-          queries_of_one_block(memory, net, b, head, part, block, key, n);
-        for (int64_t k = 0; k < (h1 + 2) * hidden2; k++) task_sums[g * sums + k] += sum_lanes(load(memory.sums + k * LANES));
-        if (g == groups - 1 || problem.weight_sets > 1) {
-          Real* out = result.grad_w + ((b * problem.feature_heads() + w_head) * problem.keys + key) * h1;
-          for (int64_t j = 0; j < n; j++)
-            for (int64_t c = 0; c < h1; c++) out[j * h1 + c] = memory.grad_w[c * BACKWARD_KEYS + j];
+      std::memset(memory.sums, 0, sizeof(Real) * (h1 + 2) * hidden2 * LANES);
+      for (int64_t block = problem.is_causal ? key / BACKWARD_QUERIES : 0; block < query_blocks.per_head; block++)
+        queries_of_one_block(memory, net, b, head, part, block, key, n, keys);
+      Real* const sums = network_sums.data + place(b, head, part) * pair_sums;
+      for (int64_t k = 0; k < (h1 + 2) * hidden2; k++) sums[k] += sum_lanes(load(memory.sums + k * LANES));
+      if (g == groups - 1 || own_features) {
+        if (problem.keys_projected) {
+          write_grad_w(memory, b, problem.feature_head(head), key, n);
+        } else {
+          memory.layer.use(problem.key_weight + set * h1 * problem.head_dim);
+          memory.layer.template back<ADD>(memory.grad_w, 1, BACKWARD_KEYS, n, keys, memory.grad_keys, key_sums.data + place(b, head, part) * layer_sums);
         }
       }
-      for (int64_t j = 0; j < n; j++) {
-        const int64_t place = (b * problem.kv_heads + kv_head) * problem.keys + key + j;
-        std::memcpy(result.grad_value + place * problem.value_dim, memory.grad_values + j * value_width, sizeof(Real) * problem.value_dim);
-        if (problem.residual)
-          for (int64_t d = 0; d < problem.head_dim; d++)
-            result.grad_key[place * problem.head_dim + d] = memory.grad_keys[j * width + d] * Real(problem.residual_scale);
-      }
+    }
+    for (int64_t j = 0; j < n; j++) {
+      write_row(result.grad_value, result.grad_value.at(b, kv_head, key + j), problem.value_dim, memory.grad_values + j * value_width);
+      if (problem.keys_projected) continue;
+      Real* const row = memory.grad_keys + j * width;
+      if (problem.residual) add_scaled(memory.dot_keys + j * width, row);
+      write_row(result.grad_key, result.grad_key.at(b, kv_head, key + j), problem.head_dim, row);
     }
   }
 
-  // w of a tile, as project_keys does it for the forward pass
-  void features(Memory& memory, int64_t b, int64_t head, int64_t key, int64_t n) const {
-    const int64_t h1 = problem.hidden1, set = problem.weight_set(head);
-    if (problem.keys_projected) {
-      read_transposed(problem.key, problem.key.at(b, problem.feature_head(head), key), n, h1, memory.w, BACKWARD_KEYS, memory.row);
-      return;
+  // The dot product's share of a gradient [D], to the network's
+  INLINE void add_scaled(const Real* share, Real* row) const {
+    for (int64_t d = 0; d < width; d++) row[d] += share[d] * Real(problem.residual_scale);
+  }
+
+  void write_grad_w(Memory& memory, int64_t b, int64_t w_head, int64_t key, int64_t n) const {
+    for (int64_t j = 0; j < n; j++) {
+      for (int64_t c = 0; c < problem.hidden1; c++) memory.sum_u[c] = memory.grad_w[c * BACKWARD_KEYS + j];
+      write_row(result.grad_key, result.grad_key.at(b, w_head, key + j), problem.hidden1, memory.sum_u);
     }
-    const Real* columns = memory.key_columns;
-    if (!problem.residual) {
-      read_transposed(problem.key, problem.key.at(b, head / groups, key), n, problem.head_dim, memory.columns, BACKWARD_KEYS, memory.row);
-      columns = memory.columns;
-    }
-    project(problem.key_weight + set * h1 * problem.head_dim, problem.key_bias + set * h1, h1, problem.head_dim, columns, BACKWARD_KEYS, n,
-            memory.w, BACKWARD_KEYS);
   }
 
   void queries_of_one_block(Memory& memory, const PairNetwork& net, int64_t b, int64_t head, int64_t part, int64_t block, int64_t key,
-                            int64_t n) const {
-    const int64_t first = block * BACKWARD_QUERIES, count = std::min(BACKWARD_QUERIES, problem.queries - first);
+                            int64_t n, Rows keys) const {
+    const int64_t first = block * BACKWARD_QUERIES, count = query_blocks.count(block);
     const int64_t seen = problem.is_causal ? std::min(n, first + count - key) : n, columns = round_up(seen, LANES);
     if (seen <= 0) return;
     const bool one_mask = problem.mask.data && problem.mask.strides[2] == 0;
     Coverage coverage = EVERYTHING;
     if (one_mask) coverage = read_mask(problem.mask, problem.mask.at(b, head, 0), key, n, memory.mask);
     if (coverage == NOTHING) return;
-    const QueryBlock q = query_block(b, head, block);
+    const QueryBlock q = query_blocks.at(b, head, block);
     const int64_t h1 = problem.hidden1;
 
-    for (int64_t i = 0; i < count; i++) std::memset(memory.grad_scores + i * BACKWARD_KEYS, 0, sizeof(Real) * columns);
-    multiply(q.grad_output, value_width, 1, count, problem.value_dim, memory.values, BACKWARD_KEYS, memory.grad_scores, BACKWARD_KEYS, columns);
+    multiply<REPLACE>(q.grad_output.data, q.grad_output.stride, 1, count, problem.value_dim, memory.values, BACKWARD_KEYS, memory.grad_scores, BACKWARD_KEYS, columns);
     if (problem.residual) {
-      for (int64_t i = 0; i < count; i++) std::memset(memory.weights + i * BACKWARD_KEYS, 0, sizeof(Real) * columns);
-      multiply(q.query, width, 1, count, problem.head_dim, memory.key_columns, BACKWARD_KEYS, memory.weights, BACKWARD_KEYS, columns);
+      multiply<REPLACE>(q.query.data, q.query.stride, 1, count, problem.head_dim, memory.key_columns, BACKWARD_KEYS, memory.weights, BACKWARD_KEYS, columns);
       const Real scale = Real(problem.residual_scale * LOG2_E);
       for (int64_t i = 0; i < count; i++)
         for (int64_t j = 0; j < columns; j += LANES) {
@@ -254,7 +202,7 @@ class Backward {
           store(p, load(p) * scale);
         }
     }
-    Real* const grad_u = u_of(part, b, head);
+    Real* const grad_u = u_of(b, head, part);
     const DropoutColumns dropout(problem, b, head, key);
     for (int64_t i = 0; i < count; i++) {
       const int64_t query = first + i, row_keys = problem.is_causal ? std::min(n, query + 1 - key) : n;
@@ -275,21 +223,10 @@ class Backward {
       }
       for (int64_t j = done; j < columns; j++) p[j] = ds[j] = 0;
     }
-    multiply(memory.weights, 1, BACKWARD_KEYS, seen, count, q.grad_output, value_width, memory.grad_values, value_width, value_width);
+    multiply<ADD>(memory.weights, 1, BACKWARD_KEYS, seen, count, q.grad_output.data, q.grad_output.stride, memory.grad_values, value_width, value_width);
     if (problem.residual) {
-      multiply(memory.grad_scores, 1, BACKWARD_KEYS, seen, count, q.query, width, memory.grad_keys, width, width);
-      Real* out = query_of(part, b, head) + first * problem.head_dim;
-      grad_queries(memory, count, seen, out);
-    }
-  }
-
-  // Residual mode: out [count, D] += scale * ds k
-  void grad_queries(Memory& memory, int64_t count, int64_t seen, Real* out) const {
-    for (int64_t i = 0; i < count; i++) {
-      Real* row = memory.row;
-      std::memset(row, 0, sizeof(Real) * width);
-      multiply(memory.grad_scores + i * BACKWARD_KEYS, BACKWARD_KEYS, 1, 1, seen, memory.keys, width, row, width, width);
-      for (int64_t d = 0; d < problem.head_dim; d++) out[i * problem.head_dim + d] += row[d] * Real(problem.residual_scale);
+      multiply<ADD>(memory.grad_scores, 1, BACKWARD_KEYS, seen, count, q.query.data, q.query.stride, memory.dot_keys, width, width);
+      multiply<ADD>(memory.grad_scores, BACKWARD_KEYS, 1, count, seen, keys.data, keys.stride, query_of(b, head, part) + first * width, width, width);
     }
   }
 
@@ -393,38 +330,59 @@ class Backward {
     }
   }
 
-  // Adds up what the tasks left, always in the same order
-  void collect() const {
-    if (parts > 1) {
-      add_parts(partial_u.data, problem.batch * problem.heads * problem.queries * problem.hidden1, result.grad_u);
-      if (problem.residual) add_parts(partial_query.data, problem.batch * problem.heads * problem.queries * problem.head_dim, result.grad_query);
+  // From the gradient of u to those of the queries and of their first layer
+  void queries_of_one_head(Memory& memory, int64_t b, int64_t head, int64_t query_part) const {
+    const int64_t h1 = problem.hidden1, blocks = (problem.queries + TOKENS_AT_ONCE - 1) / TOKENS_AT_ONCE;
+    Real* const sums = query_sums.data + ((b * problem.heads + head) * query_parts + query_part) * layer_sums;
+    std::memset(sums, 0, sizeof(Real) * layer_sums);
+    memory.layer.use(problem.query_weight + problem.weight_set(head) * h1 * problem.head_dim);
+    for (int64_t block = blocks * query_part / query_parts; block < blocks * (query_part + 1) / query_parts; block++) {
+      const int64_t first = block * TOKENS_AT_ONCE, n = std::min(TOKENS_AT_ONCE, problem.queries - first);
+      Real* const grad_u = memory.grad_w;
+      std::memcpy(grad_u, u_of(b, head, 0) + first * h1, sizeof(Real) * n * h1);
+      for (int64_t part = 1; part < parts; part++) {
+        const Real* const more = u_of(b, head, part) + first * h1;
+        for (int64_t k = 0; k < n * h1; k++) grad_u[k] += more[k];
+      }
+      const Rows queries = read_rows(problem.query, problem.query.at(b, head, first), n, problem.head_dim, memory.keys);
+      memory.layer.template back<REPLACE>(grad_u, h1, 1, n, queries, memory.grad_keys, sums);
+      for (int64_t i = 0; i < n; i++) {
+        Real* const row = memory.grad_keys + i * width;
+        if (problem.residual)
+          for (int64_t part = 0; part < parts; part++) add_scaled(query_of(b, head, part) + (first + i) * width, row);
+        write_row(result.grad_query, result.grad_query.at(b, head, first + i), problem.head_dim, row);
+      }
     }
-    const int64_t h1 = problem.hidden1, h2 = problem.hidden2;
-    for (int64_t set = 0; set < problem.weight_sets; set++)
+  }
+
+  // Adds up what the tasks left, always in the same order
+  void store_sums() const {
+    const int64_t h1 = problem.hidden1, h2 = problem.hidden2, by_head = problem.batch * parts;
+    const std::unique_ptr<double[]> totals(new double[std::max(layer_sums, pair_sums)]);
+    for (int64_t set = 0; set < problem.weight_sets; set++) {
+      const int64_t layer = set * h1 * problem.head_dim;
+      add_up(query_sums.data, layer_sums, set, problem.batch, query_parts, totals.get());
+      FirstLayer(h1, problem.head_dim, width, nullptr).store_sums(totals.get(), result.grad_query_weight + layer, result.grad_query_bias + set * h1);
+      if (!problem.keys_projected) {
+        add_up(key_sums.data, layer_sums, set, by_head, 1, totals.get());
+        FirstLayer(h1, problem.head_dim, width, nullptr).store_sums(totals.get(), result.grad_key_weight + layer, result.grad_key_bias + set * h1);
+      }
+      add_up(network_sums.data, pair_sums, set, by_head, 1, totals.get());
       for (int64_t r = 0; r < h2; r++) {
         const int64_t place = set * h2 + r;
-        const Real w3 = problem.weight3[place];
-        for (int64_t c = 0; c < h1; c++) result.grad_weight2[place * h1 + c] = total(set, c * hidden2 + r) * w3;
-        result.grad_bias2[place] = total(set, h1 * hidden2 + r) * w3;
-        result.grad_weight3[place] = total(set, (h1 + 1) * hidden2 + r);
+        const double w3 = problem.weight3[place];
+        for (int64_t c = 0; c < h1; c++) result.grad_weight2[place * h1 + c] = Real(totals[c * hidden2 + r] * w3);
+        result.grad_bias2[place] = Real(totals[h1 * hidden2 + r] * w3);
+        result.grad_weight3[place] = Real(totals[(h1 + 1) * hidden2 + r]);
       }
-  }
-
-  // One of the network's sums over everything that shares a set of weights
-  Real total(int64_t set, int64_t index) const {
-    double sum = 0;
-    for (int64_t task = 0; task < tasks; task++)
-      for (int64_t g = 0; g < groups; g++)
-        if (problem.weight_set(task / parts % problem.kv_heads * groups + g) == set) sum += partial_sums.data[(task * groups + g) * sums + index];
-    return Real(sum);
-  }
-
-  void add_parts(const Real* from, int64_t size, Real* to) const {
-#pragma omp parallel for num_threads(problem.num_threads) schedule(static)
-    for (int64_t k = 0; k < size; k++) {
-      Real sum = from[k];
-      for (int64_t part = 1; part < parts; part++) sum += from[part * size + k];
-      to[k] = sum;
     }
+  }
+
+  // Sums [outer, H, inner, size] of the heads that share a set of weights, in double
+  void add_up(const Real* sums, int64_t size, int64_t set, int64_t outer, int64_t inner, double* totals) const {
+    std::fill(totals, totals + size, 0.0);
+    for (int64_t entry = 0; entry < outer * problem.heads * inner; entry++)
+      if (problem.weight_set(entry / inner % problem.heads) == set)
+        for (int64_t k = 0; k < size; k++) totals[k] += sums[entry * size + k];
   }
 };

@@ -15,33 +15,57 @@ constexpr int64_t ROW_GROUP = 8;
 // one of 2^-64 far from where single weights would be lost)
 constexpr Real LARGEST_SUM = Real(18446744073709551616.0), SMALLEST_SUM = 1 / LARGEST_SUM;
 
-// w of every key, [B, Hw, tiles, h1, KEY_TILE]: what the keys contribute to the first layer, tile by tile
-INLINE int64_t key_tiles(const Problem& problem) { return (problem.keys + KEY_TILE - 1) / KEY_TILE; }
-INLINE const Real* feature_tile(const Problem& problem, const Real* features, int64_t b, int64_t head, int64_t tile) {
-  return features + ((b * problem.feature_heads() + problem.feature_head(head)) * key_tiles(problem) + tile) * problem.hidden1 * KEY_TILE;
+// w of n keys, which is what they contribute to the first layer: out [h1, ld]. `head` is one of w's. `columns` is room for
+// [D, ld] numbers and `row` for LANES keys.
+static void key_features(const Problem& problem, int64_t b, int64_t head, int64_t first, int64_t n, int64_t ld, Real* columns,
+                         Real* row, Real* out) {
+  const int64_t h1 = problem.hidden1, width = problem.key_width();
+  if (problem.keys_projected) return read_transposed(problem.key, problem.key.at(b, head, first), n, width, out, ld, row);
+  const bool own = problem.weight_sets > 1;
+  const int64_t key_head = own ? head / (problem.heads / problem.kv_heads) : head, set = own ? head : 0;
+  read_transposed(problem.key, problem.key.at(b, key_head, first), n, width, columns, ld, row);
+  project(problem.key_weight + set * h1 * width, problem.key_bias + set * h1, h1, width, columns, ld, n, out, ld);
 }
 
-static void project_keys(const Problem& problem, Real* features) {
-  const int64_t tiles = key_tiles(problem), heads = problem.feature_heads(), width = problem.key_width();
+// What is made of keys and values before all blocks of queries, where these are several: w, tile by tile
+// [B, Hw, tiles, h1, KEY_TILE], and the values as rows of whole vectors [B, Hkv, Tk, Dv padded], where they do not lie so
+INLINE int64_t key_tiles(const Problem& problem) { return (problem.keys + KEY_TILE - 1) / KEY_TILE; }
+INLINE bool prepares_features(const Problem& problem) {
+  return problem.queries > QUERY_BLOCK || problem.feature_heads() < problem.heads;
+}
+INLINE bool prepares_values(const Problem& problem) {
+  return problem.queries > QUERY_BLOCK && !lies_as_rows(problem.value, problem.value_dim);
+}
+INLINE int64_t feature_place(const Problem& problem, int64_t b, int64_t head, int64_t tile) {
+  return ((b * problem.feature_heads() + head) * key_tiles(problem) + tile) * problem.hidden1 * KEY_TILE;
+}
+INLINE int64_t value_place(const Problem& problem, int64_t b, int64_t kv_head, int64_t key) {
+  const int64_t features = prepares_features(problem) ? feature_place(problem, problem.batch, 0, 0) : 0;
+  return features + ((b * problem.kv_heads + kv_head) * problem.keys + key) * round_up(problem.value_dim, LANES);
+}
+static int64_t prepared_numbers(const Problem& problem) { return value_place(problem, prepares_values(problem) ? problem.batch : 0, 0, 0); }
+
+static void prepare_keys_and_values(const Problem& problem, Real* prepared) {
+  const int64_t tiles = key_tiles(problem), heads = problem.feature_heads();
 #pragma omp parallel num_threads(problem.num_threads)
   {
-    const int64_t padded = round_up(width, LANES);
+    const int64_t padded = round_up(problem.key_width(), LANES);
     Scratch scratch(padded * LANES + padded * KEY_TILE);
     Real *row = scratch.take(padded * LANES), *columns = scratch.take(padded * KEY_TILE);
+    if (prepares_features(problem)) {
+#pragma omp for schedule(static) nowait
+      for (int64_t task = 0; task < problem.batch * heads * tiles; task++) {
+        const int64_t tile = task % tiles, first = tile * KEY_TILE, head = task / tiles % heads, b = task / tiles / heads;
+        key_features(problem, b, head, first, std::min(KEY_TILE, problem.keys - first), KEY_TILE, columns, row,
+                     prepared + feature_place(problem, b, head, tile));
+      }
+    }
+    if (prepares_values(problem)) {
 #pragma omp for schedule(static)
-    for (int64_t task = 0; task < problem.batch * heads * tiles; task++) {
-      const int64_t tile = task % tiles, head = task / tiles % heads, b = task / tiles / heads;
-      const int64_t first = tile * KEY_TILE, n = std::min(KEY_TILE, problem.keys - first);
-      const int64_t key_head = problem.keys_projected || problem.weight_sets == 1 ? head : head / (problem.heads / problem.kv_heads);
-      const char* keys = problem.key.at(b, key_head, first);
-      Real* out = features + task * problem.hidden1 * KEY_TILE;
-      if (problem.keys_projected) {
-        read_transposed(problem.key, keys, n, width, out, KEY_TILE, row);
-      } else {
-        const int64_t set = problem.weight_sets == 1 ? 0 : head;
-        read_transposed(problem.key, keys, n, width, columns, KEY_TILE, row);
-        project(problem.key_weight + set * problem.hidden1 * width, problem.key_bias + set * problem.hidden1, problem.hidden1,
-                width, columns, KEY_TILE, n, out, KEY_TILE);
+      for (int64_t task = 0; task < problem.batch * problem.kv_heads * tiles; task++) {
+        const int64_t b = task / tiles / problem.kv_heads, head = task / tiles % problem.kv_heads, first = task % tiles * KEY_TILE;
+        read_rows(problem.value, problem.value.at(b, head, first), std::min(KEY_TILE, problem.keys - first), problem.value_dim,
+                  prepared + value_place(problem, b, head, first));
       }
     }
   }
@@ -96,18 +120,17 @@ static Real exp_scores_exactly(const PairNetwork& net, const QueryRow& row, cons
 }
 
 struct ForwardResult {
-  Real* output;  // [B, H, Tq, Dv], by strides, the last of which is 1
-  int64_t strides[3];
+  Tensor output;  // [B, H, Tq, Dv]
+  Tensor exact;   // the same before it was rounded to the output's type, or null
   Real* softmax;  // [B, H, Tq, 2]: pivot and 1 / sum of 2^(score - pivot), 0 for empty rows
 };
 
 template <int R2>
 class Forward {
  public:
-  Forward(const Problem& problem, const Real* features, const ForwardResult& result)
-      : problem(problem), features(features), result(result), width(round_up(problem.head_dim, LANES)),
-        value_width(round_up(problem.value_dim, LANES)), hidden2(round_up(problem.hidden2, R2)),
-        pack_values(!problem.value.is_plain() || problem.value_dim % LANES != 0) {}
+  Forward(const Problem& problem, const Real* prepared, const ForwardResult& result)
+      : problem(problem), prepared(prepared), result(result), width(round_up(problem.head_dim, LANES)),
+        value_width(round_up(problem.value_dim, LANES)), hidden2(round_up(problem.hidden2, R2)) {}
 
   void run() const {
     const int64_t blocks = (problem.queries + QUERY_BLOCK - 1) / QUERY_BLOCK;
@@ -125,34 +148,34 @@ class Forward {
 
  private:
   const Problem& problem;
-  const Real* features;
+  const Real* const prepared;
   const ForwardResult& result;
   const int64_t width, value_width, hidden2;
-  const bool pack_values;
 
   struct Memory {
     Scratch scratch;
-    Real *row, *query, *u, *bias2, *weights, *mask, *values, *keys, *output, *net;
+    Real *row, *query, *u, *bias2, *weights, *mask, *values, *keys, *w, *output, *net;
     Real pivot[QUERY_BLOCK], sum[QUERY_BLOCK];
     Tail tail;
     explicit Memory(const Forward& f) : scratch(f.scratch_size()) {
-      const int64_t widest = std::max(f.width, f.value_width);
-      row = scratch.take(LANES * widest);
+      row = scratch.take(LANES * f.widest());
       query = scratch.take(f.width * QUERY_BLOCK);
       u = scratch.take(f.problem.hidden1 * QUERY_BLOCK);
       bias2 = scratch.take(f.hidden2 * QUERY_BLOCK);
       weights = scratch.take(ROW_GROUP * KEY_TILE);
       mask = scratch.take(2 * KEY_TILE);
-      values = scratch.take(f.pack_values ? KEY_TILE * f.value_width : 0);
-      keys = scratch.take(f.problem.residual ? f.width * KEY_TILE : 0);
+      values = scratch.take(KEY_TILE * f.value_width);
+      keys = scratch.take(f.width * KEY_TILE);
+      w = scratch.take(f.problem.hidden1 * KEY_TILE);
       output = scratch.take(QUERY_BLOCK * f.value_width);
       net = scratch.take(PairNetwork::size(f.problem.hidden1, f.hidden2));
     }
   };
 
+  int64_t widest() const { return std::max(width, round_up(problem.hidden1, LANES)); }
   int64_t scratch_size() const {
-    return LANES * std::max(width, value_width) + (width + problem.hidden1 + hidden2) * QUERY_BLOCK + (ROW_GROUP + 2) * KEY_TILE +
-           KEY_TILE * (value_width + width) + QUERY_BLOCK * value_width + PairNetwork::size(problem.hidden1, hidden2) + 16 * LANES;
+    return LANES * widest() + (width + problem.hidden1 + hidden2) * QUERY_BLOCK + (ROW_GROUP + 2) * KEY_TILE +
+           KEY_TILE * (value_width + width + problem.hidden1) + QUERY_BLOCK * value_width + PairNetwork::size(problem.hidden1, hidden2) + 16 * LANES;
   }
 
   void block(Memory& memory, int64_t b, int64_t head, int64_t first) const {
@@ -177,10 +200,11 @@ class Forward {
     Coverage coverage = EVERYTHING;
     if (one_mask) coverage = read_mask(problem.mask, problem.mask.at(b, head, 0), key, n, memory.mask);
     if (coverage == NOTHING) return;
-    const Real* w = feature_tile(problem, features, b, head, key / KEY_TILE);
-    const Real* values = reinterpret_cast<const Real*>(problem.value.at(b, kv_head, key));
-    int64_t value_row = problem.value.strides[2];
-    bool packed = !pack_values;
+    const Real* w = memory.w;
+    if (prepares_features(problem)) w = prepared + feature_place(problem, b, problem.feature_head(head), key / KEY_TILE);
+    else key_features(problem, b, problem.feature_head(head), key, n, KEY_TILE, memory.keys, memory.row, memory.w);
+    Rows values{nullptr, value_width};
+    if (prepares_values(problem)) values.data = prepared + value_place(problem, b, kv_head, key);
     if (problem.residual) read_transposed(problem.key, problem.key.at(b, kv_head, key), n, problem.head_dim, memory.keys, KEY_TILE, memory.row);
 
     const DropoutColumns dropout(problem, b, head, key);
@@ -208,11 +232,8 @@ class Forward {
         for (int64_t j = row_coverage == NOTHING ? 0 : round_up(row_keys, LANES); j < seen; j++) p[j] = 0;
       }
       if (!any) continue;
-      if (!packed) {
-        pack(memory, values = memory.values, b, kv_head, key, n);
-        value_row = value_width, packed = true;
-      }
-      multiply(memory.weights, KEY_TILE, 1, rows, seen, values, value_row, memory.output + group * value_width, value_width, value_width);
+      if (!values.data) values = read_rows(problem.value, problem.value.at(b, kv_head, key), n, problem.value_dim, memory.values);
+      multiply<ADD>(memory.weights, KEY_TILE, 1, rows, seen, values.data, values.stride, memory.output + group * value_width, value_width, value_width);
     }
   }
 
@@ -239,19 +260,10 @@ class Forward {
   void dot_products(Memory& memory, int64_t i, int64_t rows, int64_t n, Real* out = nullptr) const {
     out = out ? out : memory.weights;
     const int64_t columns = round_up(n, LANES);
-    for (int64_t r = 0; r < rows; r++) std::memset(out + r * KEY_TILE, 0, sizeof(Real) * columns);
-    multiply(memory.query + i, 1, QUERY_BLOCK, rows, problem.head_dim, memory.keys, KEY_TILE, out, KEY_TILE, columns);
+    multiply<REPLACE>(memory.query + i, 1, QUERY_BLOCK, rows, problem.head_dim, memory.keys, KEY_TILE, out, KEY_TILE, columns);
     const Real scale = Real(problem.residual_scale * LOG2_E);
     for (int64_t r = 0; r < rows; r++)
       for (int64_t j = 0; j < columns; j += LANES) store(out + r * KEY_TILE + j, load(out + r * KEY_TILE + j) * scale);
-  }
-
-  void pack(Memory& memory, const Real*, int64_t b, int64_t kv_head, int64_t key, int64_t n) const {
-    for (int64_t j = 0; j < n; j++) {
-      Real* out = memory.values + j * value_width;
-      read_row(problem.value, problem.value.at(b, kv_head, key + j), problem.value_dim, out);
-      for (int64_t d = problem.value_dim; d < value_width; d++) out[d] = 0;
-    }
   }
 
   void finish(Memory& memory, int64_t b, int64_t head, int64_t first, int64_t count) const {
@@ -259,8 +271,10 @@ class Forward {
     for (int64_t i = 0; i < count; i++) {
       const Real sum = memory.sum[i];
       const Real inverse = sum == 0 ? 0 : 1 / sum, factor = problem.has_dropout ? inverse * kept : inverse;
-      Real* out = result.output + b * result.strides[0] + head * result.strides[1] + (first + i) * result.strides[2];
-      for (int64_t d = 0; d < problem.value_dim; d++) out[d] = memory.output[i * value_width + d] * factor;
+      Real* const out = memory.output + i * value_width;
+      for (int64_t d = 0; d < value_width; d++) out[d] *= factor;
+      write_row(result.output, result.output.at(b, head, first + i), problem.value_dim, out);
+      if (result.exact.data) write_row(result.exact, result.exact.at(b, head, first + i), problem.value_dim, out);
       Real* const softmax = result.softmax + ((b * problem.heads + head) * problem.queries + first + i) * 2;
       softmax[0] = memory.pivot[i], softmax[1] = inverse;
     }

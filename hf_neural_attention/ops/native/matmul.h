@@ -3,47 +3,52 @@
 
 #include "simd.h"
 
-// c [R, V vectors] += a [R, n] times b [n, V vectors]. `a_row` and `a_column` are the strides of a.
-template <int R, int V>
+// What becomes of what c held
+enum Store { REPLACE, ADD };
+
+// c [R, V vectors] = or += a [R, n] times b [n, V vectors]. `a_row` and `a_column` are the strides of a.
+template <Store HOW, int R, int V>
 INLINE void multiply_tile(const Real* a, int64_t a_row, int64_t a_column, int64_t n, const Real* b, int64_t b_row, Real* c,
                           int64_t c_row) {
   Vec sum[R][V];
-  unroll<R>([&](auto r) INLINE_LAMBDA {
-    unroll<V>([&](auto v) INLINE_LAMBDA { sum[r][v] = load(c + r * c_row + v * LANES); });
-  });
+  unroll<R>([&](auto r) INLINE_LAMBDA { unroll<V>([&](auto v) INLINE_LAMBDA { sum[r][v] = Vec{}; }); });
   for (int64_t j = 0; j < n; j++) {
     Vec row[V];
-    unroll<V>([&](auto v) INLINE_LAMBDA { row[v] = load(b + j * b_row + v * LANES); });
+    unroll<V>([&](auto v) INLINE_LAMBDA { keep(row[v] = load(b + j * b_row + v * LANES)); });
     unroll<R>([&](auto r) INLINE_LAMBDA {
       const Vec x = splat(a[r * a_row + j * a_column]);
       unroll<V>([&](auto v) INLINE_LAMBDA { sum[r][v] += x * row[v]; });
     });
   }
   unroll<R>([&](auto r) INLINE_LAMBDA {
-    unroll<V>([&](auto v) INLINE_LAMBDA { store(c + r * c_row + v * LANES, sum[r][v]); });
+    unroll<V>([&](auto v) INLINE_LAMBDA {
+      Real* const place = c + r * c_row + v * LANES;
+      // added last: sums of many products grow by partial sums, which rounds less
+      store(place, HOW == ADD ? load(place) + sum[r][v] : sum[r][v]);
+    });
   });
 }
 
-// c [R, width] += a [R, n] times b [n, width]; width is a multiple of LANES
-template <int R>
+template <Store HOW, int R>
 INLINE void multiply_rows(const Real* a, int64_t a_row, int64_t a_column, int64_t n, const Real* b, int64_t b_row, Real* c,
                           int64_t c_row, int64_t width) {
   constexpr int wide = NUM_REGISTERS == 32 ? (R <= 4 ? 4 : 3) : 2;
   int64_t d = 0;
-  for (; d + wide * LANES <= width; d += wide * LANES) multiply_tile<R, wide>(a, a_row, a_column, n, b + d, b_row, c + d, c_row);
+  for (; d + wide * LANES <= width; d += wide * LANES) multiply_tile<HOW, R, wide>(a, a_row, a_column, n, b + d, b_row, c + d, c_row);
   if constexpr (wide > 2)
-    for (; d + 2 * LANES <= width; d += 2 * LANES) multiply_tile<R, 2>(a, a_row, a_column, n, b + d, b_row, c + d, c_row);
-  for (; d < width; d += LANES) multiply_tile<R, 1>(a, a_row, a_column, n, b + d, b_row, c + d, c_row);
+    for (; d + 2 * LANES <= width; d += 2 * LANES) multiply_tile<HOW, R, 2>(a, a_row, a_column, n, b + d, b_row, c + d, c_row);
+  for (; d < width; d += LANES) multiply_tile<HOW, R, 1>(a, a_row, a_column, n, b + d, b_row, c + d, c_row);
 }
 
 // Most rows of c at a time that leave registers for the rest
 constexpr int ROWS_AT_ONCE = 4;
 
-// c [rows, width] += a [rows, n] times b [n, width]; width is a multiple of LANES
+// c [rows, width] = or += a [rows, n] times b [n, width]; width is a multiple of LANES
+template <Store HOW>
 static void multiply(const Real* a, int64_t a_row, int64_t a_column, int64_t rows, int64_t n, const Real* b, int64_t b_row,
                      Real* c, int64_t c_row, int64_t width) {
   int64_t r = 0;
   for (; r + ROWS_AT_ONCE <= rows; r += ROWS_AT_ONCE)
-    multiply_rows<ROWS_AT_ONCE>(a + r * a_row, a_row, a_column, n, b, b_row, c + r * c_row, c_row, width);
-  for (; r < rows; r++) multiply_rows<1>(a + r * a_row, a_row, a_column, n, b, b_row, c + r * c_row, c_row, width);
+    multiply_rows<HOW, ROWS_AT_ONCE>(a + r * a_row, a_row, a_column, n, b, b_row, c + r * c_row, c_row, width);
+  for (; r < rows; r++) multiply_rows<HOW, 1>(a + r * a_row, a_row, a_column, n, b, b_row, c + r * c_row, c_row, width);
 }

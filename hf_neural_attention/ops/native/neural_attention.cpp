@@ -15,14 +15,12 @@ static void for_block_of_units(const Problem& problem, F&& f) {
 
 extern "C" {
 
-// Numbers (of Real) that the forward pass wants as working memory for w
-int64_t feature_numbers(const Problem* problem) {
-  return problem->batch * problem->feature_heads() * key_tiles(*problem) * problem->hidden1 * KEY_TILE;
-}
+// Numbers (of Real) that the forward pass wants as working memory
+int64_t prepared_numbers_of(const Problem* problem) { return prepared_numbers(*problem); }
 
-void forward(const Problem* problem, Real* features, const ForwardResult* result) {
-  project_keys(*problem, features);
-  for_block_of_units(*problem, [&](auto units) { Forward<units>(*problem, features, *result).run(); });
+void forward(const Problem* problem, Real* prepared, const ForwardResult* result) {
+  prepare_keys_and_values(*problem, prepared);
+  for_block_of_units(*problem, [&](auto units) { Forward<units>(*problem, prepared, *result).run(); });
 }
 
 void backward(const Problem* problem, const BackwardResult* result) {

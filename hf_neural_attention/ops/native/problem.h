@@ -17,7 +17,7 @@ struct Tensor {
   INLINE const char* at(int64_t i, int64_t j, int64_t k) const {
     return data + (i * strides[0] + j * strides[1] + k * strides[2]) * element_size();
   }
-  // Rows of it can be read as vectors where they lie
+  // No conversion, and no gaps within a row
   INLINE bool is_plain() const { return type == (sizeof(Real) == 8 ? FLOAT64 : FLOAT32) && strides[3] == 1; }
 };
 
@@ -66,6 +66,29 @@ INLINE float float_from_half(uint16_t half) {
   return float_from_bits(bits | sign);
 }
 
+INLINE uint32_t bits_of(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  return bits;
+}
+
+// Both round to nearest, ties to even; NaN stays NaN
+INLINE uint16_t bfloat16_from_float(float x) {
+  const uint32_t bits = bits_of(x);
+  const uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  return uint16_t((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);
+}
+
+INLINE uint16_t half_from_float(float x) {
+  const uint32_t bits = bits_of(x), magnitude = bits & 0x7fffffff;
+  // a subnormal half is a multiple of 2^-24, the distance of floats from 1/2 on
+  const uint32_t subnormal = bits_of(float_from_bits(magnitude) + 0.5f) - 0x3f000000;
+  const uint32_t normal = (magnitude - 0x38000000 + 0xfff + (magnitude >> 13 & 1)) >> 13;
+  const uint32_t large = magnitude > 0x7f800000 ? 0x7e00 : 0x7c00;
+  const uint32_t half = magnitude < 0x38800000 ? subnormal : magnitude < 0x47800000 ? normal : large;
+  return uint16_t(half | (bits >> 16 & 0x8000));
+}
+
 template <class Element, class Convert>
 INLINE void convert_row(const char* data, int64_t stride, int64_t n, Real* out, Convert convert) {
   const Element* p = reinterpret_cast<const Element*>(data);
@@ -88,15 +111,65 @@ static void read_row(const Tensor& tensor, const char* data, int64_t n, Real* ou
   }
 }
 
+template <class Element, class Convert>
+INLINE void write_converted(char* data, int64_t stride, int64_t n, const Real* in, Convert convert) {
+  Element* p = reinterpret_cast<Element*>(data);
+  if (stride == 1)
+    for (int64_t i = 0; i < n; i++) p[i] = convert(in[i]);
+  else
+    for (int64_t i = 0; i < n; i++) p[i * stride] = convert(in[i]);
+}
+
+// The other way: n numbers to where `data` points
+static void write_row(const Tensor& tensor, const char* data, int64_t n, const Real* in) {
+  char* out = const_cast<char*>(data);
+  const int64_t stride = tensor.strides[3];
+  switch (tensor.type) {
+    case FLOAT32: return write_converted<float>(out, stride, n, in, [](Real x) { return float(x); });
+    case FLOAT64: return write_converted<double>(out, stride, n, in, [](Real x) { return double(x); });
+    case BFLOAT16: return write_converted<uint16_t>(out, stride, n, in, [](Real x) { return bfloat16_from_float(float(x)); });
+    case FLOAT16: return write_converted<uint16_t>(out, stride, n, in, [](Real x) { return half_from_float(float(x)); });
+  }
+}
+
+// Whether rows of `width` numbers can be read as whole vectors where they lie
+INLINE bool lies_as_rows(const Tensor& tensor, int64_t width) { return tensor.is_plain() && width % LANES == 0; }
+
+// Rows of numbers, `stride` apart
+struct Rows {
+  const Real* data;
+  int64_t stride;
+};
+
+// `count` rows of `width` numbers, as they lie where that will do, else copied to `room` [count, padded] with zeros behind
+static Rows read_rows(const Tensor& tensor, const char* data, int64_t count, int64_t width, Real* room) {
+  if (lies_as_rows(tensor, width)) return {reinterpret_cast<const Real*>(data), tensor.strides[2]};
+  const int64_t padded = round_up(width, LANES);
+  for (int64_t i = 0; i < count; i++) {
+    read_row(tensor, data + i * tensor.strides[2] * tensor.element_size(), width, room + i * padded);
+    for (int64_t d = width; d < padded; d++) room[i * padded + d] = 0;
+  }
+  return {room, padded};
+}
+
 // `count` rows of `width` numbers as the columns of out [width, ld]; columns up to the next multiple of LANES are zero.
 // `row` is room for LANES rows of round_up(width, LANES) numbers.
 static void read_transposed(const Tensor& tensor, const char* data, int64_t count, int64_t width, Real* out, int64_t ld,
                             Real* row) {
+  if (width < LANES) {  // few columns: each by itself
+    Tensor column = tensor;
+    column.strides[3] = tensor.strides[2];
+    for (int64_t d = 0; d < width; d++) {
+      read_row(column, data + d * tensor.strides[3] * tensor.element_size(), count, out + d * ld);
+      for (int64_t i = count; i < round_up(count, LANES); i++) out[d * ld + i] = 0;
+    }
+    return;
+  }
   const int64_t row_bytes = tensor.strides[2] * tensor.element_size();
   const int64_t padded = round_up(width, LANES);
   for (int64_t first = 0; first < count; first += LANES) {
     const int64_t here = count - first < LANES ? count - first : LANES;
-    const bool in_place = tensor.is_plain() && here == LANES && width % LANES == 0;
+    const bool in_place = here == LANES && lies_as_rows(tensor, width);
     if (!in_place) {
       std::memset(row, 0, sizeof(Real) * LANES * padded);
       for (int64_t i = 0; i < here; i++) read_row(tensor, data + (first + i) * row_bytes, width, row + i * padded);

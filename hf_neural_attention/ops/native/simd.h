@@ -65,6 +65,17 @@ INLINE Vec splat(Real x) { return x - Vec{}; }
 INLINE Vec load(const Real* p) { return *reinterpret_cast<const UnalignedVec*>(p); }
 INLINE void store(Real* p, Vec x) { *reinterpret_cast<UnalignedVec*>(p) = x; }
 
+// Keeps x in a register where the compiler would read it from memory again at each use
+INLINE void keep(Vec& x) {
+#if defined(__x86_64__) && defined(__AVX512F__)
+  asm("" : "+v"(x));
+#elif defined(__x86_64__)
+  asm("" : "+x"(x));
+#elif defined(__aarch64__)
+  asm("" : "+w"(x));
+#endif
+}
+
 // The larger one; b if either is NaN
 INLINE Vec larger(Vec a, Vec b) {
 #if defined(NEURAL_ATTENTION_AVX512) && defined(NEURAL_ATTENTION_FLOAT64)
