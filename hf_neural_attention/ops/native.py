@@ -168,9 +168,9 @@ def native_forward(
         query, key, value, query_weight, query_bias, key_weight, key_bias, weight2, bias2, weight3,
         attn_mask, dropout_seed, dropout_p, is_causal, residual_scale,
     )  # fmt: skip
-    prepared = weight2.new_empty(library.prepared_numbers_of(ctypes.byref(problem)))
+    features = weight2.new_empty(library.working_memory(ctypes.byref(problem)))
     result = ForwardResult(describe(output), describe(exact if exact.numel() else None), softmax.data_ptr())
-    library.forward(ctypes.byref(problem), Pointer(prepared.data_ptr()), ctypes.byref(result))
+    library.forward(ctypes.byref(problem), Pointer(features.data_ptr()), ctypes.byref(result))
     del keep
     return output, exact, softmax
 

@@ -74,7 +74,7 @@ class Backward {
   struct Memory {
     Scratch scratch;
     Real *row, *columns, *net, *back_weights, *w, *grad_w, *values, *grad_values, *weights, *grad_scores, *mask, *sums, *sum_u;
-    Real *keys, *key_columns, *grad_keys, *dot_keys;
+    Real *grad_outputs, *queries, *keys, *key_columns, *grad_keys, *dot_keys;
     FirstLayer layer;
     Tail tail;
     explicit Memory(const Backward& f)
@@ -95,6 +95,8 @@ class Backward {
       sum_u = scratch.take(h1 * LANES);
       keys = scratch.take(f.width * std::max(BACKWARD_KEYS, TOKENS_AT_ONCE));
       grad_keys = scratch.take(f.width * std::max(BACKWARD_KEYS, TOKENS_AT_ONCE));
+      grad_outputs = scratch.take(f.value_width * BACKWARD_QUERIES);
+      queries = scratch.take(f.problem.residual ? f.width * BACKWARD_QUERIES : 0);
       key_columns = scratch.take(f.problem.residual ? f.width * BACKWARD_KEYS : 0);
       dot_keys = scratch.take(f.problem.residual ? f.width * BACKWARD_KEYS : 0);
     }
@@ -103,7 +105,7 @@ class Backward {
   int64_t scratch_size() const {
     const int64_t h1 = problem.hidden1;
     return LANES * widest() + PairNetwork::size(h1, hidden2) + h1 * (hidden2 + width + LANES) + (h1 + 2) * hidden2 * LANES +
-           BACKWARD_KEYS * (h1 + 2 * value_width + 3 * width + 2 + 2 * BACKWARD_QUERIES) +
+           BACKWARD_QUERIES * (width + value_width) + BACKWARD_KEYS * (h1 + 2 * value_width + 3 * width + 2 + 2 * BACKWARD_QUERIES) +
            std::max(BACKWARD_KEYS, TOKENS_AT_ONCE) * (h1 + 2 * width) + 32 * LANES;
   }
 
@@ -192,9 +194,12 @@ class Backward {
     const QueryBlock q = query_blocks.at(b, head, block);
     const int64_t h1 = problem.hidden1;
 
-    multiply<REPLACE>(q.grad_output.data, q.grad_output.stride, 1, count, problem.value_dim, memory.values, BACKWARD_KEYS, memory.grad_scores, BACKWARD_KEYS, columns);
+    const Rows grad_output = read_rows(result.grad_output, result.grad_output.at(b, head, first), count, problem.value_dim, memory.grad_outputs);
+    Rows queries{nullptr, 0};
+    multiply<REPLACE>(grad_output.data, grad_output.stride, 1, count, problem.value_dim, memory.values, BACKWARD_KEYS, memory.grad_scores, BACKWARD_KEYS, columns);
     if (problem.residual) {
-      multiply<REPLACE>(q.query.data, q.query.stride, 1, count, problem.head_dim, memory.key_columns, BACKWARD_KEYS, memory.weights, BACKWARD_KEYS, columns);
+      queries = read_rows(problem.query, problem.query.at(b, head, first), count, problem.head_dim, memory.queries);
+      multiply<REPLACE>(queries.data, queries.stride, 1, count, problem.head_dim, memory.key_columns, BACKWARD_KEYS, memory.weights, BACKWARD_KEYS, columns);
       const Real scale = Real(problem.residual_scale * LOG2_E);
       for (int64_t i = 0; i < count; i++)
         for (int64_t j = 0; j < columns; j += LANES) {
@@ -223,9 +228,9 @@ class Backward {
       }
       for (int64_t j = done; j < columns; j++) p[j] = ds[j] = 0;
     }
-    multiply<ADD>(memory.weights, 1, BACKWARD_KEYS, seen, count, q.grad_output.data, q.grad_output.stride, memory.grad_values, value_width, value_width);
+    multiply<ADD>(memory.weights, 1, BACKWARD_KEYS, seen, count, grad_output.data, grad_output.stride, memory.grad_values, value_width, value_width);
     if (problem.residual) {
-      multiply<ADD>(memory.grad_scores, 1, BACKWARD_KEYS, seen, count, q.query.data, q.query.stride, memory.dot_keys, width, width);
+      multiply<ADD>(memory.grad_scores, 1, BACKWARD_KEYS, seen, count, queries.data, queries.stride, memory.dot_keys, width, width);
       multiply<ADD>(memory.grad_scores, BACKWARD_KEYS, 1, count, seen, keys.data, keys.stride, query_of(b, head, part) + first * width, width, width);
     }
   }

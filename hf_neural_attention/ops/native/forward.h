@@ -27,49 +27,66 @@ static void key_features(const Problem& problem, int64_t b, int64_t head, int64_
   project(problem.key_weight + set * h1 * width, problem.key_bias + set * h1, h1, width, columns, ld, n, out, ld);
 }
 
-// What is made of keys and values before all blocks of queries, where these are several: w, tile by tile
-// [B, Hw, tiles, h1, KEY_TILE], and the values as rows of whole vectors [B, Hkv, Tk, Dv padded], where they do not lie so
+// w of all keys, tile by tile [B, Hw, tiles, h1, KEY_TILE], made once where several blocks of queries want it
 INLINE int64_t key_tiles(const Problem& problem) { return (problem.keys + KEY_TILE - 1) / KEY_TILE; }
 INLINE bool prepares_features(const Problem& problem) {
   return problem.queries > QUERY_BLOCK || problem.feature_heads() < problem.heads;
 }
-INLINE bool prepares_values(const Problem& problem) {
-  return problem.queries > QUERY_BLOCK && !lies_as_rows(problem.value, problem.value_dim);
-}
 INLINE int64_t feature_place(const Problem& problem, int64_t b, int64_t head, int64_t tile) {
   return ((b * problem.feature_heads() + head) * key_tiles(problem) + tile) * problem.hidden1 * KEY_TILE;
 }
-INLINE int64_t value_place(const Problem& problem, int64_t b, int64_t kv_head, int64_t key) {
-  const int64_t features = prepares_features(problem) ? feature_place(problem, problem.batch, 0, 0) : 0;
-  return features + ((b * problem.kv_heads + kv_head) * problem.keys + key) * round_up(problem.value_dim, LANES);
+static int64_t feature_numbers(const Problem& problem) {
+  return prepares_features(problem) ? feature_place(problem, problem.batch, 0, 0) : 0;
 }
-static int64_t prepared_numbers(const Problem& problem) { return value_place(problem, prepares_values(problem) ? problem.batch : 0, 0, 0); }
 
-static void prepare_keys_and_values(const Problem& problem, Real* prepared) {
+static void prepare_features(const Problem& problem, Real* features) {
+  if (!prepares_features(problem)) return;
   const int64_t tiles = key_tiles(problem), heads = problem.feature_heads();
 #pragma omp parallel num_threads(problem.num_threads)
   {
     const int64_t padded = round_up(problem.key_width(), LANES);
     Scratch scratch(padded * LANES + padded * KEY_TILE);
     Real *row = scratch.take(padded * LANES), *columns = scratch.take(padded * KEY_TILE);
-    if (prepares_features(problem)) {
-#pragma omp for schedule(static) nowait
-      for (int64_t task = 0; task < problem.batch * heads * tiles; task++) {
-        const int64_t tile = task % tiles, first = tile * KEY_TILE, head = task / tiles % heads, b = task / tiles / heads;
-        key_features(problem, b, head, first, std::min(KEY_TILE, problem.keys - first), KEY_TILE, columns, row,
-                     prepared + feature_place(problem, b, head, tile));
-      }
-    }
-    if (prepares_values(problem)) {
 #pragma omp for schedule(static)
-      for (int64_t task = 0; task < problem.batch * problem.kv_heads * tiles; task++) {
-        const int64_t b = task / tiles / problem.kv_heads, head = task / tiles % problem.kv_heads, first = task % tiles * KEY_TILE;
-        read_rows(problem.value, problem.value.at(b, head, first), std::min(KEY_TILE, problem.keys - first), problem.value_dim,
-                  prepared + value_place(problem, b, head, first));
-      }
+    for (int64_t task = 0; task < problem.batch * heads * tiles; task++) {
+      const int64_t tile = task % tiles, first = tile * KEY_TILE, head = task / tiles % heads, b = task / tiles / heads;
+      key_features(problem, b, head, first, std::min(KEY_TILE, problem.keys - first), KEY_TILE, columns, row,
+                   features + feature_place(problem, b, head, tile));
     }
   }
 }
+
+// A head's values as rows of whole vectors: where they lie if they lie so, else copied tile by tile into a thread's memory, which
+// keeps them for the next block of queries while they fit into its share of the cache.
+class HeadValues {
+ public:
+  static constexpr int64_t CACHE_BYTES = 512 * 1024;
+
+  explicit HeadValues(const Problem& problem)
+      : problem(problem), width(round_up(problem.value_dim, LANES)), in_place(lies_as_rows(problem.value, problem.value_dim)),
+        keeps(!in_place && key_tiles(problem) <= 64 && key_tiles(problem) * KEY_TILE * width * int64_t(sizeof(Real)) <= CACHE_BYTES),
+        scratch(in_place ? 0 : (keeps ? key_tiles(problem) : 1) * KEY_TILE * width), room(scratch.take(0)) {}
+
+  Rows tile(int64_t b, int64_t kv_head, int64_t key) {
+    const char* const data = problem.value.at(b, kv_head, key);
+    const int64_t n = std::min(KEY_TILE, problem.keys - key);
+    if (in_place || !keeps) return read_rows(problem.value, data, n, problem.value_dim, room);
+    if (head != b * problem.kv_heads + kv_head) head = b * problem.kv_heads + kv_head, kept = 0;
+    const uint64_t bit = uint64_t(1) << (key / KEY_TILE);
+    if (!(kept & bit)) read_rows(problem.value, data, n, problem.value_dim, room + key * width);
+    kept |= bit;
+    return {room + key * width, width};
+  }
+
+ private:
+  const Problem& problem;
+  const int64_t width;
+  const bool in_place, keeps;
+  Scratch scratch;
+  Real* const room;
+  int64_t head = -1;
+  uint64_t kept = 0;  // tiles
+};
 
 // 2^(score - pivot) of one query and n keys into p, zeros up to the next multiple of LANES; returns their sum
 template <int R2>
@@ -128,8 +145,8 @@ struct ForwardResult {
 template <int R2>
 class Forward {
  public:
-  Forward(const Problem& problem, const Real* prepared, const ForwardResult& result)
-      : problem(problem), prepared(prepared), result(result), width(round_up(problem.head_dim, LANES)),
+  Forward(const Problem& problem, const Real* features, const ForwardResult& result)
+      : problem(problem), features(features), result(result), width(round_up(problem.head_dim, LANES)),
         value_width(round_up(problem.value_dim, LANES)), hidden2(round_up(problem.hidden2, R2)) {}
 
   void run() const {
@@ -148,23 +165,23 @@ class Forward {
 
  private:
   const Problem& problem;
-  const Real* const prepared;
+  const Real* const features;
   const ForwardResult& result;
   const int64_t width, value_width, hidden2;
 
   struct Memory {
     Scratch scratch;
-    Real *row, *query, *u, *bias2, *weights, *mask, *values, *keys, *w, *output, *net;
+    Real *row, *query, *u, *bias2, *weights, *mask, *keys, *w, *output, *net;
     Real pivot[QUERY_BLOCK], sum[QUERY_BLOCK];
+    HeadValues values;
     Tail tail;
-    explicit Memory(const Forward& f) : scratch(f.scratch_size()) {
+    explicit Memory(const Forward& f) : scratch(f.scratch_size()), values(f.problem) {
       row = scratch.take(LANES * f.widest());
       query = scratch.take(f.width * QUERY_BLOCK);
       u = scratch.take(f.problem.hidden1 * QUERY_BLOCK);
       bias2 = scratch.take(f.hidden2 * QUERY_BLOCK);
       weights = scratch.take(ROW_GROUP * KEY_TILE);
       mask = scratch.take(2 * KEY_TILE);
-      values = scratch.take(KEY_TILE * f.value_width);
       keys = scratch.take(f.width * KEY_TILE);
       w = scratch.take(f.problem.hidden1 * KEY_TILE);
       output = scratch.take(QUERY_BLOCK * f.value_width);
@@ -175,7 +192,7 @@ class Forward {
   int64_t widest() const { return std::max(width, round_up(problem.hidden1, LANES)); }
   int64_t scratch_size() const {
     return LANES * widest() + (width + problem.hidden1 + hidden2) * QUERY_BLOCK + (ROW_GROUP + 2) * KEY_TILE +
-           KEY_TILE * (value_width + width + problem.hidden1) + QUERY_BLOCK * value_width + PairNetwork::size(problem.hidden1, hidden2) + 16 * LANES;
+           KEY_TILE * (width + problem.hidden1) + QUERY_BLOCK * value_width + PairNetwork::size(problem.hidden1, hidden2) + 16 * LANES;
   }
 
   void block(Memory& memory, int64_t b, int64_t head, int64_t first) const {
@@ -201,10 +218,9 @@ class Forward {
     if (one_mask) coverage = read_mask(problem.mask, problem.mask.at(b, head, 0), key, n, memory.mask);
     if (coverage == NOTHING) return;
     const Real* w = memory.w;
-    if (prepares_features(problem)) w = prepared + feature_place(problem, b, problem.feature_head(head), key / KEY_TILE);
+    if (prepares_features(problem)) w = features + feature_place(problem, b, problem.feature_head(head), key / KEY_TILE);
     else key_features(problem, b, problem.feature_head(head), key, n, KEY_TILE, memory.keys, memory.row, memory.w);
-    Rows values{nullptr, value_width};
-    if (prepares_values(problem)) values.data = prepared + value_place(problem, b, kv_head, key);
+    Rows values{nullptr, 0};
     if (problem.residual) read_transposed(problem.key, problem.key.at(b, kv_head, key), n, problem.head_dim, memory.keys, KEY_TILE, memory.row);
 
     const DropoutColumns dropout(problem, b, head, key);
@@ -232,7 +248,7 @@ class Forward {
         for (int64_t j = row_coverage == NOTHING ? 0 : round_up(row_keys, LANES); j < seen; j++) p[j] = 0;
       }
       if (!any) continue;
-      if (!values.data) values = read_rows(problem.value, problem.value.at(b, kv_head, key), n, problem.value_dim, memory.values);
+      if (!values.data) values = memory.values.tile(b, kv_head, key);
       multiply<ADD>(memory.weights, KEY_TILE, 1, rows, seen, values.data, values.stride, memory.output + group * value_width, value_width, value_width);
     }
   }

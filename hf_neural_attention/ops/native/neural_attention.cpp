@@ -16,11 +16,11 @@ static void for_block_of_units(const Problem& problem, F&& f) {
 extern "C" {
 
 // Numbers (of Real) that the forward pass wants as working memory
-int64_t prepared_numbers_of(const Problem* problem) { return prepared_numbers(*problem); }
+int64_t working_memory(const Problem* problem) { return feature_numbers(*problem); }
 
-void forward(const Problem* problem, Real* prepared, const ForwardResult* result) {
-  prepare_keys_and_values(*problem, prepared);
-  for_block_of_units(*problem, [&](auto units) { Forward<units>(*problem, prepared, *result).run(); });
+void forward(const Problem* problem, Real* features, const ForwardResult* result) {
+  prepare_features(*problem, features);
+  for_block_of_units(*problem, [&](auto units) { Forward<units>(*problem, features, *result).run(); });
 }
 
 void backward(const Problem* problem, const BackwardResult* result) {

@@ -128,7 +128,12 @@ static void write_row(const Tensor& tensor, const char* data, int64_t n, const R
     case FLOAT32: return write_converted<float>(out, stride, n, in, [](Real x) { return float(x); });
     case FLOAT64: return write_converted<double>(out, stride, n, in, [](Real x) { return double(x); });
     case BFLOAT16: return write_converted<uint16_t>(out, stride, n, in, [](Real x) { return bfloat16_from_float(float(x)); });
-    case FLOAT16: return write_converted<uint16_t>(out, stride, n, in, [](Real x) { return half_from_float(float(x)); });
+    case FLOAT16:
+#if defined(NEURAL_ATTENTION_AVX512) && !defined(NEURAL_ATTENTION_FLOAT64)
+      for (; stride == 1 && n >= LANES; n -= LANES, in += LANES, out += 2 * LANES)
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm512_cvtps_ph((__m512)load(in), _MM_FROUND_TO_NEAREST_INT));
+#endif
+      return write_converted<uint16_t>(out, stride, n, in, [](Real x) { return half_from_float(float(x)); });
   }
 }
 
@@ -171,7 +176,7 @@ static void read_transposed(const Tensor& tensor, const char* data, int64_t coun
     const int64_t here = count - first < LANES ? count - first : LANES;
     const bool in_place = here == LANES && lies_as_rows(tensor, width);
     if (!in_place) {
-      std::memset(row, 0, sizeof(Real) * LANES * padded);
+      if (here < LANES || width < padded) std::memset(row, 0, sizeof(Real) * LANES * padded);
       for (int64_t i = 0; i < here; i++) read_row(tensor, data + (first + i) * row_bytes, width, row + i * padded);
     }
     const Real* from = in_place ? reinterpret_cast<const Real*>(data + first * row_bytes) : row;

@@ -22,9 +22,8 @@ struct BackwardResult {
 };
 
 struct QueryBlock {
-  Real *minus_u, *bias2;           // [h1, n], and the second layer's bias with the query's share [h2, n]
-  Real *pivot, *inverse, *delta;   // [n]: of the softmax, and grad_output . output
-  Rows grad_output, query;         // [n, Dv] and, in residual mode, [n, D]
+  Real *minus_u, *bias2;          // [h1, n], and the second layer's bias with the query's share [h2, n]
+  Real *pivot, *inverse, *delta;  // [n]: of the softmax, and grad_output . output
 };
 
 class QueryBlocks {
@@ -32,15 +31,13 @@ class QueryBlocks {
   QueryBlocks(const Problem& problem, const BackwardResult& result, int64_t hidden2)
       : problem(problem), result(result), hidden2(hidden2), width(round_up(problem.head_dim, LANES)),
         value_width(round_up(problem.value_dim, LANES)), per_head((problem.queries + BACKWARD_QUERIES - 1) / BACKWARD_QUERIES),
-        copied_outputs(lies_as_rows(result.grad_output, problem.value_dim) ? 0 : value_width),
-        copied_queries(!problem.residual || lies_as_rows(problem.query, problem.head_dim) ? 0 : width),
-        numbers(round_up(problem.hidden1 + hidden2 + 3 + copied_outputs + copied_queries, 4) * BACKWARD_QUERIES),
+        numbers((problem.hidden1 + hidden2 + 3) * BACKWARD_QUERIES),
         prepared(numbers * problem.batch * problem.heads * per_head) {
 #pragma omp parallel num_threads(problem.num_threads)
     {
-      Scratch scratch(LANES * width + width * BACKWARD_QUERIES + value_width * BACKWARD_QUERIES + PairNetwork::size(problem.hidden1, hidden2) + 8 * LANES);
+      Scratch scratch(LANES * width + width * BACKWARD_QUERIES + 2 * value_width * BACKWARD_QUERIES + PairNetwork::size(problem.hidden1, hidden2) + 8 * LANES);
       Real *row = scratch.take(LANES * width), *columns = scratch.take(width * BACKWARD_QUERIES);
-      Real *outputs = scratch.take(value_width * BACKWARD_QUERIES), *room = scratch.take(PairNetwork::size(problem.hidden1, hidden2));
+      Real *outputs = scratch.take(2 * value_width * BACKWARD_QUERIES), *room = scratch.take(PairNetwork::size(problem.hidden1, hidden2));
 #pragma omp for schedule(static)
       for (int64_t task = 0; task < problem.batch * problem.heads * per_head; task++)
         prepare(task / per_head / problem.heads, task / per_head % problem.heads, task % per_head, row, columns, outputs, room);
@@ -52,13 +49,8 @@ class QueryBlocks {
   QueryBlock at(int64_t b, int64_t head, int64_t block) const {
     constexpr int64_t n = BACKWARD_QUERIES;
     Real* const minus_u = prepared.data + ((b * problem.heads + head) * per_head + block) * numbers;
-    Real *const bias2 = minus_u + problem.hidden1 * n, *const rows = bias2 + hidden2 * n, *const copies = rows + 3 * n;
-    const auto placed = [&](const Tensor& tensor, int64_t copied, Real* copy) -> Rows {
-      if (copied) return {copy, copied};
-      return {reinterpret_cast<const Real*>(tensor.at(b, head, block * n)), tensor.strides[2]};
-    };
-    return {minus_u, bias2, rows, rows + n, rows + 2 * n, placed(result.grad_output, copied_outputs, copies),
-            placed(problem.query, copied_queries, copies + copied_outputs * n)};
+    Real *const bias2 = minus_u + problem.hidden1 * n, *const rows = bias2 + hidden2 * n;
+    return {minus_u, bias2, rows, rows + n, rows + 2 * n};
   }
 
  private:
@@ -70,8 +62,7 @@ class QueryBlocks {
   const int64_t per_head;
 
  private:
-  const int64_t copied_outputs, copied_queries;  // widths of copies, 0 where rows are read as they lie
-  const int64_t numbers;                         // of one block
+  const int64_t numbers;  // of one block
   Buffer prepared;
 
   void prepare(int64_t b, int64_t head, int64_t block, Real* row, Real* columns, Real* outputs, Real* room) const {
@@ -82,13 +73,11 @@ class QueryBlocks {
     read_transposed(problem.query, problem.query.at(b, head, first), rows, problem.head_dim, columns, n, row);
     project(problem.query_weight + set * h1 * problem.head_dim, problem.query_bias + set * h1, h1, problem.head_dim, columns, n, rows, q.minus_u, n);
     prepare_queries(net, q.minus_u, n, rows, q.bias2);
-    if (copied_outputs)
-      read_rows(result.grad_output, result.grad_output.at(b, head, first), rows, problem.value_dim, const_cast<Real*>(q.grad_output.data));
-    if (copied_queries) read_rows(problem.query, problem.query.at(b, head, first), rows, problem.head_dim, const_cast<Real*>(q.query.data));
+    const Rows grad_output = read_rows(result.grad_output, result.grad_output.at(b, head, first), rows, problem.value_dim, outputs + n * value_width);
     const Rows output = read_rows(result.output, result.output.at(b, head, first), rows, problem.value_dim, outputs);
     const Real* softmax = result.softmax + ((b * problem.heads + head) * problem.queries + first) * 2;
     for (int64_t i = 0; i < rows; i++) {
-      q.delta[i] = dot(q.grad_output.data + i * q.grad_output.stride, output.data + i * output.stride);
+      q.delta[i] = dot(grad_output.data + i * grad_output.stride, output.data + i * output.stride);
       q.pivot[i] = softmax[2 * i], q.inverse[i] = softmax[2 * i + 1];
     }
   }
