@@ -260,7 +260,7 @@ class Backward {
           unroll<N>([&](auto s) INLINE_LAMBDA { weight[s] += w3 * relu(a[r][s]); });
         });
         if (problem.residual) unroll<N>([&](auto s) INLINE_LAMBDA { weight[s] += load(p + j + s * LANES); });
-        if (strip_bias) unroll<N>([&](auto s) INLINE_LAMBDA { weight[s] += load(strip_bias + s * LANES); });
+        if (strip_bias) unroll<N>([&](auto s) INLINE_LAMBDA { weight[s] = masked(weight[s], load(strip_bias + s * LANES)); });
       } else {
         score_strip<R2, N>(net, row, memory.w + j, BACKWARD_KEYS, problem.residual ? p + j : nullptr, strip_bias, pivot, weight);
       }

@@ -65,6 +65,9 @@ INLINE void second_layer(const PairNetwork& net, const QueryRow& row, int64_t r0
   }
 }
 
+// A score under the mask's bias; chosen, not added, where a pair does not count, so that a NaN in its key goes no further
+INLINE Vec masked(Vec score, Vec bias) { return bias > splat(NEVER / 2) ? score + bias : splat(NEVER); }
+
 // Scores minus `pivot` of S vectors of keys; `initial` (residual mode: the dot products) and `bias` (the mask) may be null
 template <int R2, int S>
 INLINE void score_strip(const PairNetwork& net, const QueryRow& row, const Real* w, int64_t ld, const Real* initial,
@@ -79,7 +82,7 @@ INLINE void score_strip(const PairNetwork& net, const QueryRow& row, const Real*
     });
   }
   if (initial) unroll<S>([&](auto s) INLINE_LAMBDA { score[s] += load(initial + s * LANES); });
-  if (bias) unroll<S>([&](auto s) INLINE_LAMBDA { score[s] += load(bias + s * LANES); });
+  if (bias) unroll<S>([&](auto s) INLINE_LAMBDA { score[s] = masked(score[s], load(bias + s * LANES)); });
 }
 
 // minus_u [h1, ld] and the second layer's bias [h2, ld] of `count` queries, from u [h1, ld]
