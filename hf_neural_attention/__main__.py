@@ -5,6 +5,7 @@ Exit status: 0, or 1 if a backend that is available fails or differs from the re
 
 import os
 import platform
+import subprocess
 import sys
 import time
 from importlib.metadata import PackageNotFoundError, version
@@ -16,10 +17,10 @@ from . import __version__
 from .models.neural_attention_scorer import NeuralScorer
 from .ops import BACKENDS, Inputs, neural_attention
 from .ops.dispatch import ENVIRONMENT_VARIABLE, asked_backend
-from .ops.native_build import BuildError, cache_folder, find_compiler, library_name
+from .ops.native_build import BuildError, cache_folder, find_compiler, is_compiled, library_name
 
 
-PACKAGES = ("torch", "transformers", "triton", "accelerate", "datasets", "peft", "safetensors")
+PACKAGES = ("torch", "transformers", "triton", "accelerate", "datasets", "peft", "safetensors", "filelock")
 VARIABLES = (
     ENVIRONMENT_VARIABLE,
     "HF_NEURAL_ATTENTION_CACHE",
@@ -79,9 +80,10 @@ def native_kernel() -> dict[str, str]:
     try:
         found["cache folder"] = str(cache_folder())
         compiler = find_compiler()
-        found["compiler"] = " ".join(compiler)
+        said = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=False).stdout.splitlines()
+        found["compiler"] = ", ".join([" ".join(compiler), *said[:1]])
         for dtype in (torch.float32, torch.float64):
-            exists = (cache_folder() / library_name(compiler, dtype)).exists()
+            exists = is_compiled(cache_folder() / library_name(compiler, dtype))
             found[str(dtype)] = "compiled" if exists else "not compiled yet"
     except BuildError as error:
         found["not to be had"] = str(error)

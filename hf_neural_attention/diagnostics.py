@@ -8,7 +8,10 @@ import torch
 from torch import nn
 
 from .models.neural_attention_scorer import check_arguments
-from .ops.dispatch import AUTO, BACKENDS, Inputs, asked_backend, choose_backend, run_backend
+from .ops.dispatch import AUTO, BACKENDS, Inputs, asked_backend, check_devices, choose_backend, run_backend
+
+
+LAYERS = ("q_proj", "k_proj", "linear1", "linear2", "linear3")
 
 
 class LayerBackend(NamedTuple):
@@ -87,6 +90,7 @@ def explain(
     if key is None or value is None or scorer is None:
         raise TypeError("`explain` needs `key`, `value` and `scorer` beside a query, as `neural_attention` does.")
     check_arguments(scorer, model_or_query, key, value, attn_mask, dropout_p, keys_projected)
+    check_devices(model_or_query, key=key, value=value, attn_mask=attn_mask)
     head_dim = max(model_or_query.shape[-1], value.shape[-1])
     inputs = Inputs(model_or_query.device.type, model_or_query.dtype, head_dim)
     return Explanation([explain_choice("inputs", scorer, inputs, backend)])
@@ -116,7 +120,7 @@ def explain_layer(name: str, attention: nn.Module, scorer: Any, backend: str | N
     inputs = Inputs(*place_of(attention), scorer.head_dim)
     # a view of the model's config, whose own implementation says in which form weights and masks are wanted
     config = getattr(getattr(attention, "config", None), "base", None)
-    if getattr(config, "_attn_implementation", None) == "eager":
+    if getattr(config, "_attn_implementation", None) == "eager" and not lacks_weights(scorer, inputs):
         asked_backend(backend)  # an unknown name is an error under every implementation
         reason = (
             'attn_implementation="eager" returns the attention weights, which only the reference holds: '
@@ -129,6 +133,9 @@ def explain_layer(name: str, attention: nn.Module, scorer: Any, backend: str | N
 def explain_choice(name: str, scorer: Any, inputs: Inputs, backend: str | None) -> LayerBackend:
     asked = asked_backend(backend)
     notes = notes_on(scorer, inputs)
+    if lacks_weights(scorer, inputs):
+        reason = f"the scorer's weights are on the meta device, without numbers, and the tokens on {inputs.device_type!r}"
+        return LayerBackend(name, None, False, reason, notes)
     # a model from the Hub, whose code was imported when this package was not to be had, brings copies of two backends
     if getattr(sys.modules.get(type(scorer).__module__), "run_backend", run_backend) is not run_backend:
         reason = f"its code, {type(scorer).__module__}, does not use this package's backends but copies of two"
@@ -136,7 +143,8 @@ def explain_choice(name: str, scorer: Any, inputs: Inputs, backend: str | None) 
     try:
         choice = choose_backend(asked.name, inputs)
     except ValueError as error:
-        return LayerBackend(name, None, False, f"{asked.source} asks for {asked.name!r}: {error}", notes)
+        reason = str(error) if asked.name == AUTO else f"{asked.source} asks for {asked.name!r}: {error}"
+        return LayerBackend(name, None, False, reason, notes)
     is_fused, why_not = BACKENDS[choice.name].is_fused, None
     if not is_fused and asked.name != AUTO:
         best = choose_backend(AUTO, inputs).name
@@ -167,7 +175,7 @@ def hooks_of(module: nn.Module) -> list[Any]:
 def notes_on(scorer: Any, inputs: Inputs) -> tuple[str, ...]:
     """What about a scorer is wrapped, quantised, offloaded or not called, the layers' names in front."""
     layers: dict[str, list[str]] = {}
-    for name in ("q_proj", "k_proj", "linear1", "linear2", "linear3"):
+    for name in LAYERS:
         for note in notes_on_layer(getattr(scorer, name), inputs):
             layers.setdefault(note, []).append(name)
     found = [f"scorer.{', '.join(names)}: {note}" for note, names in layers.items()]
@@ -180,20 +188,38 @@ def notes_on(scorer: Any, inputs: Inputs) -> tuple[str, ...]:
 
 def notes_on_layer(layer: Any, inputs: Inputs) -> Iterator[str]:
     """Kept in step with `effective_weights`, which says what the operation gets of such a layer."""
-    base = layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
+    base = base_of(layer)
     honoured = "what the layer makes of the identity matrix is used as its weight"
     if base is not layer:
         state = ", merged" if getattr(layer, "merged", False) else ""
         state = ", disabled" if getattr(layer, "disable_adapters", False) else state
         yield f"under an adapter of peft{state}; {honoured}"
+        if any(isinstance(module, nn.Dropout) and module.p > 0 for module in layer.modules()):
+            yield "in training, the adapter's dropout drops an input of the layer for all tokens of a call at once"
     if not is_plain(base):
         yield f"quantised or wrapped ({type(base).__module__}.{type(base).__name__}); {honoured}"
+        if getattr(base, "activation_qtype", None) is not None:
+            yield (
+                "with quantised activations, scaled for the identity matrix instead of tokens, its weights are inexact: leave "
+                'scorers out (`exclude="*scorer*"`)'
+            )
     elif type(base.weight) not in (nn.Parameter, torch.Tensor):
         yield f"the weight is a {type(base.weight).__name__}, which is used as it is and untried"
-    elif base.weight.is_meta and inputs.device_type != "meta":
+    elif base.weight.is_meta and hooks_of(base):
         yield "offloaded by accelerate; the weights are brought in for each call"
     if is_plain(layer) and (layer._forward_hooks or layer._forward_pre_hooks):
         yield "its forward hooks are not called, since the operation takes its weights and does not call it"
+
+
+def base_of(layer: Any) -> Any:
+    """The layer itself, without peft's adapters around it."""
+    return layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
+
+
+def lacks_weights(scorer: Any, inputs: Inputs) -> bool:
+    """Whether a layer is on the meta device by itself: not with the tokens, and not since accelerate has offloaded it."""
+    bases = [base_of(getattr(scorer, name)) for name in LAYERS]
+    return inputs.device_type != "meta" and any(base.weight.is_meta and not hooks_of(base) for base in bases)
 
 
 def is_plain(layer: nn.Module) -> bool:

@@ -6,6 +6,7 @@ Asked for by, first to last: the `backend` argument, `use_backend`, `set_backend
 import functools
 import importlib.util
 import logging
+import operator
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,6 +23,8 @@ logger = logging.getLogger(__name__)
 
 ENVIRONMENT_VARIABLE = "HF_NEURAL_ATTENTION_BACKEND"
 AUTO = "auto"
+# Those that torch can compute in; to it, 8 bits and fewer are floating point as well
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class Inputs(NamedTuple):
@@ -46,18 +49,20 @@ def run_triton(*args, **arguments) -> torch.Tensor:
 
 
 def against_reference(inputs: Inputs) -> str | None:
-    return None
+    if inputs.dtype in DTYPES:
+        return None
+    return f"it computes in {', '.join(map(str, DTYPES))}, and the query is in {inputs.dtype}"
 
 
 def against_blockwise(inputs: Inputs) -> str | None:
-    return "an exported graph may only hold PyTorch's own operators" if inputs.exporting else None
+    return "an exported graph may only hold PyTorch's own operators" if inputs.exporting else against_reference(inputs)
 
 
 def against_native(inputs: Inputs) -> str | None:
     from .native_build import BuildError, load_library
 
-    if inputs.exporting:
-        return against_blockwise(inputs)
+    if reason := against_blockwise(inputs):
+        return reason
     if inputs.device_type != "cpu":
         return f"it runs on the CPU, and the tensors are on {inputs.device_type!r}"
     library = load_library(torch.promote_types(inputs.dtype, torch.float32))
@@ -65,8 +70,8 @@ def against_native(inputs: Inputs) -> str | None:
 
 
 def against_triton(inputs: Inputs) -> str | None:
-    if inputs.exporting:
-        return against_blockwise(inputs)
+    if reason := against_blockwise(inputs):
+        return reason
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed (`pip install triton`)"
     from .triton import unavailable_reason
@@ -110,7 +115,10 @@ def check_name(name: str, source: str) -> str:
 
 
 def set_backend(name: str | None) -> None:
-    """Chooses the backend for the whole process.
+    """Chooses the backend for the whole process, in all its threads.
+
+    Exported graphs take the reference all the same. Code that `torch.compile` has compiled keeps the backend that it was
+    compiled with.
 
     Args:
         name (`str`, *optional*): "auto", "native", "triton", "blockwise" or "reference". None takes the choice back.
@@ -127,7 +135,8 @@ def set_backend(name: str | None) -> None:
 def use_backend(name: str) -> Iterator[None]:
     """Chooses the backend inside a `with` block, in this thread (or task) alone; blocks nest.
 
-    Code that `torch.compile` has compiled keeps the backend that it was compiled with.
+    Exported graphs and compiled code: as with `set_backend`. A model with gradient checkpointing runs its forward again during
+    backward, on a GPU in threads of autograd's: there, take `set_backend`.
 
     Raises:
         ValueError: if there is no backend of that name.
@@ -175,10 +184,13 @@ def warn_once(message: str) -> None:
 
 
 def choose_backend(name: str | None, inputs: Inputs) -> Choice:
-    """Args: name: as in `neural_attention`; None asks the context, the process and the environment.
+    """The backend asked for, or the fastest that can take the inputs; for an exported graph always the reference.
+
+    Args:
+        name: as in `neural_attention`; None asks the context, the process and the environment.
 
     Raises:
-        ValueError: if there is no such backend, or it cannot take these inputs here.
+        ValueError: if there is no such backend, or it (with "auto": none) can take these inputs here.
     """
     name = asked_backend(name).name
     reasons: dict[str, str] = {}
@@ -192,12 +204,26 @@ def choose_backend(name: str | None, inputs: Inputs) -> Choice:
         if reason is None:
             break
         reasons[candidate] = reason
+    else:
+        raise ValueError(f"Neural Attention cannot run: {reason}.")  # the reference's, who can do whatever can be done
     if inputs.device_type == "cpu" and "native" in reasons and not inputs.exporting:
         warn_once(
             "Neural Attention's native CPU kernel is not available, the blockwise PyTorch backend runs instead (same results, "
             f"several times slower): {reasons['native']}."
         )
     return Choice(candidate, reasons)
+
+
+def check_devices(query: torch.Tensor, **others: torch.Tensor | None) -> None:
+    """Raises a ValueError unless all tensors are on the query's device.
+
+    A kernel cannot tell by itself: of a call with one tensor on the meta device, torch makes a call for shapes only, which
+    returns memory as it finds it.
+    """
+    for name, tensor in others.items():
+        if tensor is not None and tensor.device != query.device:
+            name = f"`scorer`'s {name}" if name in ScorerWeights._fields else f"`{name}`"
+            raise ValueError(f"{name} is on device {tensor.device}; expected that of `query`, {query.device}.")
 
 
 @torch.compiler.assume_constant_result
@@ -209,10 +235,16 @@ def choose_name(name: str | None, device_type: str, dtype: torch.dtype, head_dim
 def run_backend(
     name: str | None, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, weights: ScorerWeights, **arguments
 ) -> torch.Tensor:
-    """Runs the named backend, or the one that `choose_backend` finds for None and "auto"."""
-    head_dim = max(query.shape[-1], value.shape[-1])
+    """Runs the named backend, or the one that `choose_backend` finds for None and "auto".
+
+    Raises:
+        ValueError: if the tensors are not all on one device, or as `choose_backend` does.
+    """
+    check_devices(query, key=key, value=value, attn_mask=arguments["attn_mask"], **weights._asdict())
     if torch.compiler.is_exporting() or torch.jit.is_tracing():
-        chosen = choose_backend(name, Inputs(query.device.type, query.dtype, head_dim, exporting=True)).name
+        chosen = choose_backend(name, Inputs(query.device.type, query.dtype, exporting=True)).name
     else:
+        # numbers also to torch.compile with dynamic shapes, which compiles anew for heads of other sizes
+        head_dim = max(operator.index(query.shape[-1]), operator.index(value.shape[-1]))
         chosen = choose_name(name, query.device.type, query.dtype, head_dim)
     return BACKENDS[chosen].run(query, key, value, weights, **arguments)

@@ -2,7 +2,8 @@
 
 pip installs pure Python. The library goes into a cache of the user's, under a name made of everything that it depends on:
 sources, flags, compiler, torch, CPU, kind of number. So several versions, machines with one home and processes that start
-together do not disturb each other.
+together do not disturb each other. Its checksum lies beside it, and what does not match or does not load is compiled anew: to
+load half a library would end the process.
 """
 
 import ctypes
@@ -16,6 +17,7 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from filelock import FileLock
@@ -31,6 +33,10 @@ FLAGS = ("-std=c++17", "-O3", "-fPIC", "-ffp-contract=fast", "-fno-math-errno", 
 ARCHITECTURE_FLAGS = (("-march=native",), ("-mcpu=native",), ())
 OPENMP_FLAGS = (("-fopenmp",), ("-Xpreprocessor", "-fopenmp"), ())
 TIME_LIMIT = 300  # seconds
+INSTALL = (
+    "install a C++ compiler (Debian, Ubuntu: `apt install g++`; Fedora: `dnf install gcc-c++`; macOS: `xcode-select "
+    "--install`; conda: `conda install gxx`) or set CXX to the path of one"
+)
 
 
 class BuildError(RuntimeError):
@@ -41,15 +47,14 @@ def cache_folder() -> Path:
     """`HF_NEURAL_ATTENTION_CACHE`, or `hf_neural_attention` in the user's cache (`XDG_CACHE_HOME`, by default ~/.cache).
 
     Raises:
-        BuildError: if none of these is set and the user has no home.
+        BuildError: if the user's home is needed and there is none.
     """
-    if folder := os.environ.get("HF_NEURAL_ATTENTION_CACHE"):
-        return Path(folder).absolute()
+    folder = os.environ.get("HF_NEURAL_ATTENTION_CACHE")
+    base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
     try:
-        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        return (Path(folder) if folder else base / "hf_neural_attention").expanduser().absolute()
     except RuntimeError:  # containers that run under a number without a name
         raise BuildError("the user has no home: set HF_NEURAL_ATTENTION_CACHE to a folder that can be written to") from None
-    return Path(base).absolute() / "hf_neural_attention"
 
 
 def words_of(variable: str) -> list[str]:
@@ -75,10 +80,7 @@ def find_compiler() -> list[str]:
     for name in names:
         if path := shutil.which(name):
             return [path, *asked[1:]]
-    raise BuildError(
-        f"there is no C++ compiler ({', '.join(names)}): install one (Debian, Ubuntu: `apt install g++`; Fedora: `dnf install "
-        "gcc-c++`; macOS: `xcode-select --install`; conda: `conda install gxx`) or set CXX to its path"
-    )
+    raise BuildError(f"there is no C++ compiler ({', '.join(names)}): {INSTALL}")
 
 
 def cpu_description() -> str:
@@ -96,60 +98,106 @@ def extra_flags() -> list[str]:
 
 
 def library_name(compiler: list[str], dtype: torch.dtype) -> str:
+    """Name of the library's file, from a digest of everything that it depends on."""
     digest = hashlib.sha256()
-    for path in sorted(SOURCES.iterdir()):
+    for path in sorted(SOURCES.glob("*.[ch]*")):
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
-    parts = (*FLAGS, *extra_flags(), *compiler, torch.__version__, platform.platform(), cpu_description(), str(dtype))
+    program = os.stat(compiler[0])  # changes with its version, and costs less than asking for that
+    parts = (*FLAGS, *extra_flags(), *compiler, f"{program.st_size} {program.st_mtime_ns}")
+    parts = (*parts, torch.__version__, platform.platform(), cpu_description(), str(dtype))
     digest.update("\0".join(parts).encode())
     return f"neural_attention-{str(dtype).removeprefix('torch.')}-{digest.hexdigest()[:20]}.so"
 
 
 def run(command: list[str]) -> str | None:
-    """Runs a command; None if it went well, else what it said."""
+    """Runs a command; None if that went well, else its first error. All that it said is logged as information.
+
+    Raises:
+        BuildError: if it takes too long.
+    """
+    options: dict[str, Any] = {"capture_output": True, "text": True, "errors": "replace", "timeout": TIME_LIMIT}
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=TIME_LIMIT)
-    except (OSError, subprocess.TimeoutExpired) as error:
+        done = subprocess.run(command, env={**os.environ, "LC_ALL": "C"}, **options)
+    except OSError as error:
         return str(error)
-    return None if done.returncode == 0 else f"{shlex.join(command)}\n{done.stderr.strip()[-2000:]}"
+    except subprocess.TimeoutExpired:
+        raise BuildError(f"the compiler {command[0]} took longer than {TIME_LIMIT} seconds: {INSTALL}") from None
+    if done.returncode == 0:
+        return None
+    logger.info("%s\n%s", shlex.join(command), done.stderr)
+    lines = done.stderr.split("\n")
+    message = next((line for line in lines if "error" in line.lower()), lines[0])[:500]
+    return f"it ends with status {done.returncode}: {message}"
 
 
 def compile_library(compiler: list[str], dtype: torch.dtype, target: Path) -> None:
-    """Compiles and links into `target`, all at once or not at all.
+    """Compiles and links into `target`, all at once or not at all; its checksum goes beside it.
 
     Raises:
         BuildError: if the compiler fails whatever the flags.
         OSError: if the folder cannot be written to.
     """
+    for leftover in target.parent.glob(f"{target.stem}-*"):  # of a process that was killed
+        shutil.rmtree(leftover, ignore_errors=True)
     kind = ("-DNEURAL_ATTENTION_FLOAT64",) if dtype == torch.float64 else ()
     problems = []
-    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f"{target.stem}-") as folder:
         compiled, linked = Path(folder) / "kernel.o", Path(folder) / "kernel.so"
         for openmp in OPENMP_FLAGS:
             for architecture in ARCHITECTURE_FLAGS:
                 flags = (*FLAGS, *architecture, *openmp, *extra_flags(), *kind)
                 problem = run([*compiler, *flags, "-c", str(SOURCES / MAIN_SOURCE), "-o", str(compiled)])
-                if problem is not None:
-                    problems.append(problem)
-                    continue
-                # First without OpenMP's library: its names are then found in the one that torch has loaded, so that one
-                # set of threads serves both instead of two that wait for each other by spinning
-                shared = "-dynamiclib" if platform.system() == "Darwin" else "-shared"
-                undefined = ("-undefined", "dynamic_lookup") if platform.system() == "Darwin" else ()
-                for libraries in ((), openmp[-1:]):
-                    problem = run([*compiler, shared, str(compiled), "-o", str(linked), *undefined, *libraries])
-                    if problem is None and loads(linked):
-                        os.replace(linked, target)
-                        return
-                    problems.append(problem or f"{linked.name}, linked with {libraries}, does not load")
-    raise BuildError(f"the compiler {shlex.join(compiler)} fails; its first message:\n{problems[0]}")
+                if problem is None:
+                    problem = link(compiler, compiled, linked, openmp)
+                    break
+                problems.append(problem)
+            if problem is None:
+                checksum_file(target).write_text(checksum(linked))
+                os.replace(linked, target)
+                return
+            problems.append(problem)
+    raise BuildError(f"the compiler {compiler[0]} gives no kernel ({problems[-1]}): {INSTALL}")
 
 
-def loads(library: Path) -> bool:
+def link(compiler: list[str], compiled: Path, linked: Path, openmp: tuple[str, ...]) -> str | None:
+    """Makes a library that loads here; None if that went well, else what is wrong."""
+    shared = ("-dynamiclib", "-undefined", "dynamic_lookup") if platform.system() == "Darwin" else ("-shared",)
+    # First without OpenMP's library: its names are then found in the one that torch has loaded, so that one set of threads
+    # serves both instead of two that wait for each other by spinning
+    for libraries in dict.fromkeys(((), openmp[-1:])):
+        problem = run([*compiler, *shared, str(compiled), "-o", str(linked), *libraries])
+        if problem is not None:
+            continue
+        try:
+            ctypes.CDLL(str(linked), mode=os.RTLD_NOW)
+            return None
+        except OSError as error:
+            problem = f"what it makes does not load: {str(error).removeprefix(f'{linked}: ')}"
+    return problem
+
+
+def checksum(library: Path) -> str:
+    return hashlib.sha256(library.read_bytes()).hexdigest()
+
+
+def checksum_file(library: Path) -> Path:
+    return library.with_suffix(".sha256")
+
+
+def is_compiled(library: Path) -> bool:
+    """Whether it lies there, whole."""
     try:
-        ctypes.CDLL(str(library), mode=os.RTLD_NOW)
+        return checksum_file(library).read_text(errors="replace") == checksum(library)
     except OSError:
         return False
-    return True
+
+
+def open_library(path: Path) -> ctypes.CDLL | None:
+    """None if it was never compiled, is damaged, or does not load beside this torch."""
+    try:
+        return ctypes.CDLL(str(path), mode=os.RTLD_NOW) if is_compiled(path) else None
+    except OSError:
+        return None
 
 
 @functools.cache
@@ -164,18 +212,20 @@ def load_library(dtype: torch.dtype) -> ctypes.CDLL | BuildError:
             raise BuildError("it is built on Linux and macOS only")
         compiler = find_compiler()
         path = cache_folder() / library_name(compiler, dtype)
-        if not path.exists():
+        library = open_library(path)
+        if library is None:
             path.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(f"{path}.lock"):
-                if not path.exists():  # another process may just have made it
+                library = open_library(path)  # another process may just have made it
+                if library is None:
                     logger.warning("Compiling the native kernel for %s, once, into %s (some seconds).", dtype, path.parent)
                     compile_library(compiler, dtype, path)
-        library = ctypes.CDLL(str(path), mode=os.RTLD_NOW)
+                    library = ctypes.CDLL(str(path), mode=os.RTLD_NOW)
     except BuildError as error:
         return error
     except OSError as error:
         return BuildError(f"{error}: set HF_NEURAL_ATTENTION_CACHE to a folder that can be written to")
-    library.feature_numbers.restype = ctypes.c_int64
+    library.working_memory.restype = ctypes.c_int64
     for function in (library.forward, library.backward):
         function.restype = None
     return library
