@@ -48,7 +48,7 @@ class Problem(ctypes.Structure):
 class ForwardResult(ctypes.Structure):
     """`ForwardResult` of native/forward.h."""
 
-    _fields_ = [("output", Tensor), ("exact", Tensor), ("softmax", Pointer)]
+    _fields_ = [("output", Tensor), ("softmax", Pointer)]
 
 
 class BackwardResult(ctypes.Structure):
@@ -150,48 +150,41 @@ def native_forward(
     dropout_p: float,
     is_causal: bool,
     residual_scale: float | None,
-    needs_grad: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Output `[B, H, Tq, Dv]` in the query's dtype; the same before rounding, in the weights' dtype, for backward; and what
-    the softmax of each row was, `[B, H, Tq, 2]`: pivot `m` and `1 / sum(2^(score - m))`, with scores in units of log2(e).
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output `[B, H, Tq, Dv]` in the query's dtype; and what the softmax of each row was, `[B, H, Tq, 2]`, in the weights'
+    dtype: pivot `m` and `1 / sum(2^(score - m))`, with scores in units of log2(e).
 
     `query`, `key` and `value` may have any floating dtype and strides. The weights, in float32 or float64, are those of the
     first layer by token (`first_layer_of_query`, `first_layer_of_key`; None for projected keys) and of the layers by pair.
-    `attn_mask` has four dimensions. The second result is empty if `needs_grad` is False or the first is as exact. Outputs lie
-    in memory as `[B, Tq, H, Dv]`, which is what attention modules turn them into.
+    `attn_mask` has four dimensions. The output lies in memory as `[B, Tq, H, Dv]`, which is what attention modules turn it
+    into.
     """
-    output, exact, softmax = allocate_outputs(query, value, weight2.dtype, needs_grad)
+    output, softmax = allocate_outputs(query, value, weight2.dtype)
     if is_empty(query, value):
-        return output.zero_(), exact.zero_(), softmax.zero_()
+        return output.zero_(), softmax.zero_()
     library = library_for(weight2.dtype)
     problem, keep = describe_problem(
         query, key, value, query_weight, query_bias, key_weight, key_bias, weight2, bias2, weight3,
         attn_mask, dropout_seed, dropout_p, is_causal, residual_scale,
     )  # fmt: skip
     features = weight2.new_empty(library.working_memory(ctypes.byref(problem)))
-    result = ForwardResult(describe(output), describe(exact if exact.numel() else None), softmax.data_ptr())
+    result = ForwardResult(describe(output), softmax.data_ptr())
     library.forward(ctypes.byref(problem), Pointer(features.data_ptr()), ctypes.byref(result))
     del keep
-    return output, exact, softmax
+    return output, softmax
 
 
 def allocate_outputs(
-    query: torch.Tensor, value: torch.Tensor, exact_dtype: torch.dtype, needs_grad: bool
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    query: torch.Tensor, value: torch.Tensor, softmax_dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
     batch, heads, queries, _ = query.shape
-    shape = (batch, queries, heads, value.shape[-1])
-    has_exact = needs_grad and query.dtype != exact_dtype
-    return (
-        query.new_empty(shape).transpose(1, 2),
-        query.new_empty(shape, dtype=exact_dtype).transpose(1, 2) if has_exact else query.new_empty(0, dtype=exact_dtype),
-        query.new_empty(batch, heads, queries, 2, dtype=exact_dtype),
-    )
+    output = query.new_empty(batch, queries, heads, value.shape[-1]).transpose(1, 2)
+    return output, query.new_empty(batch, heads, queries, 2, dtype=softmax_dtype)
 
 
 @native_forward.register_fake
-def _(query, key, value, query_weight, query_bias, key_weight, key_bias, weight2, bias2, weight3, attn_mask, dropout_seed,
-      dropout_p, is_causal, residual_scale, needs_grad):  # fmt: skip
-    return allocate_outputs(query, value, weight2.dtype, needs_grad)
+def _(query, key, value, query_weight, query_bias, key_weight, key_bias, weight2, *_):
+    return allocate_outputs(query, value, weight2.dtype)
 
 
 @torch.library.custom_op("hf_neural_attention::native_backward", mutates_args=(), device_types="cpu")
@@ -218,7 +211,7 @@ def native_backward(
 ) -> list[torch.Tensor]:
     """Gradients of `TOKENS`, `PARAMETERS` and the mask, each of its input's shape and dtype; empty for inputs that are None.
 
-    `output` is the unrounded one. A caller that asks for the gradient of a mask pays for every pair.
+    A caller that asks for the gradient of a mask pays for every pair.
     """
     tensors = (query, key, value, query_weight, query_bias, key_weight, key_bias, weight2, bias2, weight3, attn_mask)
     gradients = allocate_gradients(tensors, mask_needs_grad)
@@ -262,20 +255,19 @@ def _(grad_output, output, softmax, query, key, value, query_weight, query_bias,
 
 
 def setup_context(ctx, inputs, output):
-    *tensors, ctx.dropout_p, ctx.is_causal, ctx.residual_scale, _ = inputs
-    rounded, exact, softmax = output
+    *tensors, ctx.dropout_p, ctx.is_causal, ctx.residual_scale = inputs
     ctx.mask_needs_grad = tensors[10] is not None and ctx.needs_input_grad[10]
-    ctx.mark_non_differentiable(exact, softmax)
-    ctx.save_for_backward(exact if exact.numel() else rounded, softmax, *tensors)
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(*output, *tensors)
 
 
-def backward(ctx, grad_output, _, __):
+def backward(ctx, grad_output, _):
     output, softmax, *tensors = ctx.saved_tensors
     gradients = native_backward(
         grad_output, output, softmax, *tensors, ctx.dropout_p, ctx.is_causal, ctx.residual_scale, ctx.mask_needs_grad
     )
     present = [*(tensor is not None for tensor in tensors[:10]), ctx.mask_needs_grad]
-    return (*(gradient if here else None for gradient, here in zip(gradients, present, strict=True)), *[None] * 5)
+    return (*(gradient if here else None for gradient, here in zip(gradients, present, strict=True)), *[None] * 4)
 
 
 native_forward.register_autograd(backward, setup_context=setup_context)
@@ -310,13 +302,11 @@ def native_attention(
         if attn_mask is not None and attn_mask.dtype not in ELEMENT_TYPES:
             attn_mask = attn_mask.float()
         weights = weights.to(torch.promote_types(query.dtype, torch.float32))
-        tensors = (
+        output, _ = native_forward(
             *(query, key, value),
             *first_layer_of_query(weights),
             *((None, None) if keys_projected else first_layer_of_key(weights)),
             *(weights.weight2, weights.bias2, weights.weight3.squeeze(-2)),
-            attn_mask,
+            *(attn_mask, dropout_seed, dropout_p, is_causal, residual_scale),
         )
-        needs_grad = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
-        output, _, _ = native_forward(*tensors, dropout_seed, dropout_p, is_causal, residual_scale, needs_grad)
     return output

@@ -138,7 +138,6 @@ static Real exp_scores_exactly(const PairNetwork& net, const QueryRow& row, cons
 
 struct ForwardResult {
   Tensor output;  // [B, H, Tq, Dv]
-  Tensor exact;   // the same before it was rounded to the output's type, or null
   Real* softmax;  // [B, H, Tq, 2]: pivot and 1 / sum of 2^(score - pivot), 0 for empty rows
 };
 
@@ -290,7 +289,6 @@ class Forward {
       Real* const out = memory.output + i * value_width;
       for (int64_t d = 0; d < value_width; d++) out[d] *= factor;
       write_row(result.output, result.output.at(b, head, first + i), problem.value_dim, out);
-      if (result.exact.data) write_row(result.exact, result.exact.at(b, head, first + i), problem.value_dim, out);
       Real* const softmax = result.softmax + ((b * problem.heads + head) * problem.queries + first + i) * 2;
       softmax[0] = memory.pivot[i], softmax[1] = inverse;
     }

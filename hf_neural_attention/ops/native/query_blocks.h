@@ -6,7 +6,7 @@
 constexpr int64_t BACKWARD_QUERIES = 32;
 
 struct BackwardResult {
-  Tensor output, grad_output;   // [B, H, Tq, Dv]; output in Real
+  Tensor output, grad_output;   // [B, H, Tq, Dv]
   const Real* softmax;          // [B, H, Tq, 2], as ForwardResult has it
   Tensor grad_query;            // [B, H, Tq, D]
   Tensor grad_key;              // [B, Hkv, Tk, D], or [B, Hw, Tk, h1] where keys come projected
