@@ -31,7 +31,11 @@ PUBLIC_NAMES = {
     "NeuralViTPreTrainedModel": "models.modeling_neural_vit",
     "explain": "diagnostics",
     "neural_attention": "ops",
+    "patch": "patching",
+    "patch_status": "patching",
+    "patched": "patching",
     "set_backend": "ops",
+    "unpatch": "patching",
     "use_backend": "ops",
 }
 
@@ -54,7 +58,11 @@ __all__ = [
     "__version__",
     "explain",
     "neural_attention",
+    "patch",
+    "patch_status",
+    "patched",
     "set_backend",
+    "unpatch",
     "use_backend",
 ]
 
@@ -80,6 +88,7 @@ if TYPE_CHECKING:
     from .models.neural_attention_cache import NeuralCache
     from .models.neural_attention_scorer import NeuralScorer
     from .ops import neural_attention, set_backend, use_backend
+    from .patching import patch, patch_status, patched, unpatch
 
 
 def __getattr__(name: str):

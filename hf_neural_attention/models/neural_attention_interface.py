@@ -27,7 +27,9 @@ SUPPORTED_IMPLEMENTATIONS = ("eager", "sdpa")
 UNSUPPORTED_ARGUMENTS = {
     "softcap": "soft-capping of attention scores",
     "s_aux": "attention sinks",
-    "position_bias": "position biases",
+    "sinks": "attention sinks",
+    "indices": "sparse attention to keys that an indexer has selected",
+    "block_indices": "sparse attention to blocks of keys that an indexer has selected",
     "cache": "paged attention (continuous batching)",
 }
 
@@ -129,6 +131,15 @@ def normalize_mask(
     return attention_mask, False, num_keys
 
 
+def add_position_bias(attention_mask: torch.Tensor | None, position_bias: torch.Tensor) -> torch.Tensor:
+    """A normalized mask (see `normalize_mask`) and additive biases `[batch or 1, heads, queries, keys]` as one float mask."""
+    if attention_mask is None:
+        return position_bias
+    if attention_mask.dtype == torch.bool:
+        return position_bias.masked_fill(~attention_mask, float("-inf"))
+    return position_bias + attention_mask
+
+
 def neural_attention_forward(
     module: AttentionModule,
     query: torch.Tensor,
@@ -138,6 +149,7 @@ def neural_attention_forward(
     dropout: float = 0.0,
     scaling: float | None = None,
     is_causal: bool | None = None,
+    position_bias: torch.Tensor | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The attention function of neural layers, called by stock attention modules as they call any other.
@@ -146,12 +158,14 @@ def neural_attention_forward(
         query, key, value: `[B, H, Tq, D]`, `[B, Hkv, Tk, D]`, `[B, Hkv, Tk, Dv]`; keys of another size than the queries
             come projected from a `NeuralCache`.
         attention_mask: as the model's own implementation gets it (see `normalize_mask`).
+        position_bias: `[B or 1, H, Tq, Tk]`, added to the scores (T5).
 
     Returns:
         Output `[B, Tq, H, Dv]`, and the attention weights `[B, H, Tq, Tk]` if the model's implementation is "eager".
 
     Raises:
-        ValueError: if the module has no scorer, or an argument asks for what a score network cannot do.
+        ValueError: if the module has no scorer, an argument asks for what a score network cannot do, or the model has been
+            set to an implementation with masks of another kind.
     """
     # not by the class of its config: of several copies of this file, each from a model on the Hub, the last one serves all
     if not hasattr(module, "scorer"):
@@ -160,9 +174,13 @@ def neural_attention_forward(
         if kwargs.get(name) is not None:
             raise ValueError(f"Neural Attention cannot honour {feature} (`{name}`), which this model's attention asks for.")
     implementation = module.config.base._attn_implementation
+    if implementation not in SUPPORTED_IMPLEMENTATIONS:  # a stock model does not refuse it when it is set
+        check_implementation(implementation, f"A model with a neural {type(module).__name__}")
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
     mask, causal, num_keys = normalize_mask(implementation, attention_mask, query.shape[2], key.shape[2], is_causal)
+    if position_bias is not None:
+        mask = add_position_bias(mask, position_bias[..., :num_keys])
     output, weights = module.scorer(
         query,
         key[:, :, :num_keys],

@@ -110,18 +110,15 @@ def reference_scores(
     hidden = relu(apply_linear(hidden, weights.weight2, weights.bias2))
     scores = apply_linear(hidden, weights.weight3, weights.bias3).squeeze(-1)
     if residual_scale is not None:
-        scores = scores + (query * residual_scale) @ key.transpose(-1, -2)
+        # scaled after the product, as stock "eager" attention does: the two are equal to the bit while the network is zero
+        scores = scores + query @ key.transpose(-1, -2) * residual_scale
     return scores
 
 
 def softmax_or_zero(scores: torch.Tensor) -> torch.Tensor:
     """Softmax over the last dimension; rows of -inf only become zeros, with zero gradients."""
-    if scores.shape[-1] == 0:
-        return scores
-    largest = scores.detach().amax(dim=-1, keepdim=True)
-    exponentials = (scores - largest.masked_fill(largest == float("-inf"), 0.0)).exp()
-    total = exponentials.sum(dim=-1, keepdim=True)
-    return exponentials / total.masked_fill(total == 0.0, 1.0)
+    empty = (scores == float("-inf")).all(dim=-1, keepdim=True)
+    return scores.masked_fill(empty, 0.0).softmax(dim=-1).masked_fill(empty, 0.0)
 
 
 def reference_attention(

@@ -25,6 +25,7 @@ from common import (
 from hf_neural_attention import NeuralScorer, neural_attention
 from hf_neural_attention.models.neural_attention_interface import (
     ATTENTION_NAME,
+    UNSUPPORTED_ARGUMENTS,
     NeuralConfigView,
     attach_scorer,
     detach_scorer,
@@ -275,7 +276,7 @@ def test_masks_are_cut_and_their_lowest_number_becomes_infinite():
         normalize_mask("sdpa", torch.ones(2, 6), 3, 6, True)
 
 
-@pytest.mark.parametrize("argument", ("softcap", "s_aux", "position_bias", "cache"))
+@pytest.mark.parametrize("argument", UNSUPPORTED_ARGUMENTS)
 def test_arguments_that_only_a_dot_product_honours_are_refused(argument: str):
     attention = attention_of(VIT.neural())
     tensors = torch.randn(3, 1, 4, 5, 8)

@@ -1,0 +1,111 @@
+"""Small inputs for a model that nobody has described: from its config and the names of its forward's arguments."""
+
+import inspect
+from collections.abc import Callable, Iterator
+from itertools import zip_longest
+from typing import Any
+
+import torch
+from torch import nn
+
+
+# Lengths differ, so that cross-attention shows: it has other keys than queries
+NUM_TOKENS = 7
+NUM_DECODER_TOKENS = 5
+NUM_ENCODER_STATES = 6
+NUM_PATCHES = 4  # along each side of an image
+NUM_SAMPLES = 16000  # of a waveform: a second
+
+
+def first_of(config: Any, *names: str, default: Any = None) -> Any:
+    """The first of these fields that a config, or a part of it, has."""
+    configs = [config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", {}))]
+    found = (getattr(each, name, None) for each in configs if each is not None for name in names)
+    return next((value for value in found if value is not None), default)
+
+
+def tokens(length: int) -> list[torch.Tensor]:
+    return [torch.arange(3, 3 + length).unsqueeze(0)]  # the first ones are often special
+
+
+def states(config: Any, length: int, *names: str) -> list[torch.Tensor]:
+    size = first_of(config, *names, "hidden_size", "d_model", "n_embd", "dim")
+    return [] if size is None else [torch.zeros(1, length, size)]
+
+
+def images(config: Any) -> list[torch.Tensor]:
+    size = first_of(config, "image_size", default=224)
+    height, width = (size, size) if isinstance(size, int) else tuple(size)[-2:]
+    channels = first_of(config, "num_channels", "in_channels", "in_chans", default=3)
+    image = torch.zeros(1, channels if isinstance(channels, int) else 3, height, width)
+    frames = first_of(config, "num_frames", "frames_per_clip", default=2)
+    return [image, image.unsqueeze(1).expand(-1, frames, -1, -1, -1)]
+
+
+def patches(config: Any) -> list[torch.Tensor]:
+    """Of one image, as Qwen2-VL and its kin take them beside `grid_thw`."""
+    channels, frames = first_of(config, "in_channels", "num_channels", default=3), first_of(config, "temporal_patch_size") or 1
+    return [torch.zeros(NUM_PATCHES**2, channels * frames * first_of(config, "patch_size", default=14) ** 2)]
+
+
+def waveforms(config: Any) -> list[torch.Tensor]:
+    waveform = torch.zeros(1, NUM_SAMPLES)
+    return [waveform, waveform.unsqueeze(1), *spectrograms(config)]
+
+
+def spectrograms(config: Any) -> list[torch.Tensor]:
+    bins = first_of(config, "num_mel_bins", "feature_projection_input_dim", "input_feat_per_channel", "input_dim", default=80)
+    positions = first_of(config, "max_source_positions", default=1500)
+    # Whisper takes bins first, and twice as many frames as it has positions
+    spectrogram = torch.zeros(1, first_of(config, "max_length", default=2 * positions), bins)
+    return [torch.zeros(1, bins, 2 * positions), spectrogram]
+
+
+# Argument of a forward -> what may be meant by it
+MAKERS: dict[str, Callable[[Any], list[torch.Tensor]]] = {
+    "input_ids": lambda config: tokens(NUM_TOKENS),
+    "decoder_input_ids": lambda config: tokens(NUM_DECODER_TOKENS),
+    "pixel_values": images,
+    "pixel_values_videos": lambda config: images(config)[::-1],
+    "input_values": waveforms,
+    "input_features": spectrograms,
+    "hidden_states": lambda config: states(config, NUM_TOKENS),
+    "inputs_embeds": lambda config: states(config, NUM_TOKENS),
+    "grid_thw": lambda config: [torch.tensor([[1, NUM_PATCHES, NUM_PATCHES]])],
+    "query_embeds": lambda config: states(config, NUM_DECODER_TOKENS),
+    "encoder_hidden_states": lambda config: states(
+        config, NUM_ENCODER_STATES, "cross_attention_hidden_size", "encoder_hidden_size"
+    ),
+}
+
+
+def possible_inputs(model: nn.Module, device: torch.device, dtype: torch.dtype) -> Iterator[dict[str, torch.Tensor]]:
+    """Arguments for a model's forward, the likeliest first; none if it needs one that is not known here.
+
+    Given are those that have no default, the model's main input, both sides of an encoder-decoder, texts with images, and
+    what cross-attention looks at.
+    """
+    config, parameters = getattr(model, "config", None), inspect.signature(model.forward).parameters
+    required = {
+        name
+        for name, parameter in parameters.items()
+        if parameter.default is parameter.empty and parameter.kind is not parameter.VAR_POSITIONAL
+        if parameter.kind is not parameter.VAR_KEYWORD
+    }
+    main = getattr(model, "main_input_name", "input_ids")
+    wanted = required | {"input_ids", "decoder_input_ids"} | set([main] if isinstance(main, str) else main)
+    if first_of(config, "image_token_id", "image_token_index") is None:  # else images stand for tokens of the text
+        wanted |= {"pixel_values"}
+    if getattr(config, "add_cross_attention", False):
+        wanted |= {"encoder_hidden_states"}
+    names = [name for name in MAKERS if name in parameters and name in wanted] or ["inputs_embeds"]
+    if not required <= MAKERS.keys() or not parameters.keys() >= set(names):
+        return
+    makers = MAKERS | {"hidden_states": patches, "pixel_values": patches} if "grid_thw" in required else MAKERS
+    options = [makers[name](config) for name in names]
+    for values in zip_longest(*options):
+        chosen = (value if value is not None else option[0] for value, option in zip(values, options, strict=True) if option)
+        yield {
+            name: value.to(device, dtype if value.is_floating_point() else None)
+            for name, value in zip(names, chosen, strict=False)
+        }

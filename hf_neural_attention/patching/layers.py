@@ -1,0 +1,167 @@
+"""Finds a model's attention layers, and chooses among them."""
+
+import inspect
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeAlias
+
+from torch import nn
+
+from .errors import NoPatchableLayerError, PatchError, ProbeError
+from .probing import AttentionCall
+
+
+Predicate: TypeAlias = Callable[[str, nn.Module], bool]
+Layers: TypeAlias = str | Iterable[int] | Iterable[str] | Predicate
+
+# In names of modules of cross-attention: BERT's, GPT-2's, T5's, BART's
+CROSS_ATTENTION = r"cross|enc_?dec_?att|encoder_attn"
+
+
+def fetches_its_attention(module: nn.Module) -> bool:
+    """Whether a module asks Transformers' `AttentionInterface` for the function that its config names."""
+    for parent in type(module).__mro__:
+        if "forward" in vars(parent):
+            code = getattr(inspect.unwrap(vars(parent)["forward"]), "__code__", None)
+            names = set(code.co_names) if code else set()
+            if {"get_interface", "_attn_implementation"} <= names:
+                return True
+            if "super" not in names:
+                return False
+    return False
+
+
+def attention_modules(model: nn.Module) -> dict[str, Any]:
+    """All attention modules that can be given another attention function, by name, in the order of the model.
+
+    Raises:
+        NoPatchableLayerError: if there is none, naming what looks like attention all the same.
+    """
+    found = {name: module for name, module in model.named_modules() if fetches_its_attention(module)}
+    if found:
+        return found
+    similar = sorted({type(module).__name__ for module in model.modules() if "attention" in type(module).__name__.lower()})
+    looks = f"{', '.join(similar)} compute it themselves" if similar else "none of its modules looks like attention"
+    raise NoPatchableLayerError(
+        f"{type(model).__name__} cannot be patched: no module of it fetches its attention function from Transformers' "
+        f"`AttentionInterface` ({looks}). Patching works for models whose attention modules do "
+        "(`ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, ...)`)."
+    )
+
+
+def stack_name(name: str) -> str:
+    """Equal for layers whose names differ in numbers only: `encoder.block.*.layer.*.SelfAttention`."""
+    return re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
+
+
+def choose_layers(
+    layers: Layers, found: Mapping[str, nn.Module], calls: Mapping[nn.Module, list[AttentionCall]], reasons: str
+) -> list[str]:
+    """Names of the modules that `layers` chooses, in the order of the model.
+
+    Args:
+        layers: as in `patch`.
+        found: from `attention_modules`.
+        calls: from `probe`.
+        reasons: why the probe did not reach all modules.
+
+    Raises:
+        NoPatchableLayerError: if nothing is chosen.
+        PatchError: if `layers` is neither of what is allowed, or names what is not there.
+        ProbeError: if it takes a layer's call to see whether it is meant.
+    """
+    if callable(layers):
+        if names := [name for name, module in found.items() if layers(name, module)]:
+            return names
+        raise NoPatchableLayerError(f"The predicate `layers` is true for none of the attention modules: {listed(found)}.")
+    wanted = None if layers == "all" else check_list(layers)
+    if wanted is not None and isinstance(wanted[0], str):
+        if missing := [name for name in wanted if name not in found]:
+            raise PatchError(f"`layers` names {listed(missing)}; the attention modules of this model are {listed(found)}.")
+        return [name for name in found if name in wanted]
+    stacks = self_attention_stacks(found, calls, reasons)
+    chosen = {name for stack, names in stacks.items() for name in choose_in_stack(wanted, stack, names, stacks)}
+    return [name for name in found if name in chosen]
+
+
+def check_list(layers: Any) -> list[Any]:
+    """The indices or names in `layers`.
+
+    Raises:
+        NoPatchableLayerError: if there are none.
+        PatchError: if it is anything else, or names a layer twice.
+    """
+    values = list(layers) if isinstance(layers, Iterable) and not isinstance(layers, str) else [None]
+    if not all(isinstance(value, str) for value in values) and not all(map(is_index, values)):
+        raise PatchError(
+            f'`layers` is {layers!r}; it must be "all", a list of indices, a list of names of attention modules, or a '
+            "predicate `(name, module) -> bool`."
+        )
+    if not values:
+        raise NoPatchableLayerError("`layers` is empty; it chooses no layer.")
+    if len(set(values)) < len(values):
+        raise PatchError(f"`layers` is {layers!r}, which names a layer twice.")
+    return values
+
+
+def choose_in_stack(wanted: list[int] | None, stack: str, names: list[str], stacks: Iterable[str]) -> list[str]:
+    """Names of the layers of a stack that these indices mean (all of them for None); the other stacks are for the error."""
+    if wanted is None:
+        return names
+    for index in wanted:
+        if not -len(names) <= index < len(names):
+            raise PatchError(
+                f"`layers` is {wanted}, but {index} is no layer of {stack!r}, which has {len(names)} (indices from "
+                f"{-len(names)} to {len(names) - 1}). Each stack of layers is counted by itself; this model has "
+                f"{listed(stacks)}. Choose the layers of a single one by their names or by a predicate "
+                "`(name, module) -> bool`."
+            )
+    indices = [index % len(names) for index in wanted]
+    if len(set(indices)) < len(indices):
+        raise PatchError(f"`layers` is {wanted}, which names a layer of {stack!r} twice, as it has {len(names)}.")
+    return [names[index] for index in indices]
+
+
+def self_attention_stacks(
+    found: Mapping[str, nn.Module], calls: Mapping[nn.Module, list[AttentionCall]], reasons: str
+) -> dict[str, list[str]]:
+    """Stacks of self-attention layers: names of their modules, by the name of the stack.
+
+    A stack is a list of modules whose names differ in numbers only. It is one of cross-attention if its name or its modules
+    say so, or if in none of them the keys are as many as the queries: the probe's own inputs differ in length.
+    """
+    stacks: dict[str, list[str]] = {}
+    for name in found:
+        if "*" in stack_name(name):
+            stacks.setdefault(stack_name(name), []).append(name)
+    unseen = [stack for stack, names in stacks.items() if not any(calls[found[name]] for name in names)]
+    if unseen:
+        raise ProbeError(
+            f'What the layers of {listed(unseen)} do could not be seen, so indices and "all" cannot be told apart there: '
+            f"{reasons} Give `example_inputs=` (a dict of what the model's forward takes) that reach them, or choose other "
+            "layers by their names or by a predicate `(name, module) -> bool`."
+        )
+    kept = {
+        stack: names
+        for stack, names in stacks.items()
+        if not re.search(CROSS_ATTENTION, stack, re.IGNORECASE)
+        and not any(getattr(found[name], "is_cross_attention", False) for name in names)
+        and any(call.num_queries == call.num_keys for name in names for call in calls[found[name]])
+    }
+    if not kept:
+        raise NoPatchableLayerError(
+            f"This model has no stack of self-attention layers, only {listed(found)}. Choose among them by their names or by "
+            "a predicate `(name, module) -> bool`."
+        )
+    return kept
+
+
+def is_index(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def listed(names: Iterable[str]) -> str:
+    """The names in quotes, but a few of them if they are many."""
+    names = [repr(name) for name in names]
+    shown = names if len(names) <= 8 else [*names[:6], "...", names[-1]]
+    return ", ".join(shown) + (f" ({len(names)} in all)" if len(names) > 8 else "")

@@ -1,0 +1,277 @@
+"""`patch`, `unpatch`, `patched` and `patch_status`."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from ..diagnostics import Explanation, explain_layer, hooks_of, neural_layers
+from ..models.configuration_neural_attention import is_positive_int
+from ..models.neural_attention_interface import (
+    UNSUPPORTED_ARGUMENTS,
+    NeuralConfigView,
+    attach_scorer,
+    check_implementation,
+    detach_scorer,
+)
+from ..models.neural_attention_scorer import NeuralScorer
+from .errors import AlreadyPatchedError, PatchError, ProbeError, UnsupportedLayerError
+from .layers import Layers, attention_modules, choose_layers, listed
+from .probing import AttentionCall, probe
+from .reports import PatchedLayer, PatchPlan, PatchStatus
+
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
+
+# Arguments of attention functions that stock ones take no notice of, or that `neural_attention_forward` honours. All
+# others are refused: they may change the scores.
+KNOWN_ARGUMENTS = {
+    "cu_seq_lens_k",
+    "cu_seq_lens_q",
+    "deterministic",
+    "dropout",
+    "is_causal",
+    "max_length_k",
+    "max_length_q",
+    "output_attentions",
+    "output_hidden_states",
+    "output_router_logits",
+    "position_bias",
+    "position_ids",
+    "return_dict",
+    "scaling",
+    "sliding_window",  # it is in the mask
+    "use_cache",
+}
+
+# They count parameters when they are made. By name: not every build of torch has them
+SHARDING_CLASSES = ("DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule")
+
+
+def patch(
+    model: ModelT,
+    layers: Layers = (0,),
+    *,
+    proj_dim: int | None = None,
+    hidden_dims: tuple[int, int] | list[int] | None = None,
+    mode: str = "residual",
+    per_head: bool = False,
+    init: str = "mirrored",
+    example_inputs: Mapping[str, Any] | None = None,
+    dry_run: bool = False,
+) -> Any:
+    """Gives attention layers of a Transformers model Neural Attention, in place, and keeps everything else of it.
+
+    The layers get a scorer as a child module, of the dtype and on the device of the layer, whose parameters are trainable.
+    Nothing is replaced, no class is touched, and no other model notices. `unpatch` takes it back. What `model` needs, it
+    says before anything is changed: after an error it is what it was.
+
+    Args:
+        model (`nn.Module`): A model whose attention modules fetch their function from Transformers' `AttentionInterface`
+            (most of them do), under `attn_implementation` "eager" or "sdpa". Compiled or with adapters of peft, as you like;
+            patch before `DistributedDataParallel` or FSDP come around it.
+        layers (`list[int]`, `"all"`, `list[str]`, or `(name, module) -> bool`): Indices count the self-attention layers of
+            each stack by itself, in the order of the model, negative ones from the end: `[0]` is the first of the encoder
+            and the first of the decoder. A stack is a list of attention modules whose names differ in numbers only. `"all"`
+            takes all of them. Cross-attention, and attention outside any list of layers, is chosen by name or by a predicate
+            over names and modules. Default: `[0]`.
+        proj_dim, hidden_dims, init: as in `NeuralScorer`.
+        mode (`str`): `"residual"` (the network's score is added to the dot product's and starts at zero: the model computes
+            what it computed before, and learns from there) or `"replace"` (the network alone: the paper's). Default:
+            `"residual"`.
+        per_head (`bool`): A network for each query head, not one for all. Default: False.
+        example_inputs (`dict`, *optional*): Arguments for the model's forward, for models that do not run on inputs made from
+            their config. Encoder and decoder inputs should differ in length, and they should reach all layers that count.
+        dry_run (`bool`): Return what would be done instead: a `PatchPlan`, to be printed. Default: False.
+
+    Returns:
+        The model itself, or a `PatchPlan`.
+
+    Raises:
+        TypeError: if `model` is no module.
+        PatchError: (a ValueError) if the model cannot be patched, in one of these kinds: NoPatchableLayerError,
+            UnsupportedLayerError (soft-capping, attention sinks, flash attention ...), AlreadyPatchedError, or ProbeError if
+            `example_inputs` are needed.
+        ValueError: if a setting is not what it may be.
+    """
+    check_model(model)
+    check_settings(proj_dim, hidden_dims, per_head)
+    found = attention_modules(model)
+    check_implementations(found)
+    calls, reasons = probe(model, found, example_inputs)
+    names = choose_layers(layers, found, calls, reasons)
+    check_layers({name: found[name] for name in names}, calls, reasons, set(example_inputs or ()))
+
+    scorers: dict[str, NeuralScorer] = {}
+    with torch.random.fork_rng(devices=[], enabled=dry_run):
+        for name in names:
+            _, num_heads, _, head_dim = calls[found[name]][0].query
+            scorer = NeuralScorer(head_dim, proj_dim, hidden_dims, mode, num_heads if per_head else None, init)
+            scorers[name] = scorer.to(*place_of(found[name], model)).train(found[name].training)
+    if dry_run:
+        backends = Explanation(explain_layer(name, as_if_patched(found[name]), scorers[name], None) for name in names)
+        status = PatchStatus(PatchedLayer.of(name, scorer) for name, scorer in scorers.items())
+        return PatchPlan(status, sum(parameter.numel() for parameter in model.parameters()), backends)
+    for name, scorer in scorers.items():
+        attach_scorer(found[name], scorer)
+    return model
+
+
+def unpatch(model: ModelT) -> ModelT:
+    """Takes the scorers of `patch` off again: the model is, bit for bit, what it was without them. Returns the model.
+
+    Raises:
+        PatchError: if the model has none, or is of a class with neural layers of its own.
+    """
+    if is_born_neural(model):
+        raise PatchError(
+            f"{type(model).__name__} has its neural layers by its class and config, not by `patch`; they cannot be taken off. "
+            "Load its checkpoint into the stock class for a model without them."
+        )
+    layers = patched_modules(model)
+    if not layers:
+        raise PatchError(f"This {type(model).__name__} is not patched; there is nothing to take off.")
+    for module in layers.values():
+        detach_scorer(module)
+    return model
+
+
+@contextmanager
+def patched(model: ModelT, layers: Layers = (0,), **settings: Any) -> Iterator[ModelT]:
+    """Patches a model inside a `with` block and unpatches it at the end, also after an exception. Arguments as in `patch`."""
+    patch(model, layers, **settings)
+    try:
+        yield model
+    finally:
+        if patched_modules(model):
+            unpatch(model)
+
+
+def patch_status(model: nn.Module) -> PatchStatus:
+    """Which layers of a model are neural, and with which settings; empty (and false) if none is."""
+    return PatchStatus(PatchedLayer.of(name, scorer) for name, _, scorer in neural_layers(model))
+
+
+def patched_modules(model: nn.Module) -> dict[str, Any]:
+    """Attention modules with a scorer that `attach_scorer` put there, by name."""
+    return {
+        name: module
+        for name, module, _ in neural_layers(model)
+        if isinstance(getattr(module, "config", None), NeuralConfigView)
+    }
+
+
+def is_born_neural(model: nn.Module) -> bool:
+    return hasattr(getattr(model, "config", None), "neural_layers")
+
+
+def check_model(model: Any) -> None:
+    """Raises an error if `model` is no model, or none that may be patched now."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"`patch` takes a model, not a {type(model).__name__}.")
+    if is_born_neural(model):
+        raise AlreadyPatchedError(
+            f"{type(model).__name__} has neural layers by its class. Choose them with `neural_layers` and its other config "
+            "fields, or patch the stock model."
+        )
+    if names := list(patched_modules(model)):
+        raise AlreadyPatchedError(
+            f"This {type(model).__name__} is patched already, in {listed(names)}. `unpatch(model)` first, then patch it with "
+            "all the layers that you want."
+        )
+    for module in model.modules():
+        if any(parent.__name__ in SHARDING_CLASSES for parent in type(module).__mro__):
+            raise PatchError(
+                f"{type(module).__name__} has taken over the parameters of this model and would not know of new ones. Patch "
+                "the model before it is wrapped or sharded."
+            )
+
+
+def check_settings(proj_dim: Any, hidden_dims: Any, per_head: Any) -> None:
+    """Raises a ValueError if a setting is not what it may be; `NeuralScorer` itself checks the others."""
+    if proj_dim is not None and not is_positive_int(proj_dim):
+        raise ValueError(f"`proj_dim` is {proj_dim!r}; it must be None or an integer of at least 1.")
+    sizes = hidden_dims if isinstance(hidden_dims, list | tuple) else []
+    if hidden_dims is not None and not (len(sizes) == 2 and all(map(is_positive_int, sizes))):
+        raise ValueError(f"`hidden_dims` is {hidden_dims!r}; it must be None or two integers of at least 1.")
+    if not isinstance(per_head, bool):
+        raise ValueError(f"`per_head` is {per_head!r}; it must be True or False.")
+
+
+def check_implementations(found: Mapping[str, Any]) -> None:
+    """Raises an UnsupportedLayerError if an attention module runs under what neural layers cannot; nor could the probe."""
+    by_implementation: dict[str | None, list[str]] = {}
+    for name, module in found.items():
+        by_implementation.setdefault(module.config._attn_implementation, []).append(name)
+    for implementation, names in by_implementation.items():
+        try:
+            check_implementation(implementation, f"A model with attention in {listed(names)}")
+        except ValueError as error:
+            raise UnsupportedLayerError(f"{error} `model.set_attn_implementation` changes it.") from None
+
+
+def check_layers(
+    chosen: Mapping[str, Any], calls: Mapping[nn.Module, list[AttentionCall]], reasons: str, inputs: set[str]
+) -> None:
+    """Raises an error that says for each reason which of the chosen layers it speaks against.
+
+    Raises:
+        UnsupportedLayerError: if a layer asks for what a score network cannot do.
+        ProbeError: if it could not be seen what a layer asks for.
+    """
+    against: dict[str, list[str]] = {}
+    for name, module in chosen.items():
+        for reason in reasons_against(module, calls[module], inputs):
+            against.setdefault(reason, []).append(name)
+    if against:
+        raise UnsupportedLayerError(
+            "Neural Attention cannot honour what these layers ask for: "
+            + "; ".join(f"{listed(names)}: {reason}" for reason, names in against.items())
+            + ". Nothing was changed. Choose other layers, if there are any without."
+        )
+    if unseen := [name for name, module in chosen.items() if not calls[module]]:
+        raise ProbeError(
+            f"What {listed(unseen)} would ask of a score network could not be seen: no run of the model reached it. {reasons} "
+            "Give `example_inputs=` (a dict of what the model's forward takes) that reach it, or choose other layers."
+        )
+
+
+def reasons_against(module: Any, calls: list[AttentionCall], inputs: set[str]) -> Iterator[str]:
+    """Why a score network could not do what an attention module asks for, once per reason."""
+    if hasattr(module, "scorer"):
+        yield f"its {type(module).__name__} has an attribute `scorer` of its own, in whose place the network would go"
+    arguments = {name for call in calls for name in call.arguments}
+    for name in sorted(arguments & UNSUPPORTED_ARGUMENTS.keys()):
+        yield f"{UNSUPPORTED_ARGUMENTS[name]} (`{name}`), which only a dot product's scores can have"
+    for name in sorted(arguments - UNSUPPORTED_ARGUMENTS.keys() - KNOWN_ARGUMENTS - inputs):
+        yield f"an argument `{name}` of its attention function, of which it is not known here what it does"
+    shapes = [(call.query, call.key, call.value) for call in calls]
+    if any(len(tensor) != 4 for call in shapes for tensor in call):
+        yield "queries, keys or values that are not [batch, heads, length, size]"
+    elif any(query[-1] != key[-1] for query, key, _ in shapes) or len({(query[1], query[-1]) for query, _, _ in shapes}) > 1:
+        yield f"heads whose number or size is not always the same (queries and keys {shapes[0][:2]}), so `head_dim` is unclear"
+    masks = {call.mask for call in calls if call.mask is not None}
+    if any(not isinstance(mask, tuple) or len(mask) != 4 for mask in masks):
+        yield f"masks that are not [batch, heads, queries, keys] ({', '.join(map(str, masks))})"
+
+
+def place_of(attention: nn.Module, model: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Where and in which dtype the parameters of a layer (the model's, if it has none) are at work; accelerate's hooks know
+    it of offloaded ones."""
+    parameters = list(attention.parameters()) or list(model.parameters())
+    device = parameters[0].device
+    if device.type == "meta":
+        places = [getattr(hook, "execution_device", None) for child in attention.modules() for hook in hooks_of(child)]
+        device = next((torch.device(place) for place in places if place is not None), device)
+    # quantised weights are of dtypes that nothing is computed in
+    dtypes = [p.dtype for p in parameters if p.is_floating_point() and p.dtype.itemsize > 1]
+    return device, dtypes[0] if dtypes else torch.get_default_dtype()
+
+
+def as_if_patched(attention: Any) -> Any:
+    """What `explain_layer` looks at in a patched module."""
+    config = NeuralConfigView(attention.config)
+    return SimpleNamespace(config=config, parameters=attention.parameters, modules=attention.modules)

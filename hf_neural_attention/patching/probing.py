@@ -1,0 +1,221 @@
+"""Sees what a model's attention modules ask of their attention function: by one run in which that function writes it down.
+
+The run is one without numbers (`FakeTensorMode`) of a copy of the model without weights, so it costs neither memory nor
+more than a moment at any size, and nothing of the model changes. Where a model's forward needs numbers (it branches on
+them), the model itself runs once, on as little as it takes, and is left as it was.
+"""
+
+import copy
+import logging
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_map_only
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.masking_utils import sdpa_mask
+
+from ..models.neural_attention_interface import NeuralConfigView
+from .inputs import possible_inputs
+
+
+PROBE_NAME = "neural_attention_probe"
+
+
+class AttentionCall(NamedTuple):
+    """What one call of an attention function got."""
+
+    query: torch.Size  # [B, H, Tq, D]
+    key: torch.Size  # [B, Hkv, Tk, D]
+    value: torch.Size  # [B, Hkv, Tk, Dv]
+    mask: Any  # its shape, None without a mask, the name of its class if it is no tensor
+    arguments: tuple[str, ...]  # names of all others that are not None
+
+    @property
+    def num_queries(self) -> int:
+        return self.query[-2]
+
+    @property
+    def num_keys(self) -> int:
+        return self.key[-2]
+
+
+class ProbeConfigView(NeuralConfigView):
+    """A model's config as a module sees it whose calls are written down."""
+
+    def __init__(self, base: Any, calls: list[AttentionCall]):
+        super().__init__(base)
+        object.__setattr__(self, "calls", calls)
+
+    @property
+    def _attn_implementation(self) -> str:
+        return PROBE_NAME
+
+
+def record_call(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: Any = None,
+    **arguments,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """An attention function that writes down what it gets, and answers with zeros."""
+    mask = (
+        attention_mask.shape if isinstance(attention_mask, torch.Tensor) else attention_mask and type(attention_mask).__name__
+    )
+    given = tuple(sorted(name for name, value in arguments.items() if value is not None))
+    module.config.calls.append(AttentionCall(query.shape, key.shape, value.shape, mask, given))
+    batch, num_heads, num_queries, _ = query.shape
+    # models use the weights only where their implementation returns them
+    returns_weights = module.config.base._attn_implementation == "eager"
+    weights = query.new_zeros(batch, num_heads, num_queries, key.shape[2]) if returns_weights else None
+    return value.new_zeros(batch, num_queries, num_heads, value.shape[-1]), weights
+
+
+AttentionInterface.register(PROBE_NAME, record_call)
+AttentionMaskInterface.register(PROBE_NAME, sdpa_mask)
+
+
+def probe(
+    model: nn.Module, found: Mapping[str, Any], example_inputs: Mapping[str, Any] | None = None
+) -> tuple[dict[nn.Module, list[AttentionCall]], str]:
+    """Calls of each attention module (none if no run reached it), and why runs failed, in words.
+
+    Without `example_inputs`, the model runs on inputs made from its config, and so do those of its parts (an image encoder,
+    say) that it did not reach.
+    """
+    calls: dict[nn.Module, list[AttentionCall]] = {module: [] for module in found.values()}
+    model = unwrap(model)
+    names = {name: calls[module] for name, module in model.named_modules() if module in calls}
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    try:
+        without_numbers = skeleton(model, mode)
+    except Exception as error:  # noqa: BLE001, whatever cannot be copied, the model itself can run
+        failures = {type(model).__name__: describe(error)}
+    else:
+        with mode:
+            shapes = tree_map_only(torch.Tensor, lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype), example_inputs)
+        failures = run_parts(without_numbers, names, mode, torch.device("cpu"), shapes)
+    # without weights anywhere, there is nothing to run
+    has_weights = any(hasattr(module, "_hf_hook") for module in model.modules()) or not all(
+        parameter.is_meta for parameter in model.parameters()
+    )
+    if has_weights and not all(calls.values()):
+        with left_as_it_was(model) as device:
+            failures = run_parts(model, names, nullcontext(), device, example_inputs) or failures
+    return calls, " ".join(f"{name} said: {reason}." for name, reason in failures.items())
+
+
+def unwrap(model: Any) -> nn.Module:
+    """The Transformers model inside what torch.compile and peft put around it."""
+    model = getattr(model, "_orig_mod", model)
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def skeleton(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
+    """A copy of the model whose parameters and buffers have shapes and dtypes, but no memory."""
+    memo: dict[int, Any] = {}
+    with mode:
+        for tensor in (*model.parameters(), *model.buffers()):
+            empty = torch.empty(tensor.shape, dtype=tensor.dtype)
+            memo[id(tensor)] = nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
+    # accelerate's hooks hold weights
+    memo |= {id(module._hf_hook): None for module in model.modules() if hasattr(module, "_hf_hook")}
+    copied = copy.deepcopy(model, memo).eval()
+    for module in copied.modules():
+        # hooks belong to the model's owner, not to a copy
+        module._forward_hooks.clear()
+        module._forward_pre_hooks.clear()
+        if hasattr(module, "_hf_hook"):
+            del module._hf_hook
+            vars(module)["forward"] = module._old_forward
+        config: Any = getattr(module, "config", None)
+        if getattr(config, "_experts_implementation", None) is not None:
+            config._experts_implementation = "batched_mm"  # the only one that does not look at numbers
+    return copied
+
+
+@contextmanager
+def left_as_it_was(model: nn.Module) -> Iterator[torch.device]:
+    """Evaluation mode and random numbers of its own for a model, whose device this gives."""
+    modes = {module: module.training for module in model.modules()}
+    devices = {parameter.device for parameter in model.parameters() if not parameter.is_meta}
+    try:
+        with torch.random.fork_rng(devices=[device.index for device in devices if device.type == "cuda"]):
+            model.eval()
+            yield next(iter(devices), torch.device("cpu"))
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+@contextmanager
+def recording(model: nn.Module, calls: Mapping[str, list[AttentionCall]]) -> Iterator[None]:
+    """Lets the named attention modules write down their calls."""
+    modules: dict[str, Any] = {name: model.get_submodule(name) for name in calls}
+    configs = {name: module.config for name, module in modules.items()}
+    try:
+        for name, module in modules.items():
+            module.config = ProbeConfigView(module.config, calls[name])
+        yield
+    finally:
+        for name, module in modules.items():
+            module.config = configs[name]
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without what torch says of inputs that do not fit, some of which are to be expected."""
+    logger = logging.getLogger(FakeTensorMode.__module__)
+    disabled = logger.disabled
+    try:
+        logger.disabled = True
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.disabled = disabled
+
+
+def run_parts(
+    model: nn.Module,
+    calls: Mapping[str, list[AttentionCall]],
+    context: AbstractContextManager,
+    device: torch.device,
+    example_inputs: Mapping[str, Any] | None,
+) -> dict[str, str]:
+    """Runs a model, then those parts of it with modules that were not reached, and returns why each failed."""
+    failures: dict[str, str] = {}
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.get_default_dtype())
+    with recording(model, calls), context, torch.no_grad(), quiet():
+        if example_inputs is not None:
+            attempt(model, [example_inputs], failures)
+            return failures
+        for name, part in model.named_modules():
+            inside = [found for label, found in calls.items() if not name or label.startswith(f"{name}.")]
+            if isinstance(part, PreTrainedModel) and not all(inside):
+                attempt(part, possible_inputs(part, device, dtype), failures)
+    return failures
+
+
+def attempt(model: nn.Module, candidates: Iterable[Mapping[str, Any]], failures: dict[str, str]) -> None:
+    """Runs a model on the first inputs that it takes; if there are none, `failures` gets the reason that the first one had."""
+    reason = "its inputs are not known here"
+    for number, inputs in enumerate(candidates):
+        try:
+            model(**inputs)
+        except Exception as error:  # noqa: BLE001, whatever a model says to inputs that it was not made for
+            reason = reason if number else describe(error)
+        else:
+            return
+    failures[type(model).__name__] = reason
+
+
+def describe(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0][:200]}"

@@ -1,0 +1,252 @@
+"""A patched model in the hands of other tools: copying, saving, training, compiling, adapters, caches."""
+
+import copy
+import io
+from typing import Any
+
+import pytest
+import torch
+from families import FAMILIES, Family
+from torch import nn
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+
+from common import (
+    assert_far,
+    assert_near,
+    assert_same_gradients,
+    assert_same_state,
+    backward,
+    eager_and_sdpa,
+    liven,
+    run,
+    scorers,
+)
+from hf_neural_attention import NeuralCache, patch, patch_status, unpatch
+from hf_neural_attention.models.neural_attention_interface import neural_attention_forward
+
+
+GPT2, LLAMA, MISTRAL, BERT, T5, VIT = (FAMILIES[name] for name in ("gpt2", "llama", "mistral", "bert", "t5", "vit"))
+ALL: dict[str, Any] = {"layers": "all", "proj_dim": 4}
+
+a_few_families = pytest.mark.parametrize("family", (LLAMA, BERT, T5, VIT), ids=lambda family: family.model_type)
+both_modes = pytest.mark.parametrize("mode", ("residual", "replace"))
+
+
+def neural(family: Family, implementation: str = "sdpa", **settings) -> Any:
+    """Patched, its scorers moved off their start."""
+    return liven(patch(family.model(implementation), **{**ALL, **settings}))
+
+
+def with_labels(family: Family) -> dict[str, torch.Tensor]:
+    inputs = family.inputs()
+    return {**inputs, "labels": inputs.get("decoder_input_ids", inputs.get("input_ids", torch.tensor([0, 1])))}
+
+
+def pickled(model: nn.Module) -> Any:
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
+@a_few_families
+@both_modes
+@pytest.mark.parametrize("copied", (copy.deepcopy, pickled))
+def test_copies_are_patched_and_independent(family: Family, mode: str, copied: Any):
+    stock, model, inputs = family.model(), neural(family, mode=mode), family.inputs()
+    expected = run(model, **inputs)
+    other = copied(model)
+    assert patch_status(other) == patch_status(model) and torch.equal(run(other, **inputs), expected)
+    assert_same_state(unpatch(other), stock)
+    assert torch.equal(run(other, **inputs), run(stock, **inputs))
+    assert torch.equal(run(model, **inputs), expected)
+
+
+@a_few_families
+@both_modes
+def test_other_dtypes(family: Family, mode: str):
+    model = neural(family, mode=mode)
+    inputs = family.inputs()
+    expected = run(model, **inputs)
+    for dtype in (torch.float64, torch.bfloat16):
+        model.to(dtype)
+        assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+        cast = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in inputs.items()}
+        # a handful of roundings of 2^-8, as in the tests of our own models
+        assert_near(family.seen(run(model, **cast)).float(), family.seen(expected), 1e-5 if dtype == torch.float64 else 6e-2)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = model.float()(**with_labels(family)).loss
+    loss.backward()
+    assert all(scorer.linear3.weight.grad.abs().max() > 0 for scorer in scorers(model))
+
+
+def test_set_attn_implementation():
+    model, inputs = neural(LLAMA), LLAMA.inputs()
+    expected = run(model, **inputs)
+    model.set_attn_implementation("eager")
+    attentions = model(**inputs, output_attentions=True).attentions
+    assert len(attentions) == 3 and all(maps.shape == (2, 4, 9, 9) for maps in attentions)
+    assert not torch.equal(run(model, **inputs), expected)
+    model.set_attn_implementation("sdpa")
+    assert torch.equal(run(model, **inputs), expected)
+    # a stock class takes it, its neural layers do not
+    model.set_attn_implementation("flex_attention")
+    attention = model.model.layers[0].self_attn
+    with pytest.raises(ValueError, match="neural LlamaAttention cannot use `attn_implementation='flex_attention'`: its masks"):
+        neural_attention_forward(attention, *torch.randn(3, 1, 4, 5, 8), None)
+    model.set_attn_implementation("eager")
+    assert model(**inputs).logits.isfinite().all()
+
+
+@a_few_families
+@both_modes
+def test_gradient_checkpointing_changes_no_gradient(family: Family, mode: str):
+    model, inputs, calls = neural(family, mode=mode).train(), with_labels(family), []
+    expected = backward(model, **inputs)
+    assert all(any(f"{name}.scorer.linear1.weight" == each for each in expected) for name in family.layers)
+    scorers(model)[0].register_forward_hook(lambda *arguments: calls.append(None))
+    model.activation_checkpointing_enable()
+    assert_same_gradients(backward(model, **inputs), expected)
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("family", (LLAMA, VIT, pytest.param(T5, marks=pytest.mark.slow)), ids=("llama", "vit", "t5"))
+def test_compiled(family: Family):
+    torch.compiler.reset()
+    model, inputs = neural(family), with_labels(family)
+    expected, gradients = run(model, **inputs), backward(model, **inputs)
+    compiled = torch.compile(model, backend="aot_eager")
+    assert_near(run(compiled, **inputs), expected)
+    assert_same_gradients({n.removeprefix("_orig_mod."): g for n, g in backward(compiled, **inputs).items()}, gradients)
+    # a compiled model can be patched too, and is what it was afterwards
+    unpatch(compiled)
+    stock = family.model()
+    assert_near(run(compiled, **inputs), run(stock, **inputs))
+    assert_far(run(patch(compiled, mode="replace"), **inputs), run(stock, **inputs))
+
+
+def test_compiled_as_one_graph():
+    torch.compiler.reset()
+    model, inputs = neural(LLAMA, "eager"), LLAMA.inputs()
+    assert_near(run(torch.compile(model, backend="aot_eager", fullgraph=True), **inputs), run(model, **inputs))
+
+
+LORA = {
+    "llama": {"target_modules": ["q_proj", "v_proj"]},
+    "bert": {"target_modules": ["query", "value"]},
+    "t5": {"target_modules": ["q", "v"]},
+    "vit": {"target_modules": ["q_proj", "v_proj"]},
+}
+
+
+def train(model: nn.Module, inputs: dict[str, torch.Tensor]) -> None:
+    optimizer = torch.optim.SGD((each for each in model.parameters() if each.requires_grad), lr=0.5)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(**inputs).loss.backward()
+        optimizer.step()
+
+
+@a_few_families
+@pytest.mark.parametrize("patch_first", (True, False), ids=("patch, LoRA", "LoRA, patch"))
+def test_lora(family: Family, patch_first: bool):
+    from peft import LoraConfig, get_peft_model
+
+    inputs = with_labels(family)
+    # the scorer has layers named as attention's own are, and is to be trained whole
+    only_attention = LoraConfig(r=4, exclude_modules=r".*\.scorer\..*", modules_to_save=["scorer"], **LORA[family.model_type])
+    without_scorer = LoraConfig(r=4, **LORA[family.model_type])
+    if patch_first:
+        model = get_peft_model(patch(family.model(), **ALL), only_attention)
+    else:
+        model = patch(get_peft_model(family.model(), without_scorer), **ALL)
+    assert len(patch_status(model)) == len(family.layers)
+    born = run(model.eval(), **inputs)
+    assert_near(family.seen(born), family.seen(run(family.model(), **inputs)))
+    train(model.train(), inputs)
+    trained = run(model.eval(), **inputs)
+    assert_far(trained, born)
+    moved = {name for name, each in model.named_parameters() if each.grad is not None and each.grad.abs().max() > 0}
+    for part in ("lora_A", "lora_B", "linear3.weight", "linear1.weight"):
+        assert any(part in name for name in moved), part
+
+    merged = model.merge_and_unload()
+    assert len(patch_status(merged)) == len(family.layers) and not any("lora" in name for name in merged.state_dict())
+    assert_near(run(merged, **inputs), trained, 1e-4)
+    unpatch(merged)
+    assert list(merged.state_dict()) == list(family.model().state_dict())
+    assert not torch.equal(run(merged, **inputs), trained)
+
+
+@pytest.mark.parametrize("family", (LLAMA, MISTRAL, T5), ids=lambda family: family.model_type)
+@eager_and_sdpa
+def test_neural_cache(family: Family, implementation: str):
+    from transformers import DynamicCache, EncoderDecoderCache
+
+    model = neural(family, implementation, mode="replace", proj_dim=2)
+    inputs = {name: tensor for name, tensor in family.inputs().items() if name != "decoder_input_ids"}
+    arguments = {"max_new_tokens": 6, "do_sample": False, "no_repeat_ngram_size": 1}
+    cache: Any = NeuralCache(model)
+    if family is T5:
+        cache = EncoderDecoderCache(cache, DynamicCache(config=model.config))
+    tokens = model.generate(**inputs, **arguments, past_key_values=cache)
+    assert torch.equal(tokens, model.generate(**inputs, **arguments, use_cache=False))
+    assert len(tokens[:, -6:].unique()) > 6
+
+
+def test_saving_keeps_the_stock_weights_and_ties(tmp_path):
+    stock = GPT2.model(tie_word_embeddings=True)
+    model = patch(copy.deepcopy(stock), "all")
+    model.tie_weights()
+    assert model.lm_head.weight is model.transformer.wte.weight
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert_same_state(again[0], stock)
+    assert again[1]["unexpected_keys"] == {name for name in model.state_dict() if ".scorer." in name}
+
+
+def test_resizing_embeddings_leaves_scorers_alone():
+    model = neural(GPT2)
+    before = [copy.deepcopy(scorer.state_dict()) for scorer in scorers(model)]
+    model.resize_token_embeddings(120)
+    for scorer, state in zip(scorers(model), before, strict=True):
+        assert all(torch.equal(tensor, state[name]) for name, tensor in scorer.state_dict().items())
+    assert model(**GPT2.inputs()).logits.shape[-1] == 120
+
+
+def test_trainer(tmp_path):
+    model = patch(BERT.model(), **ALL)
+    before = copy.deepcopy(model.state_dict())
+    rows = [{name: tensor[0] for name, tensor in with_labels(BERT).items()}] * 4
+    arguments = TrainingArguments(str(tmp_path), max_steps=3, learning_rate=1e-2, use_cpu=True, report_to="none", save_steps=3)
+    Trainer(model, arguments, train_dataset=rows).train()
+    for name in (f"{layer}.scorer.{part}.weight" for layer in BERT.layers for part in ("linear3", "linear1", "q_proj")):
+        assert not torch.equal(model.state_dict()[name], before[name]), name
+    assert len(patch_status(model)) == 3
+
+
+def test_offloaded_models():
+    from accelerate import cpu_offload
+
+    model, inputs = GPT2.model(), GPT2.inputs()
+    expected = run(model, **inputs)
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    assert model.lm_head.weight.is_meta
+    patch(model, "all")
+    assert {parameter.device.type for scorer in scorers(model) for parameter in scorer.parameters()} == {"cpu"}
+    assert_near(GPT2.seen(run(model, **inputs)), GPT2.seen(expected))
+    assert_far(run(liven(model), **inputs), expected)
+    assert torch.equal(run(unpatch(model), **inputs), expected)
+
+
+def test_quantised_models():
+    from optimum.quanto import freeze, qint8, quantize
+
+    model, inputs = LLAMA.model(), LLAMA.inputs()
+    quantize(model, weights=qint8)
+    freeze(model)
+    expected = run(model, **inputs)
+    patch(model, "all")
+    assert {parameter.dtype for scorer in scorers(model) for parameter in scorer.parameters()} == {torch.float32}
+    assert_near(LLAMA.seen(run(model, **inputs)), LLAMA.seen(expected))
+    assert torch.equal(run(unpatch(model), **inputs), expected)
