@@ -1,0 +1,219 @@
+"""Times Neural Attention beside dot-product attention, and says whether what it times is right.
+
+    python recipes/benchmark_attention.py                              # small: a minute
+    python recipes/benchmark_attention.py --phase decode --proj_dim 2 16 --length 1024 4096
+    python recipes/benchmark_attention.py --preset bars --output model_cards/benchmark_bars
+
+A provider is timed only if it matches the formula in float64 on the very inputs that are timed. What is compared is timed by
+turns in one run, and ratios are taken turn by turn, so that noise of the machine hits both sides alike.
+"""
+
+import argparse
+import dataclasses
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from benchmark_bars import kernel_bars, measure_bars
+from benchmark_cases import DOT_PRODUCTS, DTYPES, MASKS, PHASES, PROVIDERS, SCORERS, Case, Entry
+from benchmark_checks import Checker
+from benchmark_models import ATTENTIONS, CACHES, GPT2, STOCK, VIT, measure_decoding, measure_steps
+from benchmark_report import BARS_COLUMNS, MODELS_COLUMNS, Row, heading, sweep_columns, table_row, write_files
+from benchmark_timing import Limits, Spread, peak_bytes, ratio_of, time_entries
+from hf_neural_attention.models.configuration_neural_attention import MODES
+from reporting import command_line, environment
+
+
+# What the axes of a call are where the command line does not say
+SWEEPS: dict[str, dict[str, list]] = {
+    "quick": {"length": [256, 1024], "phase": ["forward", "both"]},
+    "lengths": {"length": [256, 512, 1024, 2048, 4096, 8192, 16384], "phase": ["forward", "both"], "proj_dim": [2, 16]},
+}
+LIMITS = {
+    "quick": Limits(repeats=20, seconds=3),
+    "lengths": Limits(repeats=20, seconds=3, fewest=3, call=1.5),
+    "bars": Limits(repeats=50, seconds=10),
+    "models": Limits(repeats=15, seconds=150),
+    "cache": Limits(repeats=40, seconds=30),
+}
+LIMITS_HELP = {
+    "repeats": "Turns, at most.",
+    "fewest": "Turns, at least.",
+    "seconds": "After which no further turn begins, once there are that many.",
+    "memory": "GiB that a provider may hold for its pairs.",
+    "call": "Seconds of a call, by its time at a shorter length, beyond which only SDPA and fused kernels go on.",
+}
+CHOICES = {"phase": PHASES, "dtype": tuple(DTYPES), "mask": MASKS, "mode": MODES, "scorer": SCORERS}
+AXES = [field for field in dataclasses.fields(Case) if field.name != "device"]
+CACHED_TOKENS = (1024, 4096)
+SCORER_AXES = ("proj_dim", "mode", "scorer")  # which dot products do not see
+
+
+def truth(word: str) -> bool:
+    if word not in ("yes", "no"):
+        raise argparse.ArgumentTypeError(f"{word!r} is neither yes nor no")
+    return word == "yes"
+
+
+def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--preset",
+        choices=LIMITS,
+        default="quick",
+        help="quick and lengths: calls of attention, whose axes are the flags below; bars: what the kernels must reach; "
+        "models: training, forward and decode steps of GPT-2 124M and ViT-B; cache: decoding with each kind of cache.",
+    )
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="Of torch and of the native kernel.")
+    for name, meaning in LIMITS_HELP.items():
+        parser.add_argument(f"--{name}", type=Limits.__annotations__[name], help=f"{meaning} Default: the preset's.")
+    parser.add_argument("--output", help="Write NAME.md, .json and .csv, and NAME.png where there are several lengths.")
+    parser.add_argument("--dry_run", action="store_true", help="List what would be measured.")
+    axes = parser.add_argument_group("axes of a call of attention (presets quick and lengths)")
+    axes.add_argument("--provider", nargs="+", choices=PROVIDERS, help="Default: all of the device.")
+    for field in AXES:
+        kind: Any = truth if field.type is bool else field.type
+        default = "yes or no" if field.type is bool else f"{field.default} where the preset says nothing"
+        axes.add_argument(f"--{field.name}", nargs="+", type=kind, choices=CHOICES.get(field.name), help=default)
+    arguments = parser.parse_args(words)
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no CUDA device here")
+    if arguments.preset not in SWEEPS:
+        given = [name for name in ("provider", *(field.name for field in AXES)) if getattr(arguments, name) is not None]
+        if given:
+            parser.error(f"--preset {arguments.preset} has no axes to choose: leave out {', '.join(f'--{n}' for n in given)}")
+    return arguments
+
+
+def sweep_axes(arguments: argparse.Namespace) -> dict[str, list]:
+    """Values of each field of `Case`, of which all combinations are measured."""
+    preset = SWEEPS[arguments.preset]
+    return {
+        field.name: getattr(arguments, field.name) or preset.get(field.name) or [field.default]
+        for field in sorted(AXES, key=lambda field: field.name in SCORER_AXES)
+    }
+
+
+def sweep_groups(arguments: argparse.Namespace) -> Iterator[list[Entry]]:
+    """Entries that are timed together: all providers and scorers on the same queries, keys and values."""
+    axes = sweep_axes(arguments)
+    absent = {"triton" if arguments.device == "cpu" else "native", *(["reference"] if arguments.preset == "lengths" else [])}
+    providers = arguments.provider or [provider for provider in PROVIDERS if provider not in absent]
+    for values in itertools.product(*(axes[name] for name in axes if name not in SCORER_AXES)):
+        scorers = itertools.product(*(axes[name] for name in SCORER_AXES))
+        try:
+            cases = [Case(**dict(zip(axes, (*values, *scorer), strict=True)), device=arguments.device) for scorer in scorers]
+        except ValueError as error:
+            raise SystemExit(f"This cannot be measured: {error}") from None
+        yield list(dict.fromkeys(Entry.of(provider, case) for provider in providers for case in cases))
+
+
+def sweep(arguments: argparse.Namespace, checker: Checker, limits: Limits) -> Iterator[Row]:
+    """A row for each entry: its time, its ratio to SDPA, its memory, or why it was not timed."""
+    seconds: dict[Entry, tuple[int, float]] = {}  # pairs and time at the last length, whatever that was
+    for entries in sweep_groups(arguments):
+        place = {entry: Entry(entry.provider, dataclasses.replace(entry.case, length=0)) for entry in entries}
+        slow = {}
+        for entry in entries:
+            pairs, time = seconds.get(place[entry], (1, 0.0))
+            expected = time * entry.case.num_pairs / pairs
+            if expected > limits.call and entry.provider not in ("sdpa", "native", "triton"):
+                slow[entry] = f"a call would take about {expected:.0f} s"
+        timings = time_entries([entry for entry in entries if entry not in slow], checker, limits)
+        baseline = [time for entry, timing in timings.items() if entry.provider == "sdpa" for time in timing.times]
+        for entry in entries:
+            row: Row = {"provider": entry.provider, **dataclasses.asdict(entry.case)}
+            if entry.provider in DOT_PRODUCTS:
+                row |= dict.fromkeys(SCORER_AXES)
+            if entry in slow or not timings[entry].times:
+                yield row | {"note": slow.get(entry) or timings[entry].note}
+                continue
+            times = timings[entry].times
+            seconds[place[entry]] = (entry.case.num_pairs, Spread.of(times).median)
+            row |= Spread.of(times).fields("seconds")
+            row |= ratio_of(times, baseline).fields("to_sdpa") if baseline else {}
+            yield row | {"turns": len(times), "peak_bytes": peak_bytes(entry), "note": timings[entry].note}
+
+
+def measure_models(device: str, limits: Limits) -> Iterator[Row]:
+    yield from measure_steps(GPT2, device, limits, batch_size=1, dropouts=(0.0, 0.1), forward=False)
+    yield from measure_decoding(1000, list(ATTENTIONS), ["DynamicCache", "NeuralCache"], device, limits)
+    yield from measure_steps(VIT, device, limits, batch_size=4, dropouts=(0.0,), forward=True, num_labels=1000)
+
+
+def measure_caches(device: str, limits: Limits) -> Iterator[Row]:
+    for cached_tokens in CACHED_TOKENS:
+        yield from measure_decoding(cached_tokens, [STOCK, 'neural_layers="all"'], list(CACHES), device, limits)
+
+
+def plan(arguments: argparse.Namespace) -> Iterator[str]:
+    """What would be measured, a line each."""
+    if arguments.preset in SWEEPS:
+        for entries in sweep_groups(arguments):
+            for entry in entries:
+                case = dataclasses.asdict(entry.case)
+                yield ", ".join([entry.provider, *(f"{name} {case[name]}" for name in sweep_axes(arguments))])
+    elif arguments.preset == "bars":
+        for group in kernel_bars(arguments.device):
+            yield from (f"{item.bar.what}, d'={item.bar.proj_dim}" for item in group)
+        yield from ("peak memory", "first uses", f"training steps of {GPT2.name}")
+    elif arguments.preset == "models":
+        yield from (f"{family.name}, {attention}" for family in (GPT2, VIT) for attention in ATTENTIONS)
+    else:
+        yield from (f"{tokens:,} cached tokens, {cache}" for tokens in CACHED_TOKENS for cache in CACHES)
+
+
+def describe(arguments: argparse.Namespace, record: dict[str, Any]) -> str:
+    """How it was measured, for the card."""
+    where = record["environment"]
+    gpu = f"on {where['gpu']}" if arguments.device != "cpu" else "not measured on a GPU"
+    parts = [
+        f"Measured by `{record['command']}` on {where['cpu']}, {where['threads']} threads, {gpu}, with Python "
+        f"{where['python']}, torch {where['torch']}, transformers {where['transformers']}.",
+        "Medians and, in parentheses, quartiles. What is compared was timed by turns in one run, and ratios were taken turn "
+        "by turn. Nothing was timed that does not match the reference in float64 on the very inputs that are timed.",
+    ]
+    if arguments.preset in SWEEPS:
+        axes = sweep_axes(arguments)
+        same = ", ".join(f"{name} {values[0]}" for name, values in axes.items() if len(values) == 1)
+        parts.append(f"The same everywhere: {same}. Extra memory is what a call needs beyond its inputs, at its peak.")
+    return "\n\n".join(parts)
+
+
+def main(words: list[str] | None = None) -> None:
+    arguments = parse_arguments(words)
+    if arguments.dry_run:
+        print("\n".join(plan(arguments)))
+        return
+    torch.set_num_threads(arguments.threads)
+    given = {name: value for name in Limits._fields if (value := getattr(arguments, name)) is not None}
+    limits = LIMITS[arguments.preset]._replace(**given)
+    axes: list[str] = []
+    if arguments.preset in SWEEPS:
+        axes = [name for name, values in sweep_axes(arguments).items() if len(values) > 1]
+        measured, columns = sweep(arguments, Checker(), limits), sweep_columns(axes)
+    elif arguments.preset == "bars":
+        step_limits = LIMITS["models"]._replace(**given)
+        measured, columns = measure_bars(arguments.device, Checker(), limits, step_limits), BARS_COLUMNS
+    else:
+        measure = measure_models if arguments.preset == "models" else measure_caches
+        measured, columns = measure(arguments.device, limits), MODELS_COLUMNS
+
+    record: dict[str, Any] = {"command": command_line(), "environment": environment(), "preset": arguments.preset, "rows": []}
+    lines = [describe(arguments, record), "", heading(columns)]
+    print("\n".join(lines), flush=True)
+    try:
+        for row in measured:
+            record["rows"].append(row)
+            lines.append(table_row(row, columns))
+            print(lines[-1], flush=True)
+    finally:  # what is there is kept if something goes wrong after many minutes
+        if arguments.output and record["rows"]:
+            write_files(arguments.output, record, "\n".join([f"# Benchmark: {arguments.preset}", "", *lines, ""]), axes)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,323 @@
+"""The benchmark refuses what is wrong, computes its ratios right, and says in all files what it measured."""
+
+import csv
+import dataclasses
+import json
+import time
+from functools import partial
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+import benchmark_attention
+import benchmark_bars
+from benchmark_bars import Bar, kernel_bars
+from benchmark_cases import DOT_PRODUCTS, MASKS, PHASES, PROVIDERS, SCORERS, Case, Entry, Runner, attend, draw_inputs
+from benchmark_checks import Checker
+from benchmark_models import ATTENTIONS, CACHES, GPT2, STOCK, VIT, measure_decoding, measure_steps
+from benchmark_timing import FirstUse, Limits, Spread, measure_first_use, peak_bytes, ratio_of, time_by_turns, time_entries
+from hf_neural_attention.ops import BACKENDS
+from numerics import CPU_BACKENDS
+
+
+SMALL = Case(length=40, heads=2, head_dim=16)
+QUICK = Limits(repeats=2, fewest=2, seconds=0.0)
+ON_CPU = [name for name in PROVIDERS if name not in BACKENDS or name in CPU_BACKENDS]
+FASTEST = CPU_BACKENDS[0]
+
+VARIANTS = {
+    "plain": {},
+    "not causal": {"causal": False},
+    "padding": {"mask": "padding", "batch_size": 2},
+    "bool mask": {"mask": "bool"},
+    "float mask": {"mask": "float", "causal": False},
+    "dropout": {"dropout": 0.3},
+    "residual": {"mode": "residual", "proj_dim": 16},
+    "bfloat16": {"dtype": "bfloat16"},
+    "initial weights": {"scorer": "initial"},
+    "paper's weights": {"scorer": "paper", "proj_dim": 5},
+    "projections": {"projections": True},
+}
+# a case of the issue has 1,024 tokens; these have few, at which everything else is the same
+TINY_GPT2 = {"vocab_size": 99, "n_positions": 24, "n_embd": 32, "n_layer": 2, "n_head": 4, "initializer_range": 0.2}
+TINY_VIT = {"image_size": 16, "patch_size": 4, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+def spoil(monkeypatch, backend: str, change) -> None:
+    """Changes what a backend returns."""
+    right = BACKENDS[backend]
+
+    def run(*tensors, **arguments):
+        return change(right.run(*tensors, **arguments))
+
+    monkeypatch.setitem(BACKENDS, backend, right._replace(run=run))
+
+
+@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS.keys())
+def test_every_provider_is_right_in_every_phase(variant, phase):
+    if phase == "decode" and "projections" in variant:
+        with pytest.raises(ValueError, match="projections"):
+            dataclasses.replace(SMALL, phase=phase, **variant)
+        return
+    case = dataclasses.replace(SMALL, phase=phase, **variant)
+    timings = time_entries([Entry.of(provider, case) for provider in ON_CPU], Checker(), QUICK)
+    assert len(timings) == len(ON_CPU)
+    for entry, timing in timings.items():
+        assert len(timing.times) == 2 and min(timing.times) > 0, (entry.provider, timing.note)
+        assert timing.note.startswith("all queries")
+
+
+WRONG = {
+    "by 1 %": (lambda output: output * 1.01, ("forward", "both")),
+    "NaN": (lambda output: output * float("nan"), ("forward", "both")),
+    "one number": (lambda output: output.index_put((torch.tensor(0),) * 4, torch.tensor(1e-3), accumulate=True), ("forward",)),
+    "its gradient by 1 %": (lambda output: output + 0.01 * (output - output.detach()), ("backward", "both")),
+}
+
+
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+@pytest.mark.parametrize(("change", "phases"), WRONG.values(), ids=WRONG.keys())
+def test_what_is_wrong_gets_no_figure(monkeypatch, backend, change, phases):
+    spoil(monkeypatch, backend, change)
+    for phase in ("forward", "backward", "both"):
+        entries = [Entry.of(provider, dataclasses.replace(SMALL, phase=phase)) for provider in (backend, "sdpa")]
+        wrong, right = time_entries(entries, Checker(), QUICK).values()
+        if phase in phases:
+            assert not wrong.times and "does not match the reference" in wrong.note
+        assert right.times
+
+
+def test_a_part_of_the_queries_is_checked_where_there_are_too_many(monkeypatch):
+    case = dataclasses.replace(SMALL, length=400, phase="both", dropout=0.1, mask="padding")
+    monkeypatch.setattr("benchmark_checks.CHECKED_NUMBERS", case.num_pairs * 2 * case.proj_dim // 4)
+    monkeypatch.setattr("benchmark_checks.BLOCK_NUMBERS", case.num_pairs * 2 * case.proj_dim // 50)
+    assert Checker().check(Entry("blockwise", case)) == (True, "96 of 400 queries")
+    spoil(monkeypatch, "blockwise", lambda output: output * 1.01)
+    assert not Checker().check(Entry("blockwise", case)).passed
+
+
+def test_what_relus_see_has_no_rounding_error():
+    """Two orders of summation give the same bits, which is why no ReLU opens in one provider only."""
+    for scorer in SCORERS:
+        inputs = draw_inputs(Case(length=64, proj_dim=16, scorer=scorer, projections=True))
+        hidden, weight = inputs.tensors["hidden"], inputs.tensors["in_proj"]
+        key = (hidden @ weight.T)[..., :64]
+        first = inputs.scorer.linear1.weight[:, 16:]
+        assert torch.equal(first @ inputs.scorer.k_proj.weight @ key.mT, first @ (inputs.scorer.k_proj.weight @ key.mT))
+        assert not torch.equal(hidden @ torch.randn_like(weight).T, hidden.flip(-1) @ weight.flip(-1).T)
+
+
+def test_all_providers_get_the_same_inputs():
+    cases = [dataclasses.replace(SMALL, proj_dim=size, scorer=scorer) for size, scorer in ((2, "random"), (16, "initial"))]
+    for case in cases:
+        for name, tensor in draw_inputs(cases[0]).tensors.items():
+            assert torch.equal(tensor, draw_inputs(case).tensors[name])
+    assert Entry.of("sdpa", cases[0]) == Entry.of("sdpa", cases[1])
+    assert Entry.of("native", cases[0]) != Entry.of("native", cases[1])
+    assert not torch.equal(draw_inputs(SMALL, 0).tensors["query"], draw_inputs(SMALL, 1).tensors["query"])
+
+
+def test_masks_reach_the_scores():
+    outputs = [attend("sdpa", draw_inputs(case), case) for case in (dataclasses.replace(SMALL, mask=mask) for mask in MASKS)]
+    for index, output in enumerate(outputs):
+        assert not any(torch.allclose(output, other) for other in outputs[:index])
+
+
+def test_medians_quartiles_and_ratios():
+    assert Spread.of([5.0, 1.0, 2.0, 4.0, 3.0]) == Spread(low=2.0, median=3.0, high=4.0)
+    assert Spread.of([7.0]) == (7.0, 7.0, 7.0)
+    # turn by turn: the ratio of the medians would be 2
+    assert ratio_of([1.0, 4.0, 9.0], [2.0, 1.0, 3.0]) == Spread(low=1.75, median=3.0, high=3.5)
+    assert Spread(1.0, 2.0, 3.0).fields("a") == {"a": 2.0, "a_25%": 1.0, "a_75%": 3.0}
+
+
+def test_turns_go_back_and_forth_and_end_in_time():
+    order: list[str] = []
+
+    def runner(name: str, seconds: float) -> Runner:
+        def run(item: str) -> None:
+            assert item == "prepared"
+            order.append(name)
+            time.sleep(seconds)
+
+        def prepare() -> str:
+            time.sleep(0.02)  # is not timed
+            return "prepared"
+
+        return Runner(run, prepare)
+
+    long, longer = time_by_turns([runner("a", 0.01), runner("b", 0.03)], Limits(repeats=4, fewest=2, seconds=100))
+    assert order[4:] == list("abbaabba"), "after two calls of each"
+    assert len(long) == 4 and 0.01 <= min(long) < 0.02 and 0.03 <= min(longer) < 0.05
+    assert 1.5 < ratio_of(longer, long).median <= 3.5
+    (times,) = time_by_turns([runner("a", 0.01)], Limits(repeats=50, fewest=3, seconds=0.0))
+    assert len(times) == 3
+    order.clear()
+    (times,) = time_by_turns([runner("a", 0.002)], Limits(repeats=1))
+    assert 2 + 3 <= len(order) <= 2 + 5 and 0.002 <= times[0] < 0.01, "short calls are timed several at a time"
+
+
+def test_memory_grows_with_the_pairs_or_with_the_tokens():
+    def growth(provider: str) -> float:
+        small, large = (peak_bytes(Entry(provider, Case(length=length, heads=4, phase="both"))) for length in (1024, 2048))
+        assert small > 2**20
+        return large / small
+
+    assert 3.5 < growth("reference") < 4.5
+    assert 1.6 < growth(FASTEST) < 2.4
+
+
+@pytest.mark.skipif("native" not in CPU_BACKENDS, reason="there is no compiler")
+def test_first_use():
+    new, later = measure_first_use()
+    assert new.call > new.load > 5 * later.call > 0
+
+
+def files_of(path) -> tuple[list[dict], list[dict], list[list[str]]]:
+    record = json.loads(path.with_suffix(".json").read_text())
+    with path.with_suffix(".csv").open() as file:
+        cells = list(csv.DictReader(file))
+    lines = [line for line in path.with_suffix(".md").read_text().splitlines() if line.startswith("|")]
+    assert record["environment"]["torch"] == torch.__version__ and record["command"]
+    assert len(record["rows"]) == len(cells) == len(lines) - 2
+    for row, line in zip(record["rows"], cells, strict=True):
+        assert {name: "" if value is None else str(value) for name, value in row.items()} == {n: line[n] for n in row}
+    return record["rows"], cells, [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+
+
+def test_a_sweep_leaves_files_that_say_the_same(tmp_path, monkeypatch, capsys):
+    spoil(monkeypatch, "blockwise", lambda output: output * 1.01)
+    output = tmp_path / "cards" / "sweep-0.1"
+    axes = "--length 32 64 --phase forward both --heads 2 --head_dim 16 --provider sdpa blockwise reference --proj_dim 2 3"
+    benchmark_attention.main([*axes.split(), "--repeats", "2", "--fewest", "2", "--output", f"{output}"])
+    rows, _, table = files_of(output.with_name("sweep-0.1.x"))
+    assert len(rows) == 4 * (1 + 2 * 2)
+    for row, cells in zip(rows, table[2:], strict=True):
+        if row["provider"] == "blockwise":
+            assert "seconds" not in row and "to_sdpa" not in row
+            assert cells[-1].startswith("not timed: does not match the reference") and not any(cells[4:-1])
+        else:
+            assert row["seconds_25%"] <= row["seconds"] <= row["seconds_75%"] and row["turns"] == 2
+            assert cells[-1] == row["note"] == "all queries" and all(cells[4:])
+        assert (row["proj_dim"] is None) == (row["provider"] in DOT_PRODUCTS) == (row.get("to_sdpa") == 1.0)
+    assert output.with_name("sweep-0.1.png").read_bytes().startswith(b"\x89PNG")
+    printed = capsys.readouterr().out
+    assert printed in (card := output.with_name("sweep-0.1.md").read_text()) and "not measured on a GPU" in card
+    assert "(sweep-0.1.png)" in card
+
+
+def test_what_would_take_too_long_is_left_out(monkeypatch):
+    arguments = benchmark_attention.parse_arguments(
+        ["--length", "16", "64", "--heads", "2", "--provider", "reference", "sdpa"]
+    )
+    limits = Limits(repeats=2, fewest=2, call=0.0)
+    rows = list(benchmark_attention.sweep(arguments, Checker(), limits))
+    timed = {(row["provider"], row["length"], row["phase"]) for row in rows if "seconds" in row}
+    assert {length for provider, length, _ in timed if provider == "reference"} == {16}
+    assert {length for provider, length, _ in timed if provider == "sdpa"} == {16, 64}
+    assert "a call would take" in rows[-2]["note"]
+    timings = time_entries([Entry("reference", Case())], Checker(), Limits(memory=0.1))
+    assert "GiB for its pairs" in timings[Entry("reference", Case())].note
+
+
+@pytest.mark.parametrize("preset", benchmark_attention.LIMITS)
+def test_presets_can_be_listed(preset, capsys):
+    benchmark_attention.main(["--preset", preset, "--dry_run"])
+    assert len(capsys.readouterr().out.splitlines()) >= 6
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--preset bars --length 5", "leave out --length"),
+        ("--causal maybe", "neither yes nor no"),
+        ("--phase decode --projections yes", "does not go with the phase"),
+        pytest.param(
+            "--device cuda", "no CUDA device", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+        ),
+    ],
+)
+def test_flags_that_do_not_fit(run_recipe, flags, message):
+    assert message in run_recipe("benchmark_attention.py", *flags.split(), fails=True)
+
+
+def test_bars_are_those_of_the_issue():
+    bars = {(item.bar.what, item.bar.proj_dim): item for group in kernel_bars("cpu") for item in group}
+    assert len(bars) == 2 * (7 + 2 * 3 + 1)
+    assert bars["forward + backward", 16].bar.bound == 1.0 and bars["forward + backward", 16].over.provider == "sdpa"
+    module = bars["the authors' module, projections included, forward", 2]
+    assert module.entry == ("literal", Case(projections=True)) and module.over == ("native", Case(projections=True))
+    bf16 = bars["bf16 over fp32, forward + backward", 2]
+    assert bf16.entry == ("native", Case(phase="both", dtype="bfloat16")) and bf16.over == ("native", Case(phase="both"))
+
+
+def test_what_is_reached():
+    bar = Bar("a", 2, 0.5)
+    assert bar.row(0.5)["reached"] and not bar.row(0.6)["reached"] and not bar.row(None)["reached"]
+    assert bar.row(Spread(0.4, 0.5, 9.0))["measured_75%"] == 9.0 and "measured" not in bar.row(None)
+    assert not bar.row(float("nan"))["reached"]
+    speedup = bar._replace(at_least=True)
+    assert speedup.row(0.6)["reached"] and not speedup.row(0.4)["reached"]
+
+
+def test_all_bars_come_into_the_files(tmp_path, monkeypatch):
+    """With few tokens, without the native kernel, and a tiny GPT-2 whose backend is wrong."""
+
+    def shrink(entry: Entry) -> Entry:
+        provider = "reference" if entry.provider == "native" else entry.provider
+        return Entry.of(provider, dataclasses.replace(entry.case, length=32, batch_size=1))
+
+    groups = [[(bar, shrink(entry), shrink(over)) for bar, entry, over in group] for group in kernel_bars("cpu")]
+    monkeypatch.setattr(benchmark_bars, "kernel_bars", lambda device: groups)
+    monkeypatch.setattr(benchmark_bars, "peak_bytes", lambda entry: 2**29 * entry.case.proj_dim)
+    monkeypatch.setattr(benchmark_bars, "measure_first_use", lambda: (FirstUse(3.0, 2.0), FirstUse(0.2, 0.1)))
+    monkeypatch.setattr(benchmark_bars, "measure_steps", partial(measure_steps, **TINY_GPT2))
+    spoil(monkeypatch, FASTEST, lambda output: output * 1.01)
+    benchmark_attention.main(["--preset", "bars", "--repeats", "2", "--fewest", "2", "--output", f"{tmp_path / 'bars'}"])
+    rows, _, table = files_of(tmp_path / "bars.x")
+    reached = {(row["what"], row["proj_dim"]): row["reached"] for row in rows}
+    assert len(rows) == len(reached) == 28 + 2 + 2 + 4
+    memory = [reached[what] for what in reached if "memory" in what[0]]
+    first_uses = [reached[what] for what in reached if "first use" in what[0]]
+    assert (memory, first_uses) == ([True, False], [True, False])
+    for row, cells in zip(rows[-4:], table[-4:], strict=True):
+        assert "measured" not in row and cells[3:5] == ["not measured", "**no**"] and "does not match" in row["note"]
+    for row in rows[:28]:
+        below = row["measured"] <= row["bound"]
+        assert row["reached"] == (not below if row["at_least"] else below) and row["note"] == "all queries"
+        assert row["measured"] == pytest.approx(row["seconds"] / row["over_seconds"], rel=0.5)
+
+
+def test_steps_of_whole_models(monkeypatch):
+    for family, fields in ((GPT2, TINY_GPT2), (VIT, TINY_VIT)):
+        rows = measure_steps(family, "cpu", QUICK, 2, (0.0, 0.1), True, **fields)
+        assert [row["attention"] for row in rows] == list(ATTENTIONS) * 3
+        assert all(row["turns"] == 2 and row["seconds"] > 0 for row in rows)
+        assert [row["to_stock"] for row in rows[::3]] == [1.0] * 3
+        assert {row["note"] for row in rows} == {"", "logits and gradient"}
+    spoil(monkeypatch, FASTEST, lambda output: output * 1.01)
+    rows = measure_steps(GPT2, "cpu", QUICK, 2, (0.0,), False, **TINY_GPT2)
+    assert "seconds" in rows[0] and not any("seconds" in row for row in rows[1:])
+
+
+def test_decoding_with_every_cache(monkeypatch):
+    """Two float32 numbers for a key of 8; the bytes of the others count both."""
+    attentions = [STOCK, 'neural_layers="all"']
+    rows = measure_decoding(20, attentions, list(CACHES), "cpu", QUICK, **TINY_GPT2 | {"n_positions": 40})
+    whole, projected = 2 * 4 * (8 + 8) * 4, 2 * 4 * (2 + 8) * 4
+    assert [row["bytes_per_token"] for row in rows] == [whole] * 4 + [projected] * 2
+    assert all(row["turns"] == 2 and row["note"] == "same tokens" for row in rows)
+    assert rows[0]["to_stock"] == 1.0 and rows[-1]["to_stock"] != 1.0
+
+
+def test_caches_that_lead_elsewhere_get_no_figure(monkeypatch):
+    class Forgetful(DynamicCache):
+        def update(self, keys, values, *args, **kwargs):
+            keys, values = super().update(keys, values, *args, **kwargs)
+            return keys, values * (torch.arange(values.shape[2]) > 5)[:, None]
+
+    monkeypatch.setitem(CACHES, "StaticCache", lambda model, room: Forgetful(config=model.config))
+    rows = measure_decoding(20, [STOCK], ["DynamicCache", "StaticCache"], "cpu", QUICK, **TINY_GPT2 | {"n_positions": 40})
+    assert "seconds" in rows[0] and "seconds" not in rows[1] and "other tokens" in rows[1]["note"]
