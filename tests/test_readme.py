@@ -26,24 +26,29 @@ def in_a_folder_with_models(tmp_path, monkeypatch):
     GPT2LMHeadModel(GPT2Config(**sizes)).save_pretrained("openai-community/gpt2")
 
 
-@pytest.mark.parametrize("heading", ["Load", "Train", "Patch", "How it works"])
+@pytest.mark.parametrize("heading", ["Load", "Train", "Patch", "How it works", "Speed"])
 def test_the_blocks_run_as_written(heading, in_a_folder_with_models, capsys):
     scope = {}
     exec(compile(BLOCKS[heading], f"README, {heading}", "exec"), scope)
     if heading == "Load":
         assert capsys.readouterr().out.startswith("The import statement")
+    if heading == "Patch":
+        assert "transformer.h.1.attn" in capsys.readouterr().out
+        assert not any("scorer" in name for name, _ in scope["model"].named_parameters())
+    if heading == "Speed":
+        assert scope["tokens"].shape == (1, 8)
     if heading == "How it works":
         assert scope["output"].shape == (1, 12, 100, 64)
 
 
 def test_a_patched_checkpoint_computes_what_it_computed(in_a_folder_with_models):
-    scope = {}
-    exec(BLOCKS["Patch"], scope)
+    (call,) = re.findall(r"^`(NeuralGPT2LMHeadModel\.from_pretrained\(.*\))`", README, re.MULTILINE)
+    model = eval(call)
     stock = GPT2LMHeadModel.from_pretrained("openai-community/gpt2").eval()
     inputs = stock.dummy_inputs["input_ids"] % stock.config.vocab_size
-    difference = scope["model"].eval()(inputs).logits - stock(inputs).logits
+    difference = model.eval()(inputs).logits - stock(inputs).logits
     assert difference.abs().max() < 1e-5
-    assert len([name for name, _ in scope["model"].named_parameters() if name.endswith("scorer.linear1.weight")]) == 2
+    assert len([name for name, _ in model.named_parameters() if name.endswith("scorer.linear1.weight")]) == 2
 
 
 def test_commands_and_files_that_documents_name_exist():
