@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_neural_attention.models.neural_attention_backends import choose_backend
+from hf_neural_attention.models.neural_attention_backends import choose_backend, run_backend
 from hf_neural_attention.models.neural_attention_scorer import NeuralScorer
 from hf_neural_attention.ops import neural_attention
 from numerics import assert_equals_oracle, randomize, run_with_gradients
@@ -16,13 +16,18 @@ def draw(length: int = 12, **settings) -> tuple[dict[str, torch.Tensor], NeuralS
     return {name: torch.randn(2, 2, length, 16, dtype=torch.float64) for name in ("query", "key", "value")}, scorer
 
 
-def test_auto_is_blockwise():
+def test_auto_is_blockwise_where_the_package_is_not_installed():
     tensors, scorer = draw()
+    arguments = {"attn_mask": None, "dropout_p": 0.0, "dropout_seed": None, "is_causal": True}
+    arguments |= {"residual_scale": None, "keys_projected": False}
+
+    def run(backend: str | None) -> torch.Tensor:
+        return run_backend(backend, *tensors.values(), scorer.weights(), **arguments)
+
     assert choose_backend() == "blockwise"
-    blockwise = neural_attention(**tensors, scorer=scorer, backend="blockwise")
     for backend in (None, "auto"):
-        assert torch.equal(neural_attention(**tensors, scorer=scorer, backend=backend), blockwise)
-    assert not torch.equal(neural_attention(**tensors, scorer=scorer, backend="reference"), blockwise)
+        assert torch.equal(run(backend), run("blockwise"))
+    assert not torch.equal(run("reference"), run("blockwise"))
 
 
 @pytest.mark.parametrize(
