@@ -19,6 +19,7 @@ from ..models.neural_attention_interface import (
 )
 from ..models.neural_attention_scorer import NeuralScorer
 from .errors import AlreadyPatchedError, PatchError, ProbeError, UnsupportedLayerError
+from .inputs import MAKERS
 from .layers import Layers, attention_modules, choose_layers, listed
 from .probing import AttentionCall, probe
 from .reports import PatchedLayer, PatchPlan, PatchStatus
@@ -66,8 +67,11 @@ def patch(
     """Gives attention layers of a Transformers model Neural Attention, in place, and keeps everything else of it.
 
     The layers get a scorer as a child module, of the dtype and on the device of the layer, whose parameters are trainable.
-    Nothing is replaced, no class is touched, and no other model notices. `unpatch` takes it back. What `model` needs, it
-    says before anything is changed: after an error it is what it was.
+    Nothing is replaced, no class is touched, and no other model notices. `unpatch` takes it back. Everything is checked
+    before anything is changed: after an error the model is what it was.
+
+    In mode `"residual"` the outputs stay as they were: to rounding under "sdpa", to the bit in float32 under "eager". But
+    tokens that may attend to nothing (left padding) get zeros, where "eager" lets them attend to everything.
 
     Args:
         model (`nn.Module`): A model whose attention modules fetch their function from Transformers' `AttentionInterface`
@@ -103,7 +107,7 @@ def patch(
     check_implementations(found)
     calls, reasons = probe(model, found, example_inputs)
     names = choose_layers(layers, found, calls, reasons)
-    check_layers({name: found[name] for name in names}, calls, reasons, set(example_inputs or ()))
+    check_layers({name: found[name] for name in names}, calls, reasons, set(example_inputs or MAKERS))
 
     scorers: dict[str, NeuralScorer] = {}
     with torch.random.fork_rng(devices=[], enabled=dry_run):
@@ -165,7 +169,8 @@ def patched_modules(model: nn.Module) -> dict[str, Any]:
 
 
 def is_born_neural(model: nn.Module) -> bool:
-    return hasattr(getattr(model, "config", None), "neural_layers")
+    """Whether a model, or a part of it, is of a class with neural layers."""
+    return any(hasattr(getattr(module, "config", None), "neural_layers") for module in model.modules())
 
 
 def check_model(model: Any) -> None:
@@ -245,7 +250,7 @@ def reasons_against(module: Any, calls: list[AttentionCall], inputs: set[str]) -
         yield f"its {type(module).__name__} has an attribute `scorer` of its own, in whose place the network would go"
     arguments = {name for call in calls for name in call.arguments}
     for name in sorted(arguments & UNSUPPORTED_ARGUMENTS.keys()):
-        yield f"{UNSUPPORTED_ARGUMENTS[name]} (`{name}`), which only a dot product's scores can have"
+        yield f"{UNSUPPORTED_ARGUMENTS[name]} (`{name}`)"
     for name in sorted(arguments - UNSUPPORTED_ARGUMENTS.keys() - KNOWN_ARGUMENTS - inputs):
         yield f"an argument `{name}` of its attention function, of which it is not known here what it does"
     shapes = [(call.query, call.key, call.value) for call in calls]

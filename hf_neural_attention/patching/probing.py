@@ -65,9 +65,7 @@ def record_call(
     **arguments,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """An attention function that writes down what it gets, and answers with zeros."""
-    mask = (
-        attention_mask.shape if isinstance(attention_mask, torch.Tensor) else attention_mask and type(attention_mask).__name__
-    )
+    mask = None if attention_mask is None else getattr(attention_mask, "shape", type(attention_mask).__name__)
     given = tuple(sorted(name for name, value in arguments.items() if value is not None))
     module.config.calls.append(AttentionCall(query.shape, key.shape, value.shape, mask, given))
     batch, num_heads, num_queries, _ = query.shape
@@ -197,9 +195,10 @@ def run_parts(
             attempt(model, [example_inputs], failures)
             return failures
         for name, part in model.named_modules():
-            inside = [found for label, found in calls.items() if not name or label.startswith(f"{name}.")]
-            if isinstance(part, PreTrainedModel) and not all(inside):
-                attempt(part, possible_inputs(part, device, dtype), failures)
+            if isinstance(part, PreTrainedModel):
+                inside = [found for label, found in calls.items() if not name or label.startswith(f"{name}.")]
+                if not all(inside):
+                    attempt(part, possible_inputs(part, device, dtype), failures)
     return failures
 
 

@@ -67,7 +67,8 @@ def test_in_the_interpreter():
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_the_rest_in_the_interpreter():
-    run_in_interpreter(f"(triton- or triton]) and not ({QUICK})")
+    # autocast is left before the kernels: one case shows it, and each takes minutes
+    run_in_interpreter(f"(triton- or triton]) and not ({QUICK}) and not (autocast and not replace)")
 
 
 @interpreted

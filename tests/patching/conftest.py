@@ -1,7 +1,8 @@
-"""These tests compare numbers as those of the models do, with the helpers in their folder."""
+"""These tests use the helpers of the models' tests, and a recipe, which are scripts side by side."""
 
 import sys
 from pathlib import Path
 
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
+ROOT = Path(__file__).parents[2]
+sys.path[:0] = [str(ROOT / "tests" / "models"), str(ROOT / "recipes")]
