@@ -115,9 +115,8 @@ def measure_first_uses() -> Iterator[dict[str, Any]]:
 
 
 def measure_training(device: str, limits: Limits) -> Iterator[dict[str, Any]]:
-    rows = measure_steps(GPT2, device, limits, batch_size=1, dropouts=TRAINING_DROPOUTS, forward=False)
     stock: dict[str, Any] = {}
-    for row in rows:
+    for row in measure_steps(GPT2, device, limits, batch_size=1, dropouts=TRAINING_DROPOUTS, forward=False):
         if row["attention"] not in TRAINING_BOUNDS:
             stock = row
             continue

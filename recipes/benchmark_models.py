@@ -1,7 +1,7 @@
 """Whole models: a training step, a forward pass, and decoding with each kind of cache; stock with SDPA beside neural ones."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -131,24 +131,22 @@ def forward_runner(model: Any, batch: dict[str, Any], device: str) -> Runner:
     return Runner(run, device=device)
 
 
-def rows_of(
+def timed_rows(
     shared: dict[str, Any], arms: list[dict[str, Any]], runners: dict[int, Runner], limits: Limits
-) -> list[dict[str, Any]]:
+) -> Iterator[dict[str, Any]]:
     """A row for each arm, the first of which is what the others are compared with; only those with a runner are timed."""
     times = dict(zip(runners, time_by_turns(list(runners.values()), limits), strict=True))
-    rows = []
     for index, arm in enumerate(arms):
         row = {**shared, **arm}
         if index in times:
             row |= {**Spread.of(times[index]).fields("seconds"), "turns": len(times[index])}
             row |= ratio_of(times[index], times[0]).fields("to_stock") if 0 in times else {}
-        rows.append(row)
-    return rows
+        yield row
 
 
 def measure_steps(
     family: Family, device: str, limits: Limits, batch_size: int, dropouts: tuple[float, ...], forward: bool, **fields: Any
-) -> list[dict[str, Any]]:
+) -> Iterator[dict[str, Any]]:
     """A training step with each dropout, and a forward pass if wanted, of the stock model and the neural ones by turns."""
     models = build_models(family, list(ATTENTIONS), device, **fields)
     batch = draw_batch(family, models[STOCK].config, batch_size, device)
@@ -156,17 +154,15 @@ def measure_steps(
     arms = [{"attention": name, "note": checks[name].message if name in checks else ""} for name in models]
     allowed = {index: model for index, (name, model) in enumerate(models.items()) if name == STOCK or checks[name].passed}
     size = f"{batch_size} x {batch['input_ids'].shape[1]:,} tokens" if family is GPT2 else f"{batch_size} images"
-    rows = []
     for dropout in dropouts:
         for model in allowed.values():
             set_dropout(model, dropout)
         runners = {index: training_runner(model, batch, device) for index, model in allowed.items()}
         shared = {"model": family.name, "step": f"training step, {size}, dropout {dropout}", "dropout": dropout}
-        rows += rows_of(shared, arms, runners, limits)
+        yield from timed_rows(shared, arms, runners, limits)
     if forward:
         runners = {index: forward_runner(model, batch, device) for index, model in allowed.items()}
-        rows += rows_of({"model": family.name, "step": f"forward, {size}"}, arms, runners, limits)
-    return rows
+        yield from timed_rows({"model": family.name, "step": f"forward, {size}"}, arms, runners, limits)
 
 
 @torch.no_grad()
@@ -205,7 +201,7 @@ def decode_runner(model: Any, cache: Any, prompt: torch.Tensor, device: str) -> 
 
 def measure_decoding(
     cached_tokens: int, attentions: list[str], caches: list[str], device: str, limits: Limits, **fields: Any
-) -> list[dict[str, Any]]:
+) -> Iterator[dict[str, Any]]:
     """Time and bytes of a token in GPT-2 with each attention and kind of cache, by turns.
 
     First, all caches of a model must lead to the same tokens, which are those of the blockwise backend with a DynamicCache.
@@ -239,4 +235,4 @@ def measure_decoding(
             arms.append(arm)
     step = f"decode, {cached_tokens:,} cached tokens"
     shared = {"model": f"{GPT2.name}, untied", "step": step, "cached_tokens": cached_tokens}
-    return rows_of(shared, arms, runners, limits)
+    yield from timed_rows(shared, arms, runners, limits)

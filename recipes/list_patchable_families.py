@@ -49,9 +49,9 @@ SIZES = DEPTHS | {
     r"(.*_)?num_key_value_heads": 2,
     r"hidden_size|d_model|n_embd|(embed_|hidden_|projection_|word_embed_proj_)?dim|embedding_size": 64,
     r"(encoder|decoder|out|text)_hidden_size|(.*_)?intermediate_size|((encoder|decoder)_)?ffn_dim|d_ff|mlp_dim": 64,
-    r"(.*_)?head_dim|d_kv|hidden_size_per_layer_input|q_lora_rank|kv_lora_rank": 16,
+    r"((v|qk_nope|qk_rope|linear_key|linear_value|global)_)?head_dim|d_kv|hidden_size_per_layer_input|k?[qv]_lora_rank": 16,
     r"(moe_)?num_(local_)?experts|n_routed_experts": 4,
-    r"num_experts_per_tok|moe_topk": 2,
+    r"num_experts_per_tok|moe_(top)?k": 2,
     r"n_group|topk_group": 1,
     r"image_size": 32,
     r"patch_size|sliding_window|local_attention": 8,
@@ -63,14 +63,14 @@ def families() -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for model_type in CONFIG_MAPPING:
         try:
-            folder = CONFIG_MAPPING[model_type].__module__.split(".")[2]
+            package, _, folder, *_ = CONFIG_MAPPING[model_type].__module__.split(".")
         except (ImportError, AttributeError, KeyError):
             continue
-        found.setdefault(folder, []).append(model_type)
+        if package == "transformers" and folder != "auto":
+            found.setdefault(folder, []).append(model_type)
     return {
         folder: sorted(types, key=lambda name: (name.replace("-", "_") != folder, len(name)))
         for folder, types in sorted(found.items())
-        if folder != "auto"
     }
 
 
@@ -123,8 +123,7 @@ def small_models(model_types: list[str]) -> Iterator[PreTrainedModel]:
             try:
                 config = shrink(AutoConfig.for_model(model_type), limits)
                 wanted = model_class(config)
-                if wanted is None:
-                    reasons.append(f"{model_type}: no Auto class has a model")
+                if wanted is None:  # a part of others
                     break
                 with torch.device("meta"):
                     numbers = sum(parameter.numel() for parameter in wanted(config).parameters())
@@ -135,7 +134,7 @@ def small_models(model_types: list[str]) -> Iterator[PreTrainedModel]:
                 yield wanted(config).eval()
             except Exception as error:  # noqa: BLE001, any config may object in its own way
                 reasons.append(f"{model_type}: {one_line(error)}")
-    raise RuntimeError("; ".join(dict.fromkeys(reasons)) or "no model can be run on generic inputs")
+    raise RuntimeError("; ".join(dict.fromkeys(reasons)) or "no Auto class has a model of it")
 
 
 @torch.no_grad()
@@ -299,14 +298,12 @@ def main() -> None:
     for name in arguments.families or known:
         results[name] = try_family(known[name])
         print(f"{name}: {results[name]['status']} {results[name].get('reason', '')}", flush=True)
-    record = {
-        "command": command_line(),
-        "environment": environment(),
-        "families": dict(sorted((before | results).items())),
-    }
-    if path:
-        write_json(path, record)
-        path.with_suffix(".md").write_text(markdown(record), encoding="utf-8")
+        if path:  # each time, so that a run that is stopped can go on with the other families
+            command = " ".join(word for word in command_line().split() if word not in known)
+            record = {"command": command, "environment": environment()}
+            record["families"] = dict(sorted((before | results).items()))
+            write_json(path, record)
+            path.with_suffix(".md").write_text(markdown(record), encoding="utf-8")
     print(Counter(result["status"] for result in results.values()))
 
 

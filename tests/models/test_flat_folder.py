@@ -67,7 +67,9 @@ def test_files_import_siblings_and_the_two_libraries_only(file):
 
 @pytest.mark.slow
 def test_a_saved_model_with_its_code_runs_without_the_package_and_beside_it(tmp_path):
-    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    # the backend that the package and copies of the code have in common
+    own = {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_NEURAL_ATTENTION_BACKEND": "blockwise"}
+    environment = os.environ | own
     for script in (SAVE, LOAD, LOAD_BESIDE):
         done = subprocess.run(
             [sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False

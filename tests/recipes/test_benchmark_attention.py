@@ -296,20 +296,20 @@ def test_all_bars_come_into_the_files(tmp_path, monkeypatch):
 
 def test_steps_of_whole_models(monkeypatch):
     for family, fields in ((GPT2, TINY_GPT2), (VIT, TINY_VIT)):
-        rows = measure_steps(family, "cpu", QUICK, 2, (0.0, 0.1), True, **fields)
+        rows = list(measure_steps(family, "cpu", QUICK, 2, (0.0, 0.1), True, **fields))
         assert [row["attention"] for row in rows] == list(ATTENTIONS) * 3
         assert all(row["turns"] == 2 and row["seconds"] > 0 for row in rows)
         assert [row["to_stock"] for row in rows[::3]] == [1.0] * 3
         assert {row["note"] for row in rows} == {"", "logits and gradient"}
     spoil(monkeypatch, FASTEST, lambda output: output * 1.01)
-    rows = measure_steps(GPT2, "cpu", QUICK, 2, (0.0,), False, **TINY_GPT2)
+    rows = list(measure_steps(GPT2, "cpu", QUICK, 2, (0.0,), False, **TINY_GPT2))
     assert "seconds" in rows[0] and not any("seconds" in row for row in rows[1:])
 
 
 def test_decoding_with_every_cache(monkeypatch):
     """Two float32 numbers for a key of 8; the bytes of the others count both."""
     attentions = [STOCK, 'neural_layers="all"']
-    rows = measure_decoding(20, attentions, list(CACHES), "cpu", QUICK, **TINY_GPT2 | {"n_positions": 40})
+    rows = list(measure_decoding(20, attentions, list(CACHES), "cpu", QUICK, **TINY_GPT2 | {"n_positions": 40}))
     whole, projected = 2 * 4 * (8 + 8) * 4, 2 * 4 * (2 + 8) * 4
     assert [row["bytes_per_token"] for row in rows] == [whole] * 4 + [projected] * 2
     assert all(row["turns"] == 2 and row["note"] == "same tokens" for row in rows)
@@ -323,5 +323,7 @@ def test_caches_that_lead_elsewhere_get_no_figure(monkeypatch):
             return keys, values * (torch.arange(values.shape[2]) > 5)[:, None]
 
     monkeypatch.setitem(CACHES, "StaticCache", lambda model, room: Forgetful(config=model.config))
-    rows = measure_decoding(20, [STOCK], ["DynamicCache", "StaticCache"], "cpu", QUICK, **TINY_GPT2 | {"n_positions": 40})
+    rows = list(
+        measure_decoding(20, [STOCK], ["DynamicCache", "StaticCache"], "cpu", QUICK, **TINY_GPT2 | {"n_positions": 40})
+    )
     assert "seconds" in rows[0] and "seconds" not in rows[1] and "other tokens" in rows[1]["note"]
