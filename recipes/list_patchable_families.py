@@ -130,11 +130,20 @@ def small_models(model_types: list[str]) -> Iterator[PreTrainedModel]:
                 if numbers > LARGEST:
                     reasons.append(f"{model_type}: {numbers:,} parameters")
                     continue
-                torch.manual_seed(0)
-                yield wanted(config).eval()
+                yield draw(wanted(config)).eval()
             except Exception as error:  # noqa: BLE001, any config may object in its own way
                 reasons.append(f"{model_type}: {one_line(error)}")
     raise RuntimeError("; ".join(dict.fromkeys(reasons)) or "no Auto class has a model of it")
+
+
+@torch.no_grad()
+def draw(model: PreTrainedModel) -> PreTrainedModel:
+    """Weights that keep numbers at about one: as some configs have them, attention would not show in the outputs."""
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.dim() > 1 and parameter.is_floating_point():
+            parameter.normal_(std=(parameter.shape[0] / parameter.numel()) ** 0.5)
+    return model
 
 
 @torch.no_grad()

@@ -19,6 +19,8 @@ Pointer = ctypes.c_void_p
 
 ELEMENT_TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3, torch.bool: 4}
 
+# Microseconds of work. For less, waking a thread costs more than it gives
+PAIRS_PER_THREAD = 4096
 
 # What is differentiated, in the order of the operators' arguments
 TOKENS = ("query", "key", "value")
@@ -69,6 +71,11 @@ def describe(tensor: torch.Tensor | None) -> Tensor:
     return Tensor(tensor.data_ptr(), (Int * 4)(*tensor.stride()), ELEMENT_TYPES[tensor.dtype])
 
 
+def num_threads_for(num_pairs: int) -> int:
+    """As many as torch has, but fewer for little work."""
+    return max(1, min(torch.get_num_threads(), num_pairs // PAIRS_PER_THREAD))
+
+
 def library_for(dtype: torch.dtype) -> ctypes.CDLL:
     library = load_library(dtype)
     if isinstance(library, BuildError):
@@ -114,7 +121,7 @@ def describe_problem(
         keys_projected=key_weight is None,
         is_causal=is_causal,
         residual=residual_scale is not None,
-        num_threads=torch.get_num_threads(),
+        num_threads=num_threads_for(batch * heads * queries * key.shape[2]),
         drop_below=dropout_threshold(dropout_p),
         has_dropout=dropout_seed is not None,
         seed=0 if dropout_seed is None else int(dropout_seed),

@@ -34,7 +34,7 @@ def states(config: Any, length: int, *names: str) -> list[torch.Tensor]:
 
 
 def images(config: Any) -> list[torch.Tensor]:
-    size = first_of(config, "image_size", default=224)
+    size = first_of(config, "image_size", default=64)
     height, width = (size, size) if isinstance(size, int) else tuple(size)[-2:]
     channels = first_of(config, "num_channels", "in_channels", "in_chans", default=3)
     image = torch.zeros(1, channels if isinstance(channels, int) else 3, height, width)

@@ -298,3 +298,23 @@ def test_attention_function_computes_the_operation(causal_module: bool, argument
     expected = neural_attention(query, key, value, scorer, is_causal=causal)
     assert torch.equal(output, expected.transpose(1, 2)) and output.is_contiguous() and weights is None
     assert_far(expected, neural_attention(query, key, value, scorer, is_causal=not causal))
+
+
+@pytest.mark.parametrize("kind", ("none", "bool", "float"))
+@pytest.mark.parametrize("implementation", ("eager", "sdpa"))
+@pytest.mark.parametrize("mode", ("replace", "residual"))
+def test_position_biases_are_added_to_the_scores(kind: str, implementation: str, mode: str):
+    scorer = NeuralScorer(8, proj_dim=4, mode=mode)
+    query, key, value = torch.randn(3, 2, 4, 5, 8)
+    key, value = (torch.cat((tensor, torch.randn(2, 4, 2, 8)), dim=2) for tensor in (key, value))  # a cache of fixed size
+    bias, causal = torch.randn(1, 4, 5, 7, requires_grad=True), torch.ones(5, 7, dtype=torch.bool).tril()
+    floats = torch.zeros(1, 1, 5, 7).masked_fill(~causal, torch.finfo(torch.float32).min)
+    mask = {"none": None, "bool": causal[None, None], "float": floats}[kind]
+    module = SimpleNamespace(config=NeuralConfigView(SimpleNamespace(_attn_implementation=implementation)), scorer=scorer)
+    output, _ = neural_attention_forward(module, query, key, value, mask, position_bias=bias)
+    sees_all = kind == "none" and implementation == "eager"
+    expected = neural_attention(query, key, value, scorer, bias if sees_all else bias.masked_fill(~causal, -torch.inf))
+    assert_near(output.transpose(1, 2), expected)
+    assert_far(output, neural_attention_forward(module, query, key, value, mask)[0])
+    gradients = [torch.autograd.grad(each.square().sum(), bias)[0] for each in (output, expected)]
+    assert_near(*gradients)

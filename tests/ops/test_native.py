@@ -324,6 +324,16 @@ def test_threads_are_as_many_as_torch_has_and_the_same_ones():
     assert run("-c", THREADS, OMP_NUM_THREADS="1").split() == ["0", "1", "3", "3"]
 
 
+@pytest.mark.parametrize("num_pairs, expected", ((0, 1), (5_000, 1), (10_000, 2), (100_000, 3)))
+def test_little_work_is_given_few_threads(num_pairs: int, expected: int):
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        assert backend.num_threads_for(num_pairs) == expected
+    finally:
+        torch.set_num_threads(threads)
+
+
 MEMORY = """
 import resource, sys, torch
 from hf_neural_attention import NeuralScorer, neural_attention

@@ -147,11 +147,13 @@ class Backward {
         key_features(problem, b, problem.feature_head(head), key, n, BACKWARD_KEYS, memory.columns, memory.row, memory.w);
         std::memset(memory.grad_w, 0, sizeof(Real) * h1 * BACKWARD_KEYS);
       }
-      std::memset(memory.sums, 0, sizeof(Real) * (h1 + 2) * hidden2 * LANES);
-      for (int64_t block = problem.is_causal ? key / BACKWARD_QUERIES : 0; block < query_blocks.per_head; block++)
-        queries_of_one_block(memory, net, b, head, part, block, key, n, keys);
       Real* const sums = network_sums.data + place(b, head, part) * pair_sums;
-      for (int64_t k = 0; k < (h1 + 2) * hidden2; k++) sums[k] += sum_lanes(load(memory.sums + k * LANES));
+      for (int64_t block = problem.is_causal ? key / BACKWARD_QUERIES : 0; block < query_blocks.per_head; block++) {
+        std::memset(memory.sums, 0, sizeof(Real) * (h1 + 2) * hidden2 * LANES);
+        queries_of_one_block(memory, net, b, head, part, block, key, n, keys);
+        // block by block: the error of a sum grows with the number of its summands
+        for (int64_t k = 0; k < (h1 + 2) * hidden2; k++) sums[k] += sum_lanes(load(memory.sums + k * LANES));
+      }
       if (g == groups - 1 || own_features) {
         if (problem.keys_projected) {
           write_grad_w(memory, b, problem.feature_head(head), key, n);
@@ -196,7 +198,7 @@ class Backward {
 
     const Rows grad_output = read_rows(result.grad_output, result.grad_output.at(b, head, first), count, problem.value_dim, memory.grad_outputs);
     Rows queries{nullptr, 0};
-    multiply<REPLACE>(grad_output.data, grad_output.stride, 1, count, problem.value_dim, memory.values, BACKWARD_KEYS, memory.grad_scores, BACKWARD_KEYS, columns);
+    multiply_accurately(grad_output.data, grad_output.stride, count, problem.value_dim, memory.values, BACKWARD_KEYS, memory.grad_scores, BACKWARD_KEYS, columns);
     if (problem.residual) {
       queries = read_rows(problem.query, problem.query.at(b, head, first), count, problem.head_dim, memory.queries);
       multiply<REPLACE>(queries.data, queries.stride, 1, count, problem.head_dim, memory.key_columns, BACKWARD_KEYS, memory.weights, BACKWARD_KEYS, columns);

@@ -1,6 +1,8 @@
 // Small matrix products on blocks that lie in cache. Rows of the results are vectors along the last dimension.
 #pragma once
 
+#include <algorithm>
+
 #include "simd.h"
 
 // What becomes of what c held
@@ -51,4 +53,15 @@ static void multiply(const Real* a, int64_t a_row, int64_t a_column, int64_t row
   for (; r + ROWS_AT_ONCE <= rows; r += ROWS_AT_ONCE)
     multiply_rows<HOW, ROWS_AT_ONCE>(a + r * a_row, a_row, a_column, n, b, b_row, c + r * c_row, c_row, width);
   for (; r < rows; r++) multiply_rows<HOW, 1>(a + r * a_row, a_row, a_column, n, b, b_row, c + r * c_row, c_row, width);
+}
+
+// Products in a row that are added up by themselves. The error of such a sum grows with their number.
+constexpr int64_t PRODUCTS_IN_A_SUM = 32;
+
+// c = a b as above, in sums of fewer products
+INLINE void multiply_accurately(const Real* a, int64_t a_row, int64_t rows, int64_t n, const Real* b, int64_t b_row, Real* c,
+                                int64_t c_row, int64_t width) {
+  multiply<REPLACE>(a, a_row, 1, rows, std::min(n, PRODUCTS_IN_A_SUM), b, b_row, c, c_row, width);
+  for (int64_t j = PRODUCTS_IN_A_SUM; j < n; j += PRODUCTS_IN_A_SUM)
+    multiply<ADD>(a + j, a_row, 1, rows, std::min(n - j, PRODUCTS_IN_A_SUM), b + j * b_row, b_row, c, c_row, width);
 }

@@ -35,8 +35,9 @@ class QueryBlocks {
         prepared(numbers * problem.batch * problem.heads * per_head) {
 #pragma omp parallel num_threads(problem.num_threads)
     {
-      Scratch scratch(LANES * width + width * BACKWARD_QUERIES + 2 * value_width * BACKWARD_QUERIES + PairNetwork::size(problem.hidden1, hidden2) + 8 * LANES);
-      Real *row = scratch.take(LANES * width), *columns = scratch.take(width * BACKWARD_QUERIES);
+      const int64_t row_width = std::max(width, value_width);
+      Scratch scratch(LANES * row_width + width * BACKWARD_QUERIES + 2 * value_width * BACKWARD_QUERIES + PairNetwork::size(problem.hidden1, hidden2) + 8 * LANES);
+      Real *row = scratch.take(LANES * row_width), *columns = scratch.take(width * BACKWARD_QUERIES);
       Real *outputs = scratch.take(2 * value_width * BACKWARD_QUERIES), *room = scratch.take(PairNetwork::size(problem.hidden1, hidden2));
 #pragma omp for schedule(static)
       for (int64_t task = 0; task < problem.batch * problem.heads * per_head; task++)
@@ -73,23 +74,26 @@ class QueryBlocks {
     read_transposed(problem.query, problem.query.at(b, head, first), rows, problem.head_dim, columns, n, row);
     project(problem.query_weight + set * h1 * problem.head_dim, problem.query_bias + set * h1, h1, problem.head_dim, columns, n, rows, q.minus_u, n);
     prepare_queries(net, q.minus_u, n, rows, q.bias2);
-    const Rows grad_output = read_rows(result.grad_output, result.grad_output.at(b, head, first), rows, problem.value_dim, outputs + n * value_width);
-    const Rows output = read_rows(result.output, result.output.at(b, head, first), rows, problem.value_dim, outputs);
+    Real* const grad_outputs = outputs + value_width * n;
+    read_transposed(result.output, result.output.at(b, head, first), rows, problem.value_dim, outputs, n, row);
+    read_transposed(result.grad_output, result.grad_output.at(b, head, first), rows, problem.value_dim, grad_outputs, n, row);
+    dot_columns(outputs, grad_outputs, rows, q.delta);
     const Real* softmax = result.softmax + ((b * problem.heads + head) * problem.queries + first) * 2;
-    for (int64_t i = 0; i < rows; i++) {
-      q.delta[i] = dot(grad_output.data + i * grad_output.stride, output.data + i * output.stride);
-      q.pivot[i] = softmax[2 * i], q.inverse[i] = softmax[2 * i + 1];
-    }
+    for (int64_t i = 0; i < rows; i++) q.pivot[i] = softmax[2 * i], q.inverse[i] = softmax[2 * i + 1];
   }
 
-  // In double: delta's error would be shared by all weights of the row, and add up in what they sum to
-  Real dot(const Real* a, const Real* b) const {
-    constexpr int64_t step = LANES < 8 ? LANES : 8;
-    double sums[step] = {};
-    for (int64_t d = 0; d < value_width; d += step)
-      for (int64_t k = 0; k < step; k++) sums[k] += double(a[d + k]) * double(b[d + k]);
-    for (int64_t half = step / 2; half > 0; half /= 2)
-      for (int64_t k = 0; k < half; k++) sums[k] += sums[k + half];
-    return Real(sums[0]);
+  // In the very order in which grad_output is multiplied with the values: where one weight is nearly all of its row, the
+  // roundings of both sides cancel
+  void dot_columns(const Real* a, const Real* b, int64_t rows, Real* sums) const {
+    for (int64_t i = 0; i < rows; i += LANES) {
+      Vec total{};
+      for (int64_t first = 0; first < problem.value_dim; first += PRODUCTS_IN_A_SUM) {
+        Vec sum{};
+        for (int64_t d = first; d < std::min(first + PRODUCTS_IN_A_SUM, problem.value_dim); d++)
+          sum += load(b + d * BACKWARD_QUERIES + i) * load(a + d * BACKWARD_QUERIES + i);
+        total += sum;
+      }
+      store(sums + i, total);
+    }
   }
 };
