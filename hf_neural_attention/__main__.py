@@ -9,11 +9,11 @@ import subprocess
 import sys
 import time
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 
 import torch
 
 from . import __version__
+from .hardware import devices
 from .models.neural_attention_scorer import NeuralScorer
 from .ops import BACKENDS, Inputs, neural_attention
 from .ops.dispatch import ENVIRONMENT_VARIABLE, asked_backend
@@ -31,8 +31,7 @@ VARIABLES = (
     "OMP_NUM_THREADS",
     "CUDA_VISIBLE_DEVICES",
 )
-# Of the flags of x86 and ARM processors, those that the kernels profit from
-INSTRUCTION_SETS = ("sse2", "sse4_2", "avx", "avx2", "fma", "f16c", "avx512f", "avx512dq", "avx512bw", "asimd", "sve", "sve2")
+
 
 # The largest difference, in parts of the largest number of a result, that rounding explains: float32's are near 1e-6, and
 # a pair whose ReLU opens on one side only moves a gradient by a thousand times that
@@ -48,29 +47,6 @@ def packages() -> dict[str, str]:
             found[name] = version(name)
         except PackageNotFoundError:
             found[name] = "not installed"
-    return found
-
-
-def processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    facts = {name.strip(): text.strip() for name, _, text in (line.partition(":") for line in reversed(lines))}
-    flags = {*facts.get("flags", "").split(), *facts.get("Features", "").split()}
-    known = " ".join(name for name in INSTRUCTION_SETS if name in flags)
-    return f"{facts.get('model name', platform.machine())}, {os.cpu_count()} cores ({known or 'instruction sets unknown'})"
-
-
-def devices() -> dict[str, str]:
-    """Name of the machine's first device of each type that tensors can be on."""
-    found = {"cpu": processor()}
-    if torch.cuda.is_available():
-        found["cuda"] = ", ".join(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))
-    if torch.xpu.is_available():
-        found["xpu"] = ", ".join(torch.xpu.get_device_name(index) for index in range(torch.xpu.device_count()))
-    if torch.backends.mps.is_available():
-        found["mps"] = "Apple GPU"
     return found
 
 

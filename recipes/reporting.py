@@ -1,6 +1,5 @@
 """Tables, pictures and model cards from the results of `experiment.py`, and from nothing else."""
 
-import os
 import platform
 import shlex
 import shutil
@@ -16,6 +15,7 @@ import yaml
 from accelerate import PartialState
 
 from experiment import write_json
+from hf_neural_attention.hardware import processor
 
 
 LABELS = {"dot": "dot product", "neural": "neural attention"}
@@ -41,7 +41,7 @@ def environment() -> dict[str, Any]:
     """The machine and the versions that figures were measured with."""
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     return {
-        "cpu": f"{os.cpu_count()} cores, {platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
+        "cpu": processor(),
         "gpu": ", ".join(gpus) or "none",
         "threads": torch.get_num_threads(),
         "processes": PartialState().num_processes,
