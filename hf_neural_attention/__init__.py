@@ -29,11 +29,16 @@ PUBLIC_NAMES = {
     "NeuralViTForMaskedImageModeling": "models.modeling_neural_vit",
     "NeuralViTModel": "models.modeling_neural_vit",
     "NeuralViTPreTrainedModel": "models.modeling_neural_vit",
+    "calibrate": "patching",
     "explain": "diagnostics",
+    "export_to_hub": "export",
+    "from_pretrained": "patching",
+    "load_patch": "patching",
     "neural_attention": "ops",
     "patch": "patching",
     "patch_status": "patching",
     "patched": "patching",
+    "save_patch": "patching",
     "set_backend": "ops",
     "unpatch": "patching",
     "use_backend": "ops",
@@ -56,11 +61,16 @@ __all__ = [
     "NeuralViTModel",
     "NeuralViTPreTrainedModel",
     "__version__",
+    "calibrate",
     "explain",
+    "export_to_hub",
+    "from_pretrained",
+    "load_patch",
     "neural_attention",
     "patch",
     "patch_status",
     "patched",
+    "save_patch",
     "set_backend",
     "unpatch",
     "use_backend",
@@ -68,6 +78,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from .diagnostics import explain
+    from .export import export_to_hub
     from .models.configuration_neural_gpt2 import NeuralGPT2Config
     from .models.configuration_neural_vit import NeuralViTConfig
     from .models.modeling_neural_gpt2 import (
@@ -88,7 +99,7 @@ if TYPE_CHECKING:
     from .models.neural_attention_cache import NeuralCache
     from .models.neural_attention_scorer import NeuralScorer
     from .ops import neural_attention, set_backend, use_backend
-    from .patching import patch, patch_status, patched, unpatch
+    from .patching import calibrate, from_pretrained, load_patch, patch, patch_status, patched, save_patch, unpatch
 
 
 def __getattr__(name: str):

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from argparse import ArgumentParser
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,9 @@ class NeuralArguments:
     )
     neural_proj_dim: int | None = field(default=None, metadata={"help": "Default: max(2, head_dim // 32), the paper's."})
     neural_hidden_dims: list[int] | None = field(default=None, metadata={"help": "Two sizes. Default: the paper's."})
-    neural_mode: str | None = field(default=None, metadata={"help": "replace (the paper; default) or residual."})
+    neural_mode: str | None = field(
+        default=None, metadata={"help": "replace (the paper's) or residual. Default: replace, or for patching residual."}
+    )
     neural_per_head: bool | None = field(
         default=None, metadata={"help": "A scorer for each head instead of each layer. Default: False."}
     )
@@ -75,11 +78,23 @@ def parse_arguments(*types: Any, description: str | None = None) -> tuple[Any, .
     Raises:
         SystemExit: with what is wrong, if the file is missing or malformed, or names an argument that does not exist.
     """
+    parser = HfArgumentParser(list(types), description=description)
+    return parser.parse_args_into_dataclasses(command_line_flags(), look_for_args_file=False)
+
+
+def value_of_flag(name: str) -> str | None:
+    """The value of one flag, for recipes whose other flags depend on it."""
+    parser = ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument(f"--{name}")
+    return getattr(parser.parse_known_args(command_line_flags())[0], name)
+
+
+def command_line_flags() -> list[str]:
+    """Those of `sys.argv`, a configuration file replaced by its flags."""
     arguments = sys.argv[1:]
     if arguments and Path(arguments[0]).suffix in (".json", ".yaml", ".yml"):
-        arguments = flags_of_file(Path(arguments[0])) + arguments[1:]
-    parser = HfArgumentParser(list(types), description=description)
-    return parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
+        return flags_of_file(Path(arguments[0])) + arguments[1:]
+    return arguments
 
 
 def flags_of_file(path: Path) -> list[str]:

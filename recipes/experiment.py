@@ -11,8 +11,10 @@ import dataclasses
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 
 RESULTS = "results.json"
+STAGES = "stages.json"  # of what is measured before training
 TIMED_TURNS = 10
 
 # Arguments that may change between the parts of one run: they do not change what is learned, unless the best checkpoint is
@@ -141,7 +144,8 @@ class Experiment:
         trainer = Trainer(model=model, args=arguments, **self.trainer_arguments | {"callbacks": callbacks})
         checkpoint = get_last_checkpoint(str(folder)) if folder.is_dir() else None
         self.say(f"{arm}: {'resuming from ' + checkpoint if checkpoint else 'training from the start'}")
-        trainer.train(resume_from_checkpoint=checkpoint)
+        with checkpoints_as_they_are(model):
+            trainer.train(resume_from_checkpoint=checkpoint)
         # resuming puts another clock in the place of ours
         clock = next(callback for callback in trainer.callback_handler.callbacks if isinstance(callback, StepClock))
 
@@ -193,6 +197,21 @@ class Experiment:
         return model
 
 
+@contextmanager
+def checkpoints_as_they_are(model: Any) -> Iterator[None]:
+    """Lets checkpoints name weights as the model does: `Trainer` resumes by these names, under which it does not find what
+    `save_pretrained` gave the names of old checkpoints (ViT's)."""
+    before = vars(model).get("save_pretrained")
+    vars(model)["save_pretrained"] = partial(model.save_pretrained, save_original_format=False)
+    try:
+        yield
+    finally:
+        if before is None:
+            del vars(model)["save_pretrained"]
+        else:
+            vars(model)["save_pretrained"] = before
+
+
 def first_batch(trainer_arguments: dict[str, Any], batch_size: int) -> dict[str, torch.Tensor]:
     """The first batch of the training data, as the trainer would collate it."""
     data = trainer_arguments["train_dataset"]
@@ -207,7 +226,7 @@ def claim_folder(folder: Path, settings: dict[str, Any]) -> None:
     """
     settings = {name: value for name, value in settings.items() if name not in FREE_ARGUMENTS}
     record = folder / "run.json"
-    begun = any(folder.glob("*/checkpoint-*")) or any(folder.glob(f"*/{RESULTS}"))
+    begun = any(any(folder.glob(pattern)) for pattern in ("*/checkpoint-*", f"*/{RESULTS}", STAGES))
     if record.exists() and begun:
         earlier = json.loads(record.read_text())
         names = sorted({*settings, *earlier} - FREE_ARGUMENTS)

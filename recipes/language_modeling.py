@@ -111,7 +111,7 @@ def check_fit(model: ModelArguments, text: TextArguments, neural: NeuralArgument
 def generate_sample(model: Any, folder: Path | None, tokenizer: PreTrainedTokenizerBase, prompt: str, seed: int) -> str:
     """Continues the prompt, prints and keeps it (`sample.txt`), and returns it as Markdown."""
     set_seed(seed)
-    positions = model.config.n_positions
+    positions = getattr(model.config, "max_position_embeddings", 1024)
     ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False, verbose=False)["input_ids"][:, : positions // 2].to(
         model.device
     )

@@ -35,6 +35,7 @@ class Task:
     metrics: dict[str, str]  # name -> what it is
     loading: Callable[[str], str]  # folder -> code that loads and uses the model
     notes: str
+    neural_loading: Callable[[str], str] | None = None  # where it is not that of the stock model
 
 
 def environment() -> dict[str, Any]:
@@ -174,6 +175,7 @@ def card_text(record: dict[str, Any], task: Task, arm: str, picture: str) -> str
         if len(results) > 1
         else ""
     )
+    loading = (arm == "neural" and task.neural_loading) or task.loading
     package = "import hf_neural_attention  # makes the model type known to the Auto classes\n" if arm == "neural" else ""
     return f"""---
 {yaml.safe_dump(metadata, sort_keys=False).strip()}
@@ -214,7 +216,7 @@ Config (what differs from the defaults): `{config}`
 ## Use
 
 ```python
-{package}{task.loading("FOLDER")}
+{package}{loading("FOLDER")}
 ```
 
 ## Limits

@@ -4,6 +4,9 @@ from dataclasses import dataclass
 from typing import Any
 
 
+# Of the neural fields and the scorers' weights. Raised when code of the last version would misread what is saved.
+FORMAT_VERSION = 1
+
 MODES = ("replace", "residual")
 INITIALIZATIONS = ("mirrored", "paper")
 
@@ -50,6 +53,7 @@ class NeuralAttentionConfigMixin:
             as exactly that). Default: `"replace"`.
         neural_per_head (`bool`): One scorer per head instead of one per layer. Default: False.
         neural_init (`str`): `"mirrored"` (never dead at birth) or `"paper"`. Default: `"mirrored"`.
+        neural_format_version (`int`): Of these fields; a checkpoint of a later one is refused.
 
     Raises:
         ValueError: at construction, naming field, value and what is allowed.
@@ -62,6 +66,7 @@ class NeuralAttentionConfigMixin:
     neural_mode: Any = "replace"
     neural_per_head: Any = False
     neural_init: Any = "mirrored"
+    neural_format_version: Any = FORMAT_VERSION
 
     def __post_init__(self, **kwargs):
         if self.neural_layers is None:
@@ -71,10 +76,19 @@ class NeuralAttentionConfigMixin:
         self.__dict__.pop("model_type", None)
         self.check_neural_fields()
 
+    def to_diff_dict(self) -> dict[str, Any]:
+        # also where it is the default: a later version will have another
+        return super().to_diff_dict() | {"neural_format_version": self.neural_format_version}
+
     def check_neural_fields(self) -> list[int]:
         """Checks every neural field and returns the indices of the neural layers. Models call it too, since fields can be
         set after construction."""
-        proj_dim, hidden_dims = self.neural_proj_dim, self.neural_hidden_dims
+        version, proj_dim, hidden_dims = self.neural_format_version, self.neural_proj_dim, self.neural_hidden_dims
+        if not is_positive_int(version) or version > FORMAT_VERSION:
+            raise ValueError(
+                f"`neural_format_version` is {version!r}; this code reads versions up to {FORMAT_VERSION}. If the checkpoint "
+                "was saved by a newer hf_neural_attention, install that."
+            )
         if proj_dim is not None and not is_positive_int(proj_dim):
             raise ValueError(f"`neural_proj_dim` is {proj_dim!r}; it must be None or an integer of at least 1.")
         if hidden_dims is not None and not (

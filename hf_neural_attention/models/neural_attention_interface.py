@@ -140,6 +140,26 @@ def add_position_bias(attention_mask: torch.Tensor | None, position_bias: torch.
     return position_bias + attention_mask
 
 
+def mask_of_call(
+    module: AttentionModule,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    is_causal: bool | None,
+    position_bias: torch.Tensor | None,
+) -> tuple[torch.Tensor | None, bool, int]:
+    """`normalize_mask` of what an attention module hands to its attention function, biases included."""
+    implementation = module.config.base._attn_implementation
+    if implementation not in SUPPORTED_IMPLEMENTATIONS:  # a stock model does not refuse it when it is set
+        check_implementation(implementation, f"A model with a neural {type(module).__name__}")
+    if is_causal is None:
+        is_causal = getattr(module, "is_causal", True)
+    mask, causal, num_keys = normalize_mask(implementation, attention_mask, query.shape[2], key.shape[2], is_causal)
+    if position_bias is not None:
+        mask = add_position_bias(mask, position_bias[..., :num_keys])
+    return mask, causal, num_keys
+
+
 def neural_attention_forward(
     module: AttentionModule,
     query: torch.Tensor,
@@ -174,13 +194,7 @@ def neural_attention_forward(
         if kwargs.get(name) is not None:
             raise ValueError(f"Neural Attention cannot honour {feature} (`{name}`), which this model's attention asks for.")
     implementation = module.config.base._attn_implementation
-    if implementation not in SUPPORTED_IMPLEMENTATIONS:  # a stock model does not refuse it when it is set
-        check_implementation(implementation, f"A model with a neural {type(module).__name__}")
-    if is_causal is None:
-        is_causal = getattr(module, "is_causal", True)
-    mask, causal, num_keys = normalize_mask(implementation, attention_mask, query.shape[2], key.shape[2], is_causal)
-    if position_bias is not None:
-        mask = add_position_bias(mask, position_bias[..., :num_keys])
+    mask, causal, num_keys = mask_of_call(module, query, key, attention_mask, is_causal, position_bias)
     output, weights = module.scorer(
         query,
         key[:, :, :num_keys],

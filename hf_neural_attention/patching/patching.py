@@ -21,7 +21,9 @@ from ..models.neural_attention_scorer import NeuralScorer
 from .errors import AlreadyPatchedError, PatchError, ProbeError, UnsupportedLayerError
 from .inputs import MAKERS
 from .layers import Layers, attention_modules, choose_layers, listed
-from .probing import AttentionCall, probe
+from .pretrained import hook_saving, unhook_saving
+from .probing import SHARDING_CLASSES, AttentionCall, probe
+from .records import is_born_neural, patched_modules
 from .reports import PatchedLayer, PatchPlan, PatchStatus
 
 
@@ -47,9 +49,6 @@ KNOWN_ARGUMENTS = {
     "sliding_window",  # it is in the mask
     "use_cache",
 }
-
-# They count parameters when they are made. By name: not every build of torch has them
-SHARDING_CLASSES = ("DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule")
 
 
 def patch(
@@ -103,25 +102,50 @@ def patch(
     """
     check_model(model)
     check_settings(proj_dim, hidden_dims, per_head)
+    calls = inspect_layers(model, layers, example_inputs)
+    scorers: dict[str, NeuralScorer] = {}
+    with torch.random.fork_rng(devices=[], enabled=dry_run):
+        for name, call in calls.items():
+            _, num_heads, _, head_dim = call.query
+            scorers[name] = NeuralScorer(head_dim, proj_dim, hidden_dims, mode, num_heads if per_head else None, init)
+    if dry_run:
+        return plan_of(model, scorers)
+    attach_scorers(model, scorers)
+    return model
+
+
+def inspect_layers(model: nn.Module, layers: Layers, example_inputs: Mapping[str, Any] | None) -> dict[str, AttentionCall]:
+    """The layers that are chosen and a call of each, by name, in the order of the model.
+
+    Raises:
+        PatchError: if one of them, or the model, cannot be patched.
+    """
     found = attention_modules(model)
     check_implementations(found)
     calls, reasons = probe(model, found, example_inputs)
     names = choose_layers(layers, found, calls, reasons)
     check_layers({name: found[name] for name in names}, calls, reasons, set(example_inputs or MAKERS))
+    return {name: calls[found[name]][0] for name in names}
 
-    scorers: dict[str, NeuralScorer] = {}
-    with torch.random.fork_rng(devices=[], enabled=dry_run):
-        for name in names:
-            _, num_heads, _, head_dim = calls[found[name]][0].query
-            scorer = NeuralScorer(head_dim, proj_dim, hidden_dims, mode, num_heads if per_head else None, init)
-            scorers[name] = scorer.to(*place_of(found[name], model)).train(found[name].training)
-    if dry_run:
-        backends = Explanation(explain_layer(name, as_if_patched(found[name]), scorers[name], None) for name in names)
-        status = PatchStatus(PatchedLayer.of(name, scorer) for name, scorer in scorers.items())
-        return PatchPlan(status, sum(parameter.numel() for parameter in model.parameters()), backends)
+
+def attach_scorers(model: nn.Module, scorers: Mapping[str, NeuralScorer]) -> None:
+    """Gives the named attention modules their scorers, in place, and lets the model save them. Cannot fail halfway."""
     for name, scorer in scorers.items():
-        attach_scorer(found[name], scorer)
-    return model
+        module: Any = model.get_submodule(name)
+        scorer.to(*place_of(module, model)).train(module.training)
+    for name, scorer in scorers.items():
+        attach_scorer(model.get_submodule(name), scorer)
+    hook_saving(model)
+
+
+def plan_of(model: nn.Module, scorers: Mapping[str, NeuralScorer]) -> PatchPlan:
+    """What would be done."""
+    modules: dict[str, Any] = {name: model.get_submodule(name) for name in scorers}
+    for name, scorer in scorers.items():
+        scorer.to(*place_of(modules[name], model))
+    backends = Explanation(explain_layer(name, as_if_patched(modules[name]), scorers[name], None) for name in scorers)
+    status = PatchStatus(PatchedLayer.of(name, scorer) for name, scorer in scorers.items())
+    return PatchPlan(status, sum(parameter.numel() for parameter in model.parameters()), backends)
 
 
 def unpatch(model: ModelT) -> ModelT:
@@ -140,6 +164,7 @@ def unpatch(model: ModelT) -> ModelT:
         raise PatchError(f"This {type(model).__name__} is not patched; there is nothing to take off.")
     for module in layers.values():
         detach_scorer(module)
+    unhook_saving(model)
     return model
 
 
@@ -159,20 +184,6 @@ def patch_status(model: nn.Module) -> PatchStatus:
     return PatchStatus(PatchedLayer.of(name, scorer) for name, _, scorer in neural_layers(model))
 
 
-def patched_modules(model: nn.Module) -> dict[str, Any]:
-    """Attention modules with a scorer that `attach_scorer` put there, by name."""
-    return {
-        name: module
-        for name, module, _ in neural_layers(model)
-        if isinstance(getattr(module, "config", None), NeuralConfigView)
-    }
-
-
-def is_born_neural(model: nn.Module) -> bool:
-    """Whether a model, or a part of it, is of a class with neural layers."""
-    return any(hasattr(getattr(module, "config", None), "neural_layers") for module in model.modules())
-
-
 def check_model(model: Any) -> None:
     """Raises an error if `model` is no model, or none that may be patched now."""
     if not isinstance(model, nn.Module):
@@ -187,11 +198,16 @@ def check_model(model: Any) -> None:
             f"This {type(model).__name__} is patched already, in {listed(names)}. `unpatch(model)` first, then patch it with "
             "all the layers that you want."
         )
+    check_unsharded(model)
+
+
+def check_unsharded(model: nn.Module) -> None:
+    """Raises a PatchError if a model is wrapped or sharded for training by several processes."""
     for module in model.modules():
         if any(parent.__name__ in SHARDING_CLASSES for parent in type(module).__mro__):
             raise PatchError(
                 f"{type(module).__name__} has taken over the parameters of this model and would not know of new ones. Patch "
-                "the model before it is wrapped or sharded."
+                "(and calibrate) the model before it is wrapped or sharded."
             )
 
 

@@ -109,10 +109,21 @@ def probe(
     return calls, " ".join(f"{name} said: {reason}." for name, reason in failures.items())
 
 
+# They count parameters when they are made. By name: not every build of torch has them
+SHARDING_CLASSES = ("DistributedDataParallel", "FullyShardedDataParallel", "DeepSpeedEngine", "FSDPModule")
+
+
 def unwrap(model: Any) -> nn.Module:
-    """The Transformers model inside what torch.compile and peft put around it."""
-    model = getattr(model, "_orig_mod", model)
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    """The Transformers model inside what torch.compile, peft and the distribution of training put around it."""
+    while True:
+        if hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        elif hasattr(model, "get_base_model"):
+            model = model.get_base_model()
+        elif type(model).__name__ in ("DataParallel", *SHARDING_CLASSES) and hasattr(model, "module"):
+            model = model.module
+        else:
+            return model
 
 
 def skeleton(model: nn.Module, mode: FakeTensorMode) -> nn.Module:

@@ -12,6 +12,7 @@ from hf_neural_attention import NeuralGPT2Config, NeuralViTConfig
 
 DEFAULTS = {
     "neural_layers": [0],
+    "neural_format_version": 1,
     "neural_proj_dim": None,
     "neural_hidden_dims": None,
     "neural_mode": "replace",

@@ -12,6 +12,7 @@ from conftest import RECIPES
 from image_classification import ModelArguments as ImageModelArguments
 from image_data import ImageArguments
 from language_modeling import ModelArguments as TextModelArguments
+from patch_and_finetune import CheckpointArguments
 from text_data import TextArguments
 
 
@@ -72,6 +73,8 @@ def test_every_configuration_parses(monkeypatch, tmp_path, file):
     content = yaml.safe_load(file.read_text())
     image = "image_size" in content
     types = (ImageModelArguments, ImageArguments) if image else (TextModelArguments, TextArguments)
+    if file.stem.startswith("patch-"):
+        types = (CheckpointArguments, types[1])
     parsed = parse(monkeypatch, file, "--output_dir", tmp_path, types=(*types, NeuralArguments, TrainingArguments))
     for name, value in content.items():
         owner = next(group for group in parsed if hasattr(group, name))

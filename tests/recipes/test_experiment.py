@@ -5,10 +5,26 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, TrainerCallback, TrainingArguments
+from datasets import Dataset
+from safetensors.torch import load_file
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    TrainerCallback,
+    TrainingArguments,
+    ViTConfig,
+    ViTForImageClassification,
+    default_data_collator,
+)
 
 from experiment import Experiment, StepClock, claim_folder, settings_of, write_json
-from hf_neural_attention import NeuralGPT2Config, NeuralGPT2LMHeadModel
+from hf_neural_attention import (
+    NeuralGPT2Config,
+    NeuralGPT2LMHeadModel,
+    NeuralViTConfig,
+    NeuralViTForImageClassification,
+    patch,
+)
 from language_modeling import collate as collate_blocks
 from text_data import TokenizedText, cut_into_blocks
 
@@ -102,6 +118,36 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), two.state_dict().values(), strict=True))
     assert parts["steps"] == 20 and parts["train_seconds"] > 0
     assert one.config.use_cache  # Trainer had switched it off
+
+
+@pytest.mark.parametrize("kind", ("dot", "neural", "patched"))
+def test_an_interrupted_run_of_a_vit_too(tmp_path, kind):
+    # whose checkpoints name weights as old versions did, unless told not to
+    sizes = {"image_size": 8, "patch_size": 4, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    images = {"pixel_values": torch.randn(20, 3, 8, 8), "labels": torch.randint(2, (20,))}
+
+    def build(arm):
+        if kind == "neural":
+            return NeuralViTForImageClassification(NeuralViTConfig(**sizes))
+        model = ViTForImageClassification(ViTConfig(**sizes))
+        return patch(model, "all", mode="replace") if kind == "patched" else model
+
+    def experiment(name, *callbacks):
+        made = make_experiment(tmp_path / name, *callbacks)
+        made.build_model = build
+        data = Dataset.from_dict(images).with_format("torch")
+        made.trainer_arguments |= {"train_dataset": data, "data_collator": default_data_collator}
+        return made
+
+    whole = experiment("whole").run(("dot",))["dot"]
+    with pytest.raises(KeyboardInterrupt):
+        experiment("parts", Killed(at_step=6)).run(("dot",))
+    parts = experiment("parts").run(("dot",))["dot"]
+    losses = [[entry["loss"] for entry in run["history"] if "loss" in entry] for run in (whole, parts)]
+    assert losses[0] == losses[1] and len(losses[0]) == 8
+    states = [load_file(tmp_path / name / "dot/model.safetensors") for name in ("whole", "parts")]
+    assert states[0].keys() == states[1].keys() and all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    assert any("encoder.layer.0" in name for name in states[0]) == (kind != "patched")  # the last one as stock models do
 
 
 def test_a_finished_arm_is_not_trained_again(tmp_path, capsys):

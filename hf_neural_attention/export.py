@@ -1,0 +1,274 @@
+"""`export_to_hub`: a model as a folder, or a repository on the Hub, that anyone can load."""
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, HfApi, ModelCardData
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.dynamic_module_utils import get_relative_import_files
+from transformers.models.auto import modeling_auto
+from transformers.utils import CONFIG_NAME
+
+from .patching.errors import PatchError
+from .patching.pretrained import neural_fields
+from .patching.probing import unwrap
+from .patching.records import is_born_neural, record_of
+from .registration import FAMILIES
+
+
+MODELS = Path(__file__).parent / "models"
+
+CITATION = """@article{digiugno2025neural,
+  title   = {Neural Attention: A Novel Mechanism for Enhanced Expressive Power in Transformer Models},
+  author  = {DiGiugno, Andrew and Mahmood, Kaleel},
+  journal = {arXiv preprint arXiv:2502.17206},
+  year    = {2025}
+}"""
+
+# Auto class -> what a pipeline calls that task
+PIPELINES = {
+    "AutoModelForCausalLM": "text-generation",
+    "AutoModelForImageClassification": "image-classification",
+    "AutoModelForSequenceClassification": "text-classification",
+    "AutoModelForTokenClassification": "token-classification",
+    "AutoModelForQuestionAnswering": "question-answering",
+}
+
+
+def export_to_hub(
+    model: nn.Module,
+    save_directory: str | Path,
+    tokenizer_or_processor: Any = None,
+    *,
+    remote_code: bool = True,
+    results: Mapping[str, float] | str | Path | None = None,
+    dataset: str | None = None,
+    license: str = "apache-2.0",
+    description: str = "",
+    push_to_hub: bool = False,
+    repo_id: str | None = None,
+    token: str | bool | None = None,
+    private: bool | None = None,
+    commit_message: str = "Upload model with Neural Attention",
+) -> Path:
+    """Writes everything that others need of a neural GPT-2 or ViT, and uploads it if asked to.
+
+    The folder holds the weights (safetensors), the config, the generation config (with the cache on, which `Trainer` switches
+    off), the tokenizer or image processor, a model card, and the code of the model. It loads offline in three ways, with the
+    same logits to the bit on the same backend: by the Auto classes after `import hf_neural_attention`, by
+    `trust_remote_code=True` where this package is not installed, and by `pipeline`. There is no pickle in it.
+
+    Files are written beside the folder and moved into it at the end: an export that fails leaves what was there.
+
+    Args:
+        model (`nn.Module`): A `NeuralGPT2*` or `NeuralViT*` model, or a GPT-2 or ViT whose layers `patch` has made neural.
+        save_directory (`str` or `Path`): Is made if it is not there; files of the same names are replaced.
+        tokenizer_or_processor (*optional*): With `save_pretrained`.
+        remote_code (`bool`): Put the model's code beside it, for those without this package. Default: True.
+        results (`dict`, or path of a JSON file of the recipes, *optional*): Figures for the card, by name.
+        dataset, license, description: for the card.
+        push_to_hub (`bool`): Upload the folder. Default: False.
+        repo_id, token, private, commit_message: for the upload. Default of `repo_id`: the folder's name.
+
+    Returns:
+        The folder.
+
+    Raises:
+        PatchError: (a ValueError) if the model has no neural layers, or patched ones that no class of this package has: save
+            those with `save_pretrained`, or `save_patch`.
+        RuntimeError: if the upload fails; the folder is whole then, and the message says how to go on.
+    """
+    base: Any = unwrap(model)
+    architecture = exported_class(base)
+    figures = read_results(results)
+    folder = Path(save_directory)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as name:
+        draft = Path(name)
+        with cache_switched_on(base):
+            base.save_pretrained(draft)
+        if tokenizer_or_processor is not None:
+            tokenizer_or_processor.save_pretrained(draft)
+        auto_map = auto_classes_of(base, architecture)
+        if remote_code:
+            add_code(draft, auto_map)
+        pipeline = next(
+            (task for name, task in PIPELINES.items() if auto_map.get(name, "").endswith(f".{architecture}")), None
+        )
+        (draft / "README.md").write_text(
+            card(repo_id or folder.name, architecture, auto_map, pipeline, figures, dataset, license, description, remote_code)
+        )
+        folder.mkdir(exist_ok=True)
+        # the config last: without it, a folder is no model
+        for path in sorted(draft.iterdir(), key=lambda path: path.name == CONFIG_NAME):
+            path.replace(folder / path.name)
+    if push_to_hub:
+        upload(folder, repo_id or folder.name, token, private, commit_message)
+    return folder
+
+
+def exported_class(model: Any) -> str:
+    """Name of this package's class for a model."""
+    import hf_neural_attention
+
+    if isinstance(model, PreTrainedModel) and is_born_neural(model):
+        if type(model).__name__ in hf_neural_attention.__all__:
+            return type(model).__name__
+    elif fields := neural_fields(record_of(model)):  # raises if nothing is patched
+        return fields["architectures"][0]
+    raise PatchError(
+        f"No class of hf_neural_attention computes what this {type(model).__name__} computes, so there is no code to export "
+        "beside it. Use `model.save_pretrained` and `hf_neural_attention.from_pretrained`, or `save_patch` and `load_patch`."
+    )
+
+
+def auto_classes_of(model: Any, architecture: str) -> dict[str, str]:
+    """`auto_map` of a config.json: Auto class -> "file.Class", for every Auto class that has one of the family."""
+    family = next(name for name, stock in FAMILIES.items() if model.config.model_type in (name, stock))
+    found = {"AutoConfig": f"configuration_{family}.{config_class_name(family)}"}
+    for name in modeling_auto.__all__:
+        if not name.startswith("Auto"):
+            continue
+        mapping = getattr(getattr(modeling_auto, name), "_model_mapping", None)
+        classes = mapping._model_mapping.get(family) if mapping is not None else None
+        if classes is not None:
+            names = classes if isinstance(classes, tuple | list) else (classes,)
+            found[name] = f"modeling_{family}.{architecture if architecture in names else names[0]}"
+    return found
+
+
+def config_class_name(family: str) -> str:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    return CONFIG_MAPPING_NAMES[family]
+
+
+def add_code(folder: Path, auto_map: dict[str, str]) -> None:
+    """Copies the files of the classes in `auto_map`, and what they import, and enters it into config.json."""
+    files = {MODELS / f"{place.split('.')[0]}.py" for place in auto_map.values()}
+    files |= {Path(path) for file in files for path in get_relative_import_files(file)}
+    for file in sorted(files):
+        shutil.copy(file, folder / file.name)
+    path = folder / CONFIG_NAME
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"auto_map": auto_map}, indent=2, sort_keys=True) + "\n")
+
+
+@contextmanager
+def cache_switched_on(model: Any) -> Iterator[None]:
+    """`Trainer` sets `use_cache` to False, and never back."""
+    candidates = (model.config, getattr(model, "generation_config", None))
+    configs: list[Any] = [config for config in candidates if hasattr(config, "use_cache")]
+    before = [config.use_cache for config in configs]
+    try:
+        for config in configs:
+            config.use_cache = True
+        yield
+    finally:
+        for config, value in zip(configs, before, strict=True):
+            config.use_cache = value
+
+
+def read_results(results: Mapping[str, float] | str | Path | None) -> dict[str, float]:
+    """Figures by name, from a dict or from a file that a recipe wrote (`results.json`)."""
+    if results is None:
+        return {}
+    if isinstance(results, str | Path):
+        results = json.loads(Path(results).read_text())
+    metrics = results.get("metrics", results) if isinstance(results, Mapping) else None
+    if not isinstance(metrics, Mapping) or not all(isinstance(value, int | float) for value in metrics.values()):
+        raise ValueError("`results` must hold numbers by name, or a recipe's results.json with `metrics`.")
+    return dict(metrics)
+
+
+def upload(folder: Path, repo_id: str, token: str | bool | None, private: bool | None, commit_message: str) -> None:
+    api = HfApi(token=token)
+    try:
+        repo = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        api.upload_folder(repo_id=repo, folder_path=folder, commit_message=commit_message)
+    except Exception as error:
+        raise RuntimeError(
+            f"The upload to {repo_id} failed: {error}. {folder} is complete; go on with `hf upload {repo_id} {folder}`, or "
+            "call `export_to_hub` again."
+        ) from error
+
+
+def card(
+    name: str,
+    architecture: str,
+    auto_map: dict[str, str],
+    pipeline: str | None,
+    figures: dict[str, float],
+    dataset: str | None,
+    license: str,
+    description: str,
+    remote_code: bool,
+) -> str:
+    """The model card: metadata, figures, how to load it, limits, citation."""
+    auto = next((auto for auto, place in auto_map.items() if place.endswith(f".{architecture}")), "AutoModel")
+    evaluations = [
+        EvalResult(
+            task_type=pipeline or "other",
+            dataset_type=dataset or "unknown",
+            dataset_name=dataset or "unknown",
+            metric_type=metric,
+            metric_value=value,
+        )
+        for metric, value in figures.items()
+    ]
+    metadata = ModelCardData(
+        license=license,
+        library_name="transformers",
+        pipeline_tag=pipeline,
+        tags=["neural-attention", "hf_neural_attention"],
+        datasets=dataset,
+        model_name=name.split("/")[-1] if evaluations else None,
+        eval_results=evaluations or None,
+    )
+    rows = "\n".join(f"| {metric} | {value:.4g} |" for metric, value in figures.items())
+    table = f"\n## Figures\n\n{f'On {dataset}.' if dataset else ''}\n\n| | |\n| --- | --- |\n{rows}\n" if figures else ""
+    without = f'''
+# without it: its code lies beside the weights, and runs only if you say so
+model = {auto}.from_pretrained("{name}", trust_remote_code=True)
+'''
+    use = f'''
+import hf_neural_attention
+from transformers import pipeline
+
+run = pipeline("{pipeline}", "{name}")
+'''
+    return f"""---
+{metadata.to_yaml()}
+---
+
+# {name.split("/")[-1]}
+
+A `{architecture}`: a model with Neural Attention (DiGiugno and Mahmood, arXiv 2502.17206), which scores a query against a key
+with a small network instead of a dot product. {description}
+{table}
+## Use
+
+```python
+from transformers import {auto}
+
+# with the package: pip install hf_neural_attention
+import hf_neural_attention
+
+model = {auto}.from_pretrained("{name}")
+{without if remote_code else ""}```
+{f"{chr(10)}```python{use}```{chr(10)}" if pipeline else ""}
+## Limits
+
+It knows what it was trained on and no more; nobody has examined it for bias or safety.
+
+## Citation
+
+```bibtex
+{CITATION}
+```
+"""

@@ -1,0 +1,260 @@
+"""`calibrate`: fits scorers to the dot-product attention in whose place they are, before any training of the model.
+
+Layer by layer, in the order of the model: queries and keys are what the layer gets when the layers before it are calibrated
+already, as they will be when the model runs. What is minimised is the KL divergence of the network's attention rows from the
+dot product's, over the scorer's weights alone.
+"""
+
+import copy
+import itertools
+import math
+import time
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.nn.functional import kl_div, log_softmax
+from torch.utils._pytree import tree_map_only
+from tqdm.auto import tqdm
+from transformers import AttentionInterface, AttentionMaskInterface, get_cosine_schedule_with_warmup
+from transformers.masking_utils import sdpa_mask
+
+from ..diagnostics import neural_layers
+from ..models.neural_attention_interface import NeuralConfigView, mask_of_call
+from ..models.neural_attention_masking import mask_scores
+from ..models.neural_attention_reference import expand_heads, reference_scores
+from .errors import PatchError
+from .patching import check_unsharded
+from .probing import left_as_it_was, unwrap
+from .records import check_plain
+from .reports import table
+
+
+CAPTURE_NAME = "neural_attention_capture"
+
+# Numbers in the largest tensor of a step, [B, H, rows, Tk, h1]: 128 MiB in float32
+NUMBERS_AT_ONCE = 2**25
+ROWS_OF_AN_EVALUATION = 64
+
+
+class CalibratedLayer(NamedTuple):
+    """What calibration did to one layer. Divergences are in nats per attention row, over batches that were not fitted."""
+
+    layer: str
+    kl_before: float
+    kl_after: float
+    kl_uniform: float  # of attention that is the same for all keys: what a scorer without any knowledge has
+    seconds: float
+
+
+class CalibrationReport(tuple[CalibratedLayer, ...]):
+    """One `CalibratedLayer` per neural layer, in the order of the model. `str()` makes a table of it."""
+
+    def __str__(self) -> str:
+        rows = [(layer.layer, *(f"{number:.4g}" for number in layer[1:])) for layer in self]
+        return table([CalibratedLayer._fields, *rows])
+
+    __repr__ = __str__
+
+
+class Call(NamedTuple):
+    """What one attention function was called with."""
+
+    query: torch.Tensor  # [B, H, Tq, D]
+    key: torch.Tensor  # [B, H, Tk, D]
+    mask: torch.Tensor | None  # bool or float, broadcasts to [B, H, Tq, Tk]
+    is_causal: bool
+    scaling: float
+
+    def masked_rows(self, scores: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """Scores `[B, H, rows, Tk]` of some queries, with -inf for what they may not see."""
+        causal = torch.arange(scores.shape[-1], device=rows.device) <= rows[:, None] if self.is_causal else None
+        mask = self.mask if self.mask is None or self.mask.shape[-2] == 1 else self.mask[..., rows, :]
+        return mask_scores(scores, mask, causal)
+
+
+class LayerReached(Exception):
+    """Ends a forward at the layer that was to be seen."""
+
+
+class CaptureConfigView(NeuralConfigView):
+    """A model's config as a module sees it whose call is kept."""
+
+    def __init__(self, base: Any, calls: list[Call]):
+        super().__init__(base)
+        object.__setattr__(self, "calls", calls)
+
+    @property
+    def _attn_implementation(self) -> str:
+        return CAPTURE_NAME
+
+
+def capture_call(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    position_bias: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """An attention function that keeps what it gets, and ends the forward."""
+    mask, causal, num_keys = mask_of_call(module, query, key, attention_mask, is_causal, position_bias)
+    scaling = 1.0 / math.sqrt(query.shape[-1]) if scaling is None else scaling
+    key = expand_heads(key[:, :, :num_keys], query.shape[1])
+    module.config.calls.append(Call(query.float(), key.float(), mask, causal, scaling))
+    raise LayerReached
+
+
+AttentionInterface.register(CAPTURE_NAME, capture_call)
+AttentionMaskInterface.register(CAPTURE_NAME, sdpa_mask)
+
+
+def calibrate(
+    model: nn.Module,
+    data: Iterable[Mapping[str, Any]],
+    *,
+    steps: int = 300,
+    learning_rate: float = 1e-2,
+    max_batches: int = 8,
+    progress: bool = True,
+) -> CalibrationReport:
+    """Fits each scorer of a model with mode `"replace"` to the dot-product attention of its layer, in place.
+
+    Nothing but the scorers' weights changes, and a layer whose divergence would not become smaller keeps what it has.
+
+    Args:
+        model (`nn.Module`): A model that `patch(..., mode="replace")` has changed, or one of this package's own classes with
+            the weights of a stock checkpoint. Not compiled, wrapped or sharded for training yet; peft may be around it.
+        data (iterable of `dict`): Batches of arguments for the model's forward, a `DataLoader` for instance. Every fourth,
+            and one if there are two or more, is kept for the report.
+        steps (`int`): Of the optimiser, for each layer; each takes some queries of one batch. Default: 300.
+        learning_rate (`float`): Of AdamW without weight decay, falling to zero along a cosine. Default: 0.01.
+        max_batches (`int`): How much of `data` is used. Default: 8.
+        progress (`bool`): Show a bar. Default: True.
+
+    Returns:
+        `CalibrationReport`: for each layer the divergence before and after; printing it shows a table.
+
+    Raises:
+        PatchError: if the model has no neural layer, a layer has mode `"residual"` (it computes the dot product already), or
+            the batches do not reach a layer.
+        ValueError: if there is no data, or a number is out of range.
+    """
+    for name, number in (("steps", steps), ("max_batches", max_batches), ("learning_rate", learning_rate)):
+        if not number > 0:
+            raise ValueError(f"`{name}` is {number!r}; it must be positive.")
+    check_unsharded(model)
+    base = unwrap(model)
+    layers: dict[str, Any] = {name: module for name, module, _ in neural_layers(base)}
+    if not layers:
+        raise PatchError(f'This {type(base).__name__} has no neural layer; `patch(model, mode="replace")` first.')
+    for name, module in layers.items():
+        check_plain(name, module.scorer)
+        if module.scorer.linear1.weight.is_meta:
+            raise PatchError(f"The scorer of {name!r} is offloaded; calibrate the model where it is in memory.")
+    if residual := [name for name, module in layers.items() if module.scorer.mode == "residual"]:
+        raise PatchError(
+            f'{", ".join(residual)}: mode "residual" computes the dot product\'s attention already, until it is trained. '
+            'Calibration is for mode "replace".'
+        )
+    batches = [dict(batch) for batch in itertools.islice(data, max_batches)]
+    if not batches:
+        raise ValueError("`data` has no batches; `calibrate` needs at least one dict of arguments for the model's forward.")
+    report = []
+    with left_as_it_was(base) as device, tqdm(total=len(layers) * steps, desc="calibrating", disable=not progress) as bar:
+        batches = tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), batches)
+        for name, module in layers.items():
+            bar.set_postfix_str(name)
+            report.append(calibrate_layer(name, module, capture(base, name, module, batches), steps, learning_rate, bar))
+    return CalibrationReport(report)
+
+
+@torch.no_grad()
+def capture(model: nn.Module, name: str, module: Any, batches: list[dict[str, Any]]) -> list[Call]:
+    """The call of one layer's attention function in each batch."""
+    calls: list[Call] = []
+    view = module.config
+    module.config = CaptureConfigView(view.base, calls)
+    try:
+        for batch in batches:
+            try:
+                model(**batch)
+            except LayerReached:
+                continue
+            raise PatchError(f"`data` does not reach {name!r}: a forward ended without calling its attention.")
+    finally:
+        module.config = view
+    return calls
+
+
+def calibrate_layer(name: str, module: Any, calls: list[Call], steps: int, learning_rate: float, bar: tqdm) -> CalibratedLayer:
+    started = time.perf_counter()
+    held_out = calls[3::4] or calls[1:][-1:]
+    fitted = [call for call in calls if not any(call is other for other in held_out)]
+    held_out = held_out or fitted
+    # in float32 whatever the model's dtype is: steps this small would be lost in bfloat16
+    scorer = copy.deepcopy(module.scorer).float().requires_grad_()
+    scorer.linear3.bias.requires_grad_(False)
+    before = mean_divergence(scorer, held_out)
+    fit(scorer, fitted, steps, learning_rate, bar)
+    after = mean_divergence(scorer, held_out)
+    if after < before:
+        module.scorer.load_state_dict(scorer.state_dict())
+    uniform = mean_divergence(None, held_out)
+    return CalibratedLayer(name, before, min(before, after), uniform, time.perf_counter() - started)
+
+
+@torch.enable_grad()
+def fit(scorer: Any, calls: list[Call], steps: int, learning_rate: float, bar: tqdm) -> None:
+    """Minimises the divergence over random queries of the calls in turn."""
+    parameters = [parameter for parameter in scorer.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
+    schedule = get_cosine_schedule_with_warmup(optimizer, steps // 20, steps)
+    generator = torch.Generator().manual_seed(0)
+    for step in range(steps):
+        call = calls[step % len(calls)]
+        batch, heads, num_queries, _ = call.query.shape
+        at_once = NUMBERS_AT_ONCE // (batch * heads * call.key.shape[2] * scorer.hidden_dims[0])
+        rows = torch.randperm(num_queries, generator=generator)[: max(1, at_once)].to(call.query.device)
+        optimizer.zero_grad()
+        divergence(scorer, call, rows).backward()
+        optimizer.step()
+        schedule.step()
+        bar.update()
+
+
+@torch.no_grad()
+def mean_divergence(scorer: Any, calls: list[Call]) -> float:
+    """Over queries spread evenly."""
+    totals = []
+    for call in calls:
+        count = min(ROWS_OF_AN_EVALUATION, call.query.shape[2])
+        rows = torch.linspace(0, call.query.shape[2] - 1, count, device=call.query.device).round().long()
+        totals.append(divergence(scorer, call, rows).item())
+    return sum(totals) / len(totals)
+
+
+def divergence(scorer: Any, call: Call, rows: torch.Tensor) -> torch.Tensor:
+    """KL(dot product || network), mean over the chosen queries of all heads and examples that may see any key.
+
+    Args:
+        scorer: a `NeuralScorer`, or None for attention that is the same for all keys.
+        rows: `[rows]`, indices of queries.
+    """
+    query = call.query[:, :, rows]
+    target = call.masked_rows(query @ call.key.transpose(-1, -2) * call.scaling, rows)
+    if scorer is None:
+        # what a mask adds, biases of positions included, is no part of the scores
+        scores = call.masked_rows(torch.zeros_like(target), rows)
+    else:
+        scores = call.masked_rows(reference_scores(query, call.key, scorer.weights()), rows)
+    seen = (target > float("-inf")).any(-1)
+    # finite, since 0 * -inf is NaN; far enough to be zero after the softmax
+    lowest = torch.finfo(target.dtype).min / 2
+    target, scores = (log_softmax(each.clamp_min(lowest), dim=-1)[seen].clamp_min(-1e4) for each in (target, scores))
+    return kl_div(scores, target, reduction="sum", log_target=True) / max(1, len(target))

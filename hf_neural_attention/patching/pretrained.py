@@ -1,0 +1,182 @@
+"""Patched models as whole checkpoints: what `save_pretrained` writes of them, and `from_pretrained`.
+
+The weights of a patched model are saved like any others. Its config.json would be that of the stock model, which would load
+without a word about the scorers. So `patch` gives the instance a `save_pretrained` that writes another `model_type`: for
+GPT-2 and ViT that of our own classes, which the Auto classes know; else one that tells whoever reads the error what to do.
+"""
+
+import json
+import re
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils import CONFIG_NAME
+
+from ..models.configuration_neural_attention import FORMAT_VERSION
+from ..models.neural_attention_interface import NeuralConfigView, attach_scorer
+from ..registration import FAMILIES
+from .errors import PatchError
+from .records import check_version, patched_modules, record_of, scorers_of, transformers_class
+
+
+RECORD = "neural_attention_patch"
+
+# Part of a model type that Transformers does not know, and shows in its error
+HOW_TO_LOAD = "patched by hf_neural_attention (install it, and load this with hf_neural_attention.from_pretrained)"
+
+# Names of the layers that `neural_layers` of our own configs counts, by the stock model type
+COUNTED_LAYERS = {"gpt2": r"(?:.+\.)?h\.(\d+)\.attn", "vit": r"(?:.+\.)?layers\.(\d+)\.attention"}
+
+
+class ConfigToSave(NeuralConfigView):
+    """A patched model's config while it is saved: the stock one, but for what gets into config.json."""
+
+    def __init__(self, base: PreTrainedConfig, record: dict[str, Any]):
+        super().__init__(base)
+        object.__setattr__(self, "record", record)
+
+    @property
+    def _attn_implementation(self) -> str:
+        return self.base._attn_implementation
+
+    def save_pretrained(self, save_directory: Any, **kwargs) -> None:
+        self.base.save_pretrained(save_directory, **kwargs)
+        path = Path(save_directory) / CONFIG_NAME
+        content = json.loads(path.read_text())
+        content |= neural_fields(self.record) or {
+            "model_type": f"{self.base.model_type} {HOW_TO_LOAD}",
+            RECORD: self.record,
+        }
+        path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+
+
+def neural_fields(record: dict[str, Any]) -> dict[str, Any] | None:
+    """What makes the stock config.json that of our own class for the model; None if there is none that has such layers."""
+    stock_type, layers = record["base_model"]["model_type"], record["layers"]
+    neural_type = next((neural for neural, stock in FAMILIES.items() if stock == stock_type), None)
+    architecture = f"Neural{record['base_model']['class']}"
+    import hf_neural_attention
+
+    if neural_type is None or architecture not in hf_neural_attention.__all__:
+        return None
+    matches = [re.fullmatch(COUNTED_LAYERS[stock_type], name) for name in layers]
+    settings = [{**each, "per_head": each["num_heads"] is not None} for each in layers.values()]
+    if not all(matches) or any(each != settings[0] for each in settings):
+        return None
+    return {
+        "model_type": neural_type,
+        "architectures": [architecture],
+        "neural_format_version": FORMAT_VERSION,
+        "neural_layers": sorted(int(match.group(1)) for match in matches if match),
+        **{f"neural_{name}": settings[0][name] for name in ("proj_dim", "hidden_dims", "mode", "per_head", "init")},
+    }
+
+
+def save_patched(model: Any, *args: Any, **kwargs: Any) -> Any:
+    """`PreTrainedModel.save_pretrained` of a patched model."""
+    if not patched_modules(model):  # a part of it was patched, and has been unpatched by itself
+        return type(model).save_pretrained(model, *args, **kwargs)
+    # names as they are: the rules that give old checkpoints' names back would also take parts of a scorer for theirs
+    kwargs.setdefault("save_original_format", False)
+    stock = model.config
+    model.config = ConfigToSave(stock, record_of(model))
+    try:
+        return type(model).save_pretrained(model, *args, **kwargs)
+    finally:
+        model.config = stock
+
+
+def hook_saving(model: nn.Module) -> None:
+    """Lets `save_pretrained` of a patched model, and of the patched models inside it, say which layers are neural."""
+    each: Any
+    for each in model.modules():
+        if isinstance(each, PreTrainedModel) and patched_modules(each):
+            vars(each)["save_pretrained"] = partial(save_patched, each)
+
+
+def unhook_saving(model: nn.Module) -> None:
+    for module in model.modules():
+        if getattr(vars(module).get("save_pretrained"), "func", None) is save_patched:
+            del vars(module)["save_pretrained"]
+
+
+def from_pretrained(pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+    """Loads a model with neural layers that was saved whole: one that `patch` made, or one of this package's own classes.
+
+    Args:
+        pretrained_model_name_or_path (`str` or path): A folder, or a repository on the Hub.
+        kwargs: as for `PreTrainedModel.from_pretrained` (`dtype`, `device_map`, `attn_implementation`, `revision` ...), but no
+            `config`.
+
+    Returns:
+        The model in evaluation mode, of the class that it was saved from: patched, so that `unpatch` gives the stock model.
+        A patched GPT-2 or ViT comes as the class of this package that computes the same (`NeuralGPT2LMHeadModel` ...), as
+        `AutoModel` loads it.
+
+    Raises:
+        OSError: if there is no such folder or repository.
+        PatchError: if the checkpoint has no neural layers, is of a later version of this package or of a class that this
+            Transformers does not have, or lacks weights of its scorers.
+    """
+    import hf_neural_attention
+
+    where, with_info = str(pretrained_model_name_or_path), kwargs.pop("output_loading_info", False)
+    names = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+    options = {name: kwargs[name] for name in names if name in kwargs}
+    content, _ = PreTrainedConfig.get_config_dict(pretrained_model_name_or_path, **options)
+    architecture = next(iter(content.get("architectures") or []), "")
+    if content.get("model_type") in FAMILIES and architecture in hf_neural_attention.__all__:
+        own = getattr(hf_neural_attention, architecture)
+        model, info = own.from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
+        check_complete(info, where)
+        return (model, info) if with_info else model
+    if RECORD not in content:
+        raise PatchError(
+            f"{where} has no neural layers: its model type is {content.get('model_type')!r} and its config.json has no "
+            f"`{RECORD}`. Load it with Transformers, and give it neural layers by `hf_neural_attention.patch`, or by "
+            "`load_patch` if what you have is a patch for it."
+        )
+    record = content.pop(RECORD)
+    check_version(record, f"config.json of {where}")
+    base = transformers_class(record, where)
+    content["model_type"] = record["base_model"]["model_type"]
+    # of these, a config would take what is meant for the model
+    options |= {name: kwargs[name] for name in ("dtype", "torch_dtype", "quantization_config") if name in kwargs}
+    fields = {name: value for name, value in kwargs.items() if name not in options}
+    config, fields = base.config_class.from_dict(content, return_unused_kwargs=True, **fields)
+    config._name_or_path = where
+    loader = patched_class(base, record, where)
+    model, info = loader.from_pretrained(
+        pretrained_model_name_or_path, config=config, output_loading_info=True, **options, **fields
+    )
+    check_complete(info, where)
+    if type(model) is loader:  # not where FSDP has put a class of its own in its place
+        model.__class__ = base
+    for module in patched_modules(model).values():
+        module.scorer.linear3.bias.requires_grad_(False)  # loading makes everything trainable
+    hook_saving(model)
+    return (model, info) if with_info else model
+
+
+def check_complete(info: dict[str, Any], where: str) -> None:
+    """Raises a PatchError if scorers were not loaded but drawn."""
+    if missing := sorted(name for name in info["missing_keys"] if ".scorer." in name):
+        raise PatchError(f"{where} lacks weights of its scorers: {', '.join(missing[:5])}. The checkpoint is not complete.")
+
+
+def patched_class(base: Any, record: dict[str, Any], where: str) -> Any:
+    """The class of a model whose instances are patched when they are made, so that all weights are loaded in one go."""
+
+    def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+        base.__init__(self, config, *args, **kwargs)
+        modules = dict(self.named_modules())
+        for name, scorer in scorers_of(record, where).items():
+            if name not in modules:
+                raise PatchError(f"config.json of {where} has a patch for {name!r}, and {base.__name__} no such module.")
+            attach_scorer(modules[name], scorer)
+
+    # of the same name: Transformers looks up by it what to rename in old checkpoints
+    return type(base.__name__, (base,), {"__init__": __init__, "__module__": base.__module__})

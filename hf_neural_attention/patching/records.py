@@ -1,0 +1,157 @@
+"""What a patch is, as JSON holds it, and how scorers are made from that: in `neural_patch.json`, and in the config.json of a
+patched model that was saved whole."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.utils import CONFIG_NAME
+
+from ..models.neural_attention_interface import NeuralConfigView
+from ..models.neural_attention_scorer import NeuralScorer
+from .errors import PatchError
+from .probing import unwrap
+
+
+# Raised when a reader of the last version would misunderstand what is written
+FORMAT_VERSION = 1
+
+
+def package_version() -> str:
+    from .. import __version__
+
+    return __version__
+
+
+# Modules that are put around a layer, and show in the names of modules but not in a state dict
+WRAPPERS = r"(_checkpoint_wrapped_module|_fsdp_wrapped_module|_offload_wrapped_module|_orig_mod)\."
+
+
+def patched_modules(model: nn.Module) -> dict[str, Any]:
+    """Attention modules with a scorer that `patch` put there, by the name that they have in a state dict."""
+    return {
+        re.sub(WRAPPERS, "", name): module
+        for name, module in model.named_modules()
+        if isinstance(getattr(module, "config", None), NeuralConfigView) and hasattr(module, "scorer")
+    }
+
+
+def record_of(model: nn.Module, base_revision: str | None = None) -> dict[str, Any]:
+    """The base model, the settings of every patched layer, and the versions of the package and of this format.
+
+    Raises:
+        PatchError: if there is no patched layer, or an adapter sits inside a scorer: its weights would be lost.
+    """
+    base = unwrap(model)
+    if is_born_neural(base):
+        raise PatchError(
+            f"{type(base).__name__} has its neural layers by its class and config, not by `patch`; `save_pretrained` saves it."
+        )
+    layers = patched_modules(base)
+    if not layers:
+        raise PatchError(f"This {type(base).__name__} is not patched; there is nothing to save.")
+    for name, module in layers.items():
+        check_plain(name, module.scorer)
+    config = getattr(base, "config", None)
+    base_name = getattr(config, "_name_or_path", "") or None
+    return {
+        "format_version": FORMAT_VERSION,
+        "hf_neural_attention_version": package_version(),
+        "base_model": {
+            "name_or_path": base_name,
+            "revision": base_revision or cached_revision(base_name),
+            "class": type(base).__name__.removeprefix("FSDP"),
+            "model_type": getattr(config, "model_type", None),
+        },
+        "layers": {name: settings_of(module.scorer) for name, module in layers.items()},
+    }
+
+
+def is_repository(name: str | None) -> bool:
+    """Whether this is the name of a repository on the Hub, and no folder."""
+    try:
+        validate_repo_id(name or "")
+    except HFValidationError:
+        return False
+    return name is not None and name.count("/") == 1 and not Path(name).exists()
+
+
+def cached_revision(name: str | None) -> str | None:
+    """The commit of a repository on the Hub that `main` is in the cache."""
+    path = try_to_load_from_cache(name, CONFIG_NAME) if name is not None and is_repository(name) else None
+    return Path(path).parent.name if isinstance(path, str) else None
+
+
+def is_born_neural(model: nn.Module) -> bool:
+    """Whether a model, or a part of it, is of a class with neural layers."""
+    return any(hasattr(getattr(module, "config", None), "neural_layers") for module in model.modules())
+
+
+def settings_of(scorer: Any) -> dict[str, Any]:
+    """Arguments of `NeuralScorer` that make one like this."""
+    names = ("head_dim", "proj_dim", "hidden_dims", "mode", "num_heads", "init")
+    return {name: list(value) if isinstance(value := getattr(scorer, name), tuple) else value for name in names}
+
+
+def check_plain(name: str, scorer: Any) -> None:
+    """Raises a PatchError if a scorer holds other weights than its own."""
+    with torch.device("meta"):
+        plain = NeuralScorer(**settings_of(scorer)).state_dict()
+    if foreign := sorted(scorer.state_dict().keys() ^ plain.keys()):
+        raise PatchError(
+            f"The scorer of {name!r} holds what is no part of a patch ({', '.join(foreign[:3])}, ...): adapters, or quantised "
+            "weights. Merge adapters first: `model = model.merge_and_unload()` in peft."
+        )
+
+
+def check_version(record: Mapping[str, Any], where: str) -> None:
+    """Raises a PatchError if a record comes from a later version of this package, or is none."""
+    record = record if isinstance(record, dict) else {}
+    version = record.get("format_version")
+    whole = all(isinstance(record.get(name), dict) and record[name] for name in ("layers", "base_model"))
+    if not isinstance(version, int) or not whole:
+        raise PatchError(f"{where} is no record of a patch: it lacks `format_version`, `layers` or `base_model`.")
+    if version > FORMAT_VERSION:
+        raise PatchError(
+            f"{where} was written by hf_neural_attention {record.get('hf_neural_attention_version')} in format {version}; "
+            f"this is {package_version()}, which reads formats up to {FORMAT_VERSION}. Install a newer hf_neural_attention."
+        )
+
+
+def scorers_of(record: Mapping[str, Any], where: str) -> dict[str, NeuralScorer]:
+    """New scorers as a record describes them, by the name of their attention module.
+
+    Raises:
+        PatchError: if a layer's settings are not those of a scorer.
+    """
+    made = {}
+    for name, settings in record["layers"].items():
+        try:
+            made[name] = NeuralScorer(**settings)
+        except (TypeError, ValueError) as error:
+            raise PatchError(f"{where} has settings for {name!r} that make no scorer: {error}") from None
+    return made
+
+
+def transformers_class(record: Mapping[str, Any], where: str) -> Any:
+    """The class of the base model.
+
+    Raises:
+        PatchError: if this Transformers does not have it.
+    """
+    name = str(record["base_model"]["class"])
+    found = getattr(transformers, name, None)
+    if isinstance(found, type) and issubclass(found, PreTrainedModel):
+        return found
+    raise PatchError(
+        f"{where} was made for a {name}, a class that Transformers {transformers.__version__} does not have. Load that model "
+        "yourself, and give it to `load_patch`."
+    )

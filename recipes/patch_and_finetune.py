@@ -1,0 +1,282 @@
+"""Gives a checkpoint Neural Attention, fine-tunes it beside the stock one, and saves it.
+
+    python recipes/patch_and_finetune.py --model_name_or_path openai-community/gpt2 --neural_layers all --output_dir DIR
+    python recipes/patch_and_finetune.py recipes/configs/patch-gpt2-wikitext2.yaml
+    python recipes/patch_and_finetune.py recipes/configs/patch-vit-cifar10.yaml
+
+Any causal language model or image classifier whose attention goes through Transformers' attention interface. With
+--neural_mode replace, the scorers are calibrated first. Figures are taken of the checkpoint, after patching, after calibration
+and after fine-tuning. Running the same command again goes on where it stopped. --help lists the data arguments for text, or
+for images where --model_name_or_path is an image classifier.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from torch.utils.data import DataLoader
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    PreTrainedModel,
+    Trainer,
+    TrainingArguments,
+    default_data_collator,
+    set_seed,
+)
+
+import image_classification
+import language_modeling
+from arguments import ARMS, NeuralArguments, parse_arguments, value_of_flag
+from experiment import STAGES, Experiment, claim_folder, settings_of, write_json
+from hf_neural_attention import calibrate, load_patch, patch, save_patch
+from image_data import ImageArguments, load_images, with_pixels
+from reporting import Task, report
+from text_data import TextArguments, cut_into_blocks, load_text, load_tokenizer, tokenize
+
+
+CALIBRATED = "calibrated"
+
+
+@dataclass
+class CheckpointArguments:
+    """The model to patch, and how its scorers are fitted before any training."""
+
+    model_name_or_path: str = field(metadata={"help": "A checkpoint on the Hub or in a folder."})
+    ignore_mismatched_sizes: bool = field(
+        default=False, metadata={"help": "Give an image classifier that was trained for other labels a new head."}
+    )
+    prompt: str | None = field(default=None, metadata={"help": "Start of the sample. Default: the first words of the test."})
+    calibration_steps: int = field(
+        default=300, metadata={"help": "Steps for each layer in mode replace, of `hf_neural_attention.calibrate`. 0: none."}
+    )
+    calibration_batches: int = field(default=8, metadata={"help": "Batches of training data that calibration sees."})
+
+
+@dataclass
+class Data:
+    """A task, with everything that depends on its kind of data."""
+
+    build: Callable[[], PreTrainedModel]  # the stock model
+    evaluate: Callable[[Trainer], dict[str, float]]
+    show: Callable[[PreTrainedModel, Path | None], str]
+    trainer_arguments: dict[str, Any]
+    task: Task
+    fingerprint: str = ""
+
+
+def text_data(checkpoint: CheckpointArguments, text: TextArguments, training: TrainingArguments) -> Data:
+    """A causal language model's."""
+    splits = load_text(text)
+    tokenizer = load_tokenizer(text, checkpoint.model_name_or_path, splits)
+    config = AutoConfig.from_pretrained(checkpoint.model_name_or_path).get_text_config()
+    positions = getattr(config, "max_position_embeddings", None) or text.block_size
+    if text.block_size > positions or len(tokenizer) > config.vocab_size:
+        raise SystemExit(
+            f"{checkpoint.model_name_or_path} has {positions} positions and embeddings for {config.vocab_size} tokens; "
+            f"--block_size is {text.block_size} and the tokenizer has {len(tokenizer)} tokens. Lower the one, or take the "
+            "checkpoint's own tokenizer with --tokenizer_name."
+        )
+    texts = {split: tokenize(data, text.text_column_name, tokenizer) for split, data in splits.items()}
+    held_out = {split: texts[split] for split in ("validation", "test")}
+    limit = text.max_eval_tokens and max(1, text.max_eval_tokens // text.block_size)
+    lines = (line for line in splits["test"][text.text_column_name] if line.strip())
+    prompt = checkpoint.prompt or " ".join(next(lines).split()[:6])
+    return Data(
+        build=lambda: AutoModelForCausalLM.from_pretrained(checkpoint.model_name_or_path),
+        evaluate=lambda trainer: language_modeling.final_figures(trainer, held_out, text),
+        show=lambda model, folder: language_modeling.generate_sample(model, folder, tokenizer, prompt, training.seed),
+        trainer_arguments={
+            "train_dataset": cut_into_blocks(texts["train"], text.block_size, text.max_train_samples),
+            "eval_dataset": cut_into_blocks(texts["validation"], text.block_size, limit),
+            "data_collator": language_modeling.collate,
+            "processing_class": tokenizer,
+        },
+        task=language_modeling.describe_task(text, texts, tokenizer),
+        fingerprint=texts["train"].fingerprint,
+    )
+
+
+def image_data(checkpoint: CheckpointArguments, image: ImageArguments, training: TrainingArguments) -> Data:
+    """An image classifier's."""
+    training.remove_unused_columns = False  # pixel values are computed from columns that the model does not take
+    images = load_images(image, training.seed)
+    processor = AutoImageProcessor.from_pretrained(checkpoint.model_name_or_path)
+    datasets = {
+        split: with_pixels(data, processor, image.augmentation if split == "train" else "none", image.image_size)
+        for split, data in images.splits.items()
+    }
+    names = dict(enumerate(images.labels))
+    return Data(
+        build=lambda: AutoModelForImageClassification.from_pretrained(
+            checkpoint.model_name_or_path,
+            id2label=names,
+            label2id={label: index for index, label in names.items()},
+            ignore_mismatched_sizes=checkpoint.ignore_mismatched_sizes,
+        ),
+        evaluate=lambda trainer: image_classification.final_figures(trainer, datasets),
+        show=lambda model, folder: image_classification.draw_predictions(model, folder, images, processor, image),
+        trainer_arguments={
+            "train_dataset": datasets["train"],
+            "eval_dataset": datasets["validation"],
+            "data_collator": default_data_collator,
+            "processing_class": processor,
+            "compute_metrics": image_classification.compute_accuracy,
+        },
+        task=image_classification.describe_task(images, image),
+    )
+
+
+def patch_settings(neural: NeuralArguments) -> dict[str, Any]:
+    """Arguments of `patch`."""
+    return {name.removeprefix("neural_"): value for name, value in neural.config_fields().items()}
+
+
+def build_model(arm: str, data: Data, neural: NeuralArguments, folder: Path, seed: int) -> PreTrainedModel:
+    """The model of an arm before fine-tuning."""
+    model = data.build()
+    if arm == "dot":
+        return model
+    if (folder / CALIBRATED / "neural_patch.json").exists():
+        return load_patch(model, folder / CALIBRATED)
+    set_seed(seed)
+    return patch(model, **patch_settings(neural))
+
+
+def measure_stages(experiment: Experiment, checkpoint: CheckpointArguments, stages: dict[str, Any]) -> None:
+    """Figures of the checkpoint, of the patched model, and of the calibrated one, whose scorers are kept in a folder."""
+
+    def measure(stage: str, model: PreTrainedModel) -> None:
+        arguments = experiment.arguments_of(stage)
+        stages[stage] = experiment.evaluate(Trainer(model=model, args=arguments, **experiment.trainer_arguments))
+        experiment.say(f"{stage}: {stages[stage]}")
+        if arguments.should_save:
+            write_json(experiment.folder / STAGES, stages)
+
+    if "checkpoint" not in stages:
+        measure("checkpoint", experiment.build_model("dot"))
+    model: Any = experiment.build_model("neural")
+    if "patched" not in stages:
+        measure("patched", model)
+    is_residual = any(module.mode == "residual" for module in model.modules() if hasattr(module, "project_keys"))
+    if is_residual or checkpoint.calibration_steps < 1 or "calibrated" in stages:
+        return
+    if "calibration" in stages:  # and the model has been loaded with what it came to
+        return measure("calibrated", model)
+    arguments = experiment.trainer_arguments
+    loader = DataLoader(
+        arguments["train_dataset"],
+        batch_size=experiment.training.per_device_train_batch_size,
+        shuffle=True,
+        generator=torch.Generator().manual_seed(experiment.training.seed),
+        collate_fn=arguments["data_collator"],
+    )
+    layers = calibrate(
+        model.to(experiment.training.device),
+        loader,
+        steps=checkpoint.calibration_steps,
+        max_batches=checkpoint.calibration_batches,
+        progress=not experiment.training.disable_tqdm,
+    )
+    experiment.say(f"\n{layers}\n")
+    stages["calibration"] = [layer._asdict() for layer in layers]
+    if experiment.training.should_save:
+        save_patch(model, experiment.folder / CALIBRATED)
+        write_json(experiment.folder / STAGES, stages)
+    PartialState().wait_for_everyone()  # what the first process has saved, the others load
+    measure("calibrated", model)
+
+
+def stages_table(stages: dict[str, Any], results: dict[str, dict[str, Any]], task: Task) -> str:
+    """Markdown: the main metric on validation and test data, stage by stage, for both models; and calibration by layer."""
+    names = [task.main_metric.replace("test", "validation", 1), task.main_metric]
+    columns = {
+        "dot": [("checkpoint", stages["checkpoint"]), ("fine-tuned", results.get("dot", {}).get("metrics"))],
+        "neural": [
+            ("checkpoint", stages["checkpoint"]),
+            ("patched", stages.get("patched")),
+            ("calibrated", stages.get("calibrated")),
+            ("fine-tuned", results.get("neural", {}).get("metrics")),
+        ],
+    }
+    lines = [f"| | {' | '.join(f'stock, {name} | patched, {name}' for name in ('validation', 'test'))} |", "| --- " * 5 + "|"]
+    for stage in ("checkpoint", "patched", "calibrated", "fine-tuned"):
+        figures = [dict(columns[arm]).get(stage) for arm in ("dot", "neural")]
+        cells = [f"{figure[name]:.4g}" if figure else "" for name in names for figure in figures]
+        if any(cells):
+            lines.append(f"| {stage} | {' | '.join(cells)} |")
+    text = f"{task.metrics[task.main_metric].removeprefix('test ').capitalize()}, stage by stage:\n\n" + "\n".join(lines)
+    if "calibration" in stages:
+        rows = [
+            f"| `{layer['layer']}` | {layer['kl_before']:.3f} | {layer['kl_after']:.3f} | {layer['kl_uniform']:.3f} |"
+            for layer in stages["calibration"]
+        ]
+        text += (
+            "\n\nCalibration: KL divergence of the network's attention from the dot product's, in nats per attention row, on "
+            "batches that were not fitted; last that of attention which is the same for all keys.\n\n"
+            "| layer | before | after | uniform |\n| --- | --- | --- | --- |\n" + "\n".join(rows)
+        )
+    return text
+
+
+def main() -> None:
+    name = value_of_flag("model_name_or_path")
+    try:
+        config: Any = None if name is None else AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"--model_name_or_path {name} is no stock checkpoint: {error}") from None
+    is_image = type(config) in AutoModelForImageClassification._model_mapping
+    checkpoint, arguments, neural, training = parse_arguments(
+        CheckpointArguments,
+        ImageArguments if is_image else TextArguments,
+        NeuralArguments,
+        TrainingArguments,
+        description=__doc__,
+    )
+    data = (image_data if is_image else text_data)(checkpoint, arguments, training)
+    folder = Path(training.output_dir)
+
+    def show(model: PreTrainedModel, where: Path | None) -> str:
+        if any(hasattr(module, "scorer") for module in model.modules()):
+            save_patch(model, folder / "neural" / "patch", is_main_process=where is not None)
+        return data.show(model, where)
+
+    experiment = Experiment(
+        training=training,
+        build_model=lambda arm: build_model(arm, data, neural, folder, training.seed),
+        evaluate=data.evaluate,
+        show=show,
+        trainer_arguments=data.trainer_arguments,
+        settings=settings_of(checkpoint, arguments, neural, training) | {"train_tokens": data.fingerprint},
+    )
+    arms = ARMS[neural.attention]
+    if training.should_save:
+        claim_folder(folder, experiment.settings)
+    stages: dict[str, Any] = json.loads((folder / STAGES).read_text()) if (folder / STAGES).exists() else {}
+    if "neural" in arms:
+        try:
+            measure_stages(experiment, checkpoint, stages)
+        except ValueError as error:  # what `patch` refuses, for instance
+            raise SystemExit(f"{name} cannot be patched: {error}") from None
+    results = experiment.run(arms)
+    if training.should_save:
+        notes = f"Patched: `{patch_settings(neural)}`. {data.task.notes}"
+        if stages:
+            notes = f"{stages_table(stages, results, data.task)}\n\n{notes}"
+            print(f"\n{stages_table(stages, results, data.task)}")
+        data.task.notes = notes
+        if config.model_type not in ("gpt2", "vit"):
+            data.task.neural_loading = lambda where: f'model = hf_neural_attention.from_pretrained("{where}")'
+        report(results, data.task, folder, neural.card, neural.card_note)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

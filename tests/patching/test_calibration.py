@@ -1,0 +1,132 @@
+"""`calibrate`: that attention comes nearer to the dot product's, and that nothing else changes."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from families import FAMILIES, Family
+from torch.utils.data import DataLoader
+
+from common import GPT2, assert_far, run, scorers
+from hf_neural_attention import calibrate, patch, unpatch
+from hf_neural_attention.models.neural_attention_scorer import NeuralScorer
+from hf_neural_attention.patching import PatchError
+from hf_neural_attention.patching.calibration import Call, divergence
+
+
+WIDE = {"mode": "replace", "proj_dim": 8, "hidden_dims": (16, 8), "per_head": True}
+QUICK: dict[str, Any] = {"steps": 120, "max_batches": 12, "progress": False}
+
+every_family = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+
+
+def batches(family: Family, number: int = 12) -> list[dict[str, torch.Tensor]]:
+    """Different ones."""
+    made = []
+    for shift in range(number):
+        inputs = family.inputs()
+        for name, tensor in inputs.items():
+            if tensor.is_floating_point():
+                inputs[name] = torch.randn(tensor.shape, generator=torch.Generator().manual_seed(shift))
+            elif name != "attention_mask":
+                inputs[name] = torch.where(tensor >= 3, (tensor + 17 * shift) % 90 + 3, tensor)
+        made.append(inputs)
+    return made
+
+
+@every_family
+def test_attention_comes_nearer(family: Family):
+    model = patch(family.model(), "all", **WIDE)
+    state, expected = copy.deepcopy(model.state_dict()), run(family.model(), **family.inputs())
+    before = (family.seen(run(model, **family.inputs()) - expected)).abs().mean()
+    random = torch.get_rng_state()
+    report = calibrate(model, batches(family), **QUICK)
+    assert torch.equal(torch.get_rng_state(), random) and not model.training
+    assert [layer.layer for layer in report] == family.layers
+    for layer in report:
+        assert 0 <= layer.kl_after < 0.7 * layer.kl_before, report
+    assert (family.seen(run(model, **family.inputs()) - expected)).abs().mean() < before
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, state[name]) != (".scorer." in name and not name.endswith("linear3.bias")), name
+    assert torch.equal(run(unpatch(model), **family.inputs()), expected)
+
+
+@pytest.mark.parametrize("implementation", ("eager", "sdpa"))
+def test_both_implementations_and_runs_are_alike(implementation: str):
+    first, second = (patch(FAMILIES["gpt2"].model("sdpa"), "all", **WIDE) for _ in range(2))
+    second.load_state_dict(first.state_dict())
+    second.set_attn_implementation(implementation)
+    reports = [calibrate(model, batches(FAMILIES["gpt2"]), **QUICK) for model in (first, second)]
+    for one, other in zip(*reports, strict=True):
+        assert one.kl_after == pytest.approx(other.kl_after, rel=1e-2)
+
+
+def test_the_divergence_is_the_one_of_the_formula():
+    torch.manual_seed(0)
+    query, key = torch.randn(2, 3, 5, 8), torch.randn(2, 3, 7, 8)
+    mask = torch.rand(2, 1, 5, 7) > 0.4
+    mask[0, 0, 2] = False  # a query that sees nothing does not count
+    scorer, rows = NeuralScorer(8), torch.tensor([0, 2, 4])
+    found = divergence(scorer, Call(query, key, mask, False, 0.3), rows)
+    total, count = 0.0, 0
+    weights = scorer(query, key, key, mask, need_weights=True)[1]
+    target = torch.softmax((query @ key.mT * 0.3).masked_fill(~mask, -1e30), -1)
+    for b, h, i in ((b, h, i) for b in range(2) for h in range(3) for i in (0, 2, 4) if mask[b, 0, i].any()):
+        seen = mask[b, 0, i]
+        total += (target[b, h, i][seen] * (target[b, h, i][seen] / weights[b, h, i][seen]).log()).sum()
+        count += 1
+    assert count == 15 and torch.isclose(found, torch.as_tensor(total / count), rtol=1e-5)
+
+
+def test_models_of_a_class_with_neural_layers():
+    stock = GPT2.stock()
+    model = GPT2.twin(stock, neural_layers=[1], neural_proj_dim=8, neural_per_head=True)
+    report = calibrate(model, [GPT2.inputs() for _ in range(4)], **QUICK)
+    assert [layer.layer for layer in report] == ["transformer.h.1.attn"] and report[0].kl_after < report[0].kl_before
+
+
+def test_low_precision_and_training_mode_are_kept():
+    model = patch(FAMILIES["llama"].model().to(torch.bfloat16).train(), **WIDE)
+    report = calibrate(model, batches(FAMILIES["llama"]), **QUICK)
+    assert report[0].kl_after < report[0].kl_before and model.training
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert [parameter.requires_grad for parameter in scorers(model)[0].parameters()].count(False) == 1
+
+
+def test_a_layer_that_would_become_worse_keeps_what_it_has():
+    model = patch(FAMILIES["gpt2"].model(), **WIDE)
+    state = copy.deepcopy(model.state_dict())
+    report = calibrate(model, batches(FAMILIES["gpt2"]), steps=3, learning_rate=1e4, progress=False)
+    assert report[0].kl_after == report[0].kl_before
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+
+
+def test_data_of_every_kind(capsys: pytest.CaptureFixture):
+    ids = [{"input_ids": torch.randint(3, 98, (12,))} for _ in range(6)]
+    model = patch(FAMILIES["gpt2"].model(), **WIDE)
+    report = calibrate(model, DataLoader(ids, batch_size=2), steps=5)
+    assert "calibrating" in capsys.readouterr().err
+    assert str(report).splitlines()[0].split() == ["layer", "kl_before", "kl_after", "kl_uniform", "seconds"]
+    endless = (batch for batch in iter(lambda: {"input_ids": torch.randint(3, 98, (2, 12))}, None))
+    calibrate(model, endless, **QUICK | {"max_batches": 1})
+    with pytest.raises(ValueError, match="no batches"):
+        calibrate(model, [])
+    with pytest.raises(ValueError, match="`steps` is 0"):
+        calibrate(model, ids, steps=0)
+
+
+def test_what_cannot_be_calibrated():
+    model = FAMILIES["gpt2"].model()
+    with pytest.raises(PatchError, match="has no neural layer"):
+        calibrate(model, batches(FAMILIES["gpt2"]))
+    patch(model)
+    with pytest.raises(PatchError, match=r'transformer.h.0.attn: mode "residual"'):
+        calibrate(model, batches(FAMILIES["gpt2"]))
+    model = patch(FAMILIES["t5"].model(), "all", **WIDE)
+    encoder_alone = [{"encoder_outputs": (torch.randn(2, 9, 32),), "decoder_input_ids": torch.randint(3, 98, (2, 6))}]
+    state = copy.deepcopy(model.state_dict())
+    with pytest.raises(PatchError, match=r"does not reach 'encoder.block.0.layer.0.SelfAttention'"):
+        calibrate(model, encoder_alone, **QUICK)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+    assert_far(run(model, **FAMILIES["t5"].inputs()), run(FAMILIES["t5"].model(), **FAMILIES["t5"].inputs()))

@@ -1,0 +1,195 @@
+"""Patched models saved whole: `save_pretrained`, `from_pretrained`, the Auto classes, and loading without the package."""
+
+import copy
+import json
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import FAMILIES, Family
+from safetensors.torch import load_file, save_file
+from test_saving import SETTINGS, patched_model
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageClassification, GPT2LMHeadModel
+from transformers.modeling_utils import PreTrainedModel
+
+from common import assert_far, run, transformers_log
+from hf_neural_attention import NeuralGPT2LMHeadModel, from_pretrained, patch, patch_status, patched, unpatch
+from hf_neural_attention.patching import PatchError
+
+
+GPT2, LLAMA, T5, VIT = (FAMILIES[name] for name in ("gpt2", "llama", "t5", "vit"))
+AUTO = {"gpt2": AutoModelForCausalLM, "vit": AutoModelForImageClassification}
+
+every_family = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+with_classes_of_their_own = pytest.mark.parametrize("family", (GPT2, VIT), ids=("gpt2", "vit"))
+
+
+def saved(model: Any, folder: Path, **arguments) -> Path:
+    model.save_pretrained(folder, **arguments)
+    return folder
+
+
+def config_of(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "config.json").read_text())
+
+
+@every_family
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+def test_round_trip(family: Family, settings: dict, tmp_path: Path):
+    model, inputs = patched_model(family, **settings), family.inputs()
+    expected, config = run(model, **inputs), model.config
+    folder = saved(model, tmp_path)
+    assert model.config is config and config.model_type == family.model_type
+    loaded = from_pretrained(folder)
+    assert torch.equal(run(loaded, **inputs), expected) and not loaded.training
+    frozen = {name for name, parameter in loaded.named_parameters() if not parameter.requires_grad}
+    assert frozen == {name for name, _ in loaded.named_parameters() if name.endswith("scorer.linear3.bias")}
+    assert patch_status(loaded) == patch_status(model)
+    assert saved(loaded, tmp_path / "again") and torch.equal(run(from_pretrained(tmp_path / "again"), **inputs), expected)
+
+
+@every_family
+def test_the_class_is_the_stock_one_again(family: Family, tmp_path: Path):
+    model = patched_model(family, [0])
+    loaded = from_pretrained(saved(model, tmp_path))
+    if family.model_type in AUTO:
+        assert type(loaded).__name__ == f"Neural{type(model).__name__}"
+        return
+    assert type(loaded) is type(model) and loaded.config.model_type == family.model_type
+    unpatch(loaded)
+    assert torch.equal(run(loaded, **family.inputs()), run(unpatch(model), **family.inputs()))
+
+
+@with_classes_of_their_own
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+def test_auto_model(family: Family, settings: dict, tmp_path: Path):
+    model, inputs = patched_model(family, [-1, 0], **settings), family.inputs()
+    loaded, info = AUTO[family.model_type].from_pretrained(saved(model, tmp_path), output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert type(loaded).__name__ == f"Neural{type(model).__name__}" and loaded.config.neural_layers == [0, 2]
+    assert torch.equal(run(loaded, **inputs), run(model, **inputs))
+
+
+@pytest.mark.parametrize("family", (LLAMA, T5), ids=("llama", "t5"))
+def test_auto_model_says_what_to_do(family: Family, tmp_path: Path):
+    folder = saved(patched_model(family), tmp_path)
+    with pytest.raises(ValueError, match=r"install it, and load this with hf_neural_attention.from_pretrained"):
+        AutoModel.from_pretrained(folder)
+
+
+WITHOUT = """
+import sys
+sys.modules["hf_neural_attention"] = None  # importing it fails, as where it is not installed
+from transformers import AutoModel, pipeline
+for load in (AutoModel.from_pretrained, lambda folder: pipeline("feature-extraction", folder)):
+    try:
+        load(sys.argv[1])
+    except ValueError as error:
+        print(error)
+"""
+
+
+@pytest.mark.parametrize(("family", "message"), ((GPT2, "neural_gpt2"), (LLAMA, "patched by hf_neural_attention (install it")))
+def test_without_this_package(family: Family, message: str, tmp_path: Path):
+    folder = saved(patched_model(family), tmp_path)
+    done = subprocess.run([sys.executable, "-c", WITHOUT, folder], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count(message) == 2 and done.stdout.count("does not recognize this architecture") == 2
+
+
+def test_layers_that_our_own_classes_cannot_have(tmp_path: Path):
+    # cross-attention: no field of a config names it
+    model = patch(
+        GPT2.model(add_cross_attention=True),
+        lambda name, module: name.endswith("crossattention"),
+        example_inputs={"input_ids": torch.arange(5)[None], "encoder_hidden_states": torch.randn(1, 7, 32)},
+        mode="replace",
+    )
+    inputs = {**GPT2.inputs(), "encoder_hidden_states": torch.randn(2, 7, 32)}
+    folder = saved(model, tmp_path)
+    assert "patched by" in config_of(folder)["model_type"]
+    loaded = from_pretrained(folder)
+    assert type(loaded) is GPT2LMHeadModel and torch.equal(run(loaded, **inputs), run(model, **inputs))
+    assert_far(run(loaded, **inputs), run(unpatch(model), **inputs))
+
+
+def test_arguments_of_from_pretrained(tmp_path: Path):
+    model = patched_model(LLAMA)
+    folder = saved(model, tmp_path, max_shard_size="20KB")
+    assert len(list(folder.glob("*.safetensors"))) > 1
+    loaded, info = from_pretrained(
+        folder, dtype=torch.bfloat16, attn_implementation="eager", output_loading_info=True, use_cache=False, device_map="cpu"
+    )
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert {parameter.dtype for parameter in loaded.parameters()} == {torch.bfloat16}
+    assert loaded.config._attn_implementation == "eager" and loaded.config.use_cache is False
+    assert torch.equal(run(from_pretrained(str(folder)), **LLAMA.inputs()), run(model, **LLAMA.inputs()))
+
+
+def test_parts_of_a_model_know_it_too(tmp_path: Path):
+    model = patched_model(LLAMA)
+    base = from_pretrained(saved(model.model, tmp_path))
+    assert type(base).__name__ == "LlamaModel" and len(patch_status(base)) == 3
+    assert torch.equal(run(base, **LLAMA.inputs()), run(model.model, **LLAMA.inputs()))
+
+
+def test_copies_save_themselves(tmp_path: Path):
+    model = patched_model(LLAMA)
+    for number, copied in enumerate((copy.deepcopy(model), pickle.loads(pickle.dumps(model)))):
+        with torch.no_grad():
+            copied.lm_head.weight.add_(1.0)
+        loaded = from_pretrained(saved(copied, tmp_path / str(number)))
+        assert torch.equal(run(loaded, **LLAMA.inputs()), run(copied, **LLAMA.inputs()))
+        assert_far(run(loaded, **LLAMA.inputs()), run(model, **LLAMA.inputs()))
+
+
+def test_merged_adapters(tmp_path: Path):
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(patched_model(LLAMA), peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    with pytest.raises(PatchError, match="Merge adapters first"):
+        model.get_base_model().save_pretrained(tmp_path / "unmerged")
+    merged = model.merge_and_unload()
+    loaded = from_pretrained(saved(merged, tmp_path))
+    assert torch.equal(run(loaded, **LLAMA.inputs()), run(merged, **LLAMA.inputs()))
+
+
+def test_an_unpatched_model_saves_as_ever(tmp_path: Path):
+    model = LLAMA.model()
+    expected = config_of(saved(model, tmp_path / "stock"))
+    with patched(model):
+        assert "patched by" in config_of(saved(model, tmp_path / "patched"))["model_type"]
+    assert config_of(saved(model, tmp_path / "after")) == expected
+    assert "save_pretrained" not in vars(model) and LLAMA.model().save_pretrained.__func__ is PreTrainedModel.save_pretrained
+
+
+def test_what_is_no_patched_checkpoint(tmp_path: Path):
+    LLAMA.model().save_pretrained(tmp_path / "stock")
+    with pytest.raises(PatchError, match="has no neural layers: its model type is 'llama'"):
+        from_pretrained(tmp_path / "stock")
+    with pytest.raises(OSError, match="nowhere"):
+        from_pretrained(tmp_path / "nowhere")
+    folder = saved(patched_model(LLAMA), tmp_path / "patched")
+    weights = load_file(folder / "model.safetensors")
+    lacking = {name: tensor for name, tensor in weights.items() if "layers.1.self_attn.scorer" not in name}
+    save_file(lacking, folder / "model.safetensors", metadata={"format": "pt"})
+    with transformers_log(), pytest.raises(PatchError, match=r"lacks weights of its scorers: model.layers.1"):
+        from_pretrained(folder)
+    content = config_of(folder)
+    content["neural_attention_patch"]["format_version"] = 99
+    (folder / "config.json").write_text(json.dumps(content))
+    with pytest.raises(PatchError, match="Install a newer"):
+        from_pretrained(folder)
+    content["neural_attention_patch"] |= {"format_version": 1, "base_model": {"class": "LlamaForTelepathy"}}
+    (folder / "config.json").write_text(json.dumps(content))
+    with pytest.raises(PatchError, match="LlamaForTelepathy, a class that Transformers"):
+        from_pretrained(folder)
+
+
+def test_own_classes_load_too(tmp_path: Path):
+    model = from_pretrained(saved(patched_model(GPT2), tmp_path / "first"))
+    assert isinstance(model, NeuralGPT2LMHeadModel)
+    assert isinstance(from_pretrained(saved(model, tmp_path / "second"), dtype=torch.float64), NeuralGPT2LMHeadModel)

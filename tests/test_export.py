@@ -1,0 +1,206 @@
+"""`export_to_hub`: the folder loads in every way, in processes of its own, and a Hub gives back what it was sent."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, GPT2Tokenizer, LlamaConfig, LlamaForCausalLM, ViTImageProcessorPil
+
+from hf_neural_attention import (
+    NeuralGPT2Config,
+    NeuralGPT2LMHeadModel,
+    NeuralViTConfig,
+    NeuralViTForImageClassification,
+    export_to_hub,
+    patch,
+)
+from hf_neural_attention.patching import PatchError
+from hub import Hub, running_hub
+
+
+GPT2 = {"vocab_size": 300, "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64, "initializer_range": 0.2}
+VIT = {"image_size": 16, "patch_size": 4, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+# the backend that the package and copies of the code have in common
+BACKEND = {"HF_NEURAL_ATTENTION_BACKEND": "blockwise"}
+
+INPUTS = {
+    "gpt2": "dict(input_ids=torch.arange(20)[None])",
+    "vit": "dict(pixel_values=torch.linspace(-1, 1, 3 * 16 * 16).view(1, 3, 16, 16))",
+}
+AUTO = {"gpt2": "AutoModelForCausalLM", "vit": "AutoModelForImageClassification"}
+SAVE = """
+import torch, transformers, hf_neural_attention
+model = transformers.{auto}.from_pretrained("{name}")
+torch.save(model(**{inputs}).logits, "logits.pt")
+"""
+WITHOUT = """
+import sys
+sys.modules["hf_neural_attention"] = None  # importing it fails, as where it is not installed
+import torch, transformers
+model = transformers.{auto}.from_pretrained("{name}", trust_remote_code=True)
+assert type(model).__module__.startswith("transformers_modules."), type(model)
+assert torch.equal(model(**{inputs}).logits, torch.load("logits.pt"))
+base = transformers.AutoModel.from_pretrained("{name}", trust_remote_code=True)
+assert not hasattr(base, "lm_head") and type(base).__name__.endswith("Model")
+"""
+UNTRUSTED = """
+import sys
+sys.modules["hf_neural_attention"] = None
+import transformers
+try:
+    transformers.{auto}.from_pretrained("{name}")
+except ValueError as error:
+    assert "trust_remote_code=True" in str(error), error
+else:
+    raise SystemExit("it ran code that nobody trusts")
+assert not any(name.startswith("transformers_modules") and "neural" in name for name in sys.modules)
+"""
+PIPELINE = {
+    "gpt2": """
+import torch, transformers, hf_neural_attention
+run = transformers.pipeline("text-generation", "{name}")
+assert type(run.model).__name__ == "NeuralGPT2LMHeadModel" and run.model.generation_config.use_cache
+assert torch.equal(run.model(**{inputs}).logits, torch.load("logits.pt"))
+assert len(run("a b", max_new_tokens=3, do_sample=False)[0]["generated_text"]) > 3
+""",
+    "vit": """
+import torch, transformers, hf_neural_attention
+from PIL import Image
+run = transformers.pipeline("image-classification", "{name}")
+assert torch.equal(run.model(**{inputs}).logits, torch.load("logits.pt"))
+assert len(run(Image.new("RGB", (16, 16)))) == 2
+""",
+}
+
+
+def make(family: str, **fields) -> tuple[Any, Any]:
+    """A model, and its tokenizer or image processor."""
+    torch.manual_seed(0)
+    fields = {"neural_layers": "all", "neural_mode": "replace", **fields}
+    if family == "gpt2":
+        tokenizer = GPT2Tokenizer().train_new_from_iterator(["a b c"], vocab_size=300)
+        return NeuralGPT2LMHeadModel(NeuralGPT2Config(**GPT2, **fields)), tokenizer
+    model = NeuralViTForImageClassification(NeuralViTConfig(**VIT, **fields, initializer_range=0.2))
+    return model, ViTImageProcessorPil(size={"height": 16, "width": 16})
+
+
+def script(code: str, folder: Path, **environment: str) -> str:
+    own = {"HF_MODULES_CACHE": str(folder / "modules"), **BACKEND, **environment}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=folder, env=os.environ | own, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ("gpt2", "vit"))
+def test_it_loads_in_every_way(family: str, tmp_path: Path):
+    model, processor = make(family)
+    model.config.use_cache = False  # as Trainer leaves it
+    assert export_to_hub(model, tmp_path / "model", processor) == tmp_path / "model"
+    assert model.config.use_cache is False
+    for code in (SAVE, WITHOUT, UNTRUSTED, PIPELINE[family]):
+        script(code.format(name="model", auto=AUTO[family], inputs=INPUTS[family]), tmp_path)
+
+
+def test_what_is_in_the_folder(tmp_path: Path):
+    model, tokenizer = make("gpt2")
+    folder = export_to_hub(
+        model, tmp_path / "model", tokenizer, results={"test_perplexity": 12.5}, dataset="wikitext", description="Tiny."
+    )
+    names = {path.name for path in folder.iterdir()}
+    assert names >= {"model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "README.md"}
+    assert {name for name in names if name.endswith(".py")} >= {"modeling_neural_gpt2.py", "neural_attention_scorer.py"}
+    assert not any(name.endswith((".bin", ".pt", ".pkl")) for name in names) and list(tmp_path.iterdir()) == [folder]
+    config = json.loads((folder / "config.json").read_text())
+    assert config["neural_format_version"] == 1 and config["architectures"] == ["NeuralGPT2LMHeadModel"]
+    assert config["auto_map"]["AutoModelForCausalLM"] == "modeling_neural_gpt2.NeuralGPT2LMHeadModel"
+    assert config["auto_map"]["AutoConfig"] == "configuration_neural_gpt2.NeuralGPT2Config"
+    card = (folder / "README.md").read_text()
+    for text in ("pipeline_tag: text-generation", "license: apache-2.0", "| test_perplexity | 12.5 |", "Tiny.", "2502.17206"):
+        assert text in card, card
+    assert "trust_remote_code" in card
+    bare = export_to_hub(model, tmp_path / "bare", remote_code=False)
+    assert not list(bare.glob("*.py")) and "auto_map" not in json.loads((bare / "config.json").read_text())
+    assert "trust_remote_code" not in (bare / "README.md").read_text()
+
+
+def test_patched_models(tmp_path: Path):
+    stock = patch(GPT2LMHeadModel(GPT2Config(**GPT2)), mode="replace").eval()
+    loaded = NeuralGPT2LMHeadModel.from_pretrained(export_to_hub(stock, tmp_path / "model"))
+    assert torch.equal(loaded(torch.arange(9)[None]).logits, stock(torch.arange(9)[None]).logits)
+    model = LlamaForCausalLM(LlamaConfig(hidden_size=32, num_hidden_layers=1, vocab_size=9, num_attention_heads=2))
+    with pytest.raises(PatchError, match="not patched"):
+        export_to_hub(model, tmp_path / "llama")
+    with pytest.raises(PatchError, match="no code to export"):
+        export_to_hub(patch(model), tmp_path / "llama")
+    assert not (tmp_path / "llama").exists()
+
+
+def test_a_failing_export_leaves_what_was_there(tmp_path: Path):
+    model, tokenizer = make("gpt2")
+    folder = export_to_hub(model, tmp_path / "model", tokenizer)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    class Broken:
+        def save_pretrained(self, folder: Path) -> None:
+            (folder / "config.json").write_text("{")
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        export_to_hub(make("gpt2", neural_proj_dim=4)[0], folder, Broken())
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before and list(tmp_path.iterdir()) == [folder]
+    with pytest.raises(ValueError, match="numbers by name"):
+        export_to_hub(model, folder, results={"metrics": {"loss": "low"}})
+
+
+def test_a_config_from_the_future(tmp_path: Path):
+    folder = export_to_hub(make("gpt2")[0], tmp_path / "model")
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"neural_format_version": 2}))
+    with pytest.raises(ValueError, match="newer hf_neural_attention"):
+        NeuralGPT2LMHeadModel.from_pretrained(folder)
+
+
+EXPORT = """
+import sys, torch
+from test_export import make
+from hf_neural_attention import export_to_hub
+try:
+    export_to_hub(*make("gpt2")[:1], "model", make("gpt2")[1], push_to_hub=True, repo_id="somebody/tiny")
+except RuntimeError as error:
+    print(error)
+"""
+
+
+@pytest.mark.slow
+def test_a_hub_gives_back_what_it_was_sent(tmp_path: Path):
+    with running_hub() as hub:
+        environment = hub_environment(hub, tmp_path)
+        hub.fails_at = 507
+        said = script(EXPORT, tmp_path, **environment)
+        assert "507" in said and "hf upload somebody/tiny model" in said and not hub.repositories["somebody/tiny"]
+        assert (tmp_path / "model" / "model.safetensors").exists()
+        hub.fails_at = None
+        assert script(EXPORT, tmp_path, **environment).strip() == ""
+        assert hub.repositories["somebody/tiny"].keys() == {path.name for path in (tmp_path / "model").iterdir()}
+        for code in (SAVE, WITHOUT, UNTRUSTED, PIPELINE["gpt2"]):
+            code = code.format(name="somebody/tiny", auto=AUTO["gpt2"], inputs=INPUTS["gpt2"])
+            script(code, tmp_path, **environment)
+
+
+def hub_environment(hub: Hub, folder: Path) -> dict[str, str]:
+    """What makes a process use this Hub."""
+    return {
+        "HF_ENDPOINT": hub.endpoint,
+        "HF_TOKEN": "hf_secret",
+        "HF_HUB_OFFLINE": "0",
+        "HF_HOME": str(folder / "home"),
+        "PYTHONPATH": str(Path(__file__).parent),
+    }
