@@ -1,5 +1,12 @@
-"""Starting from a checkpoint: what it must be, and what the command line may ask of it."""
+"""Starting from a checkpoint: what it must be, what the command line may ask of it, and which of a run's own is whole."""
 
+import json
+import re
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PreTrainedConfig
 
 from arguments import ARMS, NeuralArguments
@@ -22,3 +29,35 @@ def load_checkpoint_config(name: str, stock_type: str, neural: NeuralArguments) 
             f"{name} was trained with Neural Attention: no dot-product model can start from it. Add --attention neural."
         )
     return config
+
+
+def last_whole_checkpoint(folder: Path, say: Callable[[str], None] = print) -> str | None:
+    """The last of a run's checkpoints that is not damaged, or None; says what is wrong with those that are.
+
+    A process that is killed while it writes, or a disk that is full, leaves a checkpoint that does not load.
+    """
+    numbers = {int(match[1]): path for path in folder.glob("checkpoint-*") if (match := re.search(r"-(\d+)$", path.name))}
+    for _, path in sorted(numbers.items(), reverse=True):
+        if (damage := what_is_damaged(path)) is None:
+            return str(path)
+        say(f"{path} is damaged ({damage}): it is left aside, and the one before is used.")
+    return None
+
+
+def what_is_damaged(checkpoint: Path) -> str | None:
+    """What of a checkpoint cannot be read, or None."""
+    # Trainer writes it last
+    if not (checkpoint / "trainer_state.json").exists():
+        return "trainer_state.json is missing: it was not finished"
+    for path in sorted(checkpoint.rglob("*")):
+        try:
+            if path.suffix == ".json":
+                json.loads(path.read_text())
+            elif path.suffix == ".safetensors":
+                with safe_open(path, framework="pt"):
+                    pass
+            elif path.suffix in (".pt", ".pth", ".bin") and path.name != "training_args.bin" and not zipfile.is_zipfile(path):
+                return f"{path.name} is cut off"
+        except (OSError, ValueError, SafetensorError) as error:
+            return f"{path.name}: {error}"
+    return None

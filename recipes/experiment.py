@@ -22,7 +22,8 @@ import torch
 from accelerate import Accelerator
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import ExportableState
-from transformers.trainer_utils import get_last_checkpoint
+
+from checkpoints import last_whole_checkpoint
 
 
 RESULTS = "results.json"
@@ -142,7 +143,7 @@ class Experiment:
         use_cache = getattr(model.config, "use_cache", None)
         callbacks = [StepClock(), *self.trainer_arguments.get("callbacks", [])]
         trainer = Trainer(model=model, args=arguments, **self.trainer_arguments | {"callbacks": callbacks})
-        checkpoint = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+        checkpoint = last_whole_checkpoint(folder, self.say)
         self.say(f"{arm}: {'resuming from ' + checkpoint if checkpoint else 'training from the start'}")
         with checkpoints_as_they_are(model):
             trainer.train(resume_from_checkpoint=checkpoint)

@@ -37,6 +37,7 @@ KNOWN_ARGUMENTS = {
     "deterministic",
     "dropout",
     "is_causal",
+    "logits_to_keep",
     "max_length_k",
     "max_length_q",
     "output_attentions",

@@ -212,3 +212,29 @@ def test_json_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
 def test_the_clock_goes_on_from_a_checkpoint():
     state = StepClock(seconds=3.5).state()
     assert StepClock(**state["args"]).seconds == 3.5
+
+
+FILES = ("model.safetensors", "config.json", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_a_damaged_checkpoint_is_said_and_the_one_before_is_used(tmp_path, capsys, file):
+    whole = make_experiment(tmp_path / "whole").run(("dot",))["dot"]
+    with pytest.raises(KeyboardInterrupt):
+        make_experiment(tmp_path / "parts", Killed(at_step=10)).run(("dot",))
+    damaged = tmp_path / "parts/dot/checkpoint-8" / file
+    damaged.write_bytes(damaged.read_bytes()[: damaged.stat().st_size // 2])
+    parts = make_experiment(tmp_path / "parts").run(("dot",))["dot"]
+    said = capsys.readouterr().out
+    assert f"checkpoint-8 is damaged ({file}" in said and "resuming from" in said and "checkpoint-4\n" in said
+    losses = [[entry["loss"] for entry in run["history"] if "loss" in entry] for run in (whole, parts)]
+    assert losses[0] == losses[1] and len(losses[0]) == 20
+
+
+def test_with_no_checkpoint_left_it_starts_again(tmp_path, capsys):
+    with pytest.raises(KeyboardInterrupt):
+        make_experiment(tmp_path, Killed(at_step=6)).run(("dot",))
+    (tmp_path / "dot/checkpoint-4/trainer_state.json").unlink()
+    assert make_experiment(tmp_path).run(("dot",))["dot"]["steps"] == 20
+    said = capsys.readouterr().out
+    assert "trainer_state.json is missing: it was not finished" in said and said.count("training from the start") == 2

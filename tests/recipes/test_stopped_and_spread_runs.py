@@ -1,0 +1,115 @@
+"""Recipes that are killed, and recipes that several processes run: both end as one process that nobody disturbs."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from conftest import RECIPES, run_in
+
+
+HERE = Path(__file__).parent
+TINY = (
+    *("--vocab_size", 300, "--block_size", 32, "--n_embd", 16, "--n_layer", 2, "--n_head", 2, "--max_train_samples", 32),
+    *("--max_eval_tokens", 100, "--max_steps", 8, "--save_steps", 2, "--report_to", "none", "--neural_layers", "all"),
+    *("--dropout", 0.0, "--learning_rate", 0.01, "--lr_scheduler_type", "constant", "--seed", 0),
+)
+ONE_PROCESS = (*TINY, "--per_device_train_batch_size", 4, "--output_dir", "one")
+EACH_OF_TWO = (*TINY, "--per_device_train_batch_size", 2, "--output_dir", "two")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory) -> Path:
+    """The folder of a run that nobody disturbs."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    run_in(folder, "language_modeling.py", *ONE_PROCESS)
+    return folder / "one"
+
+
+def weights(run: Path, arm: str) -> dict[str, torch.Tensor]:
+    return load_file(run / arm / "model.safetensors")
+
+
+def assert_same(run: Path, other: Path, tolerance: float) -> None:
+    for arm in ("dot", "neural"):
+        ours, expected = weights(run, arm), weights(other, arm)
+        if (head := ours.pop("lm_head.weight", None)) is not None:  # tied; saved twice where it was sharded
+            assert torch.equal(head, ours["transformer.wte.weight"])
+        assert ours.keys() == expected.keys()
+        for name, tensor in expected.items():
+            assert (ours[name] - tensor).abs().max() <= tolerance * max(1.0, tensor.abs().max()), (arm, name)
+
+
+def kill_when(folder: Path, appears: str) -> None:
+    """Runs the recipe until a file or folder appears, and kills it at that very moment."""
+    command = [sys.executable, str(RECIPES / "language_modeling.py"), *map(str, ONE_PROCESS)]
+    with subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        end = time.monotonic() + 200
+        while not (folder / appears).exists():
+            assert process.poll() is None and time.monotonic() < end, f"it ended without {appears}"
+            time.sleep(0.001)
+        process.send_signal(signal.SIGKILL)
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_to_the_same_end(undisturbed, tmp_path):
+    for moment in ("one/dot/checkpoint-4", "one/dot/checkpoint-6/trainer_state.json", "one/neural/checkpoint-2/optimizer.pt"):
+        kill_when(tmp_path, moment)
+    assert "dot: finished before" in run_in(tmp_path, "language_modeling.py", *ONE_PROCESS)
+    assert_same(tmp_path / "one", undisturbed, 0.0)
+
+
+def launch(folder: Path, script: Path, config: str, *flags: object) -> str:
+    """`accelerate launch` of a recipe by one of the ready-made configurations."""
+    launcher = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        RECIPES / f"accelerate_configs/{config}.yaml",
+    ]
+    command = [*map(str, launcher), "--main_process_port", "0", str(script), *map(str, flags)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(RECIPES)}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=500, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
+    return done.stdout + done.stderr
+
+
+SHARDED = ("--fsdp", "--fsdp_config", json.dumps({"version": 2, "transformer_layer_cls_to_wrap": ["GPT2Block"]}))
+KINDS = {"ddp": (RECIPES / "language_modeling.py", ()), "fsdp2": (HERE / "sharded_on_cpus.py", SHARDED)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_processes_train_save_and_resume(kind, undisturbed, tmp_path):
+    script, flags = KINDS[kind]
+    flags = (*EACH_OF_TWO, "--use_cpu", "True", *flags)
+    said = launch(tmp_path, script, "two_cpu_processes_ddp", *flags)
+    assert "sharded: " not in said if kind == "ddp" else said.count("sharded: True") == 2
+    two = tmp_path / "two"
+    assert json.loads((two / "comparison.json").read_text())["environment"]["processes"] == 2
+    assert_same(two, undisturbed, 1e-4)
+
+    for arm in ("dot", "neural"):
+        (two / arm / "results.json").unlink()
+        for step in (6, 8):
+            shutil.rmtree(two / arm / f"checkpoint-{step}")
+    said = launch(tmp_path, script, "two_cpu_processes_ddp", *flags)
+    assert said.count("checkpoint-4\n") == 2
+    assert_same(two, undisturbed, 1e-4)
+
+
+def test_the_ready_made_configurations_are_ones_that_accelerate_reads():
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    for path in sorted((RECIPES / "accelerate_configs").glob("*.yaml")):
+        config = load_config_from_file(str(path))
+        assert config.num_processes >= 1, path
