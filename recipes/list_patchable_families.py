@@ -30,7 +30,7 @@ from experiment import write_json
 from hf_neural_attention.patching import NoPatchableLayerError, PatchError, ProbeError, patch, patched, unpatch
 from hf_neural_attention.patching.inputs import possible_inputs
 from hf_neural_attention.patching.layers import attention_modules, stack_name
-from hf_neural_attention.patching.probing import probe
+from hf_neural_attention.patching.probing import probe, recording
 from reporting import command_line, environment
 
 
@@ -53,7 +53,8 @@ SIZES = DEPTHS | {
     r"(moe_)?num_(local_)?experts|n_routed_experts": 4,
     r"num_experts_per_tok|moe_(top)?k": 2,
     r"n_group|topk_group": 1,
-    r"image_size": 32,
+    r"image_size|crop_size": 32,
+    r"frames_per_clip": 4,
     r"patch_size|sliding_window|local_attention": 8,
 }
 
@@ -201,6 +202,10 @@ def examine(model: PreTrainedModel) -> dict[str, Any]:
         return {**record, "status": "refused", "reason": one_line(error)}
     names = [layer.layer for layer in plan.layers]
     record |= {"patched_layers": len(names), "stacks": sorted({stack_name(name) for name in names})}
+    expected = outputs_of(part, inputs)
+    with recording(model, {name: [] for name in names}):  # their attention gives zeros
+        if max(map(relative, outputs_of(part, inputs), expected)) < 1e-5:
+            raise RuntimeError("the outputs of its small random model do not depend on attention")
     for implementation in ("as built", "eager"):
         if implementation == "eager":
             model.set_attn_implementation("eager")

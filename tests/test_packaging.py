@@ -64,6 +64,7 @@ def test_wheel_metadata(wheel):
         "safetensors",
         "torch",
         "transformers",
+        "tqdm",
         "wrapt",
     }
     assert metadata.get_payload().startswith("#"), "the README is what the registry shows"

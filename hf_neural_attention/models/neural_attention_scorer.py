@@ -239,7 +239,7 @@ def check_arguments(
             f"{scorer.head_dim}."
         )
     same_heads = key.shape[1] == value.shape[1] or keys_projected
-    if (key.shape[0], key.shape[2]) != (value.shape[0], value.shape[2]) or not same_heads or len(query) != len(key):
+    if (key.shape[0], key.shape[2]) != (value.shape[0], value.shape[2]) or not same_heads or query.shape[0] != key.shape[0]:
         raise ValueError(
             f"`query` {tuple(query.shape)}, `key` {tuple(key.shape)} and `value` {tuple(value.shape)} do not fit: all need "
             "the same batch size, key and value also the same heads and length."

@@ -33,8 +33,8 @@ from .reports import table
 
 CAPTURE_NAME = "neural_attention_capture"
 
-# Numbers in the largest tensor of a step, [B, H, rows, Tk, h1]: 128 MiB in float32
-NUMBERS_AT_ONCE = 2**25
+# Numbers in the largest tensor of a step, [B, H, rows, Tk, h1]: 32 MiB in float32
+NUMBERS_AT_ONCE = 2**23
 ROWS_OF_AN_EVALUATION = 64
 
 

@@ -1,0 +1,47 @@
+"""The table of families that can be patched: what the script finds is what the table says, and the README with it."""
+
+import json
+import re
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+
+ROOT = Path(__file__).parents[2]
+CARD = ROOT / "model_cards" / "patchable_families"
+RESULTS = json.loads(CARD.with_suffix(".json").read_text())["families"]
+TRIED = ("gpt2", "bert", "t5", "vit", "gemma2", "gpt_oss", "xlnet")
+
+
+@pytest.mark.slow
+def test_the_script_finds_what_the_table_says(tmp_path):
+    script = ROOT / "recipes" / "list_patchable_families.py"
+    command = [sys.executable, str(script), *TRIED, "--output", str(tmp_path / "families")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads((tmp_path / "families.json").read_text())["families"]
+    assert found == {name: RESULTS[name] for name in sorted(TRIED)}
+    assert [found[name]["status"] for name in TRIED] == [*["works"] * 4, "refused", "refused", "no interface"]
+    assert "| gpt2 | works | GPT2Model | 2 of 2 |" in (tmp_path / "families.md").read_text()
+
+
+def test_the_table_is_whole():
+    text = CARD.with_suffix(".md").read_text()
+    counts = Counter(result["status"] for result in RESULTS.values())
+    for status, count in counts.items():
+        assert f"| {status} | {count} |" in text
+        assert len(re.findall(rf"^\| \w+ \| {status} \| .*\|$", text, re.MULTILINE)) == count
+    assert all(result.get("reason") for result in RESULTS.values() if result["status"] != "works")
+    named = {"gpt2", "llama", "qwen3", "mistral", "gpt_neox", "opt", "phi", "bert", "roberta", "modernbert", "distilbert"}
+    assert all(RESULTS[name]["status"] == "works" for name in named | {"t5", "bart", "vit", "dinov2"})
+
+
+def test_the_readme_gives_the_tables_figures():
+    counts = Counter(result["status"] for result in RESULTS.values())
+    readme = (ROOT / "README.md").read_text()
+    assert f"Of {len(RESULTS)} model families" in readme
+    for status in ("works", "in part", "refused", "no interface", "not tried"):
+        assert re.search(rf"\| {status} \| {counts[status]} \|", readme), status
