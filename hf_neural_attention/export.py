@@ -95,7 +95,7 @@ def export_to_hub(
             base.save_pretrained(draft)
         if tokenizer_or_processor is not None:
             tokenizer_or_processor.save_pretrained(draft)
-        auto_map = auto_classes_of(base, architecture)
+        auto_map = auto_classes(base.config.model_type, architecture)
         if remote_code:
             add_code(draft, auto_map)
         pipeline = next(
@@ -128,9 +128,9 @@ def exported_class(model: Any) -> str:
     )
 
 
-def auto_classes_of(model: Any, architecture: str) -> dict[str, str]:
+def auto_classes(model_type: str, architecture: str) -> dict[str, str]:
     """`auto_map` of a config.json: Auto class -> "file.Class", for every Auto class that has one of the family."""
-    family = next(name for name, stock in FAMILIES.items() if model.config.model_type in (name, stock))
+    family = next(name for name, stock in FAMILIES.items() if model_type in (name, stock))
     found = {"AutoConfig": f"configuration_{family}.{config_class_name(family)}"}
     for name in modeling_auto.__all__:
         if not name.startswith("Auto"):
@@ -186,11 +186,18 @@ def read_results(results: Mapping[str, float] | str | Path | None) -> dict[str, 
     return dict(metrics)
 
 
-def upload(folder: Path, repo_id: str, token: str | bool | None, private: bool | None, commit_message: str) -> None:
+def upload(
+    folder: Path, repo_id: str, token: str | bool | None, private: bool | None, commit_message: str, **options: Any
+) -> None:
+    """Uploads a folder, to a repository that is made if there is none.
+
+    Raises:
+        RuntimeError: if that fails, saying how to go on.
+    """
     api = HfApi(token=token)
     try:
         repo = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        api.upload_folder(repo_id=repo, folder_path=folder, commit_message=commit_message)
+        api.upload_folder(repo_id=repo, folder_path=folder, commit_message=commit_message, **options)
     except Exception as error:
         raise RuntimeError(
             f"The upload to {repo_id} failed: {error}. {folder} is complete; go on with `hf upload {repo_id} {folder}`, or "

@@ -41,7 +41,11 @@ FREE_ARGUMENTS = {
     "eval_steps",
     "logging_steps",
     "output_dir",
+    "hub_model_id",
+    "hub_private_repo",
+    "hub_token",
     "per_device_eval_batch_size",
+    "push_to_hub",
     "resume_from_checkpoint",
     "save_steps",
     "save_strategy",
@@ -95,13 +99,16 @@ class Experiment:
         Raises:
             SystemExit: if the folder holds another run, the model cannot be built, or an argument cannot be honoured.
         """
-        if self.training.push_to_hub:
-            raise SystemExit("--push_to_hub is not there yet. Upload a finished folder with `hf upload REPOSITORY FOLDER`.")
         if self.training.resume_from_checkpoint:
             raise SystemExit("--resume_from_checkpoint: a run resumes from its last checkpoint by itself, for each arm.")
         if self.training.should_save:
             claim_folder(self.folder, self.settings)
-        results = {arm: self.run_arm(arm) for arm in arms}
+        try:
+            results = {arm: self.run_arm(arm) for arm in arms}
+        except OSError as error:  # a disk that is full, for instance
+            raise SystemExit(
+                f"{error}\nThe same command goes on from the last checkpoint in {self.folder} that is whole."
+            ) from error
         if len(arms) > 1 and self.training.should_save:
             for arm, seconds in self.time_in_turn(arms).items():
                 results[arm]["seconds_in_turn"] = seconds
@@ -182,6 +189,7 @@ class Experiment:
         return dataclasses.replace(
             self.training,
             output_dir=str(self.folder / arm),
+            push_to_hub=False,  # at the end, by `publish`: with the card, and without checkpoints
             restore_callback_states_from_checkpoint=True,
             dataloader_pin_memory=self.training.dataloader_pin_memory and torch.accelerator.is_available(),
         )
@@ -239,8 +247,11 @@ def claim_folder(folder: Path, settings: dict[str, Any]) -> None:
             )
     elif not record.exists() and folder.is_dir() and any(folder.iterdir()):
         raise SystemExit(f"{folder} holds files that are no run of this recipe. Choose another --output_dir, or empty it.")
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(record, settings)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(record, settings)
+    except OSError as error:
+        raise SystemExit(f"--output_dir {folder} cannot be written to: {error.strerror}.") from None
 
 
 def settings_of(*arguments: Any) -> dict[str, Any]:

@@ -33,6 +33,7 @@ from experiment import Experiment, settings_of
 from hf_neural_attention import NeuralViTConfig, NeuralViTForImageClassification
 from hf_neural_attention.metrics import Accuracy
 from image_data import EMBEDDED, ImageArguments, LabelledImages, load_images, with_pixels
+from publishing import publish
 from reporting import Task, report
 
 
@@ -243,6 +244,8 @@ def main() -> None:
     results = experiment.run(ARMS[neural.attention])
     if training.should_save:
         report(results, describe_task(images, image), Path(training.output_dir), neural.card, neural.card_note)
+        if training.push_to_hub:
+            publish(Path(training.output_dir), results, training)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 

@@ -29,6 +29,7 @@ from checkpoints import load_checkpoint_config
 from experiment import Experiment, settings_of
 from hf_neural_attention import NeuralGPT2Config, NeuralGPT2LMHeadModel
 from perplexity import perplexity
+from publishing import publish
 from reporting import Task, report
 from text_data import EMBEDDED, TextArguments, TokenizedText, cut_into_blocks, load_text, load_tokenizer, tokenize
 
@@ -186,7 +187,9 @@ def describe_task(text: TextArguments, texts: dict[str, TokenizedText], tokenize
         metrics=metrics,
         loading=loading,
         notes=(
-            f"Tokens ({len(tokenizer):,} in the vocabulary): {counts}. With a stride, each token is predicted from at least "
+            f"Tokens ({len(tokenizer):,} in the vocabulary): {counts}. "
+            + (f"Evaluated are the first {text.max_eval_tokens:,} of a split. " if text.max_eval_tokens else "")
+            + f"With a stride, each token is predicted from at least "
             f"{text.block_size - stride} tokens before it; in whole windows, from whatever its window holds. Perplexity per "
             "word counts words between white space and one end per line. GPT-2 is pre-norm; the paper's own models are "
             "post-norm."
@@ -229,6 +232,8 @@ def main() -> None:
     results = experiment.run(ARMS[neural.attention])
     if training.should_save:
         report(results, describe_task(text, texts, tokenizer), Path(training.output_dir), neural.card, neural.card_note)
+        if training.push_to_hub:
+            publish(Path(training.output_dir), results, training)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 

@@ -37,6 +37,7 @@ from arguments import ARMS, NeuralArguments, parse_arguments, value_of_flag
 from experiment import STAGES, Experiment, claim_folder, settings_of, write_json
 from hf_neural_attention import calibrate, load_patch, patch, save_patch
 from image_data import ImageArguments, load_images, with_pixels
+from publishing import publish
 from reporting import Task, report
 from text_data import TextArguments, cut_into_blocks, load_text, load_tokenizer, tokenize
 
@@ -153,7 +154,7 @@ def measure_stages(experiment: Experiment, checkpoint: CheckpointArguments, stag
     """Figures of the checkpoint, of the patched model, and of the calibrated one, whose scorers are kept in a folder."""
 
     def measure(stage: str, model: PreTrainedModel) -> None:
-        arguments = experiment.arguments_of(stage)
+        arguments = experiment.arguments_of("dot" if stage == "checkpoint" else "neural")
         stages[stage] = experiment.evaluate(Trainer(model=model, args=arguments, **experiment.trainer_arguments))
         experiment.say(f"{stage}: {stages[stage]}")
         if arguments.should_save:
@@ -274,6 +275,8 @@ def main() -> None:
         if config.model_type not in ("gpt2", "vit"):
             data.task.neural_loading = lambda where: f'model = hf_neural_attention.from_pretrained("{where}")'
         report(results, data.task, folder, neural.card, neural.card_note)
+        if training.push_to_hub:
+            publish(folder, results, training)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 

@@ -112,18 +112,23 @@ def draw_comparison(results: dict[str, dict[str, Any]], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
-    for axis, key, title in zip(axes, ("loss", "eval_loss"), ("training loss", "evaluation loss"), strict=True):
+    titles = {"loss": "training loss", "eval_loss": "evaluation loss"}
+    logged = [key for key in titles if any(key in entry for result in results.values() for entry in result["history"])]
+    shown = logged or ["loss"]
+    size = (5 * len(shown), 4)
+    figure, axes = plt.subplots(1, len(shown), figsize=size, sharey=True, squeeze=False, layout="constrained")
+    for axis, key in zip(axes[0], shown, strict=True):
         for arm, result in results.items():
             points = [(entry["step"], entry[key]) for entry in result["history"] if key in entry]
             if points:
                 axis.plot(
                     *zip(*points, strict=True), label=LABELS[arm], color=COLORS[arm], marker="." if len(points) < 50 else ""
                 )
-        axis.set(title=title, xlabel="step")
+        axis.set(title=titles[key], xlabel="step")
         axis.grid(alpha=0.3)
-    axes[0].set_ylabel("nats")
-    axes[0].legend()
+    axes[0, 0].set_ylabel("nats")
+    if logged:
+        axes[0, 0].legend()
     figure.savefig(path, dpi=120)
     plt.close(figure)
 

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 from typing import Any
 
@@ -38,22 +39,22 @@ import torch, transformers, hf_neural_attention
 model = transformers.{auto}.from_pretrained("{name}")
 torch.save(model(**{inputs}).logits, "logits.pt")
 """
-WITHOUT = """
-import sys
-sys.modules["hf_neural_attention"] = None  # importing it fails, as where it is not installed
+NOT_INSTALLED = """
+import importlib.util, sys
+assert importlib.util.find_spec("hf_neural_attention") is None
+"""
+WITHOUT = f"""{NOT_INSTALLED}
 import torch, transformers
-model = transformers.{auto}.from_pretrained("{name}", trust_remote_code=True)
+model = transformers.{{auto}}.from_pretrained("{{name}}", trust_remote_code=True)
 assert type(model).__module__.startswith("transformers_modules."), type(model)
-assert torch.equal(model(**{inputs}).logits, torch.load("logits.pt"))
-base = transformers.AutoModel.from_pretrained("{name}", trust_remote_code=True)
+assert torch.equal(model(**{{inputs}}).logits, torch.load("logits.pt"))
+base = transformers.AutoModel.from_pretrained("{{name}}", trust_remote_code=True)
 assert not hasattr(base, "lm_head") and type(base).__name__.endswith("Model")
 """
-UNTRUSTED = """
-import sys
-sys.modules["hf_neural_attention"] = None
+UNTRUSTED = f"""{NOT_INSTALLED}
 import transformers
 try:
-    transformers.{auto}.from_pretrained("{name}")
+    transformers.{{auto}}.from_pretrained("{{name}}")
 except ValueError as error:
     assert "trust_remote_code=True" in str(error), error
 else:
@@ -91,9 +92,13 @@ def make(family: str, **fields) -> tuple[Any, Any]:
 
 def script(code: str, folder: Path, **environment: str) -> str:
     own = {"HF_MODULES_CACHE": str(folder / "modules"), **BACKEND, **environment}
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=folder, env=os.environ | own, capture_output=True, text=True, check=False
-    )
+    command = [sys.executable]
+    if code.startswith(NOT_INSTALLED):
+        # an environment with all that is installed but for this package, whose source is no part of site-packages
+        command += ["-S"]
+        own["PYTHONPATH"] = sysconfig.get_path("purelib")
+    command += ["-c", code]
+    done = subprocess.run(command, cwd=folder, env=os.environ | own, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     return done.stdout
 

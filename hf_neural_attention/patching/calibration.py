@@ -23,7 +23,7 @@ from transformers.masking_utils import sdpa_mask
 from ..diagnostics import neural_layers
 from ..models.neural_attention_interface import NeuralConfigView, mask_of_call
 from ..models.neural_attention_masking import mask_scores
-from ..models.neural_attention_reference import expand_heads, reference_scores
+from ..models.neural_attention_reference import expand_heads, key_features, reference_scores
 from .errors import PatchError
 from .patching import check_unsharded
 from .probing import left_as_it_was, unwrap
@@ -252,7 +252,9 @@ def divergence(scorer: Any, call: Call, rows: torch.Tensor) -> torch.Tensor:
         # what a mask adds, biases of positions included, is no part of the scores
         scores = call.masked_rows(torch.zeros_like(target), rows)
     else:
-        scores = call.masked_rows(reference_scores(query, call.key, scorer.weights()), rows)
+        weights = scorer.weights()
+        keys = key_features(call.key, weights)  # once per key, not once per pair
+        scores = call.masked_rows(reference_scores(query, keys, weights, keys_projected=True), rows)
     seen = (target > float("-inf")).any(-1)
     # finite, since 0 * -inf is NaN; far enough to be zero after the softmax
     lowest = torch.finfo(target.dtype).min / 2

@@ -183,7 +183,7 @@ def test_models_that_cannot_be_built_are_said_plainly(tmp_path):
         experiment.run(("dot",))
 
 
-@pytest.mark.parametrize(("argument", "value"), [("push_to_hub", True), ("resume_from_checkpoint", "there")])
+@pytest.mark.parametrize(("argument", "value"), [("resume_from_checkpoint", "there")])
 def test_arguments_that_would_be_ignored_are_refused(tmp_path, argument, value):
     experiment = make_experiment(tmp_path)
     setattr(experiment.training, argument, value)
@@ -238,3 +238,23 @@ def test_with_no_checkpoint_left_it_starts_again(tmp_path, capsys):
     assert make_experiment(tmp_path).run(("dot",))["dot"]["steps"] == 20
     said = capsys.readouterr().out
     assert "trainer_state.json is missing: it was not finished" in said and said.count("training from the start") == 2
+
+
+def test_a_full_disk_is_said_and_the_run_goes_on_later(tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    whole = make_experiment(tmp_path / "whole").run(("dot",))["dot"]
+    with monkeypatch.context() as patched:
+        patched.setattr("transformers.trainer.Trainer._save_rng_state", full)  # in the midst of a checkpoint
+        with pytest.raises(SystemExit, match=r"No space left on device\nThe same command goes on"):
+            make_experiment(tmp_path / "parts").run(("dot",))
+    parts = make_experiment(tmp_path / "parts").run(("dot",))["dot"]
+    losses = [[entry["loss"] for entry in run["history"] if "loss" in entry] for run in (whole, parts)]
+    assert losses[0] == losses[1]
+
+
+def test_a_folder_that_cannot_be_written_to(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit, match="cannot be written to: Not a directory"):
+        make_experiment(tmp_path / "file" / "run").run(("dot",))
