@@ -29,7 +29,16 @@ def in_a_folder_with_models(tmp_path, monkeypatch):
 
 
 def test_every_section_that_shows_code_is_found():
-    assert [heading for heading, _ in BLOCKS] == ["Load", "Train", "Patch", "Patch", "Publish", "How it works", "Speed"]
+    assert [heading for heading, _ in BLOCKS] == [
+        "Load",
+        "Train",
+        "Patch",
+        "Patch",
+        "Publish",
+        "How it works",
+        "Speed",
+        "Look inside",
+    ]
 
 
 @pytest.mark.parametrize(("heading", "code"), BLOCKS, ids=[heading for heading, _ in BLOCKS])

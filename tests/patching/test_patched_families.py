@@ -137,6 +137,28 @@ def test_generating(family: Family, implementation: str, mode: str):
     assert torch.equal(generate(model, inputs, num_beams=2), beams)
 
 
+# but for those that Transformers is about to drop
+@pytest.mark.parametrize("cache", ("dynamic", "static", "quantized", "offloaded", "offloaded_static"))
+@pytest.mark.parametrize("name", ("gpt2", "mistral"))
+def test_every_cache(name: str, cache: str):
+    if cache.startswith("offloaded") and not torch.accelerator.is_available():
+        pytest.skip("caches are offloaded from an accelerator")
+    if cache == "quantized" and name == "mistral":
+        pytest.skip("stock models with sliding windows refuse it")
+    family = FAMILIES[name]
+    stock, inputs = family.model(), family.inputs()
+    arguments: dict[str, Any] = {"cache_implementation": cache}
+    if cache == "quantized":
+        arguments["cache_config"] = {"backend": "quanto", "q_group_size": 16}
+    expected = generate(stock, inputs, **arguments)
+    model = patch(stock, "all")
+    # to rounding the stock model: with the same cache, the same tokens
+    assert torch.equal(generate(model, inputs, **arguments), expected)
+    if cache != "quantized":  # which rounds
+        tokens = generate(liven(model), inputs, use_cache=False)
+        assert torch.equal(generate(model, inputs, **arguments), tokens) and not torch.equal(tokens, expected)
+
+
 @cross_attending
 @eager_and_sdpa
 @pytest.mark.parametrize("padded", (False, True), ids=("no mask", "mask"))

@@ -1,0 +1,23 @@
+"""Looks into neural layers: attention maps, score surfaces, the health of scorers; as arrays, and as pictures (matplotlib)."""
+
+from .callback import ScorerHealthCallback
+from .drawing import draw_attention, draw_attention_over_image, draw_health, draw_surface
+from .health import LayerHealth, ScorerHealth, scorer_health
+from .maps import attention_maps, attention_over_image
+from .surface import ScoreSurface, score_surface
+
+
+__all__ = [
+    "LayerHealth",
+    "ScoreSurface",
+    "ScorerHealth",
+    "ScorerHealthCallback",
+    "attention_maps",
+    "attention_over_image",
+    "draw_attention",
+    "draw_attention_over_image",
+    "draw_health",
+    "draw_surface",
+    "score_surface",
+    "scorer_health",
+]

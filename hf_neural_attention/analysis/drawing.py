@@ -1,0 +1,74 @@
+"""Pictures of what the other functions return. They need matplotlib (`pip install 'hf_neural_attention[recipes]'`)."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from .health import ScorerHealth
+from .surface import ScoreSurface
+
+
+def new_axes(axes: Any, count: int = 1, size: tuple[float, float] = (4.5, 4.0)) -> list[Any]:
+    """The axes that are given, or as many of a new figure."""
+    if axes is not None:
+        return list(axes) if count > 1 else [axes]
+    from matplotlib import pyplot as plt
+
+    _, made = plt.subplots(1, count, figsize=(size[0] * count, size[1]), squeeze=False, layout="constrained")
+    return list(made[0])
+
+
+def draw_attention(weights: torch.Tensor, tokens: Sequence[str] | None = None, axes: Any = None, title: str = "") -> Any:
+    """One head's attention, `[queries, keys]`: queries down, keys across. Returns the axes."""
+    (ax,) = new_axes(axes)
+    image = ax.imshow(weights.detach().float().cpu().numpy(), vmin=0.0, cmap="viridis", aspect="auto")
+    ax.figure.colorbar(image, ax=ax, label="weight")
+    ax.set(title=title, xlabel="key", ylabel="query")
+    if tokens is not None:
+        ax.set_xticks(range(len(tokens)), tokens, rotation=90, fontsize=7)
+        ax.set_yticks(range(weights.shape[0]), tokens[-weights.shape[0] :], fontsize=7)
+    return ax
+
+
+def draw_attention_over_image(weights: torch.Tensor, image: Any, axes: Any = None, title: str = "") -> Any:
+    """Weights `[height, width]` of `attention_over_image` over a picture (PIL, or array of `[height, width, 3]`)."""
+    (ax,) = new_axes(axes)
+    ax.imshow(image)
+    ax.imshow(weights.detach().float().cpu().numpy(), cmap="inferno", alpha=0.6)
+    ax.set_axis_off()
+    ax.set_title(title)
+    return ax
+
+
+def draw_surface(surface: ScoreSurface, axes: Any = None) -> list[Any]:
+    """The network's scores beside the dot product's, each with its own colours. Returns both axes."""
+    both = new_axes(axes, 2)
+    extent = [
+        float(surface.key_steps[0]),
+        float(surface.key_steps[-1]),
+        float(surface.query_steps[0]),
+        float(surface.query_steps[-1]),
+    ]
+    for ax, scores, title in zip(both, (surface.network, surface.dot_product), ("network", "dot product"), strict=True):
+        image = ax.imshow(scores.detach().cpu().numpy(), origin="lower", extent=extent, cmap="RdBu_r", aspect="auto")
+        ax.figure.colorbar(image, ax=ax, label="score")
+        ax.set(title=title, xlabel="key, along its direction", ylabel="query, along its direction")
+    return both
+
+
+def draw_health(health: ScorerHealth, axes: Any = None) -> list[Any]:
+    """Spread of scores and entropy of attention, layer by layer. Returns both axes."""
+    both = new_axes(axes, 2)
+    names = [layer.layer for layer in health]
+    both[0].barh(
+        names, [layer.score_std for layer in health], color=["tab:red" if layer.dead else "tab:blue" for layer in health]
+    )
+    both[0].set(title="spread of scores", xlabel="standard deviation within a row")
+    both[1].barh(names, [layer.entropy for layer in health], color="tab:blue", label="attention")
+    both[1].plot([layer.uniform_entropy for layer in health], names, "k|", markersize=16, label="uniform attention")
+    both[1].set(title="entropy of attention", xlabel="nats")
+    both[1].legend()
+    for ax in both:
+        ax.invert_yaxis()
+    return both

@@ -1,0 +1,58 @@
+"""Attention weights of every layer and head, neural or not."""
+
+from typing import Any
+
+import torch
+
+
+@torch.no_grad()
+def attention_maps(model: Any, **inputs: Any) -> tuple[torch.Tensor, ...]:
+    """Attention weights of all layers of a Transformers model for some inputs.
+
+    The model runs once in evaluation mode under "eager" attention, which holds the weights, and is left as it was.
+
+    Args:
+        model (`PreTrainedModel`): One with a single stack of layers.
+        inputs: for its forward.
+
+    Returns:
+        Per layer `[batch, heads, queries, keys]`, rows that sum to one (to zero where a query may see nothing).
+
+    Raises:
+        ValueError: if the model gives no attention weights.
+    """
+    implementation, training = model.config._attn_implementation, model.training
+    try:
+        model.set_attn_implementation("eager")
+        outputs = model.eval()(**inputs, output_attentions=True)
+    finally:
+        model.set_attn_implementation(implementation)
+        model.train(training)
+    found = outputs.get("attentions")
+    if not found or any(weights is None for weights in found):
+        raise ValueError(f"This {type(model).__name__} gives no attention weights of one stack of layers (`attentions`).")
+    return tuple(found)
+
+
+def attention_over_image(weights: torch.Tensor, image_size: tuple[int, int], query: int = 0) -> torch.Tensor:
+    """Where in a picture one query of a ViT looks: its weights on the patches, as large as the picture.
+
+    Args:
+        weights: `[heads, tokens, tokens]` or `[tokens, tokens]`, of one image, the first token being the class.
+        image_size: height and width in pixels.
+        query: index of the token that looks; 0 is the class token.
+
+    Returns:
+        `[heads, height, width]` or `[height, width]`: each patch's weight on all its pixels.
+
+    Raises:
+        ValueError: if the patches make no square.
+    """
+    patches = weights[..., query, 1:]
+    side = round(patches.shape[-1] ** 0.5)
+    if side * side != patches.shape[-1]:
+        raise ValueError(f"{patches.shape[-1]} patches make no square; expected one class token and a square of patches.")
+    grid = patches.unflatten(-1, (side, side)).float()
+    flat = grid.reshape(-1, 1, side, side)
+    large = torch.nn.functional.interpolate(flat, size=image_size, mode="nearest")
+    return large.reshape(*grid.shape[:-2], *image_size)

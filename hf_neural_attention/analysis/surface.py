@@ -1,0 +1,53 @@
+"""The score as a function of where query and key are: a surface for a network, a saddle for the dot product."""
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+
+from ..models.neural_attention_reference import ScorerWeights, reference_scores
+
+
+class ScoreSurface(NamedTuple):
+    """Scores over a grid of steps along a direction of query space and one of key space."""
+
+    query_steps: torch.Tensor  # [steps]
+    key_steps: torch.Tensor  # [steps]
+    network: torch.Tensor  # [steps, steps], queries down, keys across; the network's score alone
+    dot_product: torch.Tensor  # [steps, steps], that of the scaled dot product for the same pairs
+
+
+@torch.no_grad()
+def score_surface(
+    scorer: Any,
+    query_direction: torch.Tensor | None = None,
+    key_direction: torch.Tensor | None = None,
+    *,
+    query: torch.Tensor | None = None,
+    key: torch.Tensor | None = None,
+    head: int = 0,
+    extent: float = 3.0,
+    steps: int = 61,
+) -> ScoreSurface:
+    """A scorer's scores of `query + s * query_direction` against `key + t * key_direction`, s and t from -extent to extent.
+
+    Args:
+        scorer (`NeuralScorer`): Of shared weights, or of weights per head, of which `head` is taken.
+        query_direction, key_direction: `[head_dim]`, made of unit length. Default: the first row of the scorer's projection,
+            along which it sees most of what it sees first.
+        query, key: `[head_dim]`, where the grid is centred. Default: zero.
+        extent: in lengths of the directions.
+        steps: along each side.
+    """
+    weights = scorer.weights().to(torch.float32)
+    if weights.per_head:
+        weights = ScorerWeights(*(tensor[head] for tensor in weights))
+    origin = torch.zeros(scorer.head_dim, device=weights.q_weight.device)
+    along_query = weights.q_weight[0] if query_direction is None else query_direction
+    along_key = weights.k_weight[0] if key_direction is None else key_direction
+    line = torch.linspace(-extent, extent, steps, device=origin.device)
+    centre_query, centre_key = (origin if each is None else each.float() for each in (query, key))
+    queries = centre_query + line[:, None] * along_query / along_query.norm()
+    keys = centre_key + line[:, None] * along_key / along_key.norm()
+    network = reference_scores(queries[None, None], keys[None, None], weights)[0, 0]
+    return ScoreSurface(line, line, network, queries @ keys.T / math.sqrt(scorer.head_dim))

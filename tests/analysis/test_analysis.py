@@ -1,0 +1,137 @@
+"""Attention maps, score surfaces, the health of scorers, and their pictures."""
+
+import copy
+import math
+from typing import Any
+
+import matplotlib
+import pytest
+import torch
+from families import FAMILIES
+from transformers import Trainer, TrainingArguments
+
+from common import GPT2, VIT, liven
+from hf_neural_attention import NeuralScorer, analysis, patch
+
+
+matplotlib.use("Agg")
+
+
+@torch.no_grad()
+def kill(scorer: Any) -> None:
+    scorer.linear2.bias.fill_(-1e4)
+
+
+@pytest.mark.parametrize("mode", ("replace", "residual"))
+@pytest.mark.parametrize("family", (GPT2, VIT), ids=("gpt2", "vit"))
+def test_attention_maps(family: Any, mode: str):
+    model, inputs = family.neural(neural_layers=[1], neural_mode=mode).train(), family.inputs(labels=False)
+    maps = analysis.attention_maps(model, **inputs)
+    assert model.training and model.config._attn_implementation == "sdpa" and len(maps) == 3
+    tokens = 12 if family is GPT2 else 17
+    for weights in maps:
+        assert weights.shape == (2, 4, tokens, tokens)
+        assert torch.allclose(weights.sum(-1), torch.ones(2, 4, tokens), atol=1e-5)
+    if family is GPT2:
+        assert all(not weights.triu(1).any() for weights in maps)
+
+
+def test_models_without_maps_are_refused():
+    model = FAMILIES["t5"].model()
+    with pytest.raises(ValueError, match="gives no attention weights"):
+        analysis.attention_maps(model, **FAMILIES["t5"].inputs())
+
+
+def test_attention_over_an_image():
+    weights = torch.rand(4, 17, 17)
+    large = analysis.attention_over_image(weights, (16, 24))
+    assert large.shape == (4, 16, 24)
+    assert torch.equal(large[2, :4, :6], weights[2, 0, 1].expand(4, 6)) and large[1, 15, 23] == weights[1, 0, 16]
+    assert torch.equal(analysis.attention_over_image(weights[3], (4, 4), query=5), weights[3, 5, 1:].view(4, 4))
+    with pytest.raises(ValueError, match="make no square"):
+        analysis.attention_over_image(torch.rand(16, 16), (8, 8))
+
+
+@pytest.mark.parametrize("num_heads", (None, 3))
+def test_score_surface(num_heads: int | None):
+    scorer = NeuralScorer(8, num_heads=num_heads)
+    query, key, directions = torch.randn(8), torch.randn(8), torch.randn(2, 8)
+    surface = analysis.score_surface(
+        scorer, *directions, query=query, key=key, head=1 if num_heads else 0, extent=2.0, steps=5
+    )
+    assert surface.network.shape == surface.dot_product.shape == (5, 5)
+    q, k = query + 1.0 * directions[0] / directions[0].norm(), key - 2.0 * directions[1] / directions[1].norm()
+    heads = num_heads or 1
+    from hf_neural_attention.models.neural_attention_reference import reference_scores
+
+    scores = reference_scores(q.expand(1, heads, 1, 8), k.expand(1, heads, 1, 8), scorer.weights())
+    assert torch.isclose(surface.network[3, 0], scores[0, -1 if num_heads is None else 1, 0, 0], rtol=1e-4)
+    assert torch.isclose(surface.dot_product[3, 0], q @ k / math.sqrt(8), rtol=1e-4)
+    default = analysis.score_surface(scorer)
+    assert default.network.shape == (61, 61) and default.network.std() > 0
+
+
+def test_health_by_hand():
+    scorer, length = NeuralScorer(8), 6
+    from hf_neural_attention.analysis.health import health_of_layer
+    from hf_neural_attention.patching.calibration import Call
+
+    query, key = torch.randn(2, 1, 2, length, 8)
+    weights = scorer(query, key, key, is_causal=True, need_weights=True)[1]
+    health = health_of_layer("a", scorer, Call(query, key, None, True, 0.3))
+    rows = weights[:, :, 1:]  # the first has no choice
+    assert health.entropy == pytest.approx(torch.special.entr(rows).sum(-1).mean().item(), rel=1e-4)
+    assert health.uniform_entropy == pytest.approx(sum(math.log(n) for n in range(2, 7)) / 5)
+    assert health.active_units == health.active_pairs == 1.0 and not health.dead and health.score_std > 0.1
+
+
+def test_health_of_models():
+    for family in (FAMILIES["gpt2"], FAMILIES["llama"], FAMILIES["bert"], FAMILIES["vit"]):
+        model = patch(family.model(), "all", mode="replace", proj_dim=4)
+        state = copy.deepcopy(model.state_dict())
+        kill(model.get_submodule(family.layers[1]).scorer)
+        health = analysis.scorer_health(model, **family.inputs())
+        assert [layer.layer for layer in health] == family.layers and [layer.dead for layer in health] == [False, True, False]
+        assert health[1].score_std == 0.0 and health[1].entropy == pytest.approx(health[1].uniform_entropy, rel=1e-4)
+        assert health[0].entropy < health[0].uniform_entropy and "dead" in str(health).splitlines()[2]
+        assert model.state_dict().keys() == state.keys()
+    residual = liven(patch(FAMILIES["gpt2"].model(), "all"))
+    assert not any(layer.dead for layer in analysis.scorer_health(residual, **FAMILIES["gpt2"].inputs()))
+    with pytest.raises(ValueError, match="has no neural layer"):
+        analysis.scorer_health(FAMILIES["gpt2"].model(), **FAMILIES["gpt2"].inputs())
+
+
+def test_the_callback_logs_and_warns_once(tmp_path, caplog):
+    model = GPT2.neural(neural_layers="all").train()
+    kill(model.transformer.h[2].attn.scorer)
+    rows = [{"input_ids": ids, "labels": ids} for ids in torch.randint(3, 98, (8, 12))]
+    arguments = TrainingArguments(
+        str(tmp_path), max_steps=4, logging_steps=1, report_to="none", use_cpu=True, per_device_train_batch_size=2
+    )
+    callback = analysis.ScorerHealthCallback(GPT2.inputs(labels=False), every=2)
+    trainer = Trainer(model, arguments, train_dataset=rows, callbacks=[callback])
+    random = torch.get_rng_state()
+    trainer.train()
+    logged = [entry for entry in trainer.state.log_history if "scorer/transformer.h.0.attn/entropy" in entry]
+    assert logged and logged[0]["scorer/transformer.h.2.attn/score_std"] == 0.0
+    assert caplog.text.count("The scorer of transformer.h.2.attn is dead") == 1 and "transformer.h.0" not in caplog.text
+    assert random.shape == torch.get_rng_state().shape and model.training
+
+
+def test_pictures(tmp_path):
+    from matplotlib import pyplot as plt
+
+    model = GPT2.neural(neural_layers="all")
+    inputs = GPT2.inputs(labels=False)
+    maps = analysis.attention_maps(model, **inputs)
+    axes = [analysis.draw_attention(maps[0][0, 0], [str(i) for i in range(12)], title="head 0")]
+    axes += analysis.draw_surface(analysis.score_surface(model.transformer.h[0].attn.scorer))
+    axes += analysis.draw_health(analysis.scorer_health(model, **inputs))
+    image = torch.rand(16, 16, 3).numpy()
+    axes.append(analysis.draw_attention_over_image(analysis.attention_over_image(torch.rand(17, 17), (16, 16)), image))
+    for number, ax in enumerate(axes):
+        ax.figure.savefig(tmp_path / f"{number}.png")
+        assert (tmp_path / f"{number}.png").stat().st_size > 2000
+    _, given = plt.subplots(1, 2)
+    assert analysis.draw_surface(analysis.score_surface(NeuralScorer(8)), given)[0] is given[0]
+    plt.close("all")
