@@ -38,6 +38,12 @@ class NeuralArguments:
         default=None, metadata={"help": "A scorer for each head instead of each layer. Default: False."}
     )
     neural_init: str | None = field(default=None, metadata={"help": "mirrored (default) or paper."})
+    scorer_learning_rate: float | None = field(
+        default=None, metadata={"help": "Of the scorers' weights. Default: that of all others."}
+    )
+    scorer_weight_decay: float | None = field(
+        default=None, metadata={"help": "Of the scorers' weights (not their biases). Default: that of all others."}
+    )
     card: str | None = field(
         default=None,
         metadata={"help": "Also write the model card there, e.g. model_cards/NAME: NAME.md, NAME.json and NAME.png."},
@@ -57,6 +63,10 @@ class NeuralArguments:
             "neural_init": self.neural_init,
         }
         return {name: value for name, value in fields.items() if value is not None}
+
+    def scorer_settings(self) -> dict[str, float | None]:
+        """What `ScorerTrainer` takes."""
+        return {"scorer_learning_rate": self.scorer_learning_rate, "scorer_weight_decay": self.scorer_weight_decay}
 
     def layers(self) -> list[int] | str | None:
         words = self.neural_layers

@@ -10,10 +10,11 @@ output_dir/comparison.*           table and picture, where there are two arms
 import dataclasses
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArgu
 from transformers.trainer_callback import ExportableState
 
 from checkpoints import last_whole_checkpoint
+from scorer_trainer import ScorerTrainer
 
 
 RESULTS = "results.json"
@@ -80,6 +82,7 @@ class Experiment:
         show: returns some Markdown about what the model does; writes into the folder that it gets, or nothing for None.
         trainer_arguments: further arguments of `Trainer` (data sets, collator, processing class, metrics).
         settings: every argument of the command line, for `run.json`.
+        scorer_settings: what `ScorerTrainer` takes beside `Trainer`'s arguments.
     """
 
     training: TrainingArguments
@@ -88,6 +91,7 @@ class Experiment:
     show: Callable[[PreTrainedModel, Path | None], str]
     trainer_arguments: dict[str, Any]
     settings: dict[str, Any]
+    scorer_settings: dict[str, Any] = field(default_factory=dict)
 
     @property
     def folder(self) -> Path:
@@ -149,7 +153,9 @@ class Experiment:
         parameters = {name: parameter.numel() for name, parameter in model.named_parameters()}  # before they are sharded
         use_cache = getattr(model.config, "use_cache", None)
         callbacks = [StepClock(), *self.trainer_arguments.get("callbacks", [])]
-        trainer = Trainer(model=model, args=arguments, **self.trainer_arguments | {"callbacks": callbacks})
+        trainer = ScorerTrainer(
+            model=model, args=arguments, **self.trainer_arguments | {"callbacks": callbacks}, **self.scorer_settings
+        )
         checkpoint = last_whole_checkpoint(folder, self.say)
         self.say(f"{arm}: {'resuming from ' + checkpoint if checkpoint else 'training from the start'}")
         with checkpoints_as_they_are(model):
@@ -170,6 +176,7 @@ class Experiment:
             "epochs": trainer.state.epoch,
             "train_seconds": clock.seconds,
             "seconds_per_step": clock.seconds / max(trainer.state.global_step, 1),
+            "peak_memory": peak_memory(),
             "metrics": self.evaluate(trainer),
             "config": model.config.to_diff_dict(),
             "history": trainer.state.log_history,
@@ -219,6 +226,18 @@ def checkpoints_as_they_are(model: Any) -> Iterator[None]:
             del vars(model)["save_pretrained"]
         else:
             vars(model)["save_pretrained"] = before
+
+
+def peak_memory() -> int | None:
+    """Bytes that this process has held at once, on the accelerator if there is one; None where that is not known."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return held if sys.platform == "darwin" else held * 1024
 
 
 def first_batch(trainer_arguments: dict[str, Any], batch_size: int) -> dict[str, torch.Tensor]:

@@ -240,6 +240,7 @@ def main() -> None:
             "callbacks": [HalveLearningRate(model.halve_learning_rate_after)] if model.halve_learning_rate_after else [],
         },
         settings=settings_of(model, image, neural, training),
+        scorer_settings=neural.scorer_settings(),
     )
     results = experiment.run(ARMS[neural.attention])
     if training.should_save:

@@ -228,6 +228,7 @@ def main() -> None:
             "processing_class": tokenizer,
         },
         settings=settings_of(model, text, neural, training) | {"train_tokens": texts["train"].fingerprint},
+        scorer_settings=neural.scorer_settings(),
     )
     results = experiment.run(ARMS[neural.attention])
     if training.should_save:

@@ -255,6 +255,7 @@ def main() -> None:
         show=show,
         trainer_arguments=data.trainer_arguments,
         settings=settings_of(checkpoint, arguments, neural, training) | {"train_tokens": data.fingerprint},
+        scorer_settings=neural.scorer_settings(),
     )
     arms = ARMS[neural.attention]
     if training.should_save:

@@ -258,3 +258,25 @@ def test_a_folder_that_cannot_be_written_to(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(SystemExit, match="cannot be written to: Not a directory"):
         make_experiment(tmp_path / "file" / "run").run(("dot",))
+
+
+def test_scorers_may_have_an_optimiser_of_their_own(tmp_path):
+    groups = {}
+
+    class Look(TrainerCallback):
+        def on_step_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
+            names = {id(parameter): name for name, parameter in model.named_parameters()}
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    groups[names[id(parameter)]] = (group["initial_lr"], group["weight_decay"])
+
+    experiment = make_experiment(tmp_path, Look())
+    experiment.training.weight_decay = 0.1
+    experiment.scorer_settings = {"scorer_learning_rate": 1e-3, "scorer_weight_decay": 0.0}
+    experiment.run(("neural",))
+    scorer = "transformer.h.0.attn.scorer."
+    assert groups[f"{scorer}linear1.weight"] == groups[f"{scorer}linear1.bias"] == (1e-3, 0.0)
+    assert groups["transformer.h.0.attn.c_attn.weight"] == (1e-2, 0.1) and groups["transformer.h.0.ln_1.bias"] == (1e-2, 0.0)
+    assert f"{scorer}linear3.bias" not in groups  # frozen
+    parameters = [name for name, each in build_model("neural").named_parameters() if each.requires_grad]
+    assert sorted(groups) == sorted(parameters)

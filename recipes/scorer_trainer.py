@@ -1,0 +1,38 @@
+"""A `Trainer` whose scorers may have a learning rate and a weight decay of their own."""
+
+from typing import Any
+
+import torch
+from transformers import Trainer
+
+
+class ScorerTrainer(Trainer):
+    """`Trainer`, with what the optimiser does to scorers.
+
+    Args:
+        scorer_learning_rate (`float`, *optional*): Of the scorers' weights and biases; it follows the same schedule.
+        scorer_weight_decay (`float`, *optional*): Of what has a weight decay in a scorer: its matrices.
+    """
+
+    def __init__(
+        self, *args: Any, scorer_learning_rate: float | None = None, scorer_weight_decay: float | None = None, **kwargs: Any
+    ):
+        self.scorer_settings = {"lr": scorer_learning_rate, "weight_decay": scorer_weight_decay}
+        super().__init__(*args, **kwargs)
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        exists = self.optimizer is not None
+        optimizer = super().create_optimizer(model)
+        given = {name: value for name, value in self.scorer_settings.items() if value is not None}
+        if exists or not given:
+            return optimizer
+        chosen: Any = self.model if model is None else model
+        scorers = {id(parameter) for name, parameter in chosen.named_parameters() if ".scorer." in name}
+        for group in list(optimizer.param_groups):
+            own = [parameter for parameter in group["params"] if id(parameter) in scorers]
+            if own:
+                group["params"] = [parameter for parameter in group["params"] if id(parameter) not in scorers]
+                # what has no weight decay, biases, gets none
+                changes = {name: value for name, value in given.items() if name == "lr" or group["weight_decay"] > 0}
+                optimizer.add_param_group({**group, **changes, "params": own})
+        return optimizer
