@@ -68,7 +68,7 @@ def draw_health(health: ScorerHealth, axes: Any = None) -> list[Any]:
     both[1].barh(names, [layer.entropy for layer in health], color="tab:blue", label="attention")
     both[1].plot([layer.uniform_entropy for layer in health], names, "k|", markersize=16, label="uniform attention")
     both[1].set(title="entropy of attention", xlabel="nats")
-    both[1].legend()
+    both[1].legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2)
     for ax in both:
         ax.invert_yaxis()
     return both
