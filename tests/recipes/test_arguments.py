@@ -5,10 +5,10 @@ import sys
 
 import pytest
 import yaml
+from running import RECIPES
 from transformers import TrainingArguments
 
 from arguments import NeuralArguments, parse_arguments
-from conftest import RECIPES
 from image_classification import ModelArguments as ImageModelArguments
 from image_data import ImageArguments
 from language_modeling import ModelArguments as TextModelArguments

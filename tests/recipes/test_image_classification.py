@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from PIL import Image
+from running import run_in
 from transformers import (
     AutoModelForImageClassification,
     TrainerControl,
@@ -17,7 +18,6 @@ from transformers import (
 
 import hf_neural_attention
 from arguments import NeuralArguments
-from conftest import run_in
 from image_classification import HalveLearningRate, ModelArguments, build_model, check_fit
 from image_data import ImageArguments
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from running import run_in
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageClassification,
@@ -17,7 +18,6 @@ from transformers import (
     ViTImageProcessorPil,
 )
 
-from conftest import run_in
 from hf_neural_attention import from_pretrained, load_patch
 from patch_and_finetune import stages_table
 from reporting import Task

@@ -5,8 +5,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from running import run_in
 
-from conftest import run_in
 from hub import Hub, running_hub
 
 

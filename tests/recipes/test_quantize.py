@@ -3,9 +3,9 @@
 import json
 
 import pytest
+from running import run_in
 from transformers import GPT2Tokenizer, LlamaConfig, LlamaForCausalLM
 
-from conftest import run_in
 from hf_neural_attention import NeuralGPT2Config, NeuralGPT2LMHeadModel
 from text_data import TextArguments, load_text
 

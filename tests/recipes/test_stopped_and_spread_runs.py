@@ -11,9 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from running import RECIPES, run_in
 from safetensors.torch import load_file
-
-from conftest import RECIPES, run_in
 
 
 HERE = Path(__file__).parent

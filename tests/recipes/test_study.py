@@ -4,8 +4,8 @@ import json
 from typing import Any
 
 import pytest
+from running import RECIPES, run_in
 
-from conftest import RECIPES, run_in
 from study import Study, file_name, interval, load_results, report, summarize, verdict
 
 
