@@ -1,15 +1,12 @@
 """Recipes are scripts side by side: their tests import them from the folder that they are in."""
 
 import sys
-from pathlib import Path
 
 import pytest
+from running import RECIPES, run_in
 
 
-HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE.parents[1] / "recipes"), str(HERE)]
-
-from running import run_in
+sys.path.insert(0, str(RECIPES))
 
 
 @pytest.fixture
