@@ -8,18 +8,22 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import EvalResult, HfApi, ModelCardData
+from huggingface_hub import EvalResult, ModelCardData
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.models.auto import modeling_auto
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.utils import CONFIG_NAME
+
+import hf_neural_attention
 
 from .patching.errors import PatchError
 from .patching.pretrained import neural_fields
 from .patching.probing import unwrap
 from .patching.records import is_born_neural, record_of
 from .registration import FAMILIES
+from .uploading import upload
 
 
 MODELS = Path(__file__).parent / "models"
@@ -115,8 +119,6 @@ def export_to_hub(
 
 def exported_class(model: Any) -> str:
     """Name of this package's class for a model."""
-    import hf_neural_attention
-
     if isinstance(model, PreTrainedModel) and is_born_neural(model):
         if type(model).__name__ in hf_neural_attention.__all__:
             return type(model).__name__
@@ -131,7 +133,7 @@ def exported_class(model: Any) -> str:
 def auto_classes(model_type: str, architecture: str) -> dict[str, str]:
     """`auto_map` of a config.json: Auto class -> "file.Class", for every Auto class that has one of the family."""
     family = next(name for name, stock in FAMILIES.items() if model_type in (name, stock))
-    found = {"AutoConfig": f"configuration_{family}.{config_class_name(family)}"}
+    found = {"AutoConfig": f"configuration_{family}.{CONFIG_MAPPING_NAMES[family]}"}
     for name in modeling_auto.__all__:
         if not name.startswith("Auto"):
             continue
@@ -141,12 +143,6 @@ def auto_classes(model_type: str, architecture: str) -> dict[str, str]:
             names = classes if isinstance(classes, tuple | list) else (classes,)
             found[name] = f"modeling_{family}.{architecture if architecture in names else names[0]}"
     return found
-
-
-def config_class_name(family: str) -> str:
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
-
-    return CONFIG_MAPPING_NAMES[family]
 
 
 def add_code(folder: Path, auto_map: dict[str, str]) -> None:
@@ -184,25 +180,6 @@ def read_results(results: Mapping[str, float] | str | Path | None) -> dict[str, 
     if not isinstance(metrics, Mapping) or not all(isinstance(value, int | float) for value in metrics.values()):
         raise ValueError("`results` must hold numbers by name, or a recipe's results.json with `metrics`.")
     return dict(metrics)
-
-
-def upload(
-    folder: Path, repo_id: str, token: str | bool | None, private: bool | None, commit_message: str, **options: Any
-) -> None:
-    """Uploads a folder, to a repository that is made if there is none.
-
-    Raises:
-        RuntimeError: if that fails, saying how to go on.
-    """
-    api = HfApi(token=token)
-    try:
-        repo = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        api.upload_folder(repo_id=repo, folder_path=folder, commit_message=commit_message, **options)
-    except Exception as error:
-        raise RuntimeError(
-            f"The upload to {repo_id} failed: {error}. {folder} is complete; go on with `hf upload {repo_id} {folder}`, or "
-            "call `export_to_hub` again."
-        ) from error
 
 
 def card(

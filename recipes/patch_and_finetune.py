@@ -35,7 +35,7 @@ import image_classification
 import language_modeling
 from arguments import ARMS, NeuralArguments, parse_arguments, value_of_flag
 from experiment import STAGES, Experiment, claim_folder, settings_of, write_json
-from hf_neural_attention import calibrate, load_patch, patch, save_patch
+from hf_neural_attention import calibrate, load_patch, patch, patch_status, save_patch
 from image_data import ImageArguments, load_images, with_pixels
 from publishing import publish
 from reporting import Task, report
@@ -165,7 +165,7 @@ def measure_stages(experiment: Experiment, checkpoint: CheckpointArguments, stag
     model: Any = experiment.build_model("neural")
     if "patched" not in stages:
         measure("patched", model)
-    is_residual = any(module.mode == "residual" for module in model.modules() if hasattr(module, "project_keys"))
+    is_residual = any(layer.mode == "residual" for layer in patch_status(model))
     if is_residual or checkpoint.calibration_steps < 1 or "calibrated" in stages:
         return
     if "calibration" in stages:  # and the model has been loaded with what it came to
@@ -197,31 +197,28 @@ def measure_stages(experiment: Experiment, checkpoint: CheckpointArguments, stag
 def stages_table(stages: dict[str, Any], results: dict[str, dict[str, Any]], task: Task) -> str:
     """Markdown: the main metric on validation and test data, stage by stage, for both models; and calibration by layer."""
     names = [task.main_metric.replace("test", "validation", 1), task.main_metric]
-    columns = {
-        "dot": [("checkpoint", stages["checkpoint"]), ("fine-tuned", results.get("dot", {}).get("metrics"))],
-        "neural": [
-            ("checkpoint", stages["checkpoint"]),
-            ("patched", stages.get("patched")),
-            ("calibrated", stages.get("calibrated")),
-            ("fine-tuned", results.get("neural", {}).get("metrics")),
-        ],
+    stock, patched = (results.get(arm, {}).get("metrics") for arm in ("dot", "neural"))
+    rows = {
+        "checkpoint": (stages["checkpoint"], stages["checkpoint"]),
+        "patched": (None, stages.get("patched")),
+        "calibrated": (None, stages.get("calibrated")),
+        "fine-tuned": (stock, patched),
     }
     lines = [f"| | {' | '.join(f'stock, {name} | patched, {name}' for name in ('validation', 'test'))} |", "| --- " * 5 + "|"]
-    for stage in ("checkpoint", "patched", "calibrated", "fine-tuned"):
-        figures = [dict(columns[arm]).get(stage) for arm in ("dot", "neural")]
+    for stage, figures in rows.items():
         cells = [f"{figure[name]:.4g}" if figure else "" for name in names for figure in figures]
         if any(cells):
             lines.append(f"| {stage} | {' | '.join(cells)} |")
     text = f"{task.metrics[task.main_metric].removeprefix('test ').capitalize()}, stage by stage:\n\n" + "\n".join(lines)
     if "calibration" in stages:
-        rows = [
+        layers = [
             f"| `{layer['layer']}` | {layer['kl_before']:.3f} | {layer['kl_after']:.3f} | {layer['kl_uniform']:.3f} |"
             for layer in stages["calibration"]
         ]
         text += (
             "\n\nCalibration: KL divergence of the network's attention from the dot product's, in nats per attention row, on "
             "batches that were not fitted; last that of attention which is the same for all keys.\n\n"
-            "| layer | before | after | uniform |\n| --- | --- | --- | --- |\n" + "\n".join(rows)
+            "| layer | before | after | uniform |\n| --- | --- | --- | --- |\n" + "\n".join(layers)
         )
     return text
 
@@ -244,7 +241,7 @@ def main() -> None:
     folder = Path(training.output_dir)
 
     def show(model: PreTrainedModel, where: Path | None) -> str:
-        if any(hasattr(module, "scorer") for module in model.modules()):
+        if patch_status(model):
             save_patch(model, folder / "neural" / "patch", is_main_process=where is not None)
         return data.show(model, where)
 
@@ -270,8 +267,9 @@ def main() -> None:
     if training.should_save:
         notes = f"Patched: `{patch_settings(neural)}`. {data.task.notes}"
         if stages:
-            notes = f"{stages_table(stages, results, data.task)}\n\n{notes}"
-            print(f"\n{stages_table(stages, results, data.task)}")
+            table = stages_table(stages, results, data.task)
+            notes = f"{table}\n\n{notes}"
+            print(f"\n{table}")
         data.task.notes = notes
         if config.model_type not in ("gpt2", "vit"):
             data.task.neural_loading = lambda where: f'model = hf_neural_attention.from_pretrained("{where}")'

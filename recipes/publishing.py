@@ -4,10 +4,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, TrainingArguments
+from transformers import TrainingArguments
+from transformers.utils import CONFIG_NAME
 
 import hf_neural_attention
-from hf_neural_attention.export import add_code, auto_classes, upload
+from hf_neural_attention.export import add_code, auto_classes
+from hf_neural_attention.uploading import upload
 
 
 # Checkpoints to resume from, and Trainer's arguments, which are a pickle
@@ -21,10 +23,11 @@ def publish(folder: Path, arms: Any, training: TrainingArguments) -> None:
         SystemExit: if an upload fails. The folders are whole, and the message says how to go on.
     """
     for arm in arms:
-        config = AutoConfig.from_pretrained(folder / arm)
-        architecture = (config.architectures or [""])[0]
+        # read, not loaded: no Auto class knows the model type of a patched model without a class of its own
+        config = json.loads((folder / arm / CONFIG_NAME).read_text())
+        architecture = config["architectures"][0]
         if architecture in hf_neural_attention.__all__:
-            add_code(folder / arm, auto_classes(config.model_type, architecture))
+            add_code(folder / arm, auto_classes(config["model_type"], architecture))
         name = f"{training.hub_model_id or folder.resolve().name}-{arm}"
         try:
             message, private = f"Upload the {arm} model", training.hub_private_repo

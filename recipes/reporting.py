@@ -15,6 +15,7 @@ import yaml
 from accelerate import PartialState
 
 from experiment import write_json
+from hf_neural_attention.export import CITATION
 from hf_neural_attention.hardware import processor
 
 
@@ -231,11 +232,6 @@ A small model trained for a comparison, not for use: its output is not to be rel
 ## Citation
 
 ```bibtex
-@article{{digiugno2025neural,
-  title   = {{Neural Attention: A Novel Mechanism for Enhanced Expressive Power in Transformer Models}},
-  author  = {{DiGiugno, Andrew and Mahmood, Kaleel}},
-  journal = {{arXiv preprint arXiv:2502.17206}},
-  year    = {{2025}}
-}}
+{CITATION}
 ```
 """

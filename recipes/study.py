@@ -119,12 +119,18 @@ def load_results(study: Study, results: Path) -> dict[str, dict[int, dict[str, A
     return found
 
 
-def interval(differences: list[float]) -> tuple[float, float] | None:
+def differences(study: Study, found: dict[str, dict[int, dict[str, Any]]], arm: str) -> list[float]:
+    """Of an arm's figure to the baseline's of the same seed, where both are finished."""
+    base, metric = found[study.baseline], study.metric
+    return [each["metrics"][metric] - base[seed]["metrics"][metric] for seed, each in found[arm].items() if seed in base]
+
+
+def interval(pairs: list[float]) -> tuple[float, float] | None:
     """95 % interval of the mean of paired differences, by Student's t; None of fewer than two."""
-    if len(differences) < 2:
+    if len(pairs) < 2:
         return None
-    half = student.ppf(0.975, len(differences) - 1) * statistics.stdev(differences) / len(differences) ** 0.5
-    mean = statistics.mean(differences)
+    half = student.ppf(0.975, len(pairs) - 1) * statistics.stdev(pairs) / len(pairs) ** 0.5
+    mean = statistics.mean(pairs)
     return mean - half, mean + half
 
 
@@ -135,11 +141,7 @@ def summarize(study: Study, found: dict[str, dict[int, dict[str, Any]]]) -> list
         if not runs:
             continue
         values = [each["metrics"][study.metric] for each in runs.values()]
-        pairs = [
-            each["metrics"][study.metric] - found[study.baseline][seed]["metrics"][study.metric]
-            for seed, each in runs.items()
-            if seed in found[study.baseline]
-        ]
+        pairs = differences(study, found, arm)
         bounds = interval(pairs) if arm != study.baseline else None
         first = next(iter(runs.values()))
         rows.append(
@@ -202,12 +204,7 @@ def draw(study: Study, found: dict[str, dict[int, dict[str, Any]]], rows: list[d
     shown = [row for row in rows if row["difference"] is not None]
     figure, axis = plt.subplots(figsize=(8, 1.2 + 0.5 * max(1, len(shown))), layout="constrained")
     for place, row in enumerate(shown):
-        base = found[study.baseline]
-        pairs = [
-            each["metrics"][study.metric] - base[seed]["metrics"][study.metric]
-            for seed, each in found[row["arm"]].items()
-            if seed in base
-        ]
+        pairs = differences(study, found, row["arm"])
         axis.plot(pairs, [place] * len(pairs), "o", color="tab:blue", alpha=0.5)
         if row["low"] is not None:
             axis.plot([row["low"], row["high"]], [place, place], color="black")

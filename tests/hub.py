@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from urllib.parse import unquote, urlparse
 
 
@@ -23,6 +24,11 @@ class Hub(ThreadingHTTPServer):
     @property
     def endpoint(self) -> str:
         return f"http://127.0.0.1:{self.server_address[1]}"
+
+    def environment(self, folder: Path) -> dict[str, str]:
+        """What makes a process use this Hub, with a cache of its own."""
+        home = str(folder / "home")
+        return {"HF_ENDPOINT": self.endpoint, "HF_TOKEN": "hf_secret", "HF_HUB_OFFLINE": "0", "HF_HOME": home}
 
     def revision(self, name: str) -> str:
         return hashlib.sha1(f"{name} {self.commits[name]}".encode()).hexdigest()

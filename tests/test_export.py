@@ -21,7 +21,7 @@ from hf_neural_attention import (
     patch,
 )
 from hf_neural_attention.patching import PatchError
-from hub import Hub, running_hub
+from hub import running_hub
 
 
 GPT2 = {"vocab_size": 300, "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64, "initializer_range": 0.2}
@@ -187,7 +187,7 @@ except RuntimeError as error:
 @pytest.mark.slow
 def test_a_hub_gives_back_what_it_was_sent(tmp_path: Path):
     with running_hub() as hub:
-        environment = hub_environment(hub, tmp_path)
+        environment = hub.environment(tmp_path) | {"PYTHONPATH": str(Path(__file__).parent)}
         hub.fails_at = 507
         said = script(EXPORT, tmp_path, **environment)
         assert "507" in said and "hf upload somebody/tiny model" in said and not hub.repositories["somebody/tiny"]
@@ -198,14 +198,3 @@ def test_a_hub_gives_back_what_it_was_sent(tmp_path: Path):
         for code in (SAVE, WITHOUT, UNTRUSTED, PIPELINE["gpt2"]):
             code = code.format(name="somebody/tiny", auto=AUTO["gpt2"], inputs=INPUTS["gpt2"])
             script(code, tmp_path, **environment)
-
-
-def hub_environment(hub: Hub, folder: Path) -> dict[str, str]:
-    """What makes a process use this Hub."""
-    return {
-        "HF_ENDPOINT": hub.endpoint,
-        "HF_TOKEN": "hf_secret",
-        "HF_HUB_OFFLINE": "0",
-        "HF_HOME": str(folder / "home"),
-        "PYTHONPATH": str(Path(__file__).parent),
-    }

@@ -7,7 +7,7 @@ import torch
 from torch.nn.functional import relu
 
 from ..diagnostics import neural_layers
-from ..models.neural_attention_reference import apply_linear, first_layer_of_query, key_features
+from ..models.neural_attention_reference import apply_linear, first_layer_of_query, key_features, softmax_or_zero
 from ..patching.calibration import Call, capture
 from ..patching.probing import left_as_it_was, unwrap
 from ..patching.reports import table
@@ -68,7 +68,7 @@ def health_of_layer(name: str, scorer: Any, call: Call) -> LayerHealth:
         scores = scores + call.query @ call.key.transpose(-1, -2) * call.scaling
     scores = call.masked_rows(scores, rows)
     seen = scores > float("-inf")
-    probabilities = scores.masked_fill(~seen.any(-1, keepdim=True), 0.0).softmax(-1)
+    probabilities = softmax_or_zero(scores)
     counted = seen.sum(-1) > 1  # rows with a choice
     units = (active > 0) & seen.unsqueeze(-1)
     mean = (network * seen).sum(-1, keepdim=True) / seen.sum(-1, keepdim=True).clamp_min(1)

@@ -21,12 +21,12 @@ from transformers import AttentionInterface, AttentionMaskInterface, get_cosine_
 from transformers.masking_utils import sdpa_mask
 
 from ..diagnostics import neural_layers
-from ..models.neural_attention_interface import NeuralConfigView, mask_of_call
+from ..models.neural_attention_interface import mask_of_call
 from ..models.neural_attention_masking import mask_scores
 from ..models.neural_attention_reference import expand_heads, key_features, reference_scores
 from .errors import PatchError
 from .patching import check_unsharded
-from .probing import left_as_it_was, unwrap
+from .probing import RecordingConfigView, left_as_it_was, unwrap
 from .records import check_plain
 from .reports import table
 
@@ -76,18 +76,6 @@ class Call(NamedTuple):
 
 class LayerReached(Exception):
     """Ends a forward at the layer that was to be seen."""
-
-
-class CaptureConfigView(NeuralConfigView):
-    """A model's config as a module sees it whose call is kept."""
-
-    def __init__(self, base: Any, calls: list[Call]):
-        super().__init__(base)
-        object.__setattr__(self, "calls", calls)
-
-    @property
-    def _attn_implementation(self) -> str:
-        return CAPTURE_NAME
 
 
 def capture_call(
@@ -179,7 +167,7 @@ def capture(model: nn.Module, name: str, module: Any, batches: list[dict[str, An
     """The call of one layer's attention function in each batch."""
     calls: list[Call] = []
     view = module.config
-    module.config = CaptureConfigView(view.base, calls)
+    module.config = RecordingConfigView(view.base, CAPTURE_NAME, calls)
     try:
         for batch in batches:
             try:
@@ -194,9 +182,9 @@ def capture(model: nn.Module, name: str, module: Any, batches: list[dict[str, An
 
 def calibrate_layer(name: str, module: Any, calls: list[Call], steps: int, learning_rate: float, bar: tqdm) -> CalibratedLayer:
     started = time.perf_counter()
-    held_out = calls[3::4] or calls[1:][-1:]
-    fitted = [call for call in calls if not any(call is other for other in held_out)]
-    held_out = held_out or fitted
+    kept = range(3, len(calls), 4) or range(1, len(calls))[-1:]
+    fitted = [call for index, call in enumerate(calls) if index not in kept]
+    held_out = [calls[index] for index in kept] or fitted
     # in float32 whatever the model's dtype is: steps this small would be lost in bfloat16
     scorer = copy.deepcopy(module.scorer).float().requires_grad_()
     scorer.linear3.bias.requires_grad_(False)

@@ -15,6 +15,8 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import CONFIG_NAME
 
+import hf_neural_attention
+
 from ..models.configuration_neural_attention import FORMAT_VERSION
 from ..models.neural_attention_interface import NeuralConfigView, attach_scorer
 from ..registration import FAMILIES
@@ -58,8 +60,6 @@ def neural_fields(record: dict[str, Any]) -> dict[str, Any] | None:
     stock_type, layers = record["base_model"]["model_type"], record["layers"]
     neural_type = next((neural for neural, stock in FAMILIES.items() if stock == stock_type), None)
     architecture = f"Neural{record['base_model']['class']}"
-    import hf_neural_attention
-
     if neural_type is None or architecture not in hf_neural_attention.__all__:
         return None
     matches = [re.fullmatch(COUNTED_LAYERS[stock_type], name) for name in layers]
@@ -121,8 +121,6 @@ def from_pretrained(pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
         PatchError: if the checkpoint has no neural layers, is of a later version of this package or of a class that this
             Transformers does not have, or lacks weights of its scorers.
     """
-    import hf_neural_attention
-
     where, with_info = str(pretrained_model_name_or_path), kwargs.pop("output_loading_info", False)
     names = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
     options = {name: kwargs[name] for name in names if name in kwargs}

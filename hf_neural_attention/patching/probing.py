@@ -44,16 +44,17 @@ class AttentionCall(NamedTuple):
         return self.key[-2]
 
 
-class ProbeConfigView(NeuralConfigView):
-    """A model's config as a module sees it whose calls are written down."""
+class RecordingConfigView(NeuralConfigView):
+    """A model's config as a module sees it whose calls go, into a list, to an attention function of another name."""
 
-    def __init__(self, base: Any, calls: list[AttentionCall]):
+    def __init__(self, base: Any, function_name: str, calls: list[Any]):
         super().__init__(base)
+        object.__setattr__(self, "function_name", function_name)
         object.__setattr__(self, "calls", calls)
 
     @property
     def _attn_implementation(self) -> str:
-        return PROBE_NAME
+        return self.function_name
 
 
 def record_call(
@@ -170,7 +171,7 @@ def recording(model: nn.Module, calls: Mapping[str, list[AttentionCall]]) -> Ite
     configs = {name: module.config for name, module in modules.items()}
     try:
         for name, module in modules.items():
-            module.config = ProbeConfigView(module.config, calls[name])
+            module.config = RecordingConfigView(module.config, PROBE_NAME, calls[name])
         yield
     finally:
         for name, module in modules.items():

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import CONFIG_NAME
 
+from .. import __version__
 from ..models.neural_attention_interface import NeuralConfigView
 from ..models.neural_attention_scorer import NeuralScorer
 from .errors import PatchError
@@ -23,12 +24,6 @@ from .probing import unwrap
 
 # Raised when a reader of the last version would misunderstand what is written
 FORMAT_VERSION = 1
-
-
-def package_version() -> str:
-    from .. import __version__
-
-    return __version__
 
 
 # Modules that are put around a layer, and show in the names of modules but not in a state dict
@@ -64,7 +59,7 @@ def record_of(model: nn.Module, base_revision: str | None = None) -> dict[str, A
     base_name = getattr(config, "_name_or_path", "") or None
     return {
         "format_version": FORMAT_VERSION,
-        "hf_neural_attention_version": package_version(),
+        "hf_neural_attention_version": __version__,
         "base_model": {
             "name_or_path": base_name,
             "revision": base_revision or cached_revision(base_name),
@@ -122,7 +117,7 @@ def check_version(record: Mapping[str, Any], where: str) -> None:
     if version > FORMAT_VERSION:
         raise PatchError(
             f"{where} was written by hf_neural_attention {record.get('hf_neural_attention_version')} in format {version}; "
-            f"this is {package_version()}, which reads formats up to {FORMAT_VERSION}. Install a newer hf_neural_attention."
+            f"this is {__version__}, which reads formats up to {FORMAT_VERSION}. Install a newer hf_neural_attention."
         )
 
 

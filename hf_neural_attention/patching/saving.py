@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi, ModelCardData
+from huggingface_hub import ModelCardData
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.utils import cached_file
 
 from ..models.neural_attention_scorer import NeuralScorer
+from ..uploading import upload
 from .errors import PatchError
 from .layers import attention_modules, listed
 from .patching import attach_scorers, check_model, inspect_layers
@@ -56,20 +57,22 @@ def save_patch(
 
     Raises:
         PatchError: if the model is not patched, or a scorer has adapters inside.
+        RuntimeError: if the upload fails; the folder is whole then, and the message says how to go on.
     """
     if is_main_process is None:
         is_main_process = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
     record = record_of(model, base_revision)
     if state_dict is not None and not is_main_process:
         return  # where it is gathered, it is empty on the other processes
-    weights = {}
-    for name, module in patched_modules(unwrap(model)).items():
-        for part, tensor in module.scorer.state_dict().items():
-            key = f"{name}.scorer.{part}"
-            weights[key] = whole_tensor(key, tensor if state_dict is None else found_in(state_dict, key))
+    own = weights_of({name: module.scorer for name, module in patched_modules(unwrap(model)).items()})
+    weights = {
+        key: whole_tensor(key, tensor if state_dict is None else found_in(state_dict, key)) for key, tensor in own.items()
+    }
     if not is_main_process:
         return
-    check_shapes(weights, scorers_of(record, "the model"))
+    for key, tensor in weights_of(empty_scorers(record, "the model")).items():
+        if weights[key].shape != tensor.shape:
+            raise PatchError(f"{key} is here in part: it is sharded. Give the whole `state_dict=`.")
     folder = Path(save_directory)
     folder.mkdir(parents=True, exist_ok=True)
     # each file in one step: a killed process leaves the old one or the new one
@@ -80,10 +83,21 @@ def save_patch(
     if not (folder / "README.md").exists():
         (folder / "README.md").write_text(card_of(record, repo_id or folder.name))
     if push_to_hub:
-        api = HfApi(token=token)
-        repo = api.create_repo(repo_id or folder.name, private=private, exist_ok=True).repo_id
         files = [WEIGHTS, RECORD, "README.md"]
-        api.upload_folder(repo_id=repo, folder_path=folder, allow_patterns=files, commit_message=commit_message)
+        upload(folder, repo_id or folder.name, token, private, commit_message, allow_patterns=files)
+
+
+def weights_of(scorers: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """All weights of scorers, by the name that they have in the model's state dict."""
+    return {
+        f"{name}.scorer.{part}": tensor for name, scorer in scorers.items() for part, tensor in scorer.state_dict().items()
+    }
+
+
+def empty_scorers(record: Mapping[str, Any], where: str) -> dict[str, NeuralScorer]:
+    """The scorers of a record without numbers, for which none are drawn."""
+    with torch.device("meta"):
+        return scorers_of(record, where)
 
 
 def found_in(state_dict: Mapping[str, torch.Tensor], key: str) -> torch.Tensor:
@@ -99,13 +113,6 @@ def whole_tensor(key: str, tensor: torch.Tensor) -> torch.Tensor:
     if tensor.is_meta:
         raise PatchError(f"{key} has no numbers here: it is offloaded, or sharded. Give the whole `state_dict=`.")
     return tensor.detach().cpu().contiguous()
-
-
-def check_shapes(weights: Mapping[str, torch.Tensor], scorers: Mapping[str, NeuralScorer]) -> None:
-    for name, scorer in scorers.items():
-        for part, tensor in scorer.state_dict().items():
-            if weights[f"{name}.scorer.{part}"].shape != tensor.shape:
-                raise PatchError(f"{name}.scorer.{part} is here in part: it is sharded. Give the whole `state_dict=`.")
 
 
 def load_patch(
@@ -178,16 +185,14 @@ def read_patch(where: str, revision: str | None, token: str | bool | None) -> tu
 
 def filled_scorers(record: dict[str, Any], weights: dict[str, torch.Tensor], where: str) -> dict[str, NeuralScorer]:
     """The scorers of a record with their weights, by the name of their attention module."""
-    scorers = scorers_of(record, f"{RECORD} in {where}")
-    wanted = {
-        f"{name}.scorer.{part}": value for name, scorer in scorers.items() for part, value in scorer.state_dict().items()
-    }
+    scorers = empty_scorers(record, f"{RECORD} in {where}")
+    wanted = weights_of(scorers)
     wrong = sorted(wanted.keys() ^ weights.keys())
     wrong += [name for name in wanted.keys() & weights.keys() if wanted[name].shape != weights[name].shape]
     if wrong:
         raise PatchError(f"{WEIGHTS} and {RECORD} in {where} do not belong together: they differ in {listed(wrong)}.")
     for name, scorer in scorers.items():
-        scorer.load_state_dict({part: weights[f"{name}.scorer.{part}"] for part in scorer.state_dict()})
+        scorer.load_state_dict({part: weights[f"{name}.scorer.{part}"] for part in scorer.state_dict()}, assign=True)
     return scorers
 
 

@@ -50,10 +50,9 @@ assert torch.equal(run(load_patch(family.model(), "broken"), **family.inputs()),
 
 def script(hub: Hub, folder: Path, code: str) -> str:
     tests = Path(__file__).parents[1]
-    environment = {"HF_ENDPOINT": hub.endpoint, "HF_TOKEN": "hf_secret", "HF_HUB_OFFLINE": "0", "HF_HOME": str(folder / "hf")}
     done = subprocess.run(
         [sys.executable, "-c", PROLOGUE + code, str(tests / "models"), str(tests / "patching")],
-        cwd=folder, env=os.environ | environment, capture_output=True, text=True, check=False,
+        cwd=folder, env=os.environ | hub.environment(folder), capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-5000:]
     return done.stdout

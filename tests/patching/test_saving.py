@@ -231,3 +231,10 @@ def test_another_base_model_is_mentioned(tmp_path: Path, caplog: pytest.LogCaptu
     other.config._name_or_path = "somebody/gpt2-chat"
     load_patch(other, folder)
     assert "made for somebody/gpt2 and is now on somebody/gpt2-chat" in caplog.text
+
+
+def test_neither_saving_nor_loading_draws_random_numbers(tmp_path: Path):
+    model, other = patched_model(), GPT2.model()
+    random = torch.get_rng_state()
+    load_patch(other, saved(model, tmp_path))
+    assert torch.equal(torch.get_rng_state(), random)

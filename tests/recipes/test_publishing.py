@@ -6,8 +6,11 @@ from pathlib import Path
 
 import pytest
 from running import run_in
+from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 
+from hf_neural_attention import patch
 from hub import Hub, running_hub
+from publishing import publish
 
 
 TINY = (
@@ -45,8 +48,7 @@ assert type(loaded) is NeuralGPT2LMHeadModel
 def hub(monkeypatch, tmp_path):
     """A Hub, which processes that are started meanwhile take for the real one."""
     with running_hub() as hub:
-        own = {"HF_ENDPOINT": hub.endpoint, "HF_TOKEN": "hf_secret", "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home")}
-        for name, value in own.items():
+        for name, value in hub.environment(tmp_path).items():
             monkeypatch.setenv(name, value)
         yield hub
 
@@ -76,3 +78,13 @@ def test_a_recipe_publishes_both_models(hub: Hub, tmp_path: Path):
 def test_trainer(hub: Hub, tmp_path: Path):
     script(TRAINER, tmp_path)
     assert "model.safetensors" in hub.repositories["somebody/trained"]
+
+
+def test_models_without_a_class_of_their_own_go_without_code(tmp_path: Path, monkeypatch):
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 9, "intermediate_size": 16}
+    patch(LlamaForCausalLM(LlamaConfig(**sizes))).save_pretrained(tmp_path / "neural")
+    (tmp_path / "neural/results.json").write_text('{"steps": 2}')
+    sent = []
+    monkeypatch.setattr("publishing.upload", lambda folder, name, *args, **options: sent.append(name))
+    publish(tmp_path, ["neural"], TrainingArguments(str(tmp_path), hub_model_id="somebody/llama"))
+    assert sent == ["somebody/llama-neural"] and not list((tmp_path / "neural").glob("*.py"))
