@@ -80,28 +80,28 @@ class NeuralArguments:
             raise SystemExit(f"--neural_layers is {words}; expected indices of layers, all, or none.") from None
 
 
-def parse_arguments(*types: Any, description: str | None = None) -> tuple[Any, ...]:
-    """Parses `sys.argv` into one instance of each dataclass.
+def parse_arguments(*types: Any, words: list[str] | None = None, description: str | None = None) -> tuple[Any, ...]:
+    """Parses `words` (default: `sys.argv`) into one instance of each dataclass.
 
-    The first argument may be a JSON or YAML file of `name: value`; what follows it are flags, which win.
+    The first word may be a JSON or YAML file of `name: value`; what follows it are flags, which win.
 
     Raises:
         SystemExit: with what is wrong, if the file is missing or malformed, or names an argument that does not exist.
     """
     parser = HfArgumentParser(list(types), description=description)
-    return parser.parse_args_into_dataclasses(command_line_flags(), look_for_args_file=False)
+    return parser.parse_args_into_dataclasses(flags_of(words), look_for_args_file=False)
 
 
 def value_of_flag(name: str) -> str | None:
     """The value of one flag, for recipes whose other flags depend on it."""
     parser = ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument(f"--{name}")
-    return getattr(parser.parse_known_args(command_line_flags())[0], name)
+    return getattr(parser.parse_known_args(flags_of(None))[0], name)
 
 
-def command_line_flags() -> list[str]:
-    """Those of `sys.argv`, a configuration file replaced by its flags."""
-    arguments = sys.argv[1:]
+def flags_of(words: list[str] | None) -> list[str]:
+    """`words`, or those of `sys.argv`, a configuration file replaced by its flags."""
+    arguments = sys.argv[1:] if words is None else words
     if arguments and Path(arguments[0]).suffix in (".json", ".yaml", ".yml"):
         return flags_of_file(Path(arguments[0])) + arguments[1:]
     return arguments

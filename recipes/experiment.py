@@ -20,17 +20,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import ExportableState
 
 from checkpoints import last_whole_checkpoint
+from hf_neural_attention import patch_status
+from hf_neural_attention.analysis import scorer_health
 from scorer_trainer import ScorerTrainer
 
 
 RESULTS = "results.json"
 STAGES = "stages.json"  # of what is measured before training
 TIMED_TURNS = 10
+HEALTH_EXAMPLES = 4
 
 # Arguments that may change between the parts of one run: they do not change what is learned, unless the best checkpoint is
 # kept (`load_best_model_at_end`)
@@ -114,30 +116,9 @@ class Experiment:
                 f"{error}\nThe same command goes on from the last checkpoint in {self.folder} that is whole."
             ) from error
         if len(arms) > 1 and self.training.should_save:
-            for arm, seconds in self.time_in_turn(arms).items():
+            for arm, seconds in time_in_turn({arm: (self, arm) for arm in arms}).items():
                 results[arm]["seconds_in_turn"] = seconds
         return results
-
-    def time_in_turn(self, arms: tuple[str, ...]) -> dict[str, float]:
-        """Median seconds of a forward and backward pass over one batch, in one process and by turns: unlike the times of the
-        two trainings, these are not distorted by what else the machine did meanwhile."""
-        batch = first_batch(self.trainer_arguments, self.training.per_device_train_batch_size)
-        batch = {name: tensor.to(self.training.device) for name, tensor in batch.items()}
-        models: dict[str, Any] = {arm: self.initial_model(arm) for arm in arms}
-        seconds: dict[str, list[float]] = {arm: [] for arm in arms}
-        for model in models.values():
-            model.to(self.training.device).train()
-        for turn in range(TIMED_TURNS + 1):  # the first is for warming up
-            for arm, model in models.items():
-                started = time.perf_counter()
-                with Accelerator().autocast():
-                    loss = model(**batch).loss
-                loss.backward()
-                if torch.accelerator.is_available():
-                    torch.accelerator.synchronize()
-                if turn:
-                    seconds[arm].append(time.perf_counter() - started)
-        return {arm: statistics.median(times) for arm, times in seconds.items()}
 
     def run_arm(self, arm: str) -> dict[str, Any]:
         folder = self.folder / arm
@@ -156,6 +137,7 @@ class Experiment:
         trainer = ScorerTrainer(
             model=model, args=arguments, **self.trainer_arguments | {"callbacks": callbacks}, **self.scorer_settings
         )
+        health = {"start": self.health(trainer)}
         checkpoint = last_whole_checkpoint(folder, self.say)
         self.say(f"{arm}: {'resuming from ' + checkpoint if checkpoint else 'training from the start'}")
         with checkpoints_as_they_are(model):
@@ -168,6 +150,7 @@ class Experiment:
         elif hasattr(model.config, "use_cache"):
             del model.config.use_cache
         trainer.save_model()
+        health["end"] = self.health(trainer)
         results = {
             "attention": arm,
             "parameters": sum(parameters.values()),
@@ -178,6 +161,7 @@ class Experiment:
             "seconds_per_step": clock.seconds / max(trainer.state.global_step, 1),
             "peak_memory": peak_memory(),
             "metrics": self.evaluate(trainer),
+            "scorer_health": health,
             "config": model.config.to_diff_dict(),
             "history": trainer.state.log_history,
         }
@@ -186,6 +170,15 @@ class Experiment:
         if arguments.should_save:
             write_json(folder / RESULTS, results)
         return results
+
+    def health(self, trainer: Trainer) -> list[dict[str, Any]]:
+        """Of each layer's scorers, on a few examples of the validation data. By all processes: parameters may be sharded."""
+        model: Any = trainer.model
+        if not patch_status(model):
+            return []
+        batch = collated(self.trainer_arguments, "eval_dataset", HEALTH_EXAMPLES)
+        with trainer.accelerator.autocast():
+            return [layer._asdict() for layer in scorer_health(model, **batch)]
 
     def say(self, text: str) -> None:
         if self.training.should_save:
@@ -240,9 +233,37 @@ def peak_memory() -> int | None:
     return held if sys.platform == "darwin" else held * 1024
 
 
-def first_batch(trainer_arguments: dict[str, Any], batch_size: int) -> dict[str, torch.Tensor]:
-    """The first batch of the training data, as the trainer would collate it."""
-    data = trainer_arguments["train_dataset"]
+def time_in_turn(runs: dict[str, tuple[Experiment, str]], turns: int = TIMED_TURNS) -> dict[str, float]:
+    """Median seconds of a forward and backward pass over one batch, by name, of what the arm of an experiment trains.
+
+    In one process and by turns: unlike the times of trainings, these are not distorted by what else the machine did meanwhile.
+    """
+    trainers, batches = {}, {}
+    for name, (experiment, arm) in runs.items():
+        given = experiment.trainer_arguments
+        trainer = Trainer(model=experiment.initial_model(arm), args=experiment.arguments_of(arm), **given)  # for its autocast
+        batch = collated(given, "train_dataset", experiment.training.per_device_train_batch_size)
+        batches[name] = {key: tensor.to(experiment.training.device) for key, tensor in batch.items()}
+        trainers[name] = trainer
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for turn in range(turns + 1):  # the first is for warming up
+        for name, trainer in trainers.items():
+            model: Any = trainer.model
+            model.train()
+            started = time.perf_counter()
+            with trainer.accelerator.autocast():
+                loss = model(**batches[name]).loss
+            loss.backward()
+            if torch.accelerator.is_available():
+                torch.accelerator.synchronize()
+            if turn:
+                seconds[name].append(time.perf_counter() - started)
+    return {name: statistics.median(times) for name, times in seconds.items()}
+
+
+def collated(trainer_arguments: dict[str, Any], dataset: str, batch_size: int) -> dict[str, torch.Tensor]:
+    """The first examples of one of the data sets, as the trainer would collate them."""
+    data = trainer_arguments[dataset]
     return trainer_arguments["data_collator"]([data[index] for index in range(min(batch_size, len(data)))])
 
 

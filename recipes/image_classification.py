@@ -27,16 +27,18 @@ from transformers import (
     default_data_collator,
 )
 
-from arguments import ARMS, NeuralArguments, parse_arguments
+from arguments import NeuralArguments, parse_arguments
 from checkpoints import load_checkpoint_config
 from experiment import Experiment, settings_of
 from hf_neural_attention import NeuralViTConfig, NeuralViTForImageClassification
 from hf_neural_attention.metrics import Accuracy
 from image_data import EMBEDDED, ImageArguments, LabelledImages, load_images, with_pixels
-from publishing import publish
-from reporting import Task, report
+from publishing import carry_out
+from reporting import Task
 
 
+TASK = "image classification"
+PIPELINE_TAG = "image-classification"
 GRID_ROWS, GRID_COLUMNS = 3, 8
 
 
@@ -181,21 +183,23 @@ def draw_predictions(
     return summary
 
 
+def how_to_load(folder: str) -> str:
+    """Code for cards."""
+    return (
+        "from transformers import pipeline\n\n"
+        f'classify = pipeline("image-classification", model="{folder}")\n'
+        'print(classify("image.png"))'
+    )
+
+
 def describe_task(images: LabelledImages, image: ImageArguments) -> Task:
     """What cards and tables say beside the figures."""
     counts = ", ".join(f"{split} {data.num_rows:,}" for split, data in images.splits.items())
 
-    def loading(folder: str) -> str:
-        return (
-            "from transformers import pipeline\n\n"
-            f'classify = pipeline("image-classification", model="{folder}")\n'
-            'print(classify("image.png"))'
-        )
-
     name = "scikit-learn digits" if image.dataset_name == EMBEDDED else image.dataset_name
     return Task(
-        name="image classification",
-        pipeline_tag="image-classification",
+        name=TASK,
+        pipeline_tag=PIPELINE_TAG,
         dataset=Path(name).name if Path(name).exists() else name,
         hub_dataset=None if image.dataset_name == EMBEDDED or Path(name).exists() else name,
         main_metric="test_accuracy",
@@ -203,7 +207,7 @@ def describe_task(images: LabelledImages, image: ImageArguments) -> Task:
         metrics={
             f"{split}_{metric}": f"{split} {metric}" for split in ("validation", "test") for metric in ("accuracy", "loss")
         },
-        loading=loading,
+        loading=how_to_load,
         notes=(
             f"Images: {counts}; {len(images.labels)} classes. Augmentation `{image.augmentation}`. The last model is "
             "evaluated, none was chosen by its accuracy. ViT is pre-norm; the paper's own models are post-norm."
@@ -211,9 +215,10 @@ def describe_task(images: LabelledImages, image: ImageArguments) -> Task:
     )
 
 
-def main() -> None:
+def load_experiment(words: list[str] | None = None) -> tuple[Experiment, Task, NeuralArguments]:
+    """Data, models and training as flags ask for them (default: those of `sys.argv`)."""
     model, image, neural, training = parse_arguments(
-        ModelArguments, ImageArguments, NeuralArguments, TrainingArguments, description=__doc__
+        ModelArguments, ImageArguments, NeuralArguments, TrainingArguments, words=words, description=__doc__
     )
     training.remove_unused_columns = False  # pixel values are computed from columns that the model does not take
     images = load_images(image, training.seed)
@@ -242,13 +247,11 @@ def main() -> None:
         settings=settings_of(model, image, neural, training),
         scorer_settings=neural.scorer_settings(),
     )
-    results = experiment.run(ARMS[neural.attention])
-    if training.should_save:
-        report(results, describe_task(images, image), Path(training.output_dir), neural.card, neural.card_note)
-        if training.push_to_hub:
-            publish(Path(training.output_dir), results, training)
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    return experiment, describe_task(images, image), neural
+
+
+def main() -> None:
+    carry_out(*load_experiment())
 
 
 if __name__ == "__main__":

@@ -24,16 +24,18 @@ from transformers import (
     set_seed,
 )
 
-from arguments import ARMS, NeuralArguments, parse_arguments
+from arguments import NeuralArguments, parse_arguments
 from checkpoints import load_checkpoint_config
 from experiment import Experiment, settings_of
 from hf_neural_attention import NeuralGPT2Config, NeuralGPT2LMHeadModel
 from perplexity import perplexity
-from publishing import publish
-from reporting import Task, report
+from publishing import carry_out
+from reporting import Task
 from text_data import EMBEDDED, TextArguments, TokenizedText, cut_into_blocks, load_text, load_tokenizer, tokenize
 
 
+TASK = "language modelling"
+PIPELINE_TAG = "text-generation"
 SAMPLE_TOKENS = 60
 
 
@@ -147,11 +149,22 @@ def final_figures(trainer: Trainer, texts: dict[str, TokenizedText], text: TextA
                 stride=step,
                 batch_size=trainer.args.per_device_eval_batch_size,
                 tokens_per_word=tokenized.tokens_per_word,
-                context=trainer.compute_loss_context_manager(),
+                context=trainer.accelerator.autocast,
                 progress=not trainer.args.disable_tqdm,
             )
             figures |= {f"{split}_{metric}_{name}": value for metric, value in scores.items()}
     return figures
+
+
+def how_to_load(folder: str) -> str:
+    """Code for cards."""
+    return (
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        f'model = AutoModelForCausalLM.from_pretrained("{folder}")\n'
+        f'tokenizer = AutoTokenizer.from_pretrained("{folder}")\n'
+        'inputs = tokenizer("The", return_tensors="pt")\n'
+        "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=20)[0]))"
+    )
 
 
 def describe_task(text: TextArguments, texts: dict[str, TokenizedText], tokenizer: PreTrainedTokenizerBase) -> Task:
@@ -167,25 +180,16 @@ def describe_task(text: TextArguments, texts: dict[str, TokenizedText], tokenize
     metrics |= {f"{split}_loss_stride": f"{split} loss, nats per token (stride {stride})" for split in ("validation", "test")}
     counts = ", ".join(f"{split} {len(part.tokens):,}" for split, part in texts.items())
 
-    def loading(folder: str) -> str:
-        return (
-            "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-            f'model = AutoModelForCausalLM.from_pretrained("{folder}")\n'
-            f'tokenizer = AutoTokenizer.from_pretrained("{folder}")\n'
-            'inputs = tokenizer("The", return_tensors="pt")\n'
-            "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=20)[0]))"
-        )
-
     name = "Python's language reference" if text.dataset_name == EMBEDDED else text.dataset_name
     return Task(
-        name="language modelling",
-        pipeline_tag="text-generation",
+        name=TASK,
+        pipeline_tag=PIPELINE_TAG,
         dataset=Path(name).name if Path(name).exists() else f"{name} {text.dataset_config_name or ''}".strip(),
         hub_dataset=None if text.dataset_name == EMBEDDED or Path(name).exists() else name,
         main_metric="test_perplexity_stride",
         is_accuracy=False,
         metrics=metrics,
-        loading=loading,
+        loading=how_to_load,
         notes=(
             f"Tokens ({len(tokenizer):,} in the vocabulary): {counts}. "
             + (f"Evaluated are the first {text.max_eval_tokens:,} of a split. " if text.max_eval_tokens else "")
@@ -197,9 +201,10 @@ def describe_task(text: TextArguments, texts: dict[str, TokenizedText], tokenize
     )
 
 
-def main() -> None:
+def load_experiment(words: list[str] | None = None) -> tuple[Experiment, Task, NeuralArguments]:
+    """Data, models and training as flags ask for them (default: those of `sys.argv`)."""
     model, text, neural, training = parse_arguments(
-        ModelArguments, TextArguments, NeuralArguments, TrainingArguments, description=__doc__
+        ModelArguments, TextArguments, NeuralArguments, TrainingArguments, words=words, description=__doc__
     )
     splits = load_text(text)
     tokenizer = load_tokenizer(text, model.model_name_or_path, splits)
@@ -230,13 +235,11 @@ def main() -> None:
         settings=settings_of(model, text, neural, training) | {"train_tokens": texts["train"].fingerprint},
         scorer_settings=neural.scorer_settings(),
     )
-    results = experiment.run(ARMS[neural.attention])
-    if training.should_save:
-        report(results, describe_task(text, texts, tokenizer), Path(training.output_dir), neural.card, neural.card_note)
-        if training.push_to_hub:
-            publish(Path(training.output_dir), results, training)
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    return experiment, describe_task(text, texts, tokenizer), neural
+
+
+def main() -> None:
+    carry_out(*load_experiment())
 
 
 if __name__ == "__main__":

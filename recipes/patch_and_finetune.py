@@ -37,8 +37,8 @@ from arguments import ARMS, NeuralArguments, parse_arguments, value_of_flag
 from experiment import STAGES, Experiment, claim_folder, settings_of, write_json
 from hf_neural_attention import calibrate, load_patch, patch, patch_status, save_patch
 from image_data import ImageArguments, load_images, with_pixels
-from publishing import publish
-from reporting import Task, report
+from publishing import carry_out
+from reporting import Task
 from text_data import TextArguments, cut_into_blocks, load_text, load_tokenizer, tokenize
 
 
@@ -254,17 +254,16 @@ def main() -> None:
         settings=settings_of(checkpoint, arguments, neural, training) | {"train_tokens": data.fingerprint},
         scorer_settings=neural.scorer_settings(),
     )
-    arms = ARMS[neural.attention]
     if training.should_save:
         claim_folder(folder, experiment.settings)
     stages: dict[str, Any] = json.loads((folder / STAGES).read_text()) if (folder / STAGES).exists() else {}
-    if "neural" in arms:
+    if "neural" in ARMS[neural.attention]:
         try:
             measure_stages(experiment, checkpoint, stages)
         except ValueError as error:  # what `patch` refuses, for instance
             raise SystemExit(f"{name} cannot be patched: {error}") from None
-    results = experiment.run(arms)
-    if training.should_save:
+
+    def describe(results: dict[str, Any]) -> None:
         notes = f"Patched: `{patch_settings(neural)}`. {data.task.notes}"
         if stages:
             table = stages_table(stages, results, data.task)
@@ -273,11 +272,8 @@ def main() -> None:
         data.task.notes = notes
         if config.model_type not in ("gpt2", "vit"):
             data.task.neural_loading = lambda where: f'model = hf_neural_attention.from_pretrained("{where}")'
-        report(results, data.task, folder, neural.card, neural.card_note)
-        if training.push_to_hub:
-            publish(folder, results, training)
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+
+    carry_out(experiment, data.task, neural, describe)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """Perplexity of a causal language model over a long row of tokens."""
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +21,7 @@ def perplexity(
     stride: int,
     batch_size: int,
     tokens_per_word: float | None = None,
-    context: AbstractContextManager | None = None,
+    context: Callable[[], AbstractContextManager[Any]] = nullcontext,
     progress: bool = True,
 ) -> dict[str, float]:
     """Perplexity over windows of `window` tokens that start every `stride` tokens.
@@ -31,7 +33,7 @@ def perplexity(
     Args:
         tokens: integer array of shape `[num_tokens]`.
         tokens_per_word: of the text, for a figure per word.
-        context: autocast, if the model was trained with it.
+        context: makes the context of each forward: autocast, if the model was trained with it.
 
     Returns:
         See `hf_neural_attention.metrics.Perplexity`.
@@ -54,7 +56,7 @@ def perplexity(
         scored = inputs.shape[1] - 1 if batch[0] == 0 or stride == window else inputs.shape[1] - (window - stride)
         if scored < 1:
             continue
-        with context or nullcontext():
+        with context():
             logits = model(input_ids=inputs, use_cache=False, logits_to_keep=scored + 1).logits[:, :-1]
         targets = inputs[:, -scored:]
         losses = cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="sum")

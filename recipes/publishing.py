@@ -1,19 +1,44 @@
-"""Uploads what a run has trained: each arm's folder, with the code of a neural model beside it."""
+"""Carries a run out and uploads what it has trained: each arm's folder, with the code of a neural model beside it."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import TrainingArguments
 from transformers.utils import CONFIG_NAME
 
 import hf_neural_attention
+from arguments import ARMS, NeuralArguments
+from experiment import Experiment
 from hf_neural_attention.export import add_code, auto_classes
 from hf_neural_attention.uploading import upload
+from reporting import Task, report
 
 
 # Checkpoints to resume from, and Trainer's arguments, which are a pickle
 LEFT_OUT = ["checkpoint-*", "checkpoint-*/**", "training_args.bin"]
+
+
+def carry_out(
+    experiment: Experiment, task: Task, neural: NeuralArguments, describe: Callable[[dict[str, Any]], None] | None = None
+) -> None:
+    """Trains what the command line asks for, reports on it, and uploads it if that is asked for.
+
+    Args:
+        describe: completes the task, given the results, before the report.
+    """
+    training = experiment.training
+    results = experiment.run(ARMS[neural.attention])
+    if training.should_save:
+        if describe is not None:
+            describe(results)
+        report(results, task, experiment.folder, neural.card, neural.card_note)
+        if training.push_to_hub:
+            publish(experiment.folder, results, training)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def publish(folder: Path, arms: Any, training: TrainingArguments) -> None:

@@ -37,9 +37,12 @@ class ScorerHealthCallback(TrainerCallback):
             state.log_history[-1].update(figures)
             if layer.dead and layer.layer not in self.warned:
                 self.warned.add(layer.layer)
+                which = "The scorer" if layer.scorers == 1 else f"Of the {layer.scorers} scorers, {layer.dead}"
                 logger.warning(
-                    "The scorer of %s is dead: the units of its last hidden layer are zero for every pair, so its attention "
-                    "is uniform and no gradient changes that. Draw its weights again (`scorer.reset_parameters()` with init "
+                    "%s of %s %s dead: the units of the last hidden layer are zero for every pair, so attention is uniform "
+                    "and no gradient changes that. Draw weights again (`scorer.reset_parameters()` with init "
                     '"mirrored", which is never dead at birth), use a larger `proj_dim`, or lower the learning rate.',
+                    which,
                     layer.layer,
+                    "are" if layer.dead > 1 else "is",
                 )

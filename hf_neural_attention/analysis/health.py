@@ -5,32 +5,40 @@ from typing import Any, NamedTuple
 
 import torch
 from torch.nn.functional import relu
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import sdpa_mask
 
 from ..diagnostics import neural_layers
+from ..models.neural_attention_interface import neural_attention_forward
 from ..models.neural_attention_reference import apply_linear, first_layer_of_query, key_features, softmax_or_zero
-from ..patching.calibration import Call, capture
-from ..patching.probing import left_as_it_was, unwrap
+from ..patching.calibration import NUMBERS_AT_ONCE, Call, call_of
+from ..patching.probing import RecordingConfigView, left_as_it_was, unwrap
 from ..patching.reports import table
 
 
+WATCH_NAME = "neural_attention_watch"
+
+
 class LayerHealth(NamedTuple):
-    """How one scorer does on some inputs."""
+    """How one layer's scorer, or its scorers if each head has one, do on some inputs."""
 
     layer: str
-    active_units: float  # share of the second hidden layer's units that are active for at least one pair
+    scorers: int  # one, or one per head
+    dead: int  # of them: no unit of the second hidden layer is active for any pair, so all scores are equal and stay so
+    active_units: float  # share of units of the second hidden layer that are active for at least one pair
     active_pairs: float  # share of pairs for which such a unit is active, mean over units
     score_std: float  # of the network's scores within a row, mean over rows
     entropy: float  # of attention rows in nats, mean
     uniform_entropy: float  # the same, were attention uniform
-    dead: bool  # no score differs from another of its row, and no gradient changes that
 
 
 class ScorerHealth(tuple[LayerHealth, ...]):
     """One `LayerHealth` per neural layer. `str()` makes a table of it."""
 
     def __str__(self) -> str:
-        rows = [(each.layer, *(f"{number:.3g}" for number in each[1:-1]), "dead" if each.dead else "") for each in self]
-        return table([LayerHealth._fields, *rows])
+        counts = [("dead" if each.scorers == 1 else f"{each.dead} dead") if each.dead else "" for each in self]
+        rows = [(each.layer, *(f"{x:.3g}" for x in each[3:]), word) for each, word in zip(self, counts, strict=True)]
+        return table([("layer", *LayerHealth._fields[3:], ""), *rows])
 
     __repr__ = __str__
 
@@ -43,44 +51,82 @@ def scorer_health(model: Any, **inputs: Any) -> ScorerHealth:
         model: with neural layers, by class or by `patch`.
         inputs: for its forward; a few examples of what it is trained on.
 
+    Returns:
+        `ScorerHealth`: of each layer that the forward reaches (its first call), in the order of the model.
+
     Raises:
-        ValueError: if the model has no neural layer.
+        ValueError: if the model has no neural layer, or the inputs reach none.
     """
     base = unwrap(model)
     layers: dict[str, Any] = {name: module for name, module, _ in neural_layers(base)}
     if not layers:
         raise ValueError(f"This {type(base).__name__} has no neural layer.")
+    views = {name: module.config for name, module in layers.items()}
+    found: dict[str, list[LayerHealth]] = {name: [] for name in layers}
     with left_as_it_was(base) as device:
         inputs = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
-        calls = {name: capture(base, name, module, [inputs])[0] for name, module in layers.items()}
-        return ScorerHealth(health_of_layer(name, layers[name].scorer, call) for name, call in calls.items())
+        try:
+            for name, module in layers.items():
+                module.config = RecordingConfigView(views[name].base, WATCH_NAME, found[name])
+            model(**inputs)
+        finally:
+            for name, module in layers.items():
+                module.config = views[name]
+    if not any(found.values()):
+        raise ValueError(f"These inputs reach no neural layer of this {type(base).__name__}.")
+    return ScorerHealth(each[0]._replace(layer=name) for name, each in found.items() if each)
+
+
+def watch_call(
+    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The attention function of neural layers, which looks at its scorer before it goes on."""
+    if not module.config.calls:
+        # here, where a sharded model has its weights together
+        module.config.calls.append(health_of_layer("", module.scorer, call_of(module, query, key, *args, **kwargs)))
+    return neural_attention_forward(module, query, key, value, *args, **kwargs)
+
+
+AttentionInterface.register(WATCH_NAME, watch_call)
+AttentionMaskInterface.register(WATCH_NAME, sdpa_mask)
 
 
 def health_of_layer(name: str, scorer: Any, call: Call) -> LayerHealth:
+    """Over all pairs, some queries at a time."""
     weights = scorer.weights().to(torch.float32)
-    rows = torch.arange(call.query.shape[2], device=call.query.device)
-    u, w = apply_linear(call.query, *first_layer_of_query(weights)), key_features(call.key, weights)
-    hidden = relu(u.unsqueeze(3) + w.unsqueeze(2))
-    active = apply_linear(hidden, weights.weight2, weights.bias2)
-    network = apply_linear(relu(active), weights.weight3, weights.bias3).squeeze(-1)
-    scores = network
-    if scorer.mode == "residual":
-        scores = scores + call.query @ call.key.transpose(-1, -2) * call.scaling
-    scores = call.masked_rows(scores, rows)
-    seen = scores > float("-inf")
-    probabilities = softmax_or_zero(scores)
-    counted = seen.sum(-1) > 1  # rows with a choice
-    units = (active > 0) & seen.unsqueeze(-1)
-    mean = (network * seen).sum(-1, keepdim=True) / seen.sum(-1, keepdim=True).clamp_min(1)
-    variance = ((network - mean).square() * seen).sum(-1) / seen.sum(-1).clamp_min(1)
-    spread = variance[counted].sqrt()
-    entropy = torch.special.entr(probabilities).sum(-1)[counted]
+    keys = key_features(call.key, weights).unsqueeze(2)
+    batch, heads, num_queries, _ = call.query.shape
+    at_once = max(1, NUMBERS_AT_ONCE // (batch * heads * keys.shape[3] * keys.shape[4]))
+    active_pairs: Any = 0  # [H, h2]
+    spread = entropy = uniform = pairs = counted_rows = 0.0
+    for rows in torch.arange(num_queries, device=call.query.device).split(at_once):
+        query = call.query[:, :, rows]
+        hidden = relu(apply_linear(query, *first_layer_of_query(weights)).unsqueeze(3) + keys)
+        active = apply_linear(hidden, weights.weight2, weights.bias2)
+        network = apply_linear(relu(active), weights.weight3, weights.bias3).squeeze(-1)
+        scores = network
+        if scorer.mode == "residual":
+            scores = scores + query @ call.key.transpose(-1, -2) * call.scaling
+        scores = call.masked_rows(scores, rows)
+        seen = scores > float("-inf")
+        counted = seen.sum(-1) > 1  # rows with a choice
+        active_pairs = active_pairs + ((active > 0) & seen.unsqueeze(-1)).sum((0, 2, 3))
+        number = seen.sum(-1).clamp_min(1)
+        mean = (network * seen).sum(-1) / number
+        variance = ((network - mean.unsqueeze(-1)).square() * seen).sum(-1) / number
+        spread += variance.sqrt()[counted].sum().item()
+        entropy += torch.special.entr(softmax_or_zero(scores)).sum(-1)[counted].sum().item()
+        uniform += number.float().log()[counted].sum().item()
+        pairs += seen.sum().item()
+        counted_rows += counted.sum().item()
+    scorers = active_pairs if scorer.num_heads else active_pairs.sum(0, keepdim=True)
+    alive = scorers > 0
+    mean_over_rows = [total / counted_rows if counted_rows else math.nan for total in (spread, entropy, uniform)]
     return LayerHealth(
         name,
-        units.flatten(0, -2).any(0).float().mean().item(),
-        (units.flatten(0, -2).sum(0) / seen.sum()).mean().item(),
-        spread.mean().item(),
-        entropy.mean().item(),
-        seen.sum(-1)[counted].float().log().mean().item() if counted.any() else math.nan,
-        not bool(units.any()),
+        len(alive),
+        int((~alive.any(-1)).sum()),
+        alive.float().mean().item(),
+        (active_pairs.sum(0) / pairs).mean().item(),
+        *mean_over_rows,
     )

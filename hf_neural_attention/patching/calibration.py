@@ -78,23 +78,28 @@ class LayerReached(Exception):
     """Ends a forward at the layer that was to be seen."""
 
 
-def capture_call(
+def call_of(
     module: Any,
     query: torch.Tensor,
     key: torch.Tensor,
-    value: torch.Tensor,
     attention_mask: torch.Tensor | None = None,
-    dropout: float = 0.0,
     scaling: float | None = None,
     is_causal: bool | None = None,
     position_bias: torch.Tensor | None = None,
     **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
-    """An attention function that keeps what it gets, and ends the forward."""
+) -> Call:
+    """What the attention function of a neural layer was called with, in float32, all heads with their keys."""
     mask, causal, num_keys = mask_of_call(module, query, key, attention_mask, is_causal, position_bias)
     scaling = 1.0 / math.sqrt(query.shape[-1]) if scaling is None else scaling
     key = expand_heads(key[:, :, :num_keys], query.shape[1])
-    module.config.calls.append(Call(query.float(), key.float(), mask, causal, scaling))
+    return Call(query.float(), key.float(), mask, causal, scaling)
+
+
+def capture_call(
+    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
+) -> tuple[torch.Tensor, None]:
+    """An attention function that keeps what it gets, and ends the forward."""
+    module.config.calls.append(call_of(module, query, key, *args, **kwargs))
     raise LayerReached
 
 

@@ -71,7 +71,7 @@ def test_score_surface(num_heads: int | None):
     assert default.network.shape == (61, 61) and default.network.std() > 0
 
 
-def test_health_by_hand():
+def test_health_by_hand(monkeypatch):
     scorer, length = NeuralScorer(8), 6
     from hf_neural_attention.analysis.health import health_of_layer
     from hf_neural_attention.patching.calibration import Call
@@ -83,6 +83,28 @@ def test_health_by_hand():
     assert health.entropy == pytest.approx(torch.special.entr(rows).sum(-1).mean().item(), rel=1e-4)
     assert health.uniform_entropy == pytest.approx(sum(math.log(n) for n in range(2, 7)) / 5)
     assert health.active_units == health.active_pairs == 1.0 and not health.dead and health.score_std > 0.1
+    monkeypatch.setattr("hf_neural_attention.analysis.health.NUMBERS_AT_ONCE", 1)  # one query at a time
+    again = health_of_layer("a", scorer, Call(query, key, None, True, 0.3))
+    assert again[:5] == health[:5] and again[5:] == pytest.approx(health[5:], rel=1e-5)
+
+
+def test_each_head_has_a_health_of_its_own():
+    model = GPT2.neural(neural_layers="all", neural_per_head=True)
+    with torch.no_grad():
+        model.transformer.h[1].attn.scorer.linear2.bias[2].fill_(-1e4)
+    before = [module.config for module in model.modules() if hasattr(module, "scorer")]
+    health = analysis.scorer_health(model, **GPT2.inputs())
+    assert [(layer.scorers, layer.dead) for layer in health] == [(4, 0), (4, 1), (4, 0)]
+    assert health[1].active_units == 0.75 and "1 dead" in str(health)
+    assert all(a is b for a, b in zip(before, (m.config for m in model.modules() if hasattr(m, "scorer")), strict=True))
+
+
+def test_inputs_that_reach_no_layer():
+    inputs = FAMILIES["t5"].inputs()
+    model = patch(FAMILIES["t5"].model(), ["encoder.block.0.layer.0.SelfAttention"], mode="replace")
+    encoded = model.encoder(inputs["input_ids"])
+    with pytest.raises(ValueError, match="reach no neural layer"):
+        analysis.scorer_health(model, encoder_outputs=encoded, decoder_input_ids=inputs["input_ids"])
 
 
 def test_health_of_models():
@@ -91,7 +113,7 @@ def test_health_of_models():
         state = copy.deepcopy(model.state_dict())
         kill(model.get_submodule(family.layers[1]).scorer)
         health = analysis.scorer_health(model, **family.inputs())
-        assert [layer.layer for layer in health] == family.layers and [layer.dead for layer in health] == [False, True, False]
+        assert [layer.layer for layer in health] == family.layers and [layer.dead for layer in health] == [0, 1, 0]
         assert health[1].score_std == 0.0 and health[1].entropy == pytest.approx(health[1].uniform_entropy, rel=1e-4)
         assert health[0].entropy < health[0].uniform_entropy and "dead" in str(health).splitlines()[2]
         assert model.state_dict().keys() == state.keys()

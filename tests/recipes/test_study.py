@@ -1,51 +1,91 @@
 """Studies: runs that are kept and not run again, and a report that is made of their files alone."""
 
 import json
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
 from running import RECIPES, run_in
 
-from study import Study, file_name, interval, load_results, report, summarize, verdict
+from study import steps_of
+from study_file import Study, file_name
+from study_report import CARD, interval, load_results, report, summarize, verdict
+
+
+CARDS = RECIPES.parent / "model_cards"
+SECONDS = {"dot": 2.0, "first layer": 3.0, "longer": 2.0, "unfinished": 1.0}
 
 
 def make(**fields: Any) -> Study:
-    arms = {"dot": {"attention": "dot"}, "first layer": {"attention": "neural"}, "unfinished": {"attention": "neural"}}
-    given = {"name": "n", "recipe": "r.py", "config": "c", "seeds": [0, 1, 2], "baseline": "dot", "metric": "m", "arms": arms}
-    return Study(**{**given, "flags": {}, **fields})
+    arms = {name: {"attention": "dot" if name in ("dot", "longer") else "neural"} for name in SECONDS}
+    arms["longer"]["same_time_as"] = "first layer"
+    given = {"name": "n", "recipe": "image_classification.py", "config": "c", "seeds": [0, 1, 2], "baseline": "dot"}
+    given |= {"dataset": "Digits", "metric": "m", "choose_by": "v", "also": ["w"], "arms": arms, "flags": {"max_steps": 10}}
+    return Study(**{**given, **fields})
 
 
 def results(study: Study, folder, values: dict[str, list[float]]) -> None:
     folder.mkdir(exist_ok=True)
+    (folder / "timing.json").write_text(json.dumps({"seconds_per_step": SECONDS}))
     for arm, figures in values.items():
+        neural = study.arms[arm]["attention"] == "neural"
         for seed, value in enumerate(figures):
-            record = {"metrics": {"m": value}, "parameters": 10, "scorer_parameters": 2, "seconds_per_step": 0.5 + seed}
-            (folder / file_name(arm, seed)).write_text(json.dumps({**record, "peak_memory": 2**20}))
+            alive = {"layer": "a", "scorers": 4, "dead": 0, "score_std": 0.5}
+            health = {"start": [{**alive, "dead": 1}, alive], "end": [{**alive, "dead": 2}, alive]}
+            record = {"metrics": {"m": value, "v": value + seed, "w": 7.0}, "parameters": 10, "scorer_parameters": 2 * neural}
+            record |= {"scorer_health": health if neural else {"start": [], "end": []}, "steps": 10, "epochs": 1.0}
+            record |= {"peak_memory": 2**20, "history": [{"step": 5, "loss": value}, {"step": 10, "loss": value - 0.1}]}
+            record |= {"train_seconds": 60.0, "config": {"a": 1}, "sample": f"sample of seed {seed}"}
+            record["environment"] = {"processes": 1, "threads": 1, **dict.fromkeys(("cpu", "gpu", "python", "torch"), "x")}
+            record["environment"]["transformers"] = "y"
+            (folder / file_name(arm, seed)).write_text(json.dumps(record))
 
 
 def test_figures_by_hand(tmp_path):
     study = make()
     results(study, tmp_path, {"dot": [1.0, 2.0, 3.0], "first layer": [0.5, 1.4, 2.6]})
     text = report(study, tmp_path)
-    rows = {row["arm"]: row for row in summarize(study, load_results(study, tmp_path))}
+    rows = {row["arm"]: row for row in summarize(study, load_results(study, tmp_path), SECONDS)}
     row = rows["first layer"]
     assert row["mean"] == pytest.approx(1.5) and row["difference"] == pytest.approx(-0.5) and row["seeds"] == 3
     # differences -0.5, -0.6, -0.4: standard deviation 0.1, t 4.303
     assert (row["low"], row["high"]) == pytest.approx((-0.5 - 4.303 * 0.1 / 3**0.5, -0.5 + 4.303 * 0.1 / 3**0.5), abs=1e-3)
     assert verdict(study, row) == "better" and verdict(make(lower_is_better=False), row) == "worse"
     assert verdict(study, {**row, "high": 0.1}) == "no difference shown" and verdict(study, rows["dot"]) == ""
-    assert row["seconds_per_step"] == 1.5 and "unfinished" not in rows
-    assert "| first layer | 3 | 1.5 |" in text and "| -0.5 |" in text
-    assert {path.name for path in tmp_path.iterdir()} >= {"report.md", "report.csv", "report.png"}
-    before = (tmp_path / "report.md").read_text(), (tmp_path / "report.csv").read_text()
+    assert row["seconds_per_step"] == 3.0 and row["relative_time"] == 1.5 and "unfinished" not in rows
+    assert (row["v"], row["w"]) == (pytest.approx(2.5), 7.0) and rows["dot"]["scorers"] == 0
+    assert (row["scorers"], row["dead_at_start"], row["dead_at_end"], row["score_std"]) == (24, 3, 6, 0.5)
+    assert "| first layer | 3 | 1.5 |" in text and "| -0.5 |" in text and "Best by `v`: **first layer** (2.5)" in text
+    assert "| 3.000 | 1.50 | 1 | 3 of 24 | 6 of 24 | 0.50 |" in text
+
+
+def test_a_report_is_made_of_files_alone(tmp_path):
+    study = make()
+    results(study, tmp_path, {"dot": [1.0, 2.0, 3.0], "first layer": [0.5, 1.4, 2.6]})
     report(study, tmp_path)
-    assert before == ((tmp_path / "report.md").read_text(), (tmp_path / "report.csv").read_text())
+    names = ("report.md", "report.csv", "report.png", "curves.png", f"{CARD}.md")
+    before = {name: (tmp_path / name).read_bytes() for name in names}
+    report(study, tmp_path)
+    assert before == {name: (tmp_path / name).read_bytes() for name in names}
+    card = before[f"{CARD}.md"].decode()
+    # the best run by v, 0.5, and the baseline of its seed
+    assert "| v | 1 | 0.5 | 0.500 |" in card and "sample of seed 0" in card and "*first layer*" in card
+    assert "Digits" in card and "is 1.5, and 2 with the dot product: better" in card
+
+
+def test_as_many_steps_as_take_the_same_time(tmp_path):
+    study = make()
+    results(study, tmp_path, {})
+    assert steps_of(study, "longer", tmp_path) == 15 and steps_of(study, "dot", tmp_path) is None
+    assert "same_time_as" not in " ".join(study.words("longer", 15)) and study.words("longer", 15)[-1] == "dot"
+    assert study.words("longer", 15)[1:3] == ["--max_steps", "15"]
 
 
 def test_pairs_are_of_the_same_seed(tmp_path):
     study = make()
     results(study, tmp_path, {"dot": [1.0], "first layer": [2.0, 9.0]})
-    rows = summarize(study, load_results(study, tmp_path))
+    rows = summarize(study, load_results(study, tmp_path), SECONDS)
     assert rows[1]["difference"] == 1.0 and rows[1]["low"] is None and rows[1]["mean"] == 5.5
     assert interval([1.0]) is None
 
@@ -57,7 +97,11 @@ def test_studies_that_are_none(tmp_path):
     path.write_text("recipe: x\ncolour: blue")
     with pytest.raises(SystemExit, match=r"is no study.*colour"):
         Study.load(path)
-    path.write_text("{recipe: x, config: y, seeds: [0], baseline: a, metric: m, arms: {b: {}}}")
+    given = "recipe: x, config: y, dataset: d, seeds: [0], baseline: a, metric: m, choose_by: m"
+    path.write_text(f"{{{given}, arms: {{a: {{}}, b: {{same_time_as: c}}}}}}")
+    with pytest.raises(SystemExit, match="'b' is to take the same time as 'c', which must be an arm"):
+        Study.load(path)
+    path.write_text(f"{{{given}, arms: {{b: {{}}}}}}")
     with pytest.raises(SystemExit, match="baseline 'a' is none of the arms, b"):
         Study.load(path)
     with pytest.raises(SystemExit, match="no finished run"):
@@ -69,19 +113,58 @@ def test_a_study_runs_and_goes_on(tmp_path):
     flags = {"n_embd": 16, "n_layer": 1, "n_head": 1, "vocab_size": 300, "block_size": 32, "max_train_samples": 8}
     flags |= {"max_eval_tokens": 100, "max_steps": 2, "save_steps": 2, "disable_tqdm": True, "eval_strategy": "no"}
     arms = {"dot": {"attention": "dot"}, "neural 2": {"attention": "neural", "scorer_weight_decay": 0.0}}
-    content = {"recipe": "language_modeling.py", "config": "configs/quickstart.yaml", "seeds": [0, 1], "baseline": "dot"}
-    (tmp_path / "s.yaml").write_text(json.dumps({**content, "metric": "test_perplexity_stride", "flags": flags, "arms": arms}))
+    arms["dot, longer"] = {"attention": "dot", "same_time_as": "neural 2"}
+    content = {"recipe": "language_modeling.py", "config": "configs/quickstart.yaml", "seeds": [0], "baseline": "dot"}
+    content |= {"dataset": "Python's reference", "metric": "test_perplexity_stride", "flags": flags, "arms": arms}
+    content["choose_by"] = "validation_perplexity_stride"
+    (tmp_path / "s.yaml").write_text(json.dumps(content))
     said = run_in(tmp_path, "study.py", "s.yaml", "--results", "results")
-    assert "| neural 2 | 2 |" in said and len(list((tmp_path / "results").glob("*.json"))) == 4
-    (tmp_path / "results" / file_name("neural 2", 1)).unlink()
+    assert "| neural 2 | 1 |" in said and len(list((tmp_path / "results").glob("*-*.json"))) == 3
+    seconds = json.loads((tmp_path / "results/timing.json").read_text())["seconds_per_step"]
+    assert seconds.keys() == arms.keys() and min(seconds.values()) > 0
+    longer = json.loads((tmp_path / "results" / file_name("dot, longer", 0)).read_text())
+    assert longer["steps"] == round(2 * seconds["neural 2"] / seconds["dot, longer"])
+    (tmp_path / "results" / file_name("neural 2", 0)).unlink()
     said = run_in(tmp_path, "study.py", "s.yaml", "--results", "results")
     assert "neural: finished before" in said and "dot, seed" not in said
-    record = json.loads((tmp_path / "results" / file_name("neural 2", 1)).read_text())
+    record = json.loads((tmp_path / "results" / file_name("neural 2", 0)).read_text())
     assert record["peak_memory"] > 2**20 and record["settings"]["scorer_weight_decay"] == 0.0
-    assert record["environment"]["torch"]
+    assert record["environment"]["torch"] and record["scorer_health"]["end"][0]["scorers"] == 1
     before = (tmp_path / "results/report.md").read_text()
     run_in(tmp_path, "study.py", "s.yaml", "--results", "results", "--report_only")
     assert (tmp_path / "results/report.md").read_text() == before
+
+
+def committed_studies() -> list[Path]:
+    """Study files with results in the repository."""
+    return [
+        path for path in sorted((RECIPES / "studies").glob("*.yaml")) if (CARDS / results_of(path) / "timing.json").exists()
+    ]
+
+
+def results_of(path: Path) -> str:
+    return f"study-{path.stem.removesuffix('-small')}"
+
+
+@pytest.mark.parametrize("path", committed_studies(), ids=lambda path: path.stem)
+def test_committed_reports_are_those_of_the_committed_runs(path, tmp_path):
+    folder = CARDS / results_of(path)
+    copy = tmp_path / folder.name
+    copy.mkdir()
+    for file in folder.glob("*.json"):
+        shutil.copy(file, copy)
+    study = Study.load(path)
+    assert {file.name for file in copy.iterdir()} == {"timing.json", *(file_name(arm, seed) for arm, seed in study.runs())}
+    run_in(tmp_path, "study.py", str(path), "--results", copy.name, "--report_only")
+    for name in ("report.md", "report.csv", f"{CARD}.md"):
+        assert (copy / name).read_text() == (folder / name).read_text()
+    for name in ("report.png", "curves.png"):
+        assert (copy / name).stat().st_size > 10_000 and (folder / name).exists()
+    # the control has as many parameters as the largest scorers bring, and not many more
+    found = load_results(study, folder)
+    sizes = {arm: next(iter(runs.values()))["parameters"] for arm, runs in found.items()}
+    scorers = max(next(iter(runs.values()))["scorer_parameters"] for runs in found.values())
+    assert scorers <= sizes["dot, more parameters"] - sizes["dot"] <= 1.05 * scorers
 
 
 @pytest.mark.parametrize("path", sorted((RECIPES / "studies").glob("*.yaml")), ids=lambda path: path.stem)

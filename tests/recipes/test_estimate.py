@@ -1,0 +1,56 @@
+"""Estimates of long runs from a few steps."""
+
+import json
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from running import RECIPES, run_in
+from transformers import TrainingArguments
+
+from estimate import duration, markdown, total_steps
+
+
+def experiment(tmp_path: Any, **arguments: Any) -> Any:
+    training = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", **arguments)
+    return SimpleNamespace(training=training, trainer_arguments={"train_dataset": range(103)})
+
+
+def test_steps_and_evaluations(tmp_path):
+    epochs = {"num_train_epochs": 3, "per_device_train_batch_size": 10}
+    assert total_steps(experiment(tmp_path, **epochs)) == (33, 0)
+    assert total_steps(experiment(tmp_path, **epochs, gradient_accumulation_steps=2)) == (18, 0)
+    assert total_steps(experiment(tmp_path, **epochs, eval_strategy="epoch")) == (33, 3)
+    assert total_steps(experiment(tmp_path, **epochs, max_steps=50, eval_strategy="steps", eval_steps=20)) == (50, 2)
+
+
+def test_figures_by_hand():
+    figures = {"parameters": 1000, "seconds_per_step": 0.5, "memory": 3 * 2**29, "seconds_of_evaluation": 100.0}
+    record = {"config": "c.yaml", "command": "python c", "note": "A note.", "steps": 864_000, "evaluations": 864}
+    record |= {"arms": {"dot": figures, "neural": figures | {"seconds_per_step": 1.0}}, "operations_per_step": 2e12}
+    record["environment"] = dict.fromkeys(("cpu", "gpu", "threads", "torch", "transformers"), "x")
+    text = markdown(record)
+    assert "| dot product | 1,000 | 0.5 | 864,000 | 864 of 100 | 6 days | 1.50 |" in text
+    assert "| neural attention | 1,000 | 1 | 864,000 | 864 of 100 | 11 days | 1.50 |" in text
+    assert "2 TFLOP" in text and "1.73 EFLOP" in text and "100 TFLOP/s, 4.8 hours at least" in text and "A note." in text
+    assert [duration(seconds) for seconds in (1.5, 150, 7200, 180_000)] == [
+        "1.5 seconds",
+        "2.5 minutes",
+        "2 hours",
+        "2.08 days",
+    ]
+
+
+@pytest.mark.slow
+def test_an_estimate_of_a_run(tmp_path):
+    config = str(RECIPES / "configs/quickstart.yaml")
+    flags = ["--n_embd", "16", "--n_layer", "1", "--n_head", "1", "--vocab_size", "300", "--block_size", "32"]
+    flags += ["--max_train_samples", "8", "--max_eval_tokens", "100", "--max_steps", "1000", "--disable_tqdm", "True"]
+    said = run_in(tmp_path, "estimate.py", "language_modeling", config, *flags, "--output", "e", "--output_dir", "none")
+    record = json.loads((tmp_path / "e.json").read_text())
+    assert (tmp_path / "e.md").read_text() in said and record["steps"] == 1000 and record["evaluations"] == 10
+    for arm in ("dot", "neural"):
+        assert record["arms"][arm]["seconds_per_step"] > 0 and record["arms"][arm]["memory"] > 2**16
+    # of 16 blocks of 32 tokens: at least 6 operations for each weight of a matrix, and the head's
+    assert record["operations_per_step"] > 6 * 16 * 32 * 16 * 300 / 2
+    assert not (tmp_path / "none").exists()
