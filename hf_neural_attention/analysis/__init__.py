@@ -5,6 +5,7 @@ from .drawing import draw_attention, draw_attention_over_image, draw_health, dra
 from .health import LayerHealth, ScorerHealth, scorer_health
 from .maps import attention_maps, attention_over_image
 from .surface import ScoreSurface, score_surface
+from .watching import queries_and_keys
 
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "draw_attention_over_image",
     "draw_health",
     "draw_surface",
+    "queries_and_keys",
     "score_surface",
     "scorer_health",
 ]

@@ -41,8 +41,12 @@ def draw_attention_over_image(weights: torch.Tensor, image: Any, axes: Any = Non
     return ax
 
 
-def draw_surface(surface: ScoreSurface, axes: Any = None) -> list[Any]:
-    """The network's scores beside the dot product's, each with its own colours. Returns both axes."""
+def draw_surface(surface: ScoreSurface, axes: Any = None, *, less_row_mean: bool = True) -> list[Any]:
+    """The network's scores beside the dot product's, each with its own colours. Returns both axes.
+
+    Args:
+        less_row_mean: draw what each score has beyond the mean of its query's, which is all that a softmax sees.
+    """
     both = new_axes(axes, 2)
     extent = [
         float(surface.key_steps[0]),
@@ -51,8 +55,10 @@ def draw_surface(surface: ScoreSurface, axes: Any = None) -> list[Any]:
         float(surface.query_steps[-1]),
     ]
     for ax, scores, title in zip(both, (surface.network, surface.dot_product), ("network", "dot product"), strict=True):
+        if less_row_mean:
+            scores = scores - scores.mean(-1, keepdim=True)
         image = ax.imshow(scores.detach().cpu().numpy(), origin="lower", extent=extent, cmap="RdBu_r", aspect="auto")
-        ax.figure.colorbar(image, ax=ax, label="score")
+        ax.figure.colorbar(image, ax=ax, label="score, less the mean of its row" if less_row_mean else "score")
         ax.set(title=title, xlabel="key, along its direction", ylabel="query, along its direction")
     return both
 

@@ -5,18 +5,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch.nn.functional import relu
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import sdpa_mask
 
-from ..diagnostics import neural_layers
-from ..models.neural_attention_interface import neural_attention_forward
 from ..models.neural_attention_reference import apply_linear, first_layer_of_query, key_features, softmax_or_zero
-from ..patching.calibration import NUMBERS_AT_ONCE, Call, call_of
-from ..patching.probing import RecordingConfigView, left_as_it_was, unwrap
+from ..patching.calibration import NUMBERS_AT_ONCE, Call
 from ..patching.reports import table
-
-
-WATCH_NAME = "neural_attention_watch"
+from .watching import watch
 
 
 class LayerHealth(NamedTuple):
@@ -43,7 +36,6 @@ class ScorerHealth(tuple[LayerHealth, ...]):
     __repr__ = __str__
 
 
-@torch.no_grad()
 def scorer_health(model: Any, **inputs: Any) -> ScorerHealth:
     """Looks at every neural layer of a model while it runs on some inputs, which leaves it as it was.
 
@@ -57,41 +49,11 @@ def scorer_health(model: Any, **inputs: Any) -> ScorerHealth:
     Raises:
         ValueError: if the model has no neural layer, or the inputs reach none.
     """
-    base = unwrap(model)
-    layers: dict[str, Any] = {name: module for name, module, _ in neural_layers(base)}
-    if not layers:
-        raise ValueError(f"This {type(base).__name__} has no neural layer.")
-    views = {name: module.config for name, module in layers.items()}
-    found: dict[str, list[LayerHealth]] = {name: [] for name in layers}
-    with left_as_it_was(base) as device:
-        inputs = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
-        try:
-            for name, module in layers.items():
-                module.config = RecordingConfigView(views[name].base, WATCH_NAME, found[name])
-            model(**inputs)
-        finally:
-            for name, module in layers.items():
-                module.config = views[name]
-    if not any(found.values()):
-        raise ValueError(f"These inputs reach no neural layer of this {type(base).__name__}.")
-    return ScorerHealth(each[0]._replace(layer=name) for name, each in found.items() if each)
+    found = watch(model, inputs, health_of_layer)
+    return ScorerHealth(health._replace(layer=name) for name, health in found.items())
 
 
-def watch_call(
-    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The attention function of neural layers, which looks at its scorer before it goes on."""
-    if not module.config.calls:
-        # here, where a sharded model has its weights together
-        module.config.calls.append(health_of_layer("", module.scorer, call_of(module, query, key, *args, **kwargs)))
-    return neural_attention_forward(module, query, key, value, *args, **kwargs)
-
-
-AttentionInterface.register(WATCH_NAME, watch_call)
-AttentionMaskInterface.register(WATCH_NAME, sdpa_mask)
-
-
-def health_of_layer(name: str, scorer: Any, call: Call) -> LayerHealth:
+def health_of_layer(scorer: Any, call: Call, name: str = "") -> LayerHealth:
     """Over all pairs, some queries at a time."""
     weights = scorer.weights().to(torch.float32)
     keys = key_features(call.key, weights).unsqueeze(2)

@@ -78,14 +78,24 @@ def test_health_by_hand(monkeypatch):
 
     query, key = torch.randn(2, 1, 2, length, 8)
     weights = scorer(query, key, key, is_causal=True, need_weights=True)[1]
-    health = health_of_layer("a", scorer, Call(query, key, None, True, 0.3))
+    health = health_of_layer(scorer, Call(query, key, None, True, 0.3))
     rows = weights[:, :, 1:]  # the first has no choice
     assert health.entropy == pytest.approx(torch.special.entr(rows).sum(-1).mean().item(), rel=1e-4)
     assert health.uniform_entropy == pytest.approx(sum(math.log(n) for n in range(2, 7)) / 5)
     assert health.active_units == health.active_pairs == 1.0 and not health.dead and health.score_std > 0.1
     monkeypatch.setattr("hf_neural_attention.analysis.health.NUMBERS_AT_ONCE", 1)  # one query at a time
-    again = health_of_layer("a", scorer, Call(query, key, None, True, 0.3))
+    again = health_of_layer(scorer, Call(query, key, None, True, 0.3))
     assert again[:5] == health[:5] and again[5:] == pytest.approx(health[5:], rel=1e-5)
+
+
+def test_queries_and_keys():
+    model, inputs = GPT2.neural(neural_layers=[1]), GPT2.inputs()
+    [(name, (queries, keys))] = analysis.queries_and_keys(model, **inputs).items()
+    assert name == "transformer.h.1.attn" and queries.shape == keys.shape == (2, 4, 12, 8)
+    states = model.transformer(inputs["input_ids"], output_hidden_states=True).hidden_states[1]
+    states = model.transformer.h[1].attn.c_attn(model.transformer.h[1].ln_1(states))
+    assert torch.allclose(queries, states[..., :32].unflatten(-1, (4, 8)).transpose(1, 2), atol=1e-5)
+    assert torch.allclose(keys, states[..., 32:64].unflatten(-1, (4, 8)).transpose(1, 2), atol=1e-5)
 
 
 def test_each_head_has_a_health_of_its_own():

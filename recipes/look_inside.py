@@ -1,0 +1,110 @@
+"""Pictures of what a trained model attends to and how its scorers score.
+
+    python recipes/look_inside.py MODEL --text "Some text." --output DIR/NAME
+    python recipes/look_inside.py MODEL --image PICTURE.png --output DIR/NAME
+
+MODEL is a folder or a name on the Hub: a neural model of this package, or a patched one that was saved whole. Written are
+NAME-attention.png (each layer's and head's attention; for an image that of the class token, over the picture),
+NAME-surface.png (each neural layer's scores against its queries and keys, beside the dot product's) and NAME-health.png.
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import PIL.Image
+import torch
+from transformers import AutoImageProcessor, AutoTokenizer
+
+from hf_neural_attention import analysis, from_pretrained
+
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+
+STANDARD_DEVIATIONS = 3.0
+
+
+def draw_maps(maps: tuple[torch.Tensor, ...], tokens: list[str]) -> Any:
+    """Queries against keys: a row per layer, a column per head."""
+    shape = (len(maps), maps[0].shape[1])
+    size = max(2.5, 0.16 * len(tokens) + 1.2)
+    figure, axes = plt.subplots(*shape, figsize=(size * shape[1], size * shape[0]), squeeze=False, layout="constrained")
+    for (layer, head), axis in np.ndenumerate(axes):
+        analysis.draw_attention(maps[layer][0, head], tokens, axis, f"layer {layer}, head {head}")
+    return figure
+
+
+def draw_maps_over(maps: tuple[torch.Tensor, ...], image: PIL.Image.Image) -> Any:
+    """What the class token attends to: a row per head, a column per layer."""
+    shape = (maps[0].shape[1], len(maps))
+    figure, axes = plt.subplots(*shape, figsize=(1.8 * shape[1], 2.0 * shape[0]), squeeze=False, layout="constrained")
+    for (head, layer), axis in np.ndenumerate(axes):
+        over = analysis.attention_over_image(maps[layer][0, head], (image.height, image.width))
+        analysis.draw_attention_over_image(over, image, axis, f"layer {layer}, head {head}")
+    return figure
+
+
+def principal(vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """Mean of `[..., head_dim]`, the direction along which they spread most, and their standard deviation along it."""
+    flat = vectors.flatten(0, -2)
+    mean = flat.mean(0)
+    _, sizes, directions = torch.linalg.svd(flat - mean, full_matrices=False)
+    return mean, directions[0], float(sizes[0]) / len(flat) ** 0.5
+
+
+def draw_surfaces(model: Any, inputs: dict[str, torch.Tensor]) -> Any:
+    """A row per neural layer: around the mean query and key, along the directions in which they spread most."""
+    seen = analysis.queries_and_keys(model, **inputs)
+    figure, axes = plt.subplots(len(seen), 2, figsize=(9, 3.6 * len(seen)), squeeze=False, layout="constrained")
+    for row, (name, (queries, keys)) in zip(axes, seen.items(), strict=True):
+        query, along_query, query_std = principal(queries[:, 0])  # of head 0
+        key, along_key, key_std = principal(keys[:, 0])
+        extent = STANDARD_DEVIATIONS * max(query_std, key_std)
+        scorer = model.get_submodule(name).scorer
+        surface = analysis.score_surface(scorer, along_query, along_key, query=query, key=key, extent=extent)
+        for axis, title in zip(analysis.draw_surface(surface, row), ("network", "dot product"), strict=True):
+            axis.set_title(f"{name}, head 0: {title}", fontsize=9)
+    return figure
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    given = parser.add_mutually_exclusive_group(required=True)
+    given.add_argument("--text")
+    given.add_argument("--image", type=Path)
+    parser.add_argument("--output", type=Path, required=True, help="Beginning of the pictures' names.")
+    arguments = parser.parse_args()
+    try:
+        model: Any = from_pretrained(arguments.model).eval()
+        image = None if arguments.image is None else PIL.Image.open(arguments.image).convert("RGB")
+    except (OSError, ValueError) as error:
+        raise SystemExit(str(error)) from None
+    tokens: list[str] = []
+    if image is None:
+        tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+        inputs = dict(tokenizer(arguments.text, return_tensors="pt"))
+        tokens = [str(tokenizer.decode([token])).replace("\n", "\\n") for token in inputs["input_ids"][0].tolist()]
+    else:
+        inputs = dict(AutoImageProcessor.from_pretrained(arguments.model, backend="pil")(image, return_tensors="pt"))
+    health = analysis.scorer_health(model, **inputs)
+    print(health)
+    maps = analysis.attention_maps(model, **inputs)
+    pictures = {
+        "attention": draw_maps(maps, tokens) if image is None else draw_maps_over(maps, image),
+        "surface": draw_surfaces(model, inputs),
+        "health": analysis.draw_health(health)[0].figure,
+    }
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    for name, figure in pictures.items():
+        path = arguments.output.with_name(f"{arguments.output.name}-{name}.png")
+        figure.savefig(path, dpi=100)
+        print(path)
+
+
+if __name__ == "__main__":
+    main()

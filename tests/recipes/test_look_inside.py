@@ -1,0 +1,47 @@
+"""Pictures of trained models."""
+
+import sys
+from typing import Any
+
+import PIL.Image
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, ViTImageProcessorPil
+
+import look_inside
+from hf_neural_attention import NeuralViTConfig, NeuralViTForImageClassification, patch
+
+
+def look(monkeypatch: Any, *flags: Any) -> None:
+    monkeypatch.setattr(sys, "argv", ["look_inside.py", *map(str, flags)])
+    look_inside.main()
+
+
+def check_pictures(folder: Any) -> None:
+    assert {path.name for path in folder.iterdir()} == {f"a-{name}.png" for name in ("attention", "surface", "health")}
+    assert all(path.stat().st_size > 5000 for path in folder.iterdir())
+
+
+def test_of_a_patched_language_model(tmp_path, monkeypatch, capsys):
+    tokenizer = Tokenizer(models.WordLevel({"a": 0, "rose": 1, "is": 2}, unk_token="a"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(tmp_path / "model")
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 8}
+    patch(LlamaForCausalLM(LlamaConfig(**sizes)), [0], mode="replace").save_pretrained(tmp_path / "model")
+    flags = ["--text", "rose is a rose is a rose", "--output", tmp_path / "pictures/a"]
+    look(monkeypatch, tmp_path / "model", *flags)
+    assert "model.layers.0.self_attn" in capsys.readouterr().out
+    check_pictures(tmp_path / "pictures")
+    with pytest.raises(SystemExit, match="nowhere"):
+        look(monkeypatch, tmp_path / "nowhere", *flags)
+
+
+def test_of_an_image_classifier(tmp_path, monkeypatch):
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = NeuralViTConfig(**sizes, image_size=16, patch_size=4, neural_layers="all")
+    NeuralViTForImageClassification(config).save_pretrained(tmp_path / "model")
+    ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(tmp_path / "model")
+    PIL.Image.fromarray(torch.randint(256, (20, 24, 3), dtype=torch.uint8).numpy()).save(tmp_path / "i.png")
+    look(monkeypatch, tmp_path / "model", "--image", tmp_path / "i.png", "--output", tmp_path / "pictures/a")
+    check_pictures(tmp_path / "pictures")
