@@ -29,10 +29,11 @@ from transformers import (
 
 from arguments import NeuralArguments, parse_arguments
 from checkpoints import load_checkpoint_config
-from experiment import Experiment, settings_of
+from experiment import Experiment
 from hf_neural_attention import NeuralViTConfig, NeuralViTForImageClassification
 from hf_neural_attention.metrics import Accuracy
 from image_data import EMBEDDED, ImageArguments, LabelledImages, load_images, with_pixels
+from prepared import Prepared
 from publishing import carry_out
 from reporting import Task
 
@@ -215,39 +216,51 @@ def describe_task(images: LabelledImages, image: ImageArguments) -> Task:
     )
 
 
-def load_experiment(words: list[str] | None = None) -> tuple[Experiment, Task, NeuralArguments]:
-    """Data, models and training as flags ask for them (default: those of `sys.argv`)."""
-    model, image, neural, training = parse_arguments(
-        ModelArguments, ImageArguments, NeuralArguments, TrainingArguments, words=words, description=__doc__
-    )
+def prepare(
+    image: ImageArguments,
+    images: LabelledImages,
+    processor: BaseImageProcessor,
+    training: TrainingArguments,
+    callbacks: list[TrainerCallback],
+) -> Prepared:
+    """Images with their pixels, and what is measured on the held-out splits."""
     training.remove_unused_columns = False  # pixel values are computed from columns that the model does not take
-    images = load_images(image, training.seed)
-    check_fit(model, image, neural, images.labels)
-    processor = make_processor(model, image)
     datasets = {
         split: with_pixels(data, processor, image.augmentation if split == "train" else "none", image.image_size)
         for split, data in images.splits.items()
     }
-    print(
-        f"Images: {', '.join(f'{split} {data.num_rows:,}' for split, data in datasets.items())}; labels {len(images.labels)}"
-    )
-    experiment = Experiment(
-        training=training,
-        build_model=lambda arm: build_model(arm, model, neural, image, images.labels),
+    counts = ", ".join(f"{split} {data.num_rows:,}" for split, data in datasets.items())
+    print(f"Images: {counts}; labels {len(images.labels)}")
+    return Prepared(
         evaluate=lambda trainer: final_figures(trainer, datasets),
-        show=lambda trained, folder: draw_predictions(trained, folder, images, processor, image),
+        show=lambda model, folder: draw_predictions(model, folder, images, processor, image),
         trainer_arguments={
             "train_dataset": datasets["train"],
             "eval_dataset": datasets["validation"],
             "data_collator": default_data_collator,
             "processing_class": processor,
             "compute_metrics": compute_accuracy,
-            "callbacks": [HalveLearningRate(model.halve_learning_rate_after)] if model.halve_learning_rate_after else [],
+            "callbacks": callbacks,
         },
-        settings=settings_of(model, image, neural, training),
-        scorer_settings=neural.scorer_settings(),
+        task=describe_task(images, image),
     )
-    return experiment, describe_task(images, image), neural
+
+
+def load_experiment(words: list[str] | None = None) -> tuple[Experiment, Task, NeuralArguments]:
+    """Data, models and training as flags ask for them (default: those of `sys.argv`)."""
+    model, image, neural, training = parse_arguments(
+        ModelArguments, ImageArguments, NeuralArguments, TrainingArguments, words=words, description=__doc__
+    )
+    halving = model.halve_learning_rate_after
+    callbacks: list[TrainerCallback] = [HalveLearningRate(halving)] if halving else []
+    images = load_images(image, training.seed)
+    check_fit(model, image, neural, images.labels)
+    data = prepare(image, images, make_processor(model, image), training, callbacks)
+
+    def build(arm: str) -> PreTrainedModel:
+        return build_model(arm, model, neural, image, images.labels)
+
+    return data.experiment(build, training, neural, model, image), data.task, neural
 
 
 def main() -> None:

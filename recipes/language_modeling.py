@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from datasets import Dataset
+from datasets import DatasetDict
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -26,9 +26,10 @@ from transformers import (
 
 from arguments import NeuralArguments, parse_arguments
 from checkpoints import load_checkpoint_config
-from experiment import Experiment, settings_of
+from experiment import Experiment
 from hf_neural_attention import NeuralGPT2Config, NeuralGPT2LMHeadModel
 from perplexity import perplexity
+from prepared import Prepared
 from publishing import carry_out
 from reporting import Task
 from text_data import EMBEDDED, TextArguments, TokenizedText, cut_into_blocks, load_text, load_tokenizer, tokenize
@@ -201,6 +202,31 @@ def describe_task(text: TextArguments, texts: dict[str, TokenizedText], tokenize
     )
 
 
+def prepare(
+    text: TextArguments, splits: DatasetDict, tokenizer: PreTrainedTokenizerBase, prompt: str | None, seed: int
+) -> Prepared:
+    """Text as blocks to train on, and what is measured on the held-out splits."""
+    texts = {split: tokenize(data, text.text_column_name, tokenizer) for split, data in splits.items()}
+    counts = ", ".join(f"{split} {len(part.tokens):,}" for split, part in texts.items())
+    print(f"Tokens: {counts}; vocabulary {len(tokenizer):,}")
+    limit = text.max_eval_tokens and max(1, text.max_eval_tokens // text.block_size)
+    lines = (line for line in splits["test"][text.text_column_name] if line.strip())
+    start = prompt or " ".join(next(lines).split()[:6])
+    held_out = {split: texts[split] for split in ("validation", "test")}
+    return Prepared(
+        evaluate=lambda trainer: final_figures(trainer, held_out, text),
+        show=lambda model, folder: generate_sample(model, folder, tokenizer, start, seed),
+        trainer_arguments={
+            "train_dataset": cut_into_blocks(texts["train"], text.block_size, text.max_train_samples),
+            "eval_dataset": cut_into_blocks(texts["validation"], text.block_size, limit),
+            "data_collator": collate,
+            "processing_class": tokenizer,
+        },
+        task=describe_task(text, texts, tokenizer),
+        fingerprint=texts["train"].fingerprint,
+    )
+
+
 def load_experiment(words: list[str] | None = None) -> tuple[Experiment, Task, NeuralArguments]:
     """Data, models and training as flags ask for them (default: those of `sys.argv`)."""
     model, text, neural, training = parse_arguments(
@@ -209,33 +235,12 @@ def load_experiment(words: list[str] | None = None) -> tuple[Experiment, Task, N
     splits = load_text(text)
     tokenizer = load_tokenizer(text, model.model_name_or_path, splits)
     tokenizer.model_max_length = check_fit(model, text, neural, tokenizer)
-    texts = {split: tokenize(data, text.text_column_name, tokenizer) for split, data in splits.items()}
-    print(
-        f"Tokens: {', '.join(f'{split} {len(part.tokens):,}' for split, part in texts.items())}; vocabulary {len(tokenizer):,}"
-    )
-    blocks: dict[str, Dataset] = {
-        "train": cut_into_blocks(texts["train"], text.block_size, text.max_train_samples),
-        "validation": cut_into_blocks(
-            texts["validation"], text.block_size, text.max_eval_tokens and max(1, text.max_eval_tokens // text.block_size)
-        ),
-    }
-    prompt = model.prompt or " ".join(next(line for line in splits["test"][text.text_column_name] if line.strip()).split()[:6])
-    held_out = {split: texts[split] for split in ("validation", "test")}
-    experiment = Experiment(
-        training=training,
-        build_model=lambda arm: build_model(arm, model, neural, text, tokenizer),
-        evaluate=lambda trainer: final_figures(trainer, held_out, text),
-        show=lambda trained, folder: generate_sample(trained, folder, tokenizer, prompt, training.seed),
-        trainer_arguments={
-            "train_dataset": blocks["train"],
-            "eval_dataset": blocks["validation"],
-            "data_collator": collate,
-            "processing_class": tokenizer,
-        },
-        settings=settings_of(model, text, neural, training) | {"train_tokens": texts["train"].fingerprint},
-        scorer_settings=neural.scorer_settings(),
-    )
-    return experiment, describe_task(text, texts, tokenizer), neural
+    data = prepare(text, splits, tokenizer, model.prompt, training.seed)
+
+    def build(arm: str) -> PreTrainedModel:
+        return build_model(arm, model, neural, text, tokenizer)
+
+    return data.experiment(build, training, neural, model, text), data.task, neural
 
 
 def main() -> None:

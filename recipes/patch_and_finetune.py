@@ -10,6 +10,7 @@ and after fine-tuning. Running the same command again goes on where it stopped. 
 for images where --model_name_or_path is an image classifier.
 """
 
+import dataclasses
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -27,22 +28,24 @@ from transformers import (
     PreTrainedModel,
     Trainer,
     TrainingArguments,
-    default_data_collator,
     set_seed,
 )
 
 import image_classification
 import language_modeling
 from arguments import ARMS, NeuralArguments, parse_arguments, value_of_flag
-from experiment import STAGES, Experiment, claim_folder, settings_of, write_json
+from experiment import STAGES, Experiment, claim_folder, write_json
 from hf_neural_attention import calibrate, load_patch, patch, patch_status, save_patch
-from image_data import ImageArguments, load_images, with_pixels
+from image_data import ImageArguments, load_images
+from prepared import Prepared
 from publishing import carry_out
 from reporting import Task
-from text_data import TextArguments, cut_into_blocks, load_text, load_tokenizer, tokenize
+from text_data import TextArguments, load_text, load_tokenizer
 
 
 CALIBRATED = "calibrated"
+
+Build = Callable[[], PreTrainedModel]  # the stock model
 
 
 @dataclass
@@ -60,19 +63,7 @@ class CheckpointArguments:
     calibration_batches: int = field(default=8, metadata={"help": "Batches of training data that calibration sees."})
 
 
-@dataclass
-class Data:
-    """A task, with everything that depends on its kind of data."""
-
-    build: Callable[[], PreTrainedModel]  # the stock model
-    evaluate: Callable[[Trainer], dict[str, float]]
-    show: Callable[[PreTrainedModel, Path | None], str]
-    trainer_arguments: dict[str, Any]
-    task: Task
-    fingerprint: str = ""
-
-
-def text_data(checkpoint: CheckpointArguments, text: TextArguments, training: TrainingArguments) -> Data:
+def text_data(checkpoint: CheckpointArguments, text: TextArguments, training: TrainingArguments) -> tuple[Build, Prepared]:
     """A causal language model's."""
     splits = load_text(text)
     tokenizer = load_tokenizer(text, checkpoint.model_name_or_path, splits)
@@ -84,54 +75,25 @@ def text_data(checkpoint: CheckpointArguments, text: TextArguments, training: Tr
             f"--block_size is {text.block_size} and the tokenizer has {len(tokenizer)} tokens. Lower the one, or take the "
             "checkpoint's own tokenizer with --tokenizer_name."
         )
-    texts = {split: tokenize(data, text.text_column_name, tokenizer) for split, data in splits.items()}
-    held_out = {split: texts[split] for split in ("validation", "test")}
-    limit = text.max_eval_tokens and max(1, text.max_eval_tokens // text.block_size)
-    lines = (line for line in splits["test"][text.text_column_name] if line.strip())
-    prompt = checkpoint.prompt or " ".join(next(lines).split()[:6])
-    return Data(
-        build=lambda: AutoModelForCausalLM.from_pretrained(checkpoint.model_name_or_path),
-        evaluate=lambda trainer: language_modeling.final_figures(trainer, held_out, text),
-        show=lambda model, folder: language_modeling.generate_sample(model, folder, tokenizer, prompt, training.seed),
-        trainer_arguments={
-            "train_dataset": cut_into_blocks(texts["train"], text.block_size, text.max_train_samples),
-            "eval_dataset": cut_into_blocks(texts["validation"], text.block_size, limit),
-            "data_collator": language_modeling.collate,
-            "processing_class": tokenizer,
-        },
-        task=language_modeling.describe_task(text, texts, tokenizer),
-        fingerprint=texts["train"].fingerprint,
-    )
+    data = language_modeling.prepare(text, splits, tokenizer, checkpoint.prompt, training.seed)
+    return lambda: AutoModelForCausalLM.from_pretrained(checkpoint.model_name_or_path), data
 
 
-def image_data(checkpoint: CheckpointArguments, image: ImageArguments, training: TrainingArguments) -> Data:
+def image_data(checkpoint: CheckpointArguments, image: ImageArguments, training: TrainingArguments) -> tuple[Build, Prepared]:
     """An image classifier's."""
-    training.remove_unused_columns = False  # pixel values are computed from columns that the model does not take
     images = load_images(image, training.seed)
     processor = AutoImageProcessor.from_pretrained(checkpoint.model_name_or_path)
-    datasets = {
-        split: with_pixels(data, processor, image.augmentation if split == "train" else "none", image.image_size)
-        for split, data in images.splits.items()
-    }
-    names = dict(enumerate(images.labels))
-    return Data(
-        build=lambda: AutoModelForImageClassification.from_pretrained(
+    data = image_classification.prepare(image, images, processor, training, [])
+
+    def build() -> PreTrainedModel:
+        return AutoModelForImageClassification.from_pretrained(
             checkpoint.model_name_or_path,
-            id2label=names,
-            label2id={label: index for index, label in names.items()},
+            id2label=dict(enumerate(images.labels)),
+            label2id={label: index for index, label in enumerate(images.labels)},
             ignore_mismatched_sizes=checkpoint.ignore_mismatched_sizes,
-        ),
-        evaluate=lambda trainer: image_classification.final_figures(trainer, datasets),
-        show=lambda model, folder: image_classification.draw_predictions(model, folder, images, processor, image),
-        trainer_arguments={
-            "train_dataset": datasets["train"],
-            "eval_dataset": datasets["validation"],
-            "data_collator": default_data_collator,
-            "processing_class": processor,
-            "compute_metrics": image_classification.compute_accuracy,
-        },
-        task=image_classification.describe_task(images, image),
-    )
+        )
+
+    return build, data
 
 
 def patch_settings(neural: NeuralArguments) -> dict[str, Any]:
@@ -139,9 +101,9 @@ def patch_settings(neural: NeuralArguments) -> dict[str, Any]:
     return {name.removeprefix("neural_"): value for name, value in neural.config_fields().items()}
 
 
-def build_model(arm: str, data: Data, neural: NeuralArguments, folder: Path, seed: int) -> PreTrainedModel:
+def build_model(arm: str, build: Build, neural: NeuralArguments, folder: Path, seed: int) -> PreTrainedModel:
     """The model of an arm before fine-tuning."""
-    model = data.build()
+    model = build()
     if arm == "dot":
         return model
     if (folder / CALIBRATED / "neural_patch.json").exists():
@@ -237,7 +199,7 @@ def main() -> None:
         TrainingArguments,
         description=__doc__,
     )
-    data = (image_data if is_image else text_data)(checkpoint, arguments, training)
+    build, data = (image_data if is_image else text_data)(checkpoint, arguments, training)
     folder = Path(training.output_dir)
 
     def show(model: PreTrainedModel, where: Path | None) -> str:
@@ -245,15 +207,10 @@ def main() -> None:
             save_patch(model, folder / "neural" / "patch", is_main_process=where is not None)
         return data.show(model, where)
 
-    experiment = Experiment(
-        training=training,
-        build_model=lambda arm: build_model(arm, data, neural, folder, training.seed),
-        evaluate=data.evaluate,
-        show=show,
-        trainer_arguments=data.trainer_arguments,
-        settings=settings_of(checkpoint, arguments, neural, training) | {"train_tokens": data.fingerprint},
-        scorer_settings=neural.scorer_settings(),
-    )
+    def build_arm(arm: str) -> PreTrainedModel:
+        return build_model(arm, build, neural, folder, training.seed)
+
+    experiment = dataclasses.replace(data, show=show).experiment(build_arm, training, neural, checkpoint, arguments)
     if training.should_save:
         claim_folder(folder, experiment.settings)
     stages: dict[str, Any] = json.loads((folder / STAGES).read_text()) if (folder / STAGES).exists() else {}

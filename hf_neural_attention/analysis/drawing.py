@@ -1,4 +1,4 @@
-"""Pictures of what the other functions return. They need matplotlib (`pip install 'hf_neural_attention[recipes]'`)."""
+"""Pictures of what the other functions return. They need matplotlib (`pip install 'hf_neural_attention[analysis]'`)."""
 
 from collections.abc import Sequence
 from typing import Any

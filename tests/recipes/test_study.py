@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +112,7 @@ def test_studies_that_are_none(tmp_path):
 @pytest.mark.slow
 def test_a_study_runs_and_goes_on(tmp_path):
     flags = {"n_embd": 16, "n_layer": 1, "n_head": 1, "vocab_size": 300, "block_size": 32, "max_train_samples": 8}
-    flags |= {"max_eval_tokens": 100, "max_steps": 2, "save_steps": 2, "disable_tqdm": True, "eval_strategy": "no"}
+    flags |= {"use_cpu": True, "max_eval_tokens": 100, "max_steps": 2, "save_steps": 2, "disable_tqdm": True}
     arms = {"dot": {"attention": "dot"}, "neural 2": {"attention": "neural", "scorer_weight_decay": 0.0}}
     arms["dot, longer"] = {"attention": "dot", "same_time_as": "neural 2"}
     content = {"recipe": "language_modeling.py", "config": "configs/quickstart.yaml", "seeds": [0], "baseline": "dot"}
@@ -124,9 +125,13 @@ def test_a_study_runs_and_goes_on(tmp_path):
     assert seconds.keys() == arms.keys() and min(seconds.values()) > 0
     longer = json.loads((tmp_path / "results" / file_name("dot, longer", 0)).read_text())
     assert longer["steps"] == round(2 * seconds["neural 2"] / seconds["dot, longer"])
-    (tmp_path / "results" / file_name("neural 2", 0)).unlink()
-    said = run_in(tmp_path, "study.py", "s.yaml", "--results", "results")
-    assert "neural: finished before" in said and "dot, seed" not in said
+    # what is missing is run again, here by two processes, and only what is missing
+    for name in (file_name("neural 2", 0), "timing.json"):
+        (tmp_path / "results" / name).unlink()
+    shutil.rmtree(tmp_path / "runs/studies/s/neural-2-0")
+    two = f"{sys.executable} -m torch.distributed.run --nproc_per_node 2"
+    said = run_in(tmp_path, "study.py", "s.yaml", "--results", "results", "--launcher", two, "--ddp_backend", "gloo")
+    assert "neural: training from the start" in said and "dot, seed" not in said and "longer, seed" not in said
     record = json.loads((tmp_path / "results" / file_name("neural 2", 0)).read_text())
     assert record["peak_memory"] > 2**20 and record["settings"]["scorer_weight_decay"] == 0.0
     assert record["environment"]["torch"] and record["scorer_health"]["end"][0]["scorers"] == 1
