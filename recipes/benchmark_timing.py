@@ -1,7 +1,6 @@
 """Times several things by turns, and measures memory and first use in processes of their own."""
 
 import ctypes
-import gc
 import math
 import multiprocessing
 import os
@@ -13,7 +12,6 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +19,7 @@ import torch
 from benchmark_cases import Case, Entry, Runner, draw_inputs, make_runner, reason_against
 from benchmark_checks import Checker
 from hf_neural_attention.ops.native_build import BuildError, load_library
+from memory import peak_memory
 
 
 SHORTEST_SAMPLE = 0.01  # seconds; quicker calls are timed several at a time
@@ -137,24 +136,6 @@ def in_own_process(function: Callable[..., Any], *arguments: Any) -> Any:
             raise RuntimeError("the process that measured it was killed") from error
 
 
-def resident_bytes(peak: bool = False) -> int:
-    """Memory of this process now, or the most since `reset_peak`."""
-    name = "VmHWM" if peak else "VmRSS"
-    status = Path("/proc/self/status")
-    if not status.exists():  # the most of the whole life of the process then serves for both
-        import resource
-
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    (line,) = (line for line in status.read_text().splitlines() if line.startswith(name))
-    return int(line.split()[1]) * 1024
-
-
-def reset_peak() -> None:
-    file = Path("/proc/self/clear_refs")
-    if file.exists():
-        file.write_text("5")
-
-
 def own_peak_bytes(entry: Entry) -> int:
     """`peak_bytes` of this very process."""
     provider, case = entry
@@ -166,18 +147,11 @@ def own_peak_bytes(entry: Entry) -> int:
     warm_up = make_runner(Entry(provider, small), draw_inputs(small))
     warm_up.run(warm_up.prepare())  # libraries and threads are not counted
     runner = make_runner(Entry(provider, case), draw_inputs(case))
-    gc.collect()
-    if case.device == "cpu":
-        reset_peak()
-        before = resident_bytes()
+    with peak_memory() as peak:
         runner.run(None)
-        return max(0, resident_bytes(peak=True) - before)
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    runner.run(None)
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
+        if case.device == "cuda":
+            torch.cuda.synchronize()
+    return peak.size
 
 
 def peak_bytes(entry: Entry) -> int:

@@ -14,6 +14,7 @@ import math
 import statistics
 import time
 from importlib import import_module
+from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -24,9 +25,10 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import IntervalStrategy
 
 from arguments import ARMS
-from benchmark_timing import in_own_process, reset_peak, resident_bytes
+from benchmark_timing import in_own_process
 from experiment import Experiment, collated, write_json
-from reporting import LABELS, environment
+from memory import peak_memory
+from reporting import LABELS, command_line, environment
 from scorer_trainer import ScorerTrainer
 
 
@@ -35,19 +37,15 @@ WARM_UP = 2  # steps
 
 
 class StepTimes(TrainerCallback):
-    """Seconds of each training step, and of one evaluation of a batch after the last."""
+    """When each training step has ended, so that the time between two has the next batch in it."""
 
     def __init__(self) -> None:
-        self.steps: list[float] = []
-        self.started = 0.0
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        self.started = time.perf_counter()
+        self.ends: list[float] = []
 
     def on_step_end(self, args, state, control, **kwargs):
         if torch.accelerator.is_available():
             torch.accelerator.synchronize()
-        self.steps.append(time.perf_counter() - self.started)
+        self.ends.append(time.perf_counter())
 
 
 def load(recipe: str, words: list[str], folder: str) -> tuple[Experiment, tuple[str, ...]]:
@@ -61,23 +59,17 @@ def measure(recipe: str, words: list[str], arm: str) -> dict[str, Any]:
         experiment, _ = load(recipe, words, folder)
         never: Any = dict.fromkeys(("save_strategy", "eval_strategy", "logging_strategy"), IntervalStrategy.NO)
         arguments = dataclasses.replace(experiment.arguments_of(arm), max_steps=STEPS, load_best_model_at_end=False, **never)
-        times, on_gpu = StepTimes(), torch.cuda.is_available()
-        reset_peak()
-        before = torch.cuda.memory_allocated() if on_gpu else resident_bytes()
-        model = experiment.initial_model(arm)
+        times = StepTimes()
         given = experiment.trainer_arguments
-        trainer = ScorerTrainer(
-            model=model,
-            args=arguments,
-            **given | {"callbacks": [times, *given.get("callbacks", [])]},
-            **experiment.scorer_settings,
-        )
-        trainer.train()
-        peak = torch.cuda.max_memory_allocated() if on_gpu else resident_bytes(peak=True)
+        callbacks = {"callbacks": [times, *given.get("callbacks", [])]}
+        with peak_memory() as peak:
+            model: Any = experiment.initial_model(arm)
+            trainer = ScorerTrainer(model=model, args=arguments, **given | callbacks, **experiment.scorer_settings)
+            trainer.train()
         return {
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
-            "seconds_per_step": statistics.median(times.steps[WARM_UP:]),
-            "memory": peak - before,
+            "seconds_per_step": statistics.median(end - start for start, end in pairwise(times.ends[WARM_UP - 1 :])),
+            "memory": peak.size,
             "seconds_of_evaluation": evaluation(trainer, experiment),
         }
 
@@ -87,20 +79,20 @@ def evaluation(trainer: Trainer, experiment: Experiment) -> float:
     """Seconds of an evaluation of the validation data, from those of one batch."""
     model: Any = trainer.model
     model.eval()
-    size = experiment.training.per_device_eval_batch_size
-    batch = collated(experiment.trainer_arguments, "eval_dataset", size)
-    batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
-    seconds = []
+    given, size = experiment.trainer_arguments, experiment.training.per_device_eval_batch_size
+    count, seconds = len(given["eval_dataset"]), []
     for _ in range(3):
         started = time.perf_counter()
+        batch = collated(given, "eval_dataset", size)
         with trainer.accelerator.autocast():
-            model(**batch).loss.item()
+            model(**{name: tensor.to(model.device) for name, tensor in batch.items()}).loss.item()
         seconds.append(time.perf_counter() - started)
-    return min(seconds) * len(experiment.trainer_arguments["eval_dataset"]) / size
+    return min(seconds) * count / min(count, size)
 
 
 def operations(experiment: Experiment) -> float:
-    """Of the matrix products of a training step of the dot-product model: two for each multiplication with its addition."""
+    """Of the matrix products of a training step of the dot-product model, two for each multiplication with its addition;
+    counted on the CPU."""
     model: Any = experiment.initial_model("dot")
     model.set_attn_implementation("eager")  # whose products are counted
     size = experiment.training.per_device_train_batch_size
@@ -149,41 +141,51 @@ def markdown(record: dict[str, Any]) -> str:
     operations = record["operations_per_step"]
     lines += [
         "",
-        f"Memory is the peak beyond what the process held before: weights, gradients, AdamW's state, activations. The dot "
-        f"product's step has {operations / 1e12:.3g} TFLOP of matrix products, the whole run {operations * steps / 1e18:.3g} "
-        f"EFLOP: on a GPU that sustains 100 TFLOP/s, {duration(operations * steps / 1e14)} at least, and more where a "
-        f"step is too small to fill it. Several GPUs share the batches of a step or, with as many steps, see more data.",
+        "Loading of data and the evaluations on the way are counted; checkpoints and the last evaluation are not. Memory is "
+        "the peak beyond what the process held before: weights, gradients, AdamW's state, activations. The dot product's step "
+        f"has {operations / 1e12:.3g} TFLOP of matrix products, the whole run {operations * steps / 1e18:.3g} EFLOP: on a GPU "
+        f"that sustains 100 TFLOP/s, {duration(operations * steps / 1e14)} at least, and more where a step is too small to "
+        "fill it. Several GPUs share the batches of a step or, with as many steps, see more data.",
         "",
     ]
     return "\n".join(lines)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("recipe", choices=("language_modeling", "image_classification"))
     parser.add_argument("config", type=Path)
-    parser.add_argument("--output", type=Path, help="Write NAME.md and NAME.json there.")
+    parser.add_argument("--output", type=Path, help="Write NAME.md and NAME.json, this being NAME.")
     parser.add_argument("--note", default="", help="A sentence for the report.")
     arguments, more = parser.parse_known_args()
     words = [str(arguments.config), *more]
     with TemporaryDirectory() as folder:
         experiment, arms = load(arguments.recipe, words, folder)
         steps, evaluations = total_steps(experiment)
+        try:
+            measured = {arm: in_own_process(measure, arguments.recipe, words, arm) for arm in arms}
+        except RuntimeError as error:
+            raise SystemExit(
+                f"{error}: the model needs more memory than there is. Try a smaller batch or another machine."
+            ) from None
         record = {
             "config": arguments.config.name,
-            "command": f"python recipes/estimate.py {arguments.recipe} recipes/configs/{arguments.config.name}",
+            "command": command_line(),
             "note": arguments.note,
             "environment": environment(),
             "steps": steps,
             "evaluations": evaluations,
             "operations_per_step": operations(experiment),
-            "arms": {arm: in_own_process(measure, arguments.recipe, words, arm) for arm in arms},
+            "arms": measured,
         }
     text = markdown(record)
     print(text)
     if arguments.output is not None:
-        write_json(arguments.output.with_suffix(".json"), record)
-        arguments.output.with_suffix(".md").write_text(text)
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
+        write_json(Path(f"{arguments.output}.json"), record)
+        Path(f"{arguments.output}.md").write_text(text)
 
 
 if __name__ == "__main__":

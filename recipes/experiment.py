@@ -10,7 +10,6 @@ output_dir/comparison.*           table and picture, where there are two arms
 import dataclasses
 import json
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,6 +25,7 @@ from transformers.trainer_callback import ExportableState
 from checkpoints import last_whole_checkpoint
 from hf_neural_attention import patch_status
 from hf_neural_attention.analysis import scorer_health
+from memory import peak_memory
 from scorer_trainer import ScorerTrainer
 
 
@@ -117,7 +117,7 @@ class Experiment:
             ) from error
         if len(arms) > 1 and self.training.should_save:
             for arm, seconds in time_in_turn({arm: (self, arm) for arm in arms}).items():
-                results[arm]["seconds_in_turn"] = seconds
+                results[arm]["seconds_in_turn"] = statistics.median(seconds)
         return results
 
     def run_arm(self, arm: str) -> dict[str, Any]:
@@ -140,7 +140,7 @@ class Experiment:
         health = {"start": self.health(trainer)}
         checkpoint = last_whole_checkpoint(folder, self.say)
         self.say(f"{arm}: {'resuming from ' + checkpoint if checkpoint else 'training from the start'}")
-        with checkpoints_as_they_are(model):
+        with checkpoints_as_they_are(model), peak_memory() as memory:
             trainer.train(resume_from_checkpoint=checkpoint)
         # resuming puts another clock in the place of ours
         clock = next(callback for callback in trainer.callback_handler.callbacks if isinstance(callback, StepClock))
@@ -159,7 +159,7 @@ class Experiment:
             "epochs": trainer.state.epoch,
             "train_seconds": clock.seconds,
             "seconds_per_step": clock.seconds / max(trainer.state.global_step, 1),
-            "peak_memory": peak_memory(),
+            "training_memory": memory.size,
             "metrics": self.evaluate(trainer),
             "scorer_health": health,
             "config": model.config.to_diff_dict(),
@@ -221,44 +221,51 @@ def checkpoints_as_they_are(model: Any) -> Iterator[None]:
             vars(model)["save_pretrained"] = before
 
 
-def peak_memory() -> int | None:
-    """Bytes that this process has held at once, on the accelerator if there is one; None where that is not known."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return held if sys.platform == "darwin" else held * 1024
+def time_in_turn(
+    runs: dict[str, tuple[Experiment, str]], turns: int = TIMED_TURNS, whole_step: bool = False
+) -> dict[str, list[float]]:
+    """Seconds of each turn over one batch, by name, of what the arm of an experiment trains.
 
+    In one process and by turns, every other one backwards: unlike the times of trainings, these are not distorted by what else
+    the machine did meanwhile.
 
-def time_in_turn(runs: dict[str, tuple[Experiment, str]], turns: int = TIMED_TURNS) -> dict[str, float]:
-    """Median seconds of a forward and backward pass over one batch, by name, of what the arm of an experiment trains.
-
-    In one process and by turns: unlike the times of trainings, these are not distorted by what else the machine did meanwhile.
+    Args:
+        whole_step: with clipping and the optimiser; otherwise forward and backward alone.
     """
-    trainers, batches = {}, {}
-    for name, (experiment, arm) in runs.items():
-        given = experiment.trainer_arguments
-        trainer = Trainer(model=experiment.initial_model(arm), args=experiment.arguments_of(arm), **given)  # for its autocast
-        batch = collated(given, "train_dataset", experiment.training.per_device_train_batch_size)
-        batches[name] = {key: tensor.to(experiment.training.device) for key, tensor in batch.items()}
-        trainers[name] = trainer
+    steps = {name: training_step(experiment, arm, whole_step) for name, (experiment, arm) in runs.items()}
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(turns + 1):  # the first is for warming up
-        for name, trainer in trainers.items():
-            model: Any = trainer.model
-            model.train()
+        for name in list(steps) if turn % 2 else reversed(steps):
             started = time.perf_counter()
-            with trainer.accelerator.autocast():
-                loss = model(**batches[name]).loss
-            loss.backward()
+            steps[name]()
             if torch.accelerator.is_available():
                 torch.accelerator.synchronize()
             if turn:
                 seconds[name].append(time.perf_counter() - started)
-    return {name: statistics.median(times) for name, times in seconds.items()}
+    return seconds
+
+
+def training_step(experiment: Experiment, arm: str, whole: bool) -> Callable[[], None]:
+    """A step of training over the same batch each time."""
+    given, training = experiment.trainer_arguments, experiment.training
+    model: Any = experiment.initial_model(arm)
+    trainer = ScorerTrainer(model=model, args=experiment.arguments_of(arm), **given, **experiment.scorer_settings)
+    model.to(training.device).train()  # which Trainer leaves to what shards models, if there is such a thing
+    optimizer = trainer.create_optimizer() if whole else None
+    batch = collated(given, "train_dataset", training.per_device_train_batch_size)
+    batch = {name: tensor.to(training.device) for name, tensor in batch.items()}
+
+    def step() -> None:
+        with trainer.accelerator.autocast():
+            loss = model(**batch).loss
+        loss.backward()
+        if optimizer is not None:
+            if training.max_grad_norm:
+                torch.nn.utils.clip_grad_norm_(model.parameters(), training.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+
+    return step
 
 
 def collated(trainer_arguments: dict[str, Any], dataset: str, batch_size: int) -> dict[str, torch.Tensor]:

@@ -37,6 +37,7 @@ class Task:
     loading: Callable[[str], str]  # folder -> code that loads and uses the model
     notes: str
     neural_loading: Callable[[str], str] | None = None  # where it is not that of the stock model
+    picture: str = "Training and evaluation loss"  # what the card's picture shows
 
 
 def environment() -> dict[str, Any]:
@@ -198,7 +199,7 @@ a small network instead of a dot product.
 
 {verdict(results, task)}
 
-![Training and evaluation loss]({picture})
+![{task.picture}]({picture})
 
 {task.notes}
 

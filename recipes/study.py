@@ -20,7 +20,7 @@ A study is a YAML file:
       first layer: {attention: neural, neural_proj_dim: 2}
       dot, longer: {attention: dot, same_time_as: first layer}   as many steps as take the same time
 
-First, a step of each arm is timed, in one process and by turns (`timing.json`); let the machine be quiet meanwhile. Each
+First, a step of each arm is timed, in one process and by turns (`costs.json`); let the machine be quiet meanwhile. Each
 finished run leaves a small JSON file in the results' folder, named by arm and seed, and is not run again; seeds and arms that
 are added later are run then. The report (Markdown, CSV, PNG) is made of these files alone.
 """
@@ -28,15 +28,18 @@ are added later are run then. The report (Markdown, CSV, PNG) is made of these f
 import argparse
 import json
 import shlex
+import statistics
 import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import torch
+
 from experiment import RESULTS, time_in_turn, write_json
 from reporting import environment
-from study_file import HERE, SAME_TIME, TIMING, Study, file_name
+from study_file import COSTS, HERE, SAME_TIME, Study, file_name, load_costs
 from study_report import report
 
 
@@ -44,26 +47,34 @@ TURNS = 30
 
 
 def time_arms(study: Study, results: Path, more: list[str]) -> None:
-    """Times a step of each arm, by turns, and keeps that."""
+    """Times a step of each arm by turns, and keeps that."""
     recipe = import_module(Path(study.recipe).stem)
     with TemporaryDirectory() as folder:
         runs = {}
-        for arm in study.arms:
+        for arm in {study.timed_as(arm): None for arm in study.arms}:
             experiment, *_ = recipe.load_experiment([*study.words(arm), *more, "--output_dir", folder])
             runs[arm] = experiment, study.arms[arm]["attention"]
-        seconds = time_in_turn(runs, TURNS)
+        measured = time_in_turn(runs, TURNS, whole_step=True)
         if experiment.training.should_save:
+            turns = {arm: measured[study.timed_as(arm)] for arm in study.arms}
+            seconds = {arm: statistics.median(times) for arm, times in turns.items()}
+            record = {
+                "seconds_per_step": seconds,
+                "quartiles": {arm: statistics.quantiles(times, n=4)[::2] for arm, times in turns.items()},
+                # what has been settled once is not changed: runs of other seeds have that many
+                "steps": steps_of_same_time(study, seconds) | load_costs(results).get("steps", {}),
+                "environment": environment(),
+            }
             results.mkdir(parents=True, exist_ok=True)
-            write_json(results / TIMING, {"seconds_per_step": seconds, "environment": environment()})
+            write_json(results / COSTS, record)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
-def steps_of(study: Study, arm: str, results: Path) -> int | None:
-    """For an arm that is to take the same time as another: how many steps that is."""
-    other = study.arms[arm].get(SAME_TIME)
-    if other is None:
-        return None
-    seconds = json.loads((results / TIMING).read_text())["seconds_per_step"]
-    return round(study.flags["max_steps"] * seconds[other] / seconds[arm])
+def steps_of_same_time(study: Study, seconds: dict[str, float]) -> dict[str, int]:
+    """Of arms that are to take the same time as another: how many steps that is."""
+    others = {arm: fields[SAME_TIME] for arm, fields in study.arms.items() if SAME_TIME in fields}
+    return {arm: round(study.flags["max_steps"] * seconds[other] / seconds[arm]) for arm, other in others.items()}
 
 
 def run(study: Study, arm: str, seed: int, launcher: list[str], folder: Path, results: Path, more: list[str]) -> None:
@@ -73,19 +84,21 @@ def run(study: Study, arm: str, seed: int, launcher: list[str], folder: Path, re
         SystemExit: if the run fails.
     """
     output = folder / study.name / Path(file_name(arm, seed)).stem
-    words = [*study.words(arm, steps_of(study, arm, results)), *more, "--seed", str(seed), "--output_dir", str(output)]
-    command = [*launcher, str(HERE / study.recipe), *words]
+    words = [*study.words(arm, load_costs(results)["steps"].get(arm)), *more]
+    command = [*launcher, str(HERE / study.recipe), *words, "--seed", str(seed), "--output_dir", str(output)]
     if subprocess.run(command, check=False).returncode:
         raise SystemExit(f"The run of {arm!r} with seed {seed} failed: {shlex.join(command)}\nRun the study again to go on.")
     finished = json.loads((output / study.arms[arm]["attention"] / RESULTS).read_text())
-    settings = {**study.flags, **study.arms[arm]}
-    record = {"study": study.name, "arm": arm, "seed": seed, "settings": settings, **finished, "environment": environment()}
+    where = json.loads((output / "comparison.json").read_text())["environment"]  # of the run's own processes
+    record = {"study": study.name, "arm": arm, "seed": seed, "settings": study.settings(arm), **finished, "environment": where}
     results.mkdir(parents=True, exist_ok=True)
     write_json(results / file_name(arm, seed), record)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("study", type=Path)
     parser.add_argument(
         "--results", type=Path, required=True, help="Folder of the finished runs' JSON files, and of the report."
@@ -96,10 +109,14 @@ def main() -> None:
     parser.add_argument("--launcher", default=sys.executable, help="In place of python, as `accelerate launch ...`.")
     arguments, more = parser.parse_known_args()
     study, results, launcher = Study.load(arguments.study), arguments.results, shlex.split(arguments.launcher)
+    if "--max_steps" in more:
+        raise SystemExit(
+            "--max_steps: the number of steps belongs into the study file, where it can be scaled for single arms."
+        )
     if arguments.time_only:
         return time_arms(study, results, more)
     if not arguments.report_only:
-        if not (results / TIMING).exists():
+        if load_costs(results).get("seconds_per_step", {}).keys() != study.arms.keys():
             command = [*launcher, __file__, str(arguments.study), "--results", str(results), "--time_only", *more]
             if subprocess.run(command, check=False).returncode:
                 raise SystemExit(f"The steps of the arms could not be timed: {shlex.join(command)}")

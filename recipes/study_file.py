@@ -1,5 +1,6 @@
 """Study files: what `study.py` reads, and how it names what it writes."""
 
+import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,8 +10,9 @@ import yaml
 
 
 HERE = Path(__file__).parent
-TIMING = "timing.json"
+COSTS = "costs.json"
 SAME_TIME = "same_time_as"
+RECIPES = ("language_modeling.py", "image_classification.py")
 
 
 @dataclass
@@ -34,28 +36,53 @@ class Study:
     def load(cls, path: Path) -> "Study":
         """Raises SystemExit if the file is not there, or lacks or has what a study has not."""
         try:
-            content = yaml.safe_load(path.read_text())
-            study = cls(**{"name": path.stem, "flags": {}, **content})
+            study = cls(**{"name": path.stem, "flags": {}, **yaml.safe_load(path.read_text())})
         except (OSError, yaml.YAMLError, TypeError) as error:
             raise SystemExit(f"{path} is no study: {error}") from None
-        if study.baseline not in study.arms:
-            raise SystemExit(f"{path}: the baseline {study.baseline!r} is none of the arms, {', '.join(study.arms)}.")
-        for arm, settings in study.arms.items():
-            other = settings.get(SAME_TIME)
-            if other is not None and (other not in study.arms or "max_steps" not in study.flags):
-                raise SystemExit(
-                    f"{path}: {arm!r} is to take the same time as {other!r}, which must be an arm; and `flags` must have "
-                    "`max_steps`, whose number is scaled."
-                )
+        if (fault := study.fault()) is not None:
+            raise SystemExit(f"{path}: {fault}")
         return study
+
+    def fault(self) -> str | None:
+        """What is wrong with it, if anything."""
+        if self.recipe not in RECIPES:
+            return f"the recipe is {self.recipe!r}; expected {' or '.join(RECIPES)}."
+        if not isinstance(self.arms, dict) or self.baseline not in self.arms:
+            return f"the baseline {self.baseline!r} is none of the arms, {', '.join(self.arms or {})}."
+        names: dict[str, str] = {}
+        for arm, settings in self.arms.items():
+            if settings.get("attention") not in ("dot", "neural"):
+                return f"the arm {arm!r} must say `attention: dot` or `attention: neural`."
+            if (same := names.setdefault(file_name(arm, 0), arm)) != arm:
+                return f"the arms {same!r} and {arm!r} would have the same file names."
+            other = settings.get(SAME_TIME)
+            if other is not None and (other not in self.arms or "max_steps" not in self.flags):
+                return (
+                    f"{arm!r} is to take the same time as {other!r}, which must be an arm; and `flags` must have `max_steps`, "
+                    "whose number is scaled."
+                )
+        return None
 
     def runs(self) -> list[tuple[str, int]]:
         """Seed by seed, so that a study that is stopped early has whole pairs."""
         return [(arm, seed) for seed in self.seeds for arm in self.arms]
 
+    def settings(self, arm: str) -> dict[str, Any]:
+        """All that is asked of an arm beside the recipe's configuration."""
+        return {**self.flags, **self.arms[arm]}
+
+    def timed_as(self, arm: str) -> str:
+        """The first arm whose steps are the same: the scorers' rates and the number of steps change none."""
+
+        def model(name: str) -> dict[str, Any]:
+            unlike = (SAME_TIME, "scorer_learning_rate", "scorer_weight_decay")
+            return {key: value for key, value in self.settings(name).items() if key not in unlike}
+
+        return next(other for other in self.arms if model(other) == model(arm))
+
     def words(self, arm: str, steps: int | None = None) -> list[str]:
         """The recipe's command line for an arm, but for the seed and the folder."""
-        settings = {name: value for name, value in {**self.flags, **self.arms[arm]}.items() if name != SAME_TIME}
+        settings = {name: value for name, value in self.settings(arm).items() if name != SAME_TIME}
         if steps is not None:
             settings["max_steps"] = steps
         flags = [word for name, value in settings.items() for word in flag(name, value)]
@@ -69,3 +96,9 @@ def flag(name: str, value: Any) -> list[str]:
 
 def file_name(arm: str, seed: int) -> str:
     return f"{re.sub(r'[^A-Za-z0-9]+', '-', arm).strip('-')}-{seed}.json"
+
+
+def load_costs(results: Path) -> dict[str, Any]:
+    """Time and memory of each arm, as `study.py` has measured them; empty if it has not."""
+    path = results / COSTS
+    return json.loads(path.read_text()) if path.exists() else {}

@@ -10,7 +10,7 @@ from typing import Any
 from scipy.stats import t as student
 
 from reporting import Task, card_text
-from study_file import SAME_TIME, TIMING, Study, file_name
+from study_file import COSTS, SAME_TIME, Study, file_name, load_costs
 
 
 CARD = "best_neural_model"
@@ -22,13 +22,16 @@ def report(study: Study, folder: Path) -> str:
     """Writes report.md, .csv and .png, curves.png and a model card into the folder, and returns the Markdown of the first.
 
     Raises:
-        SystemExit: if no run is finished.
+        SystemExit: if no run is finished, or runs are of another study than the file now describes.
     """
     found = load_results(study, folder)
     if not any(found.values()):
         raise SystemExit(f"{folder} has no finished run of the study {study.name}.")
-    rows = summarize(study, found, json.loads((folder / TIMING).read_text())["seconds_per_step"])
-    text = markdown(study, rows)
+    costs = load_costs(folder)
+    if costs.get("seconds_per_step", {}).keys() != study.arms.keys():
+        raise SystemExit(f"{folder / COSTS} has not the arms of the study {study.name}: run the study, or --time_only.")
+    rows = summarize(study, found, costs["seconds_per_step"])
+    text = markdown(study, rows, costs["environment"])
     (folder / "report.md").write_text(text)
     with (folder / "report.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
@@ -44,8 +47,16 @@ def report(study: Study, folder: Path) -> str:
 def load_results(study: Study, folder: Path) -> Results:
     found: Results = {arm: {} for arm in study.arms}
     for arm, seed in study.runs():
-        if (path := folder / file_name(arm, seed)).exists():
-            found[arm][seed] = json.loads(path.read_text())
+        path = folder / file_name(arm, seed)
+        if not path.exists():
+            continue
+        record = json.loads(path.read_text())
+        if record["settings"] != study.settings(arm):
+            raise SystemExit(
+                f"{path} is of a run with {record['settings']}; the study file now asks for {study.settings(arm)}. Restore "
+                "the file, or take another folder for results and runs."
+            )
+        found[arm][seed] = record
     return found
 
 
@@ -71,6 +82,7 @@ def summarize(study: Study, found: Results, seconds: dict[str, float]) -> list[d
         seconds: of a step of each arm, timed by turns.
     """
     rows = []
+    base_time = study.flags.get("max_steps", 1) * seconds[study.baseline]
     for arm, runs in found.items():
         if not runs:
             continue
@@ -95,7 +107,8 @@ def summarize(study: Study, found: Results, seconds: dict[str, float]) -> list[d
                 "scorer_parameters": first["scorer_parameters"],
                 "seconds_per_step": seconds[arm],
                 "relative_time": seconds[arm] / seconds[study.baseline],
-                "peak_memory": max(each["peak_memory"] or 0 for each in runs.values()),
+                "relative_training_time": first["steps"] * seconds[arm] / base_time,
+                "training_memory": max(each.get("training_memory", 0) for each in runs.values()),
                 "scorers": sum(layer["scorers"] for layer in health),
                 "dead_at_start": sum(layer["dead"] for each in runs.values() for layer in each["scorer_health"]["start"]),
                 "dead_at_end": sum(layer["dead"] for layer in health),
@@ -117,27 +130,30 @@ def verdict(study: Study, row: dict[str, Any]) -> str:
     return "better" if (row["high"] < 0) == study.lower_is_better else "worse"
 
 
-def markdown(study: Study, rows: list[dict[str, Any]]) -> str:
+def markdown(study: Study, rows: list[dict[str, Any]], where: dict[str, Any]) -> str:
+    """
+    Args:
+        where: the machine and the versions that steps were timed with.
+    """
     extra = [study.choose_by, *study.also]
     lines = [
         f"# Study: {study.name}",
         "",
-        f"`{study.recipe}` with `{study.config}` and `{study.flags}`; figure: `{study.metric}` "
+        f"{study.dataset}; `{study.recipe}` with `{study.config}` and `{study.flags}`; figure: `{study.metric}` "
         f"({'lower' if study.lower_is_better else 'higher'} is better). Differences are to `{study.baseline}` with the same "
-        "seed, data order and initial weights of all that both have; the interval is of 95 %, by Student's t over seeds. Of "
-        "twenty arms without any effect, one would be called better or worse.",
+        f"seed, data order and dropout rate. Neural models copy the initial weights of `{study.baseline}` for all that both "
+        "have; a wider dot-product model draws its own. The interval is of 95 %, by Student's t over seeds: of twenty arms "
+        "without any effect, one is called better or worse on average.",
         "",
         f"| arm | seeds | mean | std | difference | 95 % interval | | {' | '.join(extra)} |",
         "| --- " * (7 + len(extra)) + "|",
     ]
     for row in rows:
         std = "" if row["std"] is None else f"{row['std']:.3g}"
-        difference = "" if row["difference"] is None else f"{row['difference']:+.3g}"
-        bounds = "" if row["low"] is None else f"{row['low']:+.3g} to {row['high']:+.3g}"
         more = " | ".join(f"{row[name]:.4g}" for name in extra)
         lines.append(
-            f"| {row['arm']} | {row['seeds']} | {row['mean']:.4g} | {std} | {difference} | {bounds} | {verdict(study, row)} | "
-            f"{more} |"
+            f"| {row['arm']} | {row['seeds']} | {row['mean']:.4g} | {std} | {signed(row['difference'])} | {bounds(row)} | "
+            f"{verdict(study, row)} | {more} |"
         )
     best = best_row(study, rows)
     lines += [
@@ -149,45 +165,70 @@ def markdown(study: Study, rows: list[dict[str, Any]]) -> str:
         "",
         f"![Training loss, as difference to {study.baseline}](curves.png)",
         "",
-        "Seconds of a step, forward and backward, were taken in one process and by turns, with nothing else running; memory "
-        "is the peak of the whole process, data included. A scorer is dead if all its scores are equal and stay so; counted "
-        "over all layers, heads and seeds. Spread is the standard deviation of the network's scores within a row, mean over "
-        "layers.",
+        f"Steps were timed in one process and by turns, on {where['cpu']}, {where['threads']} thread(s) (GPU: "
+        f"{where['gpu']}), torch {where['torch']}, transformers {where['transformers']}; the time of all steps is that times "
+        "their number. Memory is what training takes beyond the weights, at its peak. A scorer is counted as dead if no unit "
+        "of its last hidden layer is active for any pair of the examples that were looked at (all layers, heads and seeds). "
+        "Spread is the standard deviation of the network's scores within a row, mean over layers and seeds.",
         "",
-        f"| arm | steps | parameters | of scorers | s / step | / {study.baseline} | MiB | dead scorers at start | at end | "
-        "spread at end |",
-        "| --- " * 10 + "|",
+        f"| arm | steps | parameters | of scorers | s / step | / {study.baseline} | all steps / {study.baseline} | MiB | "
+        "dead scorers at start | at end | spread at end |",
+        "| --- " * 11 + "|",
     ]
     for row in rows:
         dead = [f"{row[name]} of {row['scorers']}" if row["scorers"] else "" for name in ("dead_at_start", "dead_at_end")]
         lines.append(
             f"| {row['arm']} | {row['steps']:,} | {row['parameters']:,} | {row['scorer_parameters']:,} | "
-            f"{row['seconds_per_step']:.3f} | {row['relative_time']:.2f} | {row['peak_memory'] / 2**20:,.0f} | "
-            f"{' | '.join(dead)} | {'' if row['score_std'] is None else format(row['score_std'], '.2f')} |"
+            f"{row['seconds_per_step']:.3f} | {row['relative_time']:.2f} | {row['relative_training_time']:.2f} | "
+            f"{row['training_memory'] / 2**20:,.0f} | {' | '.join(dead)} | "
+            f"{'' if row['score_std'] is None else format(row['score_std'], '.2f')} |"
         )
     settings = [f"- {arm}: `{fields}`" for arm, fields in study.arms.items()]
     return "\n".join([*lines, "", "Settings:", "", *settings, ""])
 
 
+def signed(number: float | None) -> str:
+    return "" if number is None else f"{number:+.3g}"
+
+
+def bounds(row: dict[str, Any]) -> str:
+    return "" if row["low"] is None else f"{signed(row['low'])} to {signed(row['high'])}"
+
+
+def summary(study: Study, rows: list[dict[str, Any]]) -> str:
+    """The short table, for a README."""
+    lines = [f"| {study.dataset} | `{study.metric}` | difference to {study.baseline} | | all steps |", "| --- " * 5 + "|"]
+    for row in rows:
+        difference = f"{signed(row['difference'])} ({bounds(row)})" if row["low"] is not None else ""
+        cells = [row["arm"], f"{row['mean']:.4g}", difference, verdict(study, row), f"x {row['relative_training_time']:.2f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def best_row(study: Study, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    return (min if study.lower_is_better else max)(rows, key=lambda row: row[study.choose_by])
+    """Of the arms with as many seeds as any other."""
+    most = max(row["seeds"] for row in rows)
+    complete = [row for row in rows if row["seeds"] == most]
+    return (min if study.lower_is_better else max)(complete, key=lambda row: row[study.choose_by])
 
 
 def best_card(study: Study, found: Results, rows: list[dict[str, Any]]) -> str | None:
     """The model card of the best neural arm's best run, both by `choose_by`, beside the baseline of its seed."""
-    both = set(found[study.baseline])
-    neural = [row for row in rows if study.arms[row["arm"]]["attention"] == "neural" and both & set(found[row["arm"]])]
+    seeds = found[study.baseline].keys()
+    neural = [row for row in rows if study.arms[row["arm"]]["attention"] == "neural" and seeds & found[row["arm"]].keys()]
     if not neural:
         return None
     row = best_row(study, neural)
-    runs = {seed: each for seed, each in found[row["arm"]].items() if seed in both}
+    runs = {seed: each for seed, each in found[row["arm"]].items() if seed in seeds}
     seed = (min if study.lower_is_better else max)(runs, key=lambda seed: runs[seed]["metrics"][study.choose_by])
-    baseline = next(each for each in rows if each["arm"] == study.baseline)
+    baselines = [each for each in rows if study.arms[each["arm"]]["attention"] == "dot"]
+    seconds = {each["arm"]: each["seconds_per_step"] for each in rows}
     results = {
-        "dot": found[study.baseline][seed] | {"seconds_in_turn": baseline["seconds_per_step"]},
-        "neural": runs[seed] | {"seconds_in_turn": row["seconds_per_step"]},
+        "dot": found[study.baseline][seed] | {"seconds_in_turn": seconds[study.baseline]},
+        "neural": runs[seed] | {"seconds_in_turn": seconds[row["arm"]]},
     }
     recipe = import_module(Path(study.recipe).stem)
+    others = "; ".join(f"*{each['arm']}* {each['mean']:.4g} ({each['seeds']} seeds)" for each in baselines)
     task = Task(
         name=recipe.TASK,
         pipeline_tag=recipe.PIPELINE_TAG,
@@ -199,18 +240,19 @@ def best_card(study: Study, found: Results, rows: list[dict[str, Any]]) -> str |
         loading=recipe.how_to_load,
         notes=(
             f"The best neural arm of the study `{study.name}` by `{study.choose_by}`, *{row['arm']}*, and of its runs the "
-            f"best (seed {seed}). Over {row['seeds']} seeds, `{study.metric}` is {row['mean']:.4g}, and "
-            f"{baseline['mean']:.4g} with the dot product: {verdict(study, row) or 'too few seeds to say more'} "
-            "([all arms](report.md))."
+            f"best (seed {seed}). Over {row['seeds']} seeds, its `{study.metric}` is {row['mean']:.4g} "
+            f"({verdict(study, row) or 'too few seeds to compare'}, beside *{study.baseline}*); the dot-product models' are: "
+            f"{others} ([all arms](report.md))."
         ),
+        picture="Training loss of the study's arms, as difference to the baseline",
     )
     record = {
-        "command": f"python recipes/study.py recipes/studies/{study.name}.yaml --results FOLDER",
+        "command": f"python recipes/study.py recipes/studies/{study.name}.yaml --results FOLDER --dataset_name DATA",
         "environment": runs[seed]["environment"],
-        "note": "",
+        "note": "Trainings of a study may share their machine: its minutes are upper bounds, the times by turns are not.",
         "results": results,
     }
-    return card_text(record, task, "neural", "report.png")
+    return card_text(record, task, "neural", "curves.png")
 
 
 def figure_and_axis(height: float) -> tuple[Any, Any]:
@@ -257,7 +299,7 @@ def draw_curves(study: Study, found: Results, path: Path) -> None:
         both = [(losses(each), base[seed]) for seed, each in found[arm].items() if seed in base]
         if arm == study.baseline or SAME_TIME in study.arms[arm] or not both:
             continue
-        steps = sorted(both[0][1])
+        steps = sorted(set.intersection(*(losses_of.keys() & other.keys() for losses_of, other in both)))
         means = [statistics.mean(own[step] - other[step] for own, other in both) for step in steps]
         style = "-" if study.arms[arm]["attention"] == "neural" else ":"
         axis.plot(steps, means, style, label=arm, color=f"C{number % 10}", linewidth=1 + number // 10)

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn.functional import relu
 
+from ..models.neural_attention_blockwise import without_autocast
 from ..models.neural_attention_reference import apply_linear, first_layer_of_query, key_features, softmax_or_zero
 from ..patching.calibration import NUMBERS_AT_ONCE, Call
 from ..patching.reports import table
@@ -53,8 +54,14 @@ def scorer_health(model: Any, **inputs: Any) -> ScorerHealth:
     return ScorerHealth(health._replace(layer=name) for name, health in found.items())
 
 
-def health_of_layer(scorer: Any, call: Call, name: str = "") -> LayerHealth:
-    """Over all pairs, some queries at a time."""
+def health_of_layer(scorer: Any, call: Call) -> LayerHealth:
+    """Over all pairs, in float32 as the backends compute scores."""
+    with without_autocast(call.query):
+        return health_in_float32(scorer, call)
+
+
+def health_in_float32(scorer: Any, call: Call) -> LayerHealth:
+    """Some queries at a time."""
     weights = scorer.weights().to(torch.float32)
     keys = key_features(call.key, weights).unsqueeze(2)
     batch, heads, num_queries, _ = call.query.shape
@@ -85,7 +92,7 @@ def health_of_layer(scorer: Any, call: Call, name: str = "") -> LayerHealth:
     alive = scorers > 0
     mean_over_rows = [total / counted_rows if counted_rows else math.nan for total in (spread, entropy, uniform)]
     return LayerHealth(
-        name,
+        "",
         len(alive),
         int((~alive.any(-1)).sum()),
         alive.float().mean().item(),

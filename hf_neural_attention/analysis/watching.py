@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_map_only
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
@@ -40,7 +41,7 @@ def watch(model: Any, inputs: Mapping[str, Any], look: Callable[[Any, Call], Any
     views = {name: module.config for name, module in layers.items()}
     found = {name: Sightings(look) for name in layers}
     with left_as_it_was(base) as device:
-        inputs = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
+        inputs = tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), dict(inputs))
         try:
             for name, module in layers.items():
                 module.config = RecordingConfigView(views[name].base, WATCH_NAME, found[name])
