@@ -71,6 +71,14 @@ def draw_surfaces(model: Any, inputs: dict[str, torch.Tensor]) -> Any:
     return figure
 
 
+def tokens_of(ids: torch.Tensor, name: str, positions: int | None) -> list[str]:
+    """Raises a ValueError if there are too few tokens to attend to, or too many for the model."""
+    if not 1 < len(ids) <= (positions or len(ids)):
+        raise ValueError(f"--text has {len(ids)} token(s); expected 2 to {positions or 'any number'}, which the model takes.")
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    return [str(tokenizer.decode([token])).replace("\n", "\\n") for token in ids.tolist()]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
@@ -79,18 +87,17 @@ def main() -> None:
     given.add_argument("--image", type=Path)
     parser.add_argument("--output", type=Path, required=True, help="Beginning of the pictures' names.")
     arguments = parser.parse_args()
+    tokens: list[str] = []
     try:
         model: Any = from_pretrained(arguments.model).eval()
-        image = None if arguments.image is None else PIL.Image.open(arguments.image).convert("RGB")
+        if arguments.image is None:
+            image, inputs = None, dict(AutoTokenizer.from_pretrained(arguments.model)(arguments.text, return_tensors="pt"))
+            tokens = tokens_of(inputs["input_ids"][0], arguments.model, getattr(model.config, "max_position_embeddings", None))
+        else:
+            image = PIL.Image.open(arguments.image).convert("RGB")
+            inputs = dict(AutoImageProcessor.from_pretrained(arguments.model, backend="pil")(image, return_tensors="pt"))
     except (OSError, ValueError) as error:
         raise SystemExit(str(error)) from None
-    tokens: list[str] = []
-    if image is None:
-        tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-        inputs = dict(tokenizer(arguments.text, return_tensors="pt"))
-        tokens = [str(tokenizer.decode([token])).replace("\n", "\\n") for token in inputs["input_ids"][0].tolist()]
-    else:
-        inputs = dict(AutoImageProcessor.from_pretrained(arguments.model, backend="pil")(image, return_tensors="pt"))
     health = analysis.scorer_health(model, **inputs)
     print(health)
     maps = analysis.attention_maps(model, **inputs)

@@ -13,7 +13,7 @@ logger = logging.getLogger(__name__)
 
 
 class ScorerHealthCallback(TrainerCallback):
-    """Adds the health of every scorer to what `Trainer` logs, and warns once of each that is dead.
+    """Adds the health of every scorer to what `Trainer` logs, and warns once of each that seems dead.
 
     Args:
         inputs (`dict`): Arguments for the model's forward: a few examples, always the same.
@@ -23,7 +23,7 @@ class ScorerHealthCallback(TrainerCallback):
     def __init__(self, inputs: Mapping[str, Any], every: int = 1):
         self.inputs, self.every = dict(inputs), every
         self.logs = 0
-        self.warned: set[str] = set()
+        self.dead: dict[str, int] = {}  # by layer, of what has been warned of
 
     def on_log(self, args, state, control, model=None, logs=None, **kwargs):
         self.logs += 1
@@ -35,14 +35,15 @@ class ScorerHealthCallback(TrainerCallback):
             }
             logs.update(figures)  # for the callbacks that come after
             state.log_history[-1].update(figures)
-            if layer.dead and layer.layer not in self.warned:
-                self.warned.add(layer.layer)
-                which = "The scorer" if layer.scorers == 1 else f"Of the {layer.scorers} scorers, {layer.dead}"
+            if layer.dead > self.dead.get(layer.layer, 0):
+                self.dead[layer.layer] = layer.dead
+                which = "The scorer" if layer.scorers == 1 else f"{layer.dead} of the {layer.scorers} scorers"
                 logger.warning(
-                    "%s of %s %s dead: the units of the last hidden layer are zero for every pair, so attention is uniform "
-                    "and no gradient changes that. Draw weights again (`scorer.reset_parameters()` with init "
-                    '"mirrored", which is never dead at birth), use a larger `proj_dim`, or lower the learning rate.',
+                    "%s of %s %s dead: no unit of the last hidden layer is active for any pair of these inputs, so the "
+                    "network scores all keys alike and gets no gradient. Draw weights again (`scorer.reset_parameters()`, "
+                    'which draws those of all heads; with init "mirrored" none is dead at birth), use a larger `proj_dim`, or '
+                    "lower the learning rate.",
                     which,
                     layer.layer,
-                    "are" if layer.dead > 1 else "is",
+                    "seem" if layer.dead > 1 else "seems",
                 )

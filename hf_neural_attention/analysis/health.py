@@ -18,7 +18,7 @@ class LayerHealth(NamedTuple):
 
     layer: str
     scorers: int  # one, or one per head
-    dead: int  # of them: no unit of the second hidden layer is active for any pair, so all scores are equal and stay so
+    dead: int  # of them: no unit of the second hidden layer is active for any pair of the inputs: equal scores, no gradient
     active_units: float  # share of units of the second hidden layer that are active for at least one pair
     active_pairs: float  # share of pairs for which such a unit is active, mean over units
     score_std: float  # of the network's scores within a row, mean over rows

@@ -8,7 +8,7 @@ import matplotlib
 import pytest
 import torch
 from families import FAMILIES
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerState, TrainingArguments
 
 from common import GPT2, VIT, liven
 from hf_neural_attention import NeuralScorer, analysis, patch
@@ -146,8 +146,40 @@ def test_the_callback_logs_and_warns_once(tmp_path, caplog):
     trainer.train()
     logged = [entry for entry in trainer.state.log_history if "scorer/transformer.h.0.attn/entropy" in entry]
     assert logged and logged[0]["scorer/transformer.h.2.attn/score_std"] == 0.0
-    assert caplog.text.count("The scorer of transformer.h.2.attn is dead") == 1 and "transformer.h.0" not in caplog.text
+    assert caplog.text.count("The scorer of transformer.h.2.attn seems dead") == 1 and "transformer.h.0" not in caplog.text
     assert random.shape == torch.get_rng_state().shape and model.training
+
+
+def test_the_callback_warns_again_when_more_heads_die(caplog):
+    model = GPT2.neural(neural_layers=[0], neural_per_head=True, neural_mode="residual")
+    callback, state = analysis.ScorerHealthCallback(GPT2.inputs(labels=False)), TrainerState(log_history=[{}])
+    bias = model.transformer.h[0].attn.scorer.linear2.bias
+    for heads in (0, 1, 1, 3):
+        with torch.no_grad():
+            bias[:heads] = -1e4
+        callback.on_log(None, state, None, model=model, logs={})
+    assert len(caplog.records) == 2
+    assert "1 of the 4 scorers of transformer.h.0.attn seems dead" in caplog.text and "3 of the 4 scorers" in caplog.text
+
+
+@pytest.mark.parametrize("masked", (False, True))
+@pytest.mark.parametrize("mode", ("replace", "residual"))
+def test_health_is_that_of_the_weights_that_the_model_has(mode: str, masked: bool):
+    """Entropy by hand from the maps, under padding and autocast."""
+    model = liven(patch(FAMILIES["llama"].model(), "all", mode=mode, proj_dim=4))
+    inputs = FAMILIES["llama"].inputs()
+    if masked:
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+        inputs["attention_mask"][0, :5] = 0  # padding on the left
+    health = analysis.scorer_health(model, **inputs)
+    for layer, weights in zip(health, analysis.attention_maps(model, **inputs), strict=True):
+        chosen = (weights > 0).sum(-1) > 1
+        entropy = torch.special.entr(weights).sum(-1)[chosen].mean()
+        assert layer.entropy == pytest.approx(entropy.item(), rel=1e-4) and layer.entropy <= layer.uniform_entropy
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = analysis.scorer_health(model, **inputs)
+    for layer, other in zip(health, rounded, strict=True):
+        assert other.entropy == pytest.approx(layer.entropy, rel=2e-2) and other.uniform_entropy == layer.uniform_entropy
 
 
 def test_pictures(tmp_path):

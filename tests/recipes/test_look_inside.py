@@ -33,6 +33,8 @@ def test_of_a_patched_language_model(tmp_path, monkeypatch, capsys):
     look(monkeypatch, tmp_path / "model", *flags)
     assert "model.layers.0.self_attn" in capsys.readouterr().out
     check_pictures(tmp_path / "pictures")
+    with pytest.raises(SystemExit, match=r"has 1 token.s.; expected 2 to 2048"):
+        look(monkeypatch, tmp_path / "model", "--text", "rose", *flags[2:])
     with pytest.raises(SystemExit, match="nowhere"):
         look(monkeypatch, tmp_path / "nowhere", *flags)
 
