@@ -5,6 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
+
 from experiment import write_json
 
 
@@ -105,11 +107,6 @@ def draw_lengths(rows: list[Row], axes: list[str], path: Path) -> None:
 
     Args: axes: those that have several values.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
     names = [axis for axis in axes if axis not in ("length", "phase")]
     lines: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
@@ -120,7 +117,8 @@ def draw_lengths(rows: list[Row], axes: list[str], path: Path) -> None:
     lengths = sorted({row["length"] for row in rows})
 
     size = (1.5 + 4.5 * len(phases), 8.5)
-    figure, panels = plt.subplots(2, len(phases), figsize=size, sharex=True, sharey="row", squeeze=False, layout="constrained")
+    figure = Figure(figsize=size, layout="constrained")
+    panels = figure.subplots(2, len(phases), sharex=True, sharey="row", squeeze=False)
     for column, phase in enumerate(phases):
         for panel, name, scale in zip(panels[:, column], ("seconds", "peak_bytes"), (1000, 2**-20), strict=True):
             for (provider, setting), members in lines.items():
@@ -141,7 +139,6 @@ def draw_lengths(rows: list[Row], axes: list[str], path: Path) -> None:
     handles, labels = panels[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(3, len(labels)))
     figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 def write_files(output: str, record: dict[str, Any], card: str, axes: list[str]) -> None:

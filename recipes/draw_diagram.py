@@ -6,19 +6,16 @@ python recipes/draw_diagram.py --output assets/how_it_works.png
 import argparse
 from pathlib import Path
 
-import matplotlib
-
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
 
 QUERY, KEY, PAIR, SCORE = "#cfe3f7", "#fbe0c3", "#e3e3e3", "#d3ecd0"
 
 
 def box(axis: Axes, x: float, y: float, text: str, color: str, width: float = 1.5, height: float = 0.62) -> None:
-    axis.add_patch(plt.Rectangle((x - width / 2, y - height / 2), width, height, facecolor=color, edgecolor="#555555"))
+    axis.add_patch(Rectangle((x - width / 2, y - height / 2), width, height, facecolor=color, edgecolor="#555555"))
     axis.text(x, y, text, ha="center", va="center", fontsize=10)
 
 
@@ -61,7 +58,8 @@ def draw(axis: Axes) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("assets/how_it_works.png"))
-    figure, axis = plt.subplots(figsize=(11, 3.4), layout="constrained")
+    figure = Figure(figsize=(11, 3.4), layout="constrained")
+    axis = figure.subplots()
     draw(axis)
     figure.savefig(parser.parse_args().output, dpi=110)
 

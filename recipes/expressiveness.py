@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 from torch import nn
 
 from experiment import write_json
@@ -115,12 +116,8 @@ def measure() -> list[dict[str, Any]]:
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(1, len(FUNCTIONS), figsize=(3 * len(FUNCTIONS), 3.4), sharey=True, layout="constrained")
+    figure = Figure(figsize=(3 * len(FUNCTIONS), 3.4), layout="constrained")
+    axes = figure.subplots(1, len(FUNCTIONS), sharey=True)
     for axis, name in zip(axes, FUNCTIONS, strict=True):
         chosen = [row for row in rows if row["function"] == name]
         widths = [row["width"] for row in chosen]
@@ -136,7 +133,6 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4)
     figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 def table(rows: list[dict[str, Any]]) -> str:

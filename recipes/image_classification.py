@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from datasets import Dataset
+from matplotlib.figure import Figure
 from transformers import (
     AutoImageProcessor,
     BaseImageProcessor,
@@ -155,11 +156,6 @@ def draw_predictions(
     model: PreTrainedModel, folder: Path | None, images: LabelledImages, processor: BaseImageProcessor, image: ImageArguments
 ) -> str:
     """Draws test images with what the model takes them for (`predictions.png`) and returns a line of Markdown."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
     test = images.splits["test"]
     count = min(GRID_ROWS * GRID_COLUMNS, test.num_rows)
     # spread over the split, since some data sets come sorted by class
@@ -170,7 +166,8 @@ def draw_predictions(
     summary = f"Of {count} test images spread over the split, it names {right} correctly (`predictions.png` beside the model)."
     if folder is None:
         return summary
-    figure, axes = plt.subplots(GRID_ROWS, GRID_COLUMNS, figsize=(1.5 * GRID_COLUMNS, 1.8 * GRID_ROWS), layout="constrained")
+    figure = Figure(figsize=(1.5 * GRID_COLUMNS, 1.8 * GRID_ROWS), layout="constrained")
+    axes = figure.subplots(GRID_ROWS, GRID_COLUMNS)
     for axis in axes.flat:
         axis.axis("off")
     for axis, example, guess in zip(axes.flat, chosen, guesses, strict=False):
@@ -179,7 +176,6 @@ def draw_predictions(
         title = images.labels[guess] if hit else f"{images.labels[guess]}\n(not {images.labels[example['label']]})"
         axis.set_title(title, fontsize=8, color="black" if hit else "tab:red")
     figure.savefig(folder / "predictions.png", dpi=120)
-    plt.close(figure)
     print(f"Predictions: {right} of {count} right, see {folder / 'predictions.png'}")
     return summary
 

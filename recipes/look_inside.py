@@ -12,36 +12,34 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 import PIL.Image
 import torch
+from matplotlib.figure import Figure
 from transformers import AutoImageProcessor, AutoTokenizer
 
 from hf_neural_attention import analysis, from_pretrained
 
 
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
-
-
 STANDARD_DEVIATIONS = 3.0
 
 
-def draw_maps(maps: tuple[torch.Tensor, ...], tokens: list[str]) -> Any:
+def draw_maps(maps: tuple[torch.Tensor, ...], tokens: list[str]) -> Figure:
     """Queries against keys: a row per layer, a column per head."""
     shape = (len(maps), maps[0].shape[1])
     size = max(2.5, 0.16 * len(tokens) + 1.2)
-    figure, axes = plt.subplots(*shape, figsize=(size * shape[1], size * shape[0]), squeeze=False, layout="constrained")
+    figure = Figure(figsize=(size * shape[1], size * shape[0]), layout="constrained")
+    axes = figure.subplots(*shape, squeeze=False)
     for (layer, head), axis in np.ndenumerate(axes):
         analysis.draw_attention(maps[layer][0, head], tokens, axis, f"layer {layer}, head {head}")
     return figure
 
 
-def draw_maps_over(maps: tuple[torch.Tensor, ...], image: PIL.Image.Image) -> Any:
+def draw_maps_over(maps: tuple[torch.Tensor, ...], image: PIL.Image.Image) -> Figure:
     """What the class token attends to: a row per head, a column per layer."""
     shape = (maps[0].shape[1], len(maps))
-    figure, axes = plt.subplots(*shape, figsize=(1.8 * shape[1], 2.0 * shape[0]), squeeze=False, layout="constrained")
+    figure = Figure(figsize=(1.8 * shape[1], 2.0 * shape[0]), layout="constrained")
+    axes = figure.subplots(*shape, squeeze=False)
     for (head, layer), axis in np.ndenumerate(axes):
         over = analysis.attention_over_image(maps[layer][0, head], (image.height, image.width))
         analysis.draw_attention_over_image(over, image, axis, f"layer {layer}, head {head}")
@@ -56,10 +54,11 @@ def principal(vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, float]
     return mean, directions[0], float(sizes[0]) / len(flat) ** 0.5
 
 
-def draw_surfaces(model: Any, inputs: dict[str, torch.Tensor]) -> Any:
+def draw_surfaces(model: Any, inputs: dict[str, torch.Tensor]) -> Figure:
     """A row per neural layer: around the mean query and key, along the directions in which they spread most."""
     seen = analysis.queries_and_keys(model, **inputs)
-    figure, axes = plt.subplots(len(seen), 2, figsize=(9, 3.6 * len(seen)), squeeze=False, layout="constrained")
+    figure = Figure(figsize=(9, 3.6 * len(seen)), layout="constrained")
+    axes = figure.subplots(len(seen), 2, squeeze=False)
     for row, (name, (queries, keys)) in zip(axes, seen.items(), strict=True):
         query, along_query, query_std = principal(queries[:, 0])  # of head 0
         key, along_key, key_std = principal(keys[:, 0])
@@ -68,6 +67,12 @@ def draw_surfaces(model: Any, inputs: dict[str, torch.Tensor]) -> Any:
         surface = analysis.score_surface(scorer, along_query, along_key, query=query, key=key, extent=extent)
         for axis, title in zip(analysis.draw_surface(surface, row), ("network", "dot product"), strict=True):
             axis.set_title(f"{name}, head 0: {title}", fontsize=9)
+    return figure
+
+
+def draw_health(health: analysis.ScorerHealth) -> Figure:
+    figure = Figure(figsize=(9, 2.5 + 0.3 * len(health)), layout="constrained")
+    analysis.draw_health(health, figure.subplots(1, 2, sharey=True))
     return figure
 
 
@@ -104,7 +109,7 @@ def main() -> None:
     pictures = {
         "attention": draw_maps(maps, tokens) if image is None else draw_maps_over(maps, image),
         "surface": draw_surfaces(model, inputs),
-        "health": analysis.draw_health(health)[0].figure,
+        "health": draw_health(health),
     }
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     for name, figure in pictures.items():

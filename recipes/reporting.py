@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import yaml
 from accelerate import PartialState
+from matplotlib.figure import Figure
 
 from experiment import write_json
 from hf_neural_attention.export import CITATION
@@ -109,16 +110,12 @@ def verdict(results: dict[str, dict[str, Any]], task: Task) -> str:
 
 def draw_comparison(results: dict[str, dict[str, Any]], path: Path) -> None:
     """Training and evaluation loss of each arm against the step."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
     titles = {"loss": "training loss", "eval_loss": "evaluation loss"}
     logged = [key for key in titles if any(key in entry for result in results.values() for entry in result["history"])]
     shown = logged or ["loss"]
     size = (5 * len(shown), 4)
-    figure, axes = plt.subplots(1, len(shown), figsize=size, sharey=True, squeeze=False, layout="constrained")
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(1, len(shown), sharey=True, squeeze=False)
     for axis, key in zip(axes[0], shown, strict=True):
         for arm, result in results.items():
             points = [(entry["step"], entry[key]) for entry in result["history"] if key in entry]
@@ -132,7 +129,6 @@ def draw_comparison(results: dict[str, dict[str, Any]], path: Path) -> None:
     if logged:
         axes[0, 0].legend()
     figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 def report(

@@ -7,6 +7,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
 from scipy.stats import t as student
 
 from reporting import Task, card_text
@@ -255,27 +256,15 @@ def best_card(study: Study, found: Results, rows: list[dict[str, Any]]) -> str |
     return card_text(record, task, "neural", "curves.png")
 
 
-def figure_and_axis(height: float) -> tuple[Any, Any]:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    return plt.subplots(figsize=(8, height), layout="constrained")
-
-
-def save(figure: Any, path: Path) -> None:
-    from matplotlib import pyplot as plt
-
-    # without the time and versions that would make equal pictures differ
-    figure.savefig(path, dpi=120, metadata={"Software": None})
-    plt.close(figure)
+def save(figure: Figure, path: Path) -> None:
+    figure.savefig(path, dpi=120, metadata={"Software": None})  # a version that would make equal pictures differ
 
 
 def draw_differences(study: Study, found: Results, rows: list[dict[str, Any]], path: Path) -> None:
     """Every seed's difference to the baseline, with the mean and its interval."""
     shown = [row for row in rows if row["difference"] is not None]
-    figure, axis = figure_and_axis(1.2 + 0.4 * max(1, len(shown)))
+    figure = Figure(figsize=(8, 1.2 + 0.4 * max(1, len(shown))), layout="constrained")
+    axis = figure.subplots()
     for place, row in enumerate(shown):
         pairs = differences(study, found, row["arm"])
         color = "tab:blue" if study.arms[row["arm"]]["attention"] == "neural" else "tab:gray"
@@ -294,7 +283,8 @@ def draw_differences(study: Study, found: Results, rows: list[dict[str, Any]], p
 def draw_curves(study: Study, found: Results, path: Path) -> None:
     """Training loss less the baseline's, batch for batch the same, mean over seeds; of arms with as many steps."""
     base = {seed: losses(each) for seed, each in found[study.baseline].items()}
-    figure, axis = figure_and_axis(5)
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axis = figure.subplots()
     for number, arm in enumerate(found):
         both = [(losses(each), base[seed]) for seed, each in found[arm].items() if seed in base]
         if arm == study.baseline or SAME_TIME in study.arms[arm] or not both:

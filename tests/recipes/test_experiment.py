@@ -30,6 +30,7 @@ from text_data import TokenizedText, cut_into_blocks
 
 
 SIZES = {"vocab_size": 50, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 8, "bos_token_id": 1, "eos_token_id": 2}
+BLOCK = 8  # tokens of an example to train on
 
 
 class Recorder(TrainerCallback):
@@ -63,7 +64,7 @@ def make_experiment(folder, *callbacks, seen=None, **settings):
 
     def collate(examples):
         batch = collate_blocks(examples)
-        if seen is not None:
+        if seen is not None and batch["input_ids"].shape[1] == BLOCK:
             seen.append(batch["input_ids"])
         return batch
 
@@ -84,7 +85,8 @@ def make_experiment(folder, *callbacks, seen=None, **settings):
         evaluate=lambda trainer: {"figure": 1.0},
         show=lambda model, path: "a sample",
         trainer_arguments={
-            "train_dataset": cut_into_blocks(TokenizedText(tokens, 0), 8),
+            "train_dataset": cut_into_blocks(TokenizedText(tokens, 0), BLOCK),
+            "eval_dataset": cut_into_blocks(TokenizedText(tokens, 0), BLOCK // 2),
             "data_collator": collate,
             "callbacks": list(callbacks),
         },
@@ -98,13 +100,16 @@ def test_both_arms_start_from_the_same_weights_and_see_the_same_data(tmp_path):
     dot, neural = recorder.starts
     assert all(torch.equal(neural[name], value) for name, value in dot.items())
     assert all(".scorer." in name for name in set(neural) - set(dot)) and len(neural) > len(dot)
-    half = 20  # after both, one more batch is collated to time the two by turns
-    assert len(seen) == 41 and all(map(torch.equal, seen[:half], seen[half:-1]))
+    half = 20  # after both, one more batch for each is collated to time the two by turns
+    assert len(seen) == 42 and all(map(torch.equal, seen[:half], seen[half:-2]))
     assert not torch.equal(seen[0], seen[1])
     assert results["neural"]["parameters"] - results["dot"]["parameters"] == results["neural"]["scorer_parameters"] > 0
     losses = [[entry["loss"] for entry in results[arm]["history"] if "loss" in entry] for arm in ("dot", "neural")]
     assert losses[0] != losses[1]
     assert all(0 < results[arm]["seconds_in_turn"] < 5 for arm in ("dot", "neural"))
+    assert results["dot"]["scorer_health"] == {"start": [], "end": []} and results["dot"]["training_memory"] >= 0
+    start, end = (results["neural"]["scorer_health"][when][0] for when in ("start", "end"))
+    assert start["dead"] == 0 and start["score_std"] != end["score_std"]
 
 
 def test_an_interrupted_run_ends_as_an_uninterrupted_one(tmp_path):
@@ -136,7 +141,7 @@ def test_an_interrupted_run_of_a_vit_too(tmp_path, kind):
         made = make_experiment(tmp_path / name, *callbacks)
         made.build_model = build
         data = Dataset.from_dict(images).with_format("torch")
-        made.trainer_arguments |= {"train_dataset": data, "data_collator": default_data_collator}
+        made.trainer_arguments |= {"train_dataset": data, "eval_dataset": data, "data_collator": default_data_collator}
         return made
 
     whole = experiment("whole").run(("dot",))["dot"]
