@@ -55,18 +55,18 @@ def principal(vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, float]
 
 
 def draw_surfaces(model: Any, inputs: dict[str, torch.Tensor]) -> Figure:
-    """A row per neural layer: around the mean query and key, along the directions in which they spread most."""
+    """A column per neural layer: around the mean query and key, along the directions in which they spread most."""
     seen = analysis.queries_and_keys(model, **inputs)
-    figure = Figure(figsize=(9, 3.6 * len(seen)), layout="constrained")
-    axes = figure.subplots(len(seen), 2, squeeze=False)
-    for row, (name, (queries, keys)) in zip(axes, seen.items(), strict=True):
+    figure = Figure(figsize=(3.6 * len(seen), 6.4), layout="constrained")
+    axes = figure.subplots(2, len(seen), squeeze=False)
+    for column, (name, (queries, keys)) in zip(axes.T, seen.items(), strict=True):
         query, along_query, query_std = principal(queries[:, 0])  # of head 0
         key, along_key, key_std = principal(keys[:, 0])
         extent = STANDARD_DEVIATIONS * max(query_std, key_std)
         scorer = model.get_submodule(name).scorer
         surface = analysis.score_surface(scorer, along_query, along_key, query=query, key=key, extent=extent)
-        for axis, title in zip(analysis.draw_surface(surface, row), ("network", "dot product"), strict=True):
-            axis.set_title(f"{name}, head 0: {title}", fontsize=9)
+        for axis, title in zip(analysis.draw_surface(surface, column), ("network", "dot product"), strict=True):
+            axis.set_title(f"{name}, head 0:\n{title}", fontsize=9)
     return figure
 
 
