@@ -40,11 +40,6 @@ class NeuralGPT2HeadModel(NeuralHeadMixin, NeuralGPT2PreTrainedModel):
 class NeuralGPT2LMHeadModel(NeuralGPT2HeadModel, GPT2LMHeadModel):
     """`GPT2LMHeadModel` with Neural Attention. Args: config (`NeuralGPT2Config`)."""
 
-    def __init__(self, config: NeuralGPT2Config):
-        super().__init__(config)
-        # what stock GPT-2 ends up with as well, after a warning that its class name told nothing
-        self.loss_type = "ForCausalLM"
-
 
 class NeuralGPT2DoubleHeadsModel(NeuralGPT2HeadModel, GPT2DoubleHeadsModel):
     """`GPT2DoubleHeadsModel` with Neural Attention. Args: config (`NeuralGPT2Config`)."""

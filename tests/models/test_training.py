@@ -238,6 +238,32 @@ def test_trainer(family: Family, checkpointing: bool, tmp_path):
 
 
 @both_families
+def test_trainer_takes_the_loss_as_it_takes_the_stock_model_s(family: Family, tmp_path):
+    """By the same count of tokens, over accumulated batches too: what is left to differ is the attention."""
+    stock, rows = family.stock(), rows_of(family)
+    histories = []
+    for model in (stock, family.twin(stock, neural_layers="all", neural_mode="residual")):
+        arguments = TrainingArguments(
+            str(tmp_path),
+            max_steps=2,
+            per_device_train_batch_size=2,
+            gradient_accumulation_steps=2,
+            learning_rate=0.0,
+            use_cpu=True,
+            report_to="none",
+            save_strategy="no",
+            logging_steps=1,
+            disable_tqdm=True,
+        )
+        trainer = Trainer(model, arguments, train_dataset=rows)
+        trainer.train()
+        histories.append([(entry["loss"], entry["grad_norm"]) for entry in trainer.state.log_history if "grad_norm" in entry])
+    for (loss, norm), (other_loss, other_norm) in zip(*histories, strict=True):
+        assert float(other_loss) == pytest.approx(float(loss), rel=1e-5)
+        assert float(other_norm) > float(norm)  # the scorers have a gradient as well
+
+
+@both_families
 def test_a_neural_model_learns(family: Family):
     model = family.neural(**ALL).train()
     inputs = family.inputs(batch=8)

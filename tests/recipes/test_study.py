@@ -180,15 +180,19 @@ def test_a_study_runs_and_goes_on(tmp_path):
 
 
 def committed_studies() -> list[Path]:
-    """Study files with results in the repository."""
-    return [path for path in sorted((RECIPES / "studies").glob("*.yaml")) if (CARDS / results_of(path) / COSTS).exists()]
+    """Study files of which every run is in the repository."""
+
+    def complete(path: Path) -> bool:
+        return all((CARDS / results_of(path) / file_name(arm, seed)).exists() for arm, seed in Study.load(path).runs())
+
+    return [path for path in sorted((RECIPES / "studies").glob("*.yaml")) if complete(path)]
 
 
 def results_of(path: Path) -> str:
     return f"study-{path.stem.removesuffix('-small')}"
 
 
-@pytest.mark.parametrize("path", committed_studies(), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", committed_studies(), ids=lambda path: path.stem)  # skipped while none is complete
 def test_committed_reports_are_those_of_the_committed_runs(path, tmp_path):
     folder = CARDS / results_of(path)
     copy = tmp_path / folder.name
