@@ -147,10 +147,8 @@ def own_peak_bytes(entry: Entry) -> int:
     warm_up = make_runner(Entry(provider, small), draw_inputs(small))
     warm_up.run(warm_up.prepare())  # libraries and threads are not counted
     runner = make_runner(Entry(provider, case), draw_inputs(case))
-    with peak_memory() as peak:
+    with peak_memory(case.device) as peak:
         runner.run(None)
-        if case.device == "cuda":
-            torch.cuda.synchronize()
     return peak.size
 
 

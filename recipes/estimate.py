@@ -62,7 +62,7 @@ def measure(recipe: str, words: list[str], arm: str) -> dict[str, Any]:
         times = StepTimes()
         given = experiment.trainer_arguments
         callbacks = {"callbacks": [times, *given.get("callbacks", [])]}
-        with peak_memory() as peak:
+        with peak_memory(experiment.training.device.type) as peak:
             model: Any = experiment.initial_model(arm)
             trainer = ScorerTrainer(model=model, args=arguments, **given | callbacks, **experiment.scorer_settings)
             trainer.train()

@@ -140,7 +140,7 @@ class Experiment:
         health = {"start": self.health(trainer)}
         checkpoint = last_whole_checkpoint(folder, self.say)
         self.say(f"{arm}: {'resuming from ' + checkpoint if checkpoint else 'training from the start'}")
-        with checkpoints_as_they_are(model), peak_memory() as memory:
+        with checkpoints_as_they_are(model), peak_memory(self.training.device.type) as memory:
             trainer.train(resume_from_checkpoint=checkpoint)
         # resuming puts another clock in the place of ours
         clock = next(callback for callback in trainer.callback_handler.callbacks if isinstance(callback, StepClock))

@@ -19,14 +19,26 @@ class Peak:
 
 
 @contextmanager
-def peak_memory() -> Iterator[Peak]:
-    """Fills in a `Peak` at its end. Not to be nested: there is one high-water mark."""
+def peak_memory(device: str) -> Iterator[Peak]:
+    """Fills in a `Peak` at its end. Not to be nested: there is one high-water mark.
+
+    Args:
+        device: the type of the device that computes: that of the machine need not be used.
+    """
     peak = Peak()
-    on_gpu = torch.cuda.is_available()
-    reset_peak()
-    before = torch.cuda.memory_allocated() if on_gpu else resident_bytes()
-    yield peak
-    peak.size = max(0, (torch.cuda.max_memory_allocated() if on_gpu else resident_bytes(peak=True)) - before)
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        yield peak
+        torch.cuda.synchronize()
+        peak.size = torch.cuda.max_memory_allocated() - before
+    else:
+        reset_peak()
+        before = resident_bytes()
+        yield peak
+        peak.size = max(0, resident_bytes(peak=True) - before)
 
 
 def resident_bytes(peak: bool = False) -> int:
@@ -44,11 +56,8 @@ def resident_bytes(peak: bool = False) -> int:
 
 
 def reset_peak() -> None:
-    gc.collect()
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
         libc.malloc_trim(0)  # what is free inside the process would hide what is taken next
     file = Path("/proc/self/clear_refs")
     if file.exists():
         file.write_text("5")
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
