@@ -13,6 +13,7 @@ from transformers import (
     GPT2Model,
     GPT2PreTrainedModel,
 )
+from transformers.loss.loss_utils import ForCausalLMLoss
 
 from .configuration_neural_gpt2 import NeuralGPT2Config
 from .modeling_neural_attention import NeuralHeadMixin, NeuralPreTrainedModelMixin, attach_scorers
@@ -39,6 +40,12 @@ class NeuralGPT2HeadModel(NeuralHeadMixin, NeuralGPT2PreTrainedModel):
 
 class NeuralGPT2LMHeadModel(NeuralGPT2HeadModel, GPT2LMHeadModel):
     """`GPT2LMHeadModel` with Neural Attention. Args: config (`NeuralGPT2Config`)."""
+
+    def __init__(self, config: NeuralGPT2Config):
+        super().__init__(config)
+        # The one stock GPT-2 ends up with as well, but after a warning that no compiled graph can hold. A `loss_type` would
+        # say so too, but by it Trainer counts tokens otherwise than for stock GPT-2.
+        self.loss_function = ForCausalLMLoss
 
 
 class NeuralGPT2DoubleHeadsModel(NeuralGPT2HeadModel, GPT2DoubleHeadsModel):
