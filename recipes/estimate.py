@@ -20,6 +20,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import IntervalStrategy
@@ -83,9 +84,9 @@ def evaluation(trainer: Trainer, experiment: Experiment) -> float:
     count, seconds = len(given["eval_dataset"]), []
     for _ in range(3):
         started = time.perf_counter()
-        batch = collated(given, "eval_dataset", size)
+        batch = send_to_device(collated(given, "eval_dataset", size), model.device)
         with trainer.accelerator.autocast():
-            model(**{name: tensor.to(model.device) for name, tensor in batch.items()}).loss.item()
+            model(**batch).loss.item()
         seconds.append(time.perf_counter() - started)
     return min(seconds) * count / min(count, size)
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import ExportableState
 
@@ -252,8 +253,7 @@ def training_step(experiment: Experiment, arm: str, whole: bool) -> Callable[[],
     trainer = ScorerTrainer(model=model, args=experiment.arguments_of(arm), **given, **experiment.scorer_settings)
     model.to(training.device).train()  # which Trainer leaves to what shards models, if there is such a thing
     optimizer = trainer.create_optimizer() if whole else None
-    batch = collated(given, "train_dataset", training.per_device_train_batch_size)
-    batch = {name: tensor.to(training.device) for name, tensor in batch.items()}
+    batch = send_to_device(collated(given, "train_dataset", training.per_device_train_batch_size), training.device)
 
     def step() -> None:
         with trainer.accelerator.autocast():
