@@ -86,10 +86,13 @@ def parse_arguments(*types: Any, words: list[str] | None = None, description: st
     The first word may be a JSON or YAML file of `name: value`; what follows it are flags, which win.
 
     Raises:
-        SystemExit: with what is wrong, if the file is missing or malformed, or names an argument that does not exist.
+        SystemExit: with what is wrong, if the file is missing or malformed, or an argument does not exist or is not valid.
     """
     parser = HfArgumentParser(list(types), description=description)
-    return parser.parse_args_into_dataclasses(flags_of(words), look_for_args_file=False)
+    try:
+        return parser.parse_args_into_dataclasses(flags_of(words), look_for_args_file=False)
+    except ValueError as error:  # also of `TrainingArguments`, whose values do not fit together
+        raise SystemExit(f"{error} (--help lists all arguments)") from None
 
 
 def value_of_flag(name: str) -> str | None:
@@ -118,6 +121,11 @@ def flags_of_file(path: Path) -> list[str]:
         raise SystemExit(f"The configuration {path} is not valid: {error}") from None
     if not isinstance(content, dict):
         raise SystemExit(f"The configuration {path} must hold `name: value` pairs; it holds a {type(content).__name__}.")
+    return as_flags(content)
+
+
+def as_flags(content: dict[str, Any]) -> list[str]:
+    """The command line's words for `name: value` pairs."""
     flags: list[str] = []
     for name, value in content.items():
         if value is None:

@@ -9,6 +9,7 @@ output_dir/comparison.*           table and picture, where there are two arms
 
 import dataclasses
 import json
+import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -223,9 +224,9 @@ def checkpoints_as_they_are(model: Any) -> Iterator[None]:
 
 
 def time_in_turn(
-    runs: dict[str, tuple[Experiment, str]], turns: int = TIMED_TURNS, whole_step: bool = False
+    runs: dict[str, tuple[Experiment, str]], turns: int = TIMED_TURNS, steps_per_turn: int = 1, whole_step: bool = False
 ) -> dict[str, list[float]]:
-    """Seconds of each turn over one batch, by name, of what the arm of an experiment trains.
+    """Seconds of a step over one batch in each turn, by name, of what the arm of an experiment trains.
 
     In one process and by turns, every other one backwards: unlike the times of trainings, these are not distorted by what else
     the machine did meanwhile.
@@ -238,11 +239,12 @@ def time_in_turn(
     for turn in range(turns + 1):  # the first is for warming up
         for name in list(steps) if turn % 2 else reversed(steps):
             started = time.perf_counter()
-            steps[name]()
+            for _ in range(steps_per_turn):
+                steps[name]()
             if torch.accelerator.is_available():
                 torch.accelerator.synchronize()
             if turn:
-                seconds[name].append(time.perf_counter() - started)
+                seconds[name].append((time.perf_counter() - started) / steps_per_turn)
     return seconds
 
 
@@ -310,7 +312,7 @@ def settings_of(*arguments: Any) -> dict[str, Any]:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Writes in one step, so that a killed run leaves the old file or the new one."""
-    draft = path.with_suffix(".draft")
+    """Writes in one step, so that a killed run leaves the old file or the new one, even if several machines write the same."""
+    draft = path.with_name(f"{path.name}.{platform.node()}.draft")
     draft.write_text(json.dumps(content, indent=1, default=str) + "\n")
     draft.replace(path)

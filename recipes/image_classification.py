@@ -242,11 +242,16 @@ def prepare(
     )
 
 
+def parse(words: list[str] | None = None) -> tuple[ModelArguments, ImageArguments, NeuralArguments, TrainingArguments]:
+    """The recipe's arguments (default: those of `sys.argv`)."""
+    types = (ModelArguments, ImageArguments, NeuralArguments, TrainingArguments)
+    model, image, neural, training = parse_arguments(*types, words=words, description=__doc__)
+    return model, image, neural, training
+
+
 def load_experiment(words: list[str] | None = None) -> tuple[Experiment, Task, NeuralArguments]:
     """Data, models and training as flags ask for them (default: those of `sys.argv`)."""
-    model, image, neural, training = parse_arguments(
-        ModelArguments, ImageArguments, NeuralArguments, TrainingArguments, words=words, description=__doc__
-    )
+    model, image, neural, training = parse(words)
     halving = model.halve_learning_rate_after
     callbacks: list[TrainerCallback] = [HalveLearningRate(halving)] if halving else []
     images = load_images(image, training.seed)

@@ -149,7 +149,7 @@ def final_figures(trainer: Trainer, texts: dict[str, TokenizedText], text: TextA
                 window=text.block_size,
                 stride=step,
                 batch_size=trainer.args.per_device_eval_batch_size,
-                tokens_per_word=tokenized.tokens_per_word,
+                tokens_per_word=tokenized.tokens_per_word(text.max_eval_tokens),
                 context=trainer.accelerator.autocast,
                 progress=not trainer.args.disable_tqdm,
             )
@@ -217,8 +217,8 @@ def prepare(
         evaluate=lambda trainer: final_figures(trainer, held_out, text),
         show=lambda model, folder: generate_sample(model, folder, tokenizer, start, seed),
         trainer_arguments={
-            "train_dataset": cut_into_blocks(texts["train"], text.block_size, text.max_train_samples),
-            "eval_dataset": cut_into_blocks(texts["validation"], text.block_size, limit),
+            "train_dataset": cut_into_blocks(texts["train"].tokens, text.block_size, text.max_train_samples),
+            "eval_dataset": cut_into_blocks(texts["validation"].tokens, text.block_size, limit),
             "data_collator": collate,
             "processing_class": tokenizer,
         },
@@ -227,11 +227,16 @@ def prepare(
     )
 
 
+def parse(words: list[str] | None = None) -> tuple[ModelArguments, TextArguments, NeuralArguments, TrainingArguments]:
+    """The recipe's arguments (default: those of `sys.argv`)."""
+    types = (ModelArguments, TextArguments, NeuralArguments, TrainingArguments)
+    model, text, neural, training = parse_arguments(*types, words=words, description=__doc__)
+    return model, text, neural, training
+
+
 def load_experiment(words: list[str] | None = None) -> tuple[Experiment, Task, NeuralArguments]:
     """Data, models and training as flags ask for them (default: those of `sys.argv`)."""
-    model, text, neural, training = parse_arguments(
-        ModelArguments, TextArguments, NeuralArguments, TrainingArguments, words=words, description=__doc__
-    )
+    model, text, neural, training = parse(words)
     splits = load_text(text)
     tokenizer = load_tokenizer(text, model.model_name_or_path, splits)
     tokenizer.model_max_length = check_fit(model, text, neural, tokenizer)

@@ -55,7 +55,6 @@ def main() -> None:
             window=text.block_size,
             stride=text.stride or text.block_size // 2,
             batch_size=arguments.batch_size,
-            tokens_per_word=test.tokens_per_word,
         )
         converted = [label for label, module in model.named_modules() if "8bit" in type(module).__name__]
         rows.append(

@@ -39,6 +39,7 @@ class Task:
     notes: str
     neural_loading: Callable[[str], str] | None = None  # where it is not that of the stock model
     picture: str = "Training and evaluation loss"  # what the card's picture shows
+    step: str = "forward and backward"  # what of a step was timed
 
 
 def environment() -> dict[str, Any]:
@@ -80,7 +81,7 @@ def comparison_table(results: dict[str, dict[str, Any]], task: Task) -> str:
     add("of which scorers", [results[arm]["scorer_parameters"] for arm in arms], lambda value: f"{value:,}")
     add("training steps", [results[arm]["steps"] for arm in arms], lambda value: f"{value:,}")
     if len(arms) > 1:
-        label = "seconds per step, forward and backward, timed by turns"
+        label = f"seconds per step, {task.step}, timed by turns"
         add(label, [results[arm]["seconds_in_turn"] for arm in arms], lambda value: f"{value:.3f}")
     add("training minutes", [results[arm]["train_seconds"] / 60 for arm in arms], lambda value: f"{value:.1f}")
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)

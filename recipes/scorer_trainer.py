@@ -27,12 +27,12 @@ class ScorerTrainer(Trainer):
         if exists or not given:
             return optimizer
         chosen: Any = self.model if model is None else model
-        scorers = {id(parameter) for name, parameter in chosen.named_parameters() if ".scorer." in name}
+        scorers = {id(parameter): name for name, parameter in chosen.named_parameters() if ".scorer." in name}
+        decayed = set(self.get_decay_parameter_names(chosen))  # what has no weight decay, biases, gets none
         for group in list(optimizer.param_groups):
             own = [parameter for parameter in group["params"] if id(parameter) in scorers]
             if own:
                 group["params"] = [parameter for parameter in group["params"] if id(parameter) not in scorers]
-                # what has no weight decay, biases, gets none
-                changes = {name: value for name, value in given.items() if name == "lr" or group["weight_decay"] > 0}
+                changes = {name: value for name, value in given.items() if name == "lr" or scorers[id(own[0])] in decayed}
                 optimizer.add_param_group({**group, **changes, "params": own})
         return optimizer

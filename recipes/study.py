@@ -23,6 +23,9 @@ A study is a YAML file:
 First, a step of each arm is timed, in one process and by turns (`costs.json`); let the machine be quiet meanwhile. Each
 finished run leaves a small JSON file in the results' folder, named by arm and seed, and is not run again; seeds and arms that
 are added later are run then. The report (Markdown, CSV, PNG) is made of these files alone.
+
+A grid may be shared out by --arms and --seeds, each run to one process. For runs that span several machines, start the same
+command on each, with a launcher for it and folders that all see.
 """
 
 import argparse
@@ -34,47 +37,77 @@ import sys
 from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 
+from arguments import as_flags
+from benchmark_timing import Spread, ratio_of
 from experiment import RESULTS, time_in_turn, write_json
 from reporting import environment
-from study_file import COSTS, HERE, SAME_TIME, Study, file_name, load_costs
+from study_file import COSTS, HERE, SAME_TIME, Study, file_name, is_timed, load_costs
 from study_report import report
 
 
-TURNS = 30
+TURNS, STEPS = 20, 3  # of an arm in a turn
+
+
+def check_words(study: Study, more: list[str]) -> None:
+    """Lets the recipe parse every arm's words, before hours are spent on the first.
+
+    Raises:
+        SystemExit: with what is wrong.
+    """
+    for word in more:
+        name = word.partition("=")[0].lstrip("-").replace("-", "_")
+        if word.startswith("--") and name in {"max_steps", "seed", "output_dir"}:
+            raise SystemExit(f"{word}: this is the study's to say, in its file or for each run.")
+    for arm in study.arms:
+        try:
+            import_module(Path(study.recipe).stem).parse([*study.words(arm), "--output_dir", "unused"])
+        except SystemExit as error:
+            raise SystemExit(f"The arm {arm!r} is no run of {study.recipe}: {error}") from None
 
 
 def time_arms(study: Study, results: Path, more: list[str]) -> None:
-    """Times a step of each arm by turns, and keeps that."""
+    """Times steps of each arm by turns, and keeps that."""
     recipe = import_module(Path(study.recipe).stem)
     with TemporaryDirectory() as folder:
         runs = {}
         for arm in {study.timed_as(arm): None for arm in study.arms}:
-            experiment, *_ = recipe.load_experiment([*study.words(arm), *more, "--output_dir", folder])
+            experiment, task, _ = recipe.load_experiment([*study.words(arm), *more, "--output_dir", folder])
             runs[arm] = experiment, study.arms[arm]["attention"]
-        measured = time_in_turn(runs, TURNS, whole_step=True)
+        for metric in (study.metric, study.choose_by, *study.also):
+            if metric not in task.metrics:
+                raise SystemExit(f"{study.recipe} measures no {metric!r}, but {', '.join(task.metrics)}.")
+        measured = time_in_turn(runs, TURNS, STEPS, whole_step=True)
         if experiment.training.should_save:
             turns = {arm: measured[study.timed_as(arm)] for arm in study.arms}
             seconds = {arm: statistics.median(times) for arm, times in turns.items()}
             record = {
                 "seconds_per_step": seconds,
-                "quartiles": {arm: statistics.quantiles(times, n=4)[::2] for arm, times in turns.items()},
-                # what has been settled once is not changed: runs of other seeds have that many
-                "steps": steps_of_same_time(study, seconds) | load_costs(results).get("steps", {}),
+                "quartiles": {arm: Spread.of(times)[::2] for arm, times in turns.items()},
+                "ratios": {arm: ratio_of(times, turns[study.baseline]) for arm, times in turns.items()},
+                "steps": study.steps_of_same_time(seconds) | steps_that_stay(study, load_costs(results)),
+                "settings": {arm: study.settings(arm) for arm in study.arms},
                 "environment": environment(),
             }
             results.mkdir(parents=True, exist_ok=True)
             write_json(results / COSTS, record)
     if torch.distributed.is_initialized():
+        torch.distributed.barrier()  # until the file is there
         torch.distributed.destroy_process_group()
 
 
-def steps_of_same_time(study: Study, seconds: dict[str, float]) -> dict[str, int]:
-    """Of arms that are to take the same time as another: how many steps that is."""
-    others = {arm: fields[SAME_TIME] for arm, fields in study.arms.items() if SAME_TIME in fields}
-    return {arm: round(study.flags["max_steps"] * seconds[other] / seconds[arm]) for arm, other in others.items()}
+def steps_that_stay(study: Study, costs: dict[str, Any]) -> dict[str, int]:
+    """What has been settled once is not changed by another timing, since runs of other seeds have that many."""
+
+    def as_before(arm: str) -> bool:
+        return arm in study.arms and costs["settings"].get(arm) == study.settings(arm)
+
+    return {
+        arm: steps for arm, steps in costs.get("steps", {}).items() if as_before(arm) and as_before(study.arms[arm][SAME_TIME])
+    }
 
 
 def run(study: Study, arm: str, seed: int, launcher: list[str], folder: Path, results: Path, more: list[str]) -> None:
@@ -85,14 +118,22 @@ def run(study: Study, arm: str, seed: int, launcher: list[str], folder: Path, re
     """
     output = folder / study.name / Path(file_name(arm, seed)).stem
     words = [*study.words(arm, load_costs(results)["steps"].get(arm)), *more]
-    command = [*launcher, str(HERE / study.recipe), *words, "--seed", str(seed), "--output_dir", str(output)]
+    command = [*launcher, str(HERE / study.recipe), *words, *as_flags({"seed": seed, "output_dir": output})]
     if subprocess.run(command, check=False).returncode:
         raise SystemExit(f"The run of {arm!r} with seed {seed} failed: {shlex.join(command)}\nRun the study again to go on.")
     finished = json.loads((output / study.arms[arm]["attention"] / RESULTS).read_text())
     where = json.loads((output / "comparison.json").read_text())["environment"]  # of the run's own processes
-    record = {"study": study.name, "arm": arm, "seed": seed, "settings": study.settings(arm), **finished, "environment": where}
+    asked = settings_of_run(json.loads((output / "run.json").read_text())) | {"processes": where["processes"]}
+    record = {"study": study.name, "arm": arm, "seed": seed, "settings": study.settings(arm)}
+    record |= {**finished, "run": asked, "environment": where}
     results.mkdir(parents=True, exist_ok=True)
     write_json(results / file_name(arm, seed), record)
+
+
+def settings_of_run(settings: dict[str, Any]) -> dict[str, Any]:
+    """Every argument that decides what is learned; folders of this machine by their last names."""
+    folders = {name: value for name, value in settings.items() if isinstance(value, str) and Path(value).is_dir()}
+    return settings | {name: Path(value).name for name, value in folders.items()}
 
 
 def main() -> None:
@@ -106,22 +147,25 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/studies"), help="Folder of models and checkpoints.")
     parser.add_argument("--report_only", action="store_true", help="Run nothing.")
     parser.add_argument("--time_only", action="store_true", help="Time a step of each arm, and run nothing.")
+    parser.add_argument("--arms", nargs="+", help="Run these alone. Default: all of the study.")
+    parser.add_argument("--seeds", nargs="+", type=int, help="Run these alone. Default: all of the study.")
     parser.add_argument("--launcher", default=sys.executable, help="In place of python, as `accelerate launch ...`.")
     arguments, more = parser.parse_known_args()
     study, results, launcher = Study.load(arguments.study), arguments.results, shlex.split(arguments.launcher)
-    if "--max_steps" in more:
-        raise SystemExit(
-            "--max_steps: the number of steps belongs into the study file, where it can be scaled for single arms."
-        )
-    if arguments.time_only:
+    for name, given, known in (("arms", arguments.arms, study.arms), ("seeds", arguments.seeds, study.seeds)):
+        if unknown := set(given or ()) - set(known):
+            raise SystemExit(f"--{name} {' '.join(map(str, unknown))}: the study has {', '.join(map(str, known))}.")
+    if arguments.time_only:  # perhaps one of several processes
         return time_arms(study, results, more)
+    check_words(study, more)
     if not arguments.report_only:
-        if load_costs(results).get("seconds_per_step", {}).keys() != study.arms.keys():
+        if not is_timed(study, load_costs(results)):
             command = [*launcher, __file__, str(arguments.study), "--results", str(results), "--time_only", *more]
             if subprocess.run(command, check=False).returncode:
                 raise SystemExit(f"The steps of the arms could not be timed: {shlex.join(command)}")
         for arm, seed in study.runs():
-            if not (results / file_name(arm, seed)).exists():
+            wanted = arm in (arguments.arms or study.arms) and seed in (arguments.seeds or study.seeds)
+            if wanted and not (results / file_name(arm, seed)).exists():
                 print(f"{arm}, seed {seed}", flush=True)
                 run(study, arm, seed, launcher, arguments.runs, results, more)
                 report(study, results)

@@ -2,11 +2,13 @@
 
 import json
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 
 import yaml
+
+from arguments import as_flags
 
 
 HERE = Path(__file__).parent
@@ -31,6 +33,7 @@ class Study:
     flags: dict[str, Any]
     also: list[str] = field(default_factory=list)
     lower_is_better: bool = True
+    note: str = ""
 
     @classmethod
     def load(cls, path: Path) -> "Study":
@@ -45,21 +48,25 @@ class Study:
 
     def fault(self) -> str | None:
         """What is wrong with it, if anything."""
+        for each in fields(self):
+            expected: Any = get_origin(each.type) or each.type
+            if not isinstance(value := getattr(self, each.name), expected):
+                return f"`{each.name}` is {value!r}; expected a {expected.__name__}."
         if self.recipe not in RECIPES:
             return f"the recipe is {self.recipe!r}; expected {' or '.join(RECIPES)}."
-        if not isinstance(self.arms, dict) or self.baseline not in self.arms:
-            return f"the baseline {self.baseline!r} is none of the arms, {', '.join(self.arms or {})}."
+        if self.baseline not in self.arms:
+            return f"the baseline {self.baseline!r} is none of the arms, {', '.join(self.arms)}."
         names: dict[str, str] = {}
         for arm, settings in self.arms.items():
-            if settings.get("attention") not in ("dot", "neural"):
+            if not isinstance(settings, dict) or settings.get("attention") not in ("dot", "neural"):
                 return f"the arm {arm!r} must say `attention: dot` or `attention: neural`."
             if (same := names.setdefault(file_name(arm, 0), arm)) != arm:
                 return f"the arms {same!r} and {arm!r} would have the same file names."
             other = settings.get(SAME_TIME)
-            if other is not None and (other not in self.arms or "max_steps" not in self.flags):
+            if other is not None and (other not in self.arms or "max_steps" not in self.settings(other)):
                 return (
-                    f"{arm!r} is to take the same time as {other!r}, which must be an arm; and `flags` must have `max_steps`, "
-                    "whose number is scaled."
+                    f"{arm!r} is to take the same time as {other!r}, which must be an arm with `max_steps` (or `flags` must "
+                    "have them), whose number is scaled."
                 )
         return None
 
@@ -72,10 +79,10 @@ class Study:
         return {**self.flags, **self.arms[arm]}
 
     def timed_as(self, arm: str) -> str:
-        """The first arm whose steps are the same: the scorers' rates and the number of steps change none."""
+        """The first arm whose steps are the same: learning rates, the scorers' decay and the number of steps change none."""
 
         def model(name: str) -> dict[str, Any]:
-            unlike = (SAME_TIME, "scorer_learning_rate", "scorer_weight_decay")
+            unlike = (SAME_TIME, "max_steps", "learning_rate", "scorer_learning_rate", "scorer_weight_decay")
             return {key: value for key, value in self.settings(name).items() if key not in unlike}
 
         return next(other for other in self.arms if model(other) == model(arm))
@@ -85,13 +92,16 @@ class Study:
         settings = {name: value for name, value in self.settings(arm).items() if name != SAME_TIME}
         if steps is not None:
             settings["max_steps"] = steps
-        flags = [word for name, value in settings.items() for word in flag(name, value)]
-        return [str(HERE / self.config), *flags]
+        return [str(HERE / self.config), *as_flags(settings)]
 
+    def steps_of_same_time(self, seconds: dict[str, float]) -> dict[str, int]:
+        """Of arms that are to take the same time as another: how many steps that is.
 
-def flag(name: str, value: Any) -> list[str]:
-    values = value if isinstance(value, list) else [value]
-    return [f"--{name}", *map(str, values)]
+        Args:
+            seconds: of a step, by arm.
+        """
+        others = {arm: settings[SAME_TIME] for arm, settings in self.arms.items() if SAME_TIME in settings}
+        return {arm: round(self.settings(other)["max_steps"] * seconds[other] / seconds[arm]) for arm, other in others.items()}
 
 
 def file_name(arm: str, seed: int) -> str:
@@ -99,6 +109,11 @@ def file_name(arm: str, seed: int) -> str:
 
 
 def load_costs(results: Path) -> dict[str, Any]:
-    """Time and memory of each arm, as `study.py` has measured them; empty if it has not."""
+    """What `study.py` has measured of a step of each arm; empty if it has not."""
     path = results / COSTS
     return json.loads(path.read_text()) if path.exists() else {}
+
+
+def is_timed(study: Study, costs: dict[str, Any]) -> bool:
+    """Whether the costs are of the study's arms as the file now describes them."""
+    return costs.get("settings") == {arm: study.settings(arm) for arm in study.arms}

@@ -1,38 +1,39 @@
 """The report on a study, from the JSON files in its folder alone: tables, pictures, and the card of its best neural model."""
 
 import csv
-import json
 import statistics
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
-from scipy.stats import t as student
 
 from reporting import Task, card_text
-from study_file import COSTS, SAME_TIME, Study, file_name, load_costs
+from study_file import SAME_TIME, Study, load_costs
+from study_results import (
+    Results,
+    best_row,
+    difference,
+    differences,
+    load_results,
+    rows_with,
+    summarize,
+    verdict,
+)
 
 
 CARD = "best_neural_model"
-
-Results = dict[str, dict[int, dict[str, Any]]]  # by arm and seed, of the runs that are finished
 
 
 def report(study: Study, folder: Path) -> str:
     """Writes report.md, .csv and .png, curves.png and a model card into the folder, and returns the Markdown of the first.
 
     Raises:
-        SystemExit: if no run is finished, or runs are of another study than the file now describes.
+        SystemExit: see `load_results`.
     """
-    found = load_results(study, folder)
-    if not any(found.values()):
-        raise SystemExit(f"{folder} has no finished run of the study {study.name}.")
-    costs = load_costs(folder)
-    if costs.get("seconds_per_step", {}).keys() != study.arms.keys():
-        raise SystemExit(f"{folder / COSTS} has not the arms of the study {study.name}: run the study, or --time_only.")
-    rows = summarize(study, found, costs["seconds_per_step"])
-    text = markdown(study, rows, costs["environment"])
+    found, costs = load_results(study, folder), load_costs(folder)
+    rows = summarize(study, found, costs)
+    text = markdown(study, found, rows, costs["environment"])
     (folder / "report.md").write_text(text)
     with (folder / "report.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
@@ -45,147 +46,103 @@ def report(study: Study, folder: Path) -> str:
     return text
 
 
-def load_results(study: Study, folder: Path) -> Results:
-    found: Results = {arm: {} for arm in study.arms}
-    for arm, seed in study.runs():
-        path = folder / file_name(arm, seed)
-        if not path.exists():
-            continue
-        record = json.loads(path.read_text())
-        if record["settings"] != study.settings(arm):
-            raise SystemExit(
-                f"{path} is of a run with {record['settings']}; the study file now asks for {study.settings(arm)}. Restore "
-                "the file, or take another folder for results and runs."
-            )
-        found[arm][seed] = record
-    return found
-
-
-def differences(study: Study, found: Results, arm: str) -> list[float]:
-    """Of an arm's figure to the baseline's of the same seed, where both are finished."""
-    base, metric = found[study.baseline], study.metric
-    return [each["metrics"][metric] - base[seed]["metrics"][metric] for seed, each in found[arm].items() if seed in base]
-
-
-def interval(pairs: list[float]) -> tuple[float, float] | None:
-    """95 % interval of the mean of paired differences, by Student's t; None of fewer than two."""
-    if len(pairs) < 2:
-        return None
-    half = student.ppf(0.975, len(pairs) - 1) * statistics.stdev(pairs) / len(pairs) ** 0.5
-    mean = statistics.mean(pairs)
-    return mean - half, mean + half
-
-
-def summarize(study: Study, found: Results, seconds: dict[str, float]) -> list[dict[str, Any]]:
-    """A row per arm that has finished runs.
-
-    Args:
-        seconds: of a step of each arm, timed by turns.
-    """
-    rows = []
-    base_time = study.flags.get("max_steps", 1) * seconds[study.baseline]
-    for arm, runs in found.items():
-        if not runs:
-            continue
-        values = [each["metrics"][study.metric] for each in runs.values()]
-        pairs = differences(study, found, arm) if arm != study.baseline else []
-        low, high = interval(pairs) or (None, None)
-        first = next(iter(runs.values()))
-        means = {name: mean_of(runs, name) for name in (study.choose_by, *study.also)}
-        health = [layer for each in runs.values() for layer in each["scorer_health"]["end"]]
-        rows.append(
-            {
-                "arm": arm,
-                "seeds": len(runs),
-                "mean": statistics.mean(values),
-                "std": statistics.stdev(values) if len(values) > 1 else None,
-                "difference": statistics.mean(pairs) if pairs else None,
-                "low": low,
-                "high": high,
-                **means,
-                "steps": first["steps"],
-                "parameters": first["parameters"],
-                "scorer_parameters": first["scorer_parameters"],
-                "seconds_per_step": seconds[arm],
-                "relative_time": seconds[arm] / seconds[study.baseline],
-                "relative_training_time": first["steps"] * seconds[arm] / base_time,
-                "training_memory": max(each.get("training_memory", 0) for each in runs.values()),
-                "scorers": sum(layer["scorers"] for layer in health),
-                "dead_at_start": sum(layer["dead"] for each in runs.values() for layer in each["scorer_health"]["start"]),
-                "dead_at_end": sum(layer["dead"] for layer in health),
-                "score_std": statistics.mean(layer["score_std"] for layer in health) if health else None,
-            }
-        )
-    return rows
-
-
-def mean_of(runs: dict[int, dict[str, Any]], metric: str) -> float:
-    return statistics.mean(each["metrics"][metric] for each in runs.values())
-
-
-def verdict(study: Study, row: dict[str, Any]) -> str:
-    if row["low"] is None:
-        return ""
-    if row["low"] <= 0 <= row["high"]:
-        return "no difference shown"
-    return "better" if (row["high"] < 0) == study.lower_is_better else "worse"
-
-
-def markdown(study: Study, rows: list[dict[str, Any]], where: dict[str, Any]) -> str:
+def markdown(study: Study, found: Results, rows: list[dict[str, Any]], where: dict[str, Any]) -> str:
     """
     Args:
         where: the machine and the versions that steps were timed with.
     """
-    extra = [study.choose_by, *study.also]
-    lines = [
-        f"# Study: {study.name}",
-        "",
-        f"{study.dataset}; `{study.recipe}` with `{study.config}` and `{study.flags}`; figure: `{study.metric}` "
-        f"({'lower' if study.lower_is_better else 'higher'} is better). Differences are to `{study.baseline}` with the same "
-        f"seed, data order and dropout rate. Neural models copy the initial weights of `{study.baseline}` for all that both "
-        "have; a wider dot-product model draws its own. The interval is of 95 %, by Student's t over seeds: of twenty arms "
-        "without any effect, one is called better or worse on average.",
-        "",
-        f"| arm | seeds | mean | std | difference | 95 % interval | | {' | '.join(extra)} |",
-        "| --- " * (7 + len(extra)) + "|",
-    ]
-    for row in rows:
-        std = "" if row["std"] is None else f"{row['std']:.3g}"
-        more = " | ".join(f"{row[name]:.4g}" for name in extra)
-        lines.append(
-            f"| {row['arm']} | {row['seeds']} | {row['mean']:.4g} | {std} | {signed(row['difference'])} | {bounds(row)} | "
-            f"{verdict(study, row)} | {more} |"
-        )
     best = best_row(study, rows)
-    lines += [
-        "",
+    parts = [
+        f"# Study: {study.name}",
+        f"{study.dataset}; `{study.recipe}` with `{study.config}` and `{study.flags}`; figure: `{study.metric}` "
+        f"({'lower' if study.lower_is_better else 'higher'} is better). {study.note}".strip(),
+        f"Differences are to `{study.baseline}` with the same seed, data order and dropout rate. Neural models copy the "
+        f"initial weights of `{study.baseline}` for all that both have; a wider dot-product model draws its own. Intervals "
+        "are of 95 %, by Student's t over seeds: of twenty arms without any effect, one is called better or worse on average.",
+        figures(study, rows),
         f"Best by `{study.choose_by}`: **{best['arm']}** ({best[study.choose_by]:.4g}); its `{study.metric}` is "
         f"{best['mean']:.4g}.",
-        "",
         f"![Differences to {study.baseline}](report.png)",
-        "",
         f"![Training loss, as difference to {study.baseline}](curves.png)",
-        "",
-        f"Steps were timed in one process and by turns, on {where['cpu']}, {where['threads']} thread(s) (GPU: "
-        f"{where['gpu']}), torch {where['torch']}, transformers {where['transformers']}; the time of all steps is that times "
-        "their number. Memory is what training takes beyond the weights, at its peak. A scorer is counted as dead if no unit "
-        "of its last hidden layer is active for any pair of the examples that were looked at (all layers, heads and seeds). "
-        "Spread is the standard deviation of the network's scores within a row, mean over layers and seeds.",
-        "",
-        f"| arm | steps | parameters | of scorers | s / step | / {study.baseline} | all steps / {study.baseline} | MiB | "
-        "dead scorers at start | at end | spread at end |",
-        "| --- " * 11 + "|",
     ]
-    for row in rows:
+    if len(rows_with(study, rows, "dot")) > 1:
+        parts += [
+            "Neural arms beside every dot-product arm: difference and interval, in bold where that holds no zero.",
+            beside_all(study, found, rows),
+        ]
+    parts += [
+        f"Steps were timed in one process and by turns, on {where['cpu']}, {where['threads']} thread(s) (GPU: "
+        f"{where['gpu']}), torch {where['torch']}, transformers {where['transformers']}: the ratio to `{study.baseline}` is "
+        "the median over turns, with quartiles. Beside it is the ratio in the trainings themselves, which shared their "
+        "machine with others. The time of all steps is the first times their number. Memory is what training takes beyond the "
+        "weights, at its peak (on a CPU of the whole process: a rough figure). A scorer is counted as dead if no unit of its "
+        "last hidden layer is active for any pair of the examples that were looked at (all layers, heads and seeds). Spread "
+        "is the standard deviation of the network's scores within a row, mean over layers and seeds.",
+        costs_table(study, rows),
+        "Settings:",
+        "\n".join(f"- {arm}: `{fields}`" for arm, fields in study.arms.items()),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def figures(study: Study, rows: list[dict[str, Any]]) -> str:
+    extra = [study.choose_by, *study.also]
+    return table(
+        ["arm", "seeds", "mean", "std", "difference", "95 % interval", "", *extra],
+        [
+            [
+                row["arm"],
+                str(row["seeds"]),
+                f"{row['mean']:.4g}",
+                "" if row["std"] is None else f"{row['std']:.3g}",
+                signed(row["difference"]),
+                bounds(row),
+                verdict(study, row),
+                *(f"{row[name]:.4g}" for name in extra),
+            ]
+            for row in rows
+        ],
+    )
+
+
+def beside_all(study: Study, found: Results, rows: list[dict[str, Any]]) -> str:
+    """The neural arms' differences to all dot-product arms."""
+    bases = [row["arm"] for row in rows_with(study, rows, "dot")]
+
+    def cell(arm: str, base: str) -> str:
+        text = with_bounds(row := difference(study, found, arm, base))
+        return f"**{text}**" if verdict(study, row) in ("better", "worse") else text
+
+    lines = [[row["arm"], *(cell(row["arm"], base) for base in bases)] for row in rows_with(study, rows, "neural")]
+    return table(["", *bases], lines)
+
+
+def costs_table(study: Study, rows: list[dict[str, Any]]) -> str:
+    def line(row: dict[str, Any]) -> list[str]:
         dead = [f"{row[name]} of {row['scorers']}" if row["scorers"] else "" for name in ("dead_at_start", "dead_at_end")]
-        lines.append(
-            f"| {row['arm']} | {row['steps']:,} | {row['parameters']:,} | {row['scorer_parameters']:,} | "
-            f"{row['seconds_per_step']:.3f} | {row['relative_time']:.2f} | {row['relative_training_time']:.2f} | "
-            f"{row['training_memory'] / 2**20:,.0f} | {' | '.join(dead)} | "
-            f"{'' if row['score_std'] is None else format(row['score_std'], '.2f')} |"
-        )
-    settings = [f"- {arm}: `{fields}`" for arm, fields in study.arms.items()]
-    return "\n".join([*lines, "", "Settings:", "", *settings, ""])
+        trained = row["relative_time_in_training"]
+        return [
+            row["arm"],
+            f"{row['steps']:,}",
+            f"{row['parameters']:,}",
+            f"{row['scorer_parameters']:,}",
+            f"{row['seconds_per_step']:.3f}",
+            f"{row['relative_time']:.2f} ({row['relative_time_low']:.2f} to {row['relative_time_high']:.2f})",
+            "" if trained is None else f"{trained:.2f}",
+            f"{row['relative_training_time']:.2f}",
+            f"{row['training_memory'] / 2**20:,.0f}",
+            *dead,
+            "" if row["score_std"] is None else f"{row['score_std']:.2f}",
+        ]
+
+    base = study.baseline
+    header = ["arm", "steps", "parameters", "of scorers", "s / step", f"/ {base}", "in training", f"all steps / {base}", "MiB"]
+    return table([*header, "dead scorers at start", "at end", "spread at end"], [line(row) for row in rows])
 
 
 def signed(number: float | None) -> str:
@@ -196,40 +153,42 @@ def bounds(row: dict[str, Any]) -> str:
     return "" if row["low"] is None else f"{signed(row['low'])} to {signed(row['high'])}"
 
 
-def summary(study: Study, rows: list[dict[str, Any]]) -> str:
-    """The short table, for a README."""
-    lines = [f"| {study.dataset} | `{study.metric}` | difference to {study.baseline} | | all steps |", "| --- " * 5 + "|"]
+def with_bounds(row: dict[str, Any]) -> str:
+    return f"{signed(row['difference'])} ({bounds(row)})" if row["low"] is not None else signed(row["difference"])
+
+
+def summary(study: Study, found: Results, rows: list[dict[str, Any]]) -> str:
+    """The short table, for a README: beside the baseline, and beside the best dot-product arm."""
+    best = best_row(study, rows_with(study, rows, "dot"))["arm"]
+    others = [best] if best != study.baseline else []
+    header = [study.dataset, f"`{study.metric}`", f"difference to {study.baseline} (95 %)", ""]
+    lines = []
     for row in rows:
-        difference = f"{signed(row['difference'])} ({bounds(row)})" if row["low"] is not None else ""
-        cells = [row["arm"], f"{row['mean']:.4g}", difference, verdict(study, row), f"x {row['relative_training_time']:.2f}"]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def best_row(study: Study, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Of the arms with as many seeds as any other."""
-    most = max(row["seeds"] for row in rows)
-    complete = [row for row in rows if row["seeds"] == most]
-    return (min if study.lower_is_better else max)(complete, key=lambda row: row[study.choose_by])
+        beside = [with_bounds(difference(study, found, row["arm"], other)) for other in others]
+        figures = [row["arm"], f"{row['mean']:.4g}", with_bounds(row), verdict(study, row)]
+        lines.append([*figures, *beside, f"x {row['relative_training_time']:.2f}"])
+    return table([*header, *(f"to {other} (95 %)" for other in others), "time of all steps"], lines)
 
 
 def best_card(study: Study, found: Results, rows: list[dict[str, Any]]) -> str | None:
     """The model card of the best neural arm's best run, both by `choose_by`, beside the baseline of its seed."""
     seeds = found[study.baseline].keys()
-    neural = [row for row in rows if study.arms[row["arm"]]["attention"] == "neural" and seeds & found[row["arm"]].keys()]
+    neural = [row for row in rows_with(study, rows, "neural") if seeds & found[row["arm"]].keys()]
     if not neural:
         return None
     row = best_row(study, neural)
     runs = {seed: each for seed, each in found[row["arm"]].items() if seed in seeds}
     seed = (min if study.lower_is_better else max)(runs, key=lambda seed: runs[seed]["metrics"][study.choose_by])
-    baselines = [each for each in rows if study.arms[each["arm"]]["attention"] == "dot"]
     seconds = {each["arm"]: each["seconds_per_step"] for each in rows}
     results = {
         "dot": found[study.baseline][seed] | {"seconds_in_turn": seconds[study.baseline]},
         "neural": runs[seed] | {"seconds_in_turn": seconds[row["arm"]]},
     }
     recipe = import_module(Path(study.recipe).stem)
-    others = "; ".join(f"*{each['arm']}* {each['mean']:.4g} ({each['seeds']} seeds)" for each in baselines)
+    others = "; ".join(
+        f"*{each['arm']}* {each['mean']:.4g}, to which it is {with_bounds(difference(study, found, row['arm'], each['arm']))}"
+        for each in rows_with(study, rows, "dot")
+    )
     task = Task(
         name=recipe.TASK,
         pipeline_tag=recipe.PIPELINE_TAG,
@@ -240,15 +199,17 @@ def best_card(study: Study, found: Results, rows: list[dict[str, Any]]) -> str |
         metrics={name: name.replace("_", " ") for name in (study.choose_by, study.metric, *study.also)},
         loading=recipe.how_to_load,
         notes=(
-            f"The best neural arm of the study `{study.name}` by `{study.choose_by}`, *{row['arm']}*, and of its runs the "
-            f"best (seed {seed}). Over {row['seeds']} seeds, its `{study.metric}` is {row['mean']:.4g} "
-            f"({verdict(study, row) or 'too few seeds to compare'}, beside *{study.baseline}*); the dot-product models' are: "
-            f"{others} ([all arms](report.md))."
-        ),
+            f"{study.note} The best neural arm of the study `{study.name}` by `{study.choose_by}`, *{row['arm']}*, and of its "
+            f"runs the best (seed {seed}). Over {row['seeds']} seeds, its `{study.metric}` is {row['mean']:.4g} "
+            f"({verdict(study, row) or 'too few seeds to compare'}, beside *{study.baseline}*); the dot-product models' are, "
+            f"with the difference and its 95 % interval: {others} ([all arms](report.md))."
+        ).strip(),
         picture="Training loss of the study's arms, as difference to the baseline",
+        step="whole",
     )
+    more = " --use_cpu True" if runs[seed]["run"].get("use_cpu") else ""
     record = {
-        "command": f"python recipes/study.py recipes/studies/{study.name}.yaml --results FOLDER --dataset_name DATA",
+        "command": f"python recipes/study.py recipes/studies/{study.name}.yaml --results FOLDER --dataset_name DATA{more}",
         "environment": runs[seed]["environment"],
         "note": "Trainings of a study may share their machine: its minutes are upper bounds, the times by turns are not.",
         "results": results,
@@ -266,7 +227,7 @@ def draw_differences(study: Study, found: Results, rows: list[dict[str, Any]], p
     figure = Figure(figsize=(8, 1.2 + 0.4 * max(1, len(shown))), layout="constrained")
     axis = figure.subplots()
     for place, row in enumerate(shown):
-        pairs = differences(study, found, row["arm"])
+        pairs = differences(study, found, row["arm"], study.baseline)
         color = "tab:blue" if study.arms[row["arm"]]["attention"] == "neural" else "tab:gray"
         axis.plot(pairs, [place] * len(pairs), "o", color=color, alpha=0.5)
         if row["low"] is not None:

@@ -142,11 +142,16 @@ class TokenizedText:
     """A split as one row of tokens, with what per-word figures need."""
 
     tokens: np.ndarray  # int32
-    num_words: int
+    token_ends: (
+        np.ndarray
+    )  # int64, how many tokens there are up to the start of each text of the split, and to the end of the last
+    word_ends: np.ndarray  # int64, and how many words
 
-    @property
-    def tokens_per_word(self) -> float | None:
-        return len(self.tokens) / self.num_words if self.num_words else None
+    def tokens_per_word(self, limit: int | None = None) -> float | None:
+        """Of the first `limit` tokens (default: all); None if they hold no word."""
+        count = len(self.tokens[:limit])
+        words = float(np.interp(count, self.token_ends, self.word_ends))
+        return count / words if words else None
 
     @property
     def fingerprint(self) -> str:
@@ -158,24 +163,25 @@ def tokenize(split: Dataset, column: str, tokenizer: PreTrainedTokenizerBase) ->
     counts as one more, as in the WikiText papers, since a model has to predict it."""
     keeps_lines = "\n" in tokenizer.decode(tokenizer("a\nb", add_special_tokens=False)["input_ids"])
     parts = [np.empty(0, dtype=np.int32)]
-    num_words = 0
+    num_tokens, num_words = [0], [0]  # of each text
     for batch in split.select_columns(column).iter(1000):
         texts = batch[column]
-        num_words += sum(len(text.split()) + (text.count("\n") if keeps_lines else 0) for text in texts)
+        num_words += [len(text.split()) + (text.count("\n") if keeps_lines else 0) for text in texts]
         # no special tokens and no warning about length: the row is cut into blocks afterwards
         ids = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        num_tokens += map(len, ids)
         parts.append(np.fromiter(chain.from_iterable(ids), dtype=np.int32))
-    return TokenizedText(np.concatenate(parts), num_words)
+    return TokenizedText(np.concatenate(parts), np.cumsum(num_tokens), np.cumsum(num_words))
 
 
-def cut_into_blocks(text: TokenizedText, block_size: int, limit: int | None = None) -> Dataset:
+def cut_into_blocks(tokens: np.ndarray, block_size: int, limit: int | None = None) -> Dataset:
     """Training examples of `block_size` tokens; what is left over at the end is dropped.
 
     Raises:
         SystemExit: if the text is shorter than one block.
     """
-    count = len(text.tokens) // block_size
+    count = len(tokens) // block_size
     if count == 0:
-        raise SystemExit(f"The text has {len(text.tokens)} tokens, less than one block of --block_size {block_size}.")
-    blocks = text.tokens[: count * block_size].reshape(count, block_size)[:limit]
+        raise SystemExit(f"The text has {len(tokens)} tokens, less than one block of --block_size {block_size}.")
+    blocks = tokens[: count * block_size].reshape(count, block_size)[:limit]
     return Dataset.from_dict({"input_ids": blocks}).with_format("torch")

@@ -59,7 +59,7 @@ def test_bad_files_are_refused(monkeypatch, tmp_path, text, message):
 def test_unknown_names_and_words_are_refused(monkeypatch, tmp_path, capsys):
     file = tmp_path / "run.yaml"
     file.write_text("no_such_argument: 1")
-    with pytest.raises(ValueError, match="no_such_argument"):
+    with pytest.raises(SystemExit, match="no_such_argument"):
         parse(monkeypatch, file)
     with pytest.raises(SystemExit):
         parse(monkeypatch, "--attention", "quadratic")

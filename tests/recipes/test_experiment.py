@@ -26,7 +26,7 @@ from hf_neural_attention import (
     patch,
 )
 from language_modeling import collate as collate_blocks
-from text_data import TokenizedText, cut_into_blocks
+from text_data import cut_into_blocks
 
 
 SIZES = {"vocab_size": 50, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 8, "bos_token_id": 1, "eos_token_id": 2}
@@ -85,8 +85,8 @@ def make_experiment(folder, *callbacks, seen=None, **settings):
         evaluate=lambda trainer: {"figure": 1.0},
         show=lambda model, path: "a sample",
         trainer_arguments={
-            "train_dataset": cut_into_blocks(TokenizedText(tokens, 0), BLOCK),
-            "eval_dataset": cut_into_blocks(TokenizedText(tokens, 0), BLOCK // 2),
+            "train_dataset": cut_into_blocks(tokens, BLOCK),
+            "eval_dataset": cut_into_blocks(tokens, BLOCK // 2),
             "data_collator": collate,
             "callbacks": list(callbacks),
         },
@@ -265,7 +265,8 @@ def test_a_folder_that_cannot_be_written_to(tmp_path):
         make_experiment(tmp_path / "file" / "run").run(("dot",))
 
 
-def test_scorers_may_have_an_optimiser_of_their_own(tmp_path):
+@pytest.mark.parametrize("of_all, of_scorers", ((0.1, 0.0), (0.0, 0.1)))
+def test_scorers_may_have_an_optimiser_of_their_own(of_all, of_scorers, tmp_path):
     groups = {}
 
     class Look(TrainerCallback):
@@ -276,12 +277,15 @@ def test_scorers_may_have_an_optimiser_of_their_own(tmp_path):
                     groups[names[id(parameter)]] = (group["initial_lr"], group["weight_decay"])
 
     experiment = make_experiment(tmp_path, Look())
-    experiment.training.weight_decay = 0.1
-    experiment.scorer_settings = {"scorer_learning_rate": 1e-3, "scorer_weight_decay": 0.0}
+    experiment.training.weight_decay = of_all
+    experiment.scorer_settings = {"scorer_learning_rate": 1e-3, "scorer_weight_decay": of_scorers}
     experiment.run(("neural",))
     scorer = "transformer.h.0.attn.scorer."
-    assert groups[f"{scorer}linear1.weight"] == groups[f"{scorer}linear1.bias"] == (1e-3, 0.0)
-    assert groups["transformer.h.0.attn.c_attn.weight"] == (1e-2, 0.1) and groups["transformer.h.0.ln_1.bias"] == (1e-2, 0.0)
+    assert groups[f"{scorer}linear1.weight"] == (1e-3, of_scorers) and groups[f"{scorer}linear1.bias"] == (1e-3, 0.0)
+    assert groups["transformer.h.0.attn.c_attn.weight"] == (1e-2, of_all) and groups["transformer.h.0.ln_1.bias"] == (
+        1e-2,
+        0.0,
+    )
     assert f"{scorer}linear3.bias" not in groups  # frozen
     parameters = [name for name, each in build_model("neural").named_parameters() if each.requires_grad]
     assert sorted(groups) == sorted(parameters)

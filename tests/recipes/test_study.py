@@ -4,18 +4,21 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from running import RECIPES, run_in
 
-from study import steps_of_same_time
+import study as script
 from study_file import COSTS, Study, file_name, load_costs
-from study_report import CARD, interval, load_results, report, summarize, summary, verdict
+from study_report import CARD, report, summary
+from study_results import difference, interval, load_results, summarize, verdict
 
 
 CARDS = RECIPES.parent / "model_cards"
 SECONDS = {"dot": 2.0, "first layer": 3.0, "longer": 2.0, "unfinished": 1.0}
+WHERE = dict.fromkeys(("cpu", "gpu", "threads", "python", "torch", "transformers"), "x") | {"processes": 1}
 
 
 def make(**fields: Any) -> Study:
@@ -26,32 +29,56 @@ def make(**fields: Any) -> Study:
     return Study(**{**given, **fields})
 
 
+def costs_of(study: Study) -> dict[str, Any]:
+    ratios = {arm: [seconds / 2 - 0.1, seconds / 2, seconds / 2 + 0.1] for arm, seconds in SECONDS.items()}
+    settings = {arm: study.settings(arm) for arm in study.arms}
+    return {"seconds_per_step": SECONDS, "ratios": ratios, "steps": {"longer": 15}, "settings": settings, "environment": WHERE}
+
+
+def record_of(study: Study, arm: str, seed: int, value: float) -> dict[str, Any]:
+    neural = study.arms[arm]["attention"] == "neural"
+    alive = {"layer": "a", "scorers": 4, "dead": 0, "score_std": 0.5}
+    health = {"start": [{**alive, "dead": 1}, alive], "end": [{**alive, "dead": 2}, alive]}
+    steps = 15 if "same_time_as" in study.arms[arm] else 10
+    return {
+        "settings": study.settings(arm),
+        "run": {"seed": seed, "max_steps": steps, "learning_rate": 0.1},
+        "metrics": {"m": value, "v": value + seed, "w": 7.0},
+        "parameters": 10,
+        "scorer_parameters": 2 * neural,
+        "scorer_health": health if neural else {"start": [], "end": []},
+        "steps": steps,
+        "epochs": 1.0,
+        "training_memory": 2**20,
+        "seconds_per_step": 1.25 if neural else 1.0,
+        "train_seconds": 60.0,
+        "environment": WHERE,
+        "config": {"a": 1},
+        "sample": f"sample of seed {seed}",
+        "history": [{"step": 5, "loss": value}, {"step": 10, "loss": value - 0.1}],
+    }
+
+
 def results(study: Study, folder, values: dict[str, list[float]]) -> None:
     folder.mkdir(exist_ok=True)
-    where = dict.fromkeys(("cpu", "gpu", "threads", "python", "torch", "transformers"), "x") | {"processes": 1}
-    (folder / COSTS).write_text(json.dumps({"seconds_per_step": SECONDS, "environment": where}))
+    (folder / COSTS).write_text(json.dumps(costs_of(study)))
     for arm, figures in values.items():
-        neural = study.arms[arm]["attention"] == "neural"
         for seed, value in enumerate(figures):
-            alive = {"layer": "a", "scorers": 4, "dead": 0, "score_std": 0.5}
-            health = {"start": [{**alive, "dead": 1}, alive], "end": [{**alive, "dead": 2}, alive]}
-            record = {"metrics": {"m": value, "v": value + seed, "w": 7.0}, "parameters": 10, "scorer_parameters": 2 * neural}
-            record |= {"scorer_health": health if neural else {"start": [], "end": []}, "steps": 10, "epochs": 1.0}
-            record |= {
-                "training_memory": 2**20,
-                "settings": study.settings(arm),
-                "environment": where,
-                "history": [{"step": 5, "loss": value}, {"step": 10, "loss": value - 0.1}],
-            }
-            record |= {"train_seconds": 60.0, "config": {"a": 1}, "sample": f"sample of seed {seed}"}
-            (folder / file_name(arm, seed)).write_text(json.dumps(record))
+            (folder / file_name(arm, seed)).write_text(json.dumps(record_of(study, arm, seed, value)))
+
+
+def change(path: Path, **fields: Any) -> None:
+    """Changes what was asked of a run."""
+    record = json.loads(path.read_text())
+    record["run"] |= fields
+    path.write_text(json.dumps(record))
 
 
 def test_figures_by_hand(tmp_path):
     study = make()
     results(study, tmp_path, {"dot": [1.0, 2.0, 3.0], "first layer": [0.5, 1.4, 2.6]})
     text = report(study, tmp_path)
-    rows = {row["arm"]: row for row in summarize(study, load_results(study, tmp_path), SECONDS)}
+    rows = {row["arm"]: row for row in summarize(study, load_results(study, tmp_path), costs_of(study))}
     row = rows["first layer"]
     assert row["mean"] == pytest.approx(1.5) and row["difference"] == pytest.approx(-0.5) and row["seeds"] == 3
     # differences -0.5, -0.6, -0.4: standard deviation 0.1, t 4.303
@@ -59,10 +86,25 @@ def test_figures_by_hand(tmp_path):
     assert verdict(study, row) == "better" and verdict(make(lower_is_better=False), row) == "worse"
     assert verdict(study, {**row, "high": 0.1}) == "no difference shown" and verdict(study, rows["dot"]) == ""
     assert row["seconds_per_step"] == 3.0 and row["relative_time"] == 1.5 and "unfinished" not in rows
+    assert row["relative_time_in_training"] == 1.25 and row["relative_training_time"] == 1.5
     assert (row["v"], row["w"]) == (pytest.approx(2.5), 7.0) and rows["dot"]["scorers"] == 0
     assert (row["scorers"], row["dead_at_start"], row["dead_at_end"], row["score_std"]) == (24, 3, 6, 0.5)
     assert "| first layer | 3 | 1.5 |" in text and "| -0.5 |" in text and "Best by `v`: **first layer** (2.5)" in text
-    assert "| 3.000 | 1.50 | 1.50 | 1 | 3 of 24 | 6 of 24 | 0.50 |" in text
+    assert "| 3.000 | 1.50 (1.40 to 1.60) | 1.25 | 1.50 | 1 | 3 of 24 | 6 of 24 | 0.50 |" in text
+    assert "Neural arms beside every" not in text
+
+
+def test_neural_arms_beside_the_other_dot_product_arms(tmp_path):
+    study = make(note="Of a part.")
+    results(study, tmp_path, {"dot": [1.0, 2.0, 3.0], "first layer": [0.5, 1.4, 2.6], "longer": [0.4, 1.4, 2.7]})
+    text, found = report(study, tmp_path), load_results(study, tmp_path)
+    rows = summarize(study, found, costs_of(study))
+    assert difference(study, found, "first layer", "longer")["difference"] == pytest.approx(0.0)
+    assert "| | dot | longer |" in text.replace("|  |", "| |") and "Of a part." in text
+    assert "| first layer | **-0.5 (-0.748 to -0.252)** | " in text and "Of a part." in (tmp_path / f"{CARD}.md").read_text()
+    short = summary(study, found, rows)
+    assert "| to longer (95 %) |" in short and "| longer | 1.5 | -0.5 (" in short and short.endswith("| x 1.50 |")
+    assert "*longer* 1.5, to which it is " in (tmp_path / f"{CARD}.md").read_text()
 
 
 def test_a_report_is_made_of_files_alone(tmp_path):
@@ -76,26 +118,56 @@ def test_a_report_is_made_of_files_alone(tmp_path):
     card = before[f"{CARD}.md"].decode()
     # the best run by v, 0.5, and the baseline of its seed
     assert "| v | 1 | 0.5 | 0.500 |" in card and "sample of seed 0" in card and "*first layer*" in card
-    assert "Digits" in card and "is 1.5 (better, beside *dot*)" in card and "*dot* 2 (3 seeds)" in card
+    assert "Digits" in card and "is 1.5 (better, beside *dot*)" in card and "*dot* 2, to which it is -0.5" in card
+    assert "seconds per step, whole, timed by turns" in card
 
 
 def test_as_many_steps_as_take_the_same_time(tmp_path):
     study = make()
-    assert steps_of_same_time(study, SECONDS) == {"longer": 15}
+    assert study.steps_of_same_time(SECONDS) == {"longer": 15}
+    twice = make(arms={**study.arms, "first layer": {**study.arms["first layer"], "max_steps": 20}})
+    assert twice.steps_of_same_time(SECONDS) == {"longer": 30}
+    # another timing changes none, unless the study asks for something else
+    costs = costs_of(study) | {"steps": {"longer": 77, "gone": 5}}
+    assert script.steps_that_stay(study, costs) == {"longer": 77} and script.steps_that_stay(twice, costs) == {}
     words = study.words("longer", 15)
     assert words[1:3] == ["--max_steps", "15"] and "same_time_as" not in " ".join(words)
     assert study.timed_as("longer") == "dot" and study.timed_as("first layer") == "first layer"
     # the second is the first with another optimiser for its scorers
-    assert make(arms={**study.arms, "b": {"attention": "neural", "scorer_weight_decay": 0.0}}).timed_as("b") == "first layer"
+    for other in ({"scorer_weight_decay": 0.0}, {"learning_rate": 1.0}, {"max_steps": 5}):
+        assert make(arms={**study.arms, "b": {"attention": "neural", **other}}).timed_as("b") == "first layer"
+    assert make(arms={**study.arms, "b": {"attention": "neural", "neural_proj_dim": 4}}).timed_as("b") == "b"
 
 
 def test_results_of_another_study_are_refused(tmp_path):
     results(make(), tmp_path, {"dot": [1.0], "first layer": [2.0]})
     with pytest.raises(SystemExit, match=r"dot-0.json is of a run with .*'max_steps': 10.* now asks for .*'max_steps': 11"):
         report(make(flags={"max_steps": 11}), tmp_path)
-    (tmp_path / COSTS).unlink()
-    with pytest.raises(SystemExit, match=r"costs.json has not the arms of the study n: run the study, or --time_only"):
+    costs = costs_of(make())
+    costs["settings"]["longer"]["same_time_as"] = "dot"
+    (tmp_path / COSTS).write_text(json.dumps(costs))
+    with pytest.raises(SystemExit, match=r"costs.json is not of the study n as it now is: run the study, or --time_only"):
         report(make(), tmp_path)
+    results(make(metric="accuracy"), tmp_path, {})
+    with pytest.raises(SystemExit, match=r"dot-0.json has no 'accuracy'; the study can have m, v, w\."):
+        report(make(metric="accuracy"), tmp_path)
+
+
+def test_runs_that_cannot_be_compared_are_refused(tmp_path):
+    study = make()
+    results(study, tmp_path, {"dot": [1.0], "first layer": [2.0], "longer": [1.0]})
+    report(study, tmp_path)
+    path = tmp_path / file_name("first layer", 0)
+    change(path, learning_rate=0.2)
+    with pytest.raises(
+        SystemExit, match=r"first-layer-0.json is of a run with \{'learning_rate': 0.2\}, dot-0.json of one with"
+    ):
+        report(study, tmp_path)
+    change(path, learning_rate=0.1, max_steps=9)
+    with pytest.raises(
+        SystemExit, match=r"first-layer-0.json is of a run with \{'max_steps': 9\}, for which the study does not"
+    ):
+        report(study, tmp_path)
 
 
 def test_an_arm_with_fewer_seeds_is_not_the_best(tmp_path):
@@ -107,7 +179,7 @@ def test_an_arm_with_fewer_seeds_is_not_the_best(tmp_path):
 def test_pairs_are_of_the_same_seed(tmp_path):
     study = make()
     results(study, tmp_path, {"dot": [1.0], "first layer": [2.0, 9.0]})
-    rows = summarize(study, load_results(study, tmp_path), SECONDS)
+    rows = summarize(study, load_results(study, tmp_path), costs_of(study))
     assert rows[1]["difference"] == 1.0 and rows[1]["low"] is None and rows[1]["mean"] == 5.5
     assert interval([1.0]) is None
 
@@ -123,6 +195,12 @@ def test_studies_that_are_none(tmp_path):
     path.write_text(f"{{{given}, arms: {{a: {{attention: dot}}, b: {{attention: dot, same_time_as: c}}}}}}")
     with pytest.raises(SystemExit, match="'b' is to take the same time as 'c', which must be an arm"):
         Study.load(path)
+    path.write_text(f"{{{given}, arms: {{a: }}}}")
+    with pytest.raises(SystemExit, match="'a' must say `attention: dot` or `attention: neural`"):
+        Study.load(path)
+    path.write_text(f"{{{given}, arms: {{a: {{attention: dot}}}}}}".replace("[0]", "3"))
+    with pytest.raises(SystemExit, match="`seeds` is 3; expected a list"):
+        Study.load(path)
     path.write_text(f"{{{given}, arms: {{b: {{attention: dot}}}}}}")
     with pytest.raises(SystemExit, match="baseline 'a' is none of the arms, b"):
         Study.load(path)
@@ -133,13 +211,72 @@ def test_studies_that_are_none(tmp_path):
     with pytest.raises(SystemExit, match=r"'a' and 'a\.' would have the same file names"):
         Study.load(path)
     path.write_text(f"{{{given}, arms: }}")
-    with pytest.raises(SystemExit, match="baseline 'a' is none of the arms"):
+    with pytest.raises(SystemExit, match="`arms` is None; expected a dict"):
         Study.load(path)
-    path.write_text(f"{{{given}, arms: }}".replace("recipe: language_modeling.py", "recipe: quantize.py"))
+    path.write_text(f"{{{given}, arms: {{}}}}".replace("recipe: language_modeling.py", "recipe: quantize.py"))
     with pytest.raises(SystemExit, match=r"the recipe is 'quantize\.py'; expected language_modeling\.py or"):
         Study.load(path)
     with pytest.raises(SystemExit, match="no finished run"):
         report(make(), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "arm, more, message",
+    (
+        ({"neural_size": 4}, [], r"The arm 'b' is no run of image_classification.py: .*'--neural_size', '4'"),
+        ({"neural_proj_dim": 4}, ["--max_steps=5"], "--max_steps=5: this is the study's to say"),
+        ({"neural_proj_dim": 4}, ["--output-dir", "a"], "--output-dir: this is the study's to say"),
+    ),
+)
+def test_words_that_no_run_has_are_refused_before_the_first(arm, more, message):
+    study = make(config="configs/cifar10-small.yaml", arms={"dot": {"attention": "dot"}, "b": {"attention": "neural", **arm}})
+    with pytest.raises(SystemExit, match=message):
+        script.check_words(study, more)
+
+
+def test_a_study_that_is_stopped_goes_on_with_what_is_missing(tmp_path, monkeypatch, capsys):
+    study, started = make(config="configs/cifar10-small.yaml", seeds=[0, 1]), []
+    del study.arms["unfinished"]
+    (tmp_path / "n.yaml").write_text(json.dumps({name: value for name, value in vars(study).items() if name != "name"}))
+    results(study, tmp_path / "results", {})
+
+    def run(command: list[str], check: bool) -> SimpleNamespace:
+        """A run that leaves what runs leave, or is killed."""
+        output = Path(command[command.index("--output_dir") + 1])
+        started.append((output.name, command[command.index("--max_steps") + 1]))
+        if len(started) == 3:
+            return SimpleNamespace(returncode=-9)
+        arm, seed = next((arm, seed) for arm, seed in study.runs() if file_name(arm, seed) == f"{output.name}.json")
+        record = record_of(study, arm, seed, 1.0 + seed)
+        folder = output / study.arms[arm]["attention"]
+        folder.mkdir(parents=True)
+        (output / "run.json").write_text(json.dumps(record["run"] | {"dataset_name": str(tmp_path)}))
+        (output / "comparison.json").write_text(json.dumps({"environment": record["environment"]}))
+        (folder / "results.json").write_text(json.dumps(record))
+        return SimpleNamespace(returncode=0)
+
+    def start(*flags: str) -> None:
+        words = ["study.py", "n.yaml", "--results", "results", "--runs", "runs", *flags]
+        monkeypatch.setattr(sys, "argv", words)
+        script.main()
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(script.subprocess, "run", run)
+    with pytest.raises(SystemExit, match=r"(?s)'longer' with seed 0 failed: .*Run the study again to go on"):
+        start("--seeds", "0")
+    start("--arms", "longer", "dot")
+    assert started == [
+        ("dot-0", "10"),
+        ("first-layer-0", "10"),
+        *[("longer-0", "15")] * 2,
+        ("dot-1", "10"),
+        ("longer-1", "15"),
+    ]
+    assert "| longer | 2 |" in capsys.readouterr().out
+    record = json.loads((tmp_path / "results/longer-1.json").read_text())
+    assert record["run"]["dataset_name"] == tmp_path.name and record["seed"] == 1
+    with pytest.raises(SystemExit, match=r"--seeds 7: the study has 0, 1\."):
+        start("--seeds", "7", "0")
 
 
 @pytest.mark.slow
@@ -159,24 +296,26 @@ def test_a_study_runs_and_goes_on(tmp_path):
     assert seconds.keys() == arms.keys() and min(seconds.values()) > 0 and seconds["dot"] == seconds["dot, longer"]
     longer = json.loads((tmp_path / "results" / file_name("dot, longer", 0)).read_text())
     assert longer["steps"] == costs["steps"]["dot, longer"] == round(2 * seconds["neural 2"] / seconds["dot"])
-    # what is missing is run again, here by two processes, and only what is missing
-    (tmp_path / "results" / file_name("neural 2", 0)).unlink()
-    # a study that has got an arm since is timed again, and steps that runs have had stay
-    for arm in ("seconds_per_step", "steps"):
-        costs[arm] = {"dot, longer": 77} if arm == "steps" else {"dot": 1.0}
-    (tmp_path / "results" / COSTS).write_text(json.dumps(costs))
-    shutil.rmtree(tmp_path / "runs/studies/s/neural-2-0")
-    two = f"{sys.executable} -m torch.distributed.run --nproc_per_node 2"
-    said = run_in(tmp_path, "study.py", "s.yaml", "--results", "results", "--launcher", two, "--ddp_backend", "gloo")
-    assert "neural: training from the start" in said and "dot, seed" not in said and "longer, seed" not in said
-    assert load_costs(tmp_path / "results")["steps"] == {"dot, longer": 77}
-    record = json.loads((tmp_path / "results" / file_name("neural 2", 0)).read_text())
-    assert record["training_memory"] > 2**16 and record["environment"]["processes"] == 2
-    assert record["settings"]["scorer_weight_decay"] == 0.0
-    assert record["environment"]["torch"] and record["scorer_health"]["end"][0]["scorers"] == 1
     before = (tmp_path / "results/report.md").read_text()
     run_in(tmp_path, "study.py", "s.yaml", "--results", "results", "--report_only")
     assert (tmp_path / "results/report.md").read_text() == before
+    # by two processes, whose batch is twice as large; a changed study is timed again, and steps that were settled stay
+    del costs["settings"]["dot"]
+    costs["steps"]["dot, longer"] = 77
+    (tmp_path / "spread").mkdir()
+    (tmp_path / "spread" / COSTS).write_text(json.dumps(costs))
+    two = f"{sys.executable} -m torch.distributed.run --nproc_per_node 2"
+    flags = ("--arms", "neural 2", "--runs", "more", "--launcher", two, "--ddp_backend", "gloo")
+    said = run_in(tmp_path, "study.py", "s.yaml", "--results", "spread", *flags)
+    assert "neural: training from the start" in said and "dot, seed" not in said and "longer, seed" not in said
+    assert load_costs(tmp_path / "spread")["steps"] == {"dot, longer": 77}
+    record = json.loads((tmp_path / "spread" / file_name("neural 2", 0)).read_text())
+    assert record["training_memory"] > 2**16 and record["environment"]["processes"] == 2
+    assert record["settings"]["scorer_weight_decay"] == 0.0
+    assert record["environment"]["torch"] and record["scorer_health"]["end"][0]["scorers"] == 1
+    shutil.copy(tmp_path / "spread" / file_name("neural 2", 0), tmp_path / "results")
+    said = run_in(tmp_path, "study.py", "s.yaml", "--results", "results", "--report_only", fails=True)
+    assert "neural-2-0.json is of a run with {'processes': 2}, dot-0.json of one with {'processes': 1}" in said
 
 
 def committed_studies() -> list[Path]:
@@ -204,15 +343,15 @@ def test_committed_reports_are_those_of_the_committed_runs(path, tmp_path):
     run_in(tmp_path, "study.py", str(path), "--results", copy.name, "--report_only")
     for name in ("report.md", "report.csv", f"{CARD}.md"):
         assert (copy / name).read_text() == (folder / name).read_text()
-    rows = summarize(study, load_results(study, folder), load_costs(folder)["seconds_per_step"])
-    assert summary(study, rows) in (CARDS.parent / "README.md").read_text()
+    found = load_results(study, folder)
+    rows = summarize(study, found, load_costs(folder))
+    assert summary(study, found, rows) in (CARDS.parent / "README.md").read_text()
     for name in ("report.png", "curves.png"):
         assert (copy / name).stat().st_size > 10_000 and (folder / name).exists()
     # the control has as many parameters as the largest scorers bring, and not many more
-    found = load_results(study, folder)
-    sizes = {arm: next(iter(runs.values()))["parameters"] for arm, runs in found.items()}
-    scorers = max(next(iter(runs.values()))["scorer_parameters"] for runs in found.values())
-    assert scorers <= sizes["dot, more parameters"] - sizes["dot"] <= 1.05 * scorers
+    sizes, scorers = ({row["arm"]: row[name] for row in rows} for name in ("parameters", "scorer_parameters"))
+    if (control := "dot, more parameters") in study.arms:
+        assert max(scorers.values()) <= sizes[control] - sizes["dot"] <= 1.05 * max(scorers.values())
 
 
 @pytest.mark.parametrize("path", sorted((RECIPES / "studies").glob("*.yaml")), ids=lambda path: path.stem)

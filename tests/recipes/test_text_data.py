@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from datasets import Dataset
 
-from text_data import TextArguments, TokenizedText, cut_into_blocks, load_text, load_tokenizer, tokenize
+from text_data import TextArguments, cut_into_blocks, load_text, load_tokenizer, tokenize
 
 
 LINES = [f"line {index} of the text .\n" for index in range(40)]
@@ -87,20 +87,28 @@ def test_tokens_in_order_and_words_with_line_ends():
     tokenizer = load_tokenizer(arguments, None, load_text(arguments))
     text = tokenize(Dataset.from_dict({"text": LINES}), "text", tokenizer)
     assert tokenizer.decode(text.tokens) == "".join(LINES)
-    assert text.num_words == 40 * (6 + 1)
+    assert text.tokens_per_word() == len(text.tokens) / (40 * (6 + 1))
 
 
 def test_line_ends_are_no_words_to_a_tokenizer_that_drops_them(tmp_path):
     (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "b"]))
     tokenizer = load_tokenizer(TextArguments(tokenizer_name=str(tmp_path)), None, {})
     text = tokenize(Dataset.from_dict({"text": ["a b\n", "a\n"]}), "text", tokenizer)
-    assert (text.tokens.tolist(), text.num_words, text.tokens_per_word) == ([5, 6, 5], 3, 1.0)
+    assert (text.tokens.tolist(), text.tokens_per_word()) == ([5, 6, 5], 1.0)
+
+
+def test_tokens_per_word_of_a_part_are_those_of_that_part(tmp_path):
+    (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "##b"]))
+    tokenizer = load_tokenizer(TextArguments(tokenizer_name=str(tmp_path)), None, {})
+    text = tokenize(Dataset.from_dict({"text": ["a a a", "", "abbb"]}), "text", tokenizer)
+    assert [text.tokens_per_word(limit) for limit in (3, 7, None)] == [1.0, 7 / 4, 7 / 4]
+    assert text.tokens_per_word(5) == 5 / 3.5  # half of the last text
+    assert text.tokens_per_word(0) is None
 
 
 def test_blocks_hold_all_tokens_but_the_last_few():
-    text = TokenizedText(np.arange(23), num_words=0)
-    blocks = cut_into_blocks(text, 5)
+    blocks = cut_into_blocks(np.arange(23), 5)
     assert blocks["input_ids"][:].flatten().tolist() == list(range(20))
-    assert cut_into_blocks(text, 5, limit=2).num_rows == 2
+    assert cut_into_blocks(np.arange(23), 5, limit=2).num_rows == 2
     with pytest.raises(SystemExit, match="23 tokens, less than one block of --block_size 24"):
-        cut_into_blocks(text, 24)
+        cut_into_blocks(np.arange(23), 24)
