@@ -88,7 +88,7 @@ def evaluation(trainer: Trainer, experiment: Experiment) -> float:
         with trainer.accelerator.autocast():
             model(**batch).loss.item()
         seconds.append(time.perf_counter() - started)
-    return min(seconds) * count / min(count, size)
+    return statistics.median(seconds) * count / min(count, size)
 
 
 def operations(experiment: Experiment) -> float:
@@ -108,7 +108,9 @@ def total_steps(experiment: Experiment) -> tuple[int, int]:
     batches = math.ceil(len(experiment.trainer_arguments["train_dataset"]) / training.per_device_train_batch_size)
     per_epoch = math.ceil(batches / training.gradient_accumulation_steps)
     steps = training.max_steps if training.max_steps > 0 else math.ceil(training.num_train_epochs * per_epoch)
-    every = {"steps": training.eval_steps or training.logging_steps, "epoch": per_epoch, "no": math.inf}
+    between = training.eval_steps or training.logging_steps
+    between = between if between >= 1 else math.ceil(between * steps)  # a share of the run, as for Trainer
+    every = {"steps": between, "epoch": per_epoch, "no": math.inf}
     return steps, int(steps / every[IntervalStrategy(training.eval_strategy).value])
 
 

@@ -1,4 +1,4 @@
-"""Score functions that no dot product can represent, fitted by a dot product and by Neural Attention. Takes two minutes.
+"""Score functions that no dot product can represent, fitted by a dot product and by Neural Attention. Takes half a minute.
 
     python recipes/expressiveness.py --output model_cards/expressiveness
 
@@ -6,11 +6,12 @@ The paper (section 3) says that a network can score pairs as no dot product can.
 uniform in [-1, 1], and each score function is fitted by
 
 - a dot product of learned projections `(a q + b) . (c k + d)`, of width 1 to 8: whatever the width, that is
-  `w0 + w1 q + w2 k + w3 q k`, so its least error is known: the distance to the span of those four functions;
+  `w0 + w1 q + w2 k + w3 q k`, so its least error is known;
 - a `NeuralScorer` with hidden layers of four and two times that width.
 
-Errors are root mean squares, divided by the standard deviation of the scores: 1 is what a constant has. The last column, the
-tail of the singular values, is what a dot product of any embeddings, however nonlinear, must miss at that width.
+A softmax sees scores less the mean of their row, the query's, and so do fits and errors here. Errors are root mean squares,
+divided by the standard deviation of the scores within rows: 1 is what uniform attention has. The last column, the tail of the
+singular values, is what a dot product of any embeddings, however nonlinear, must miss at that width.
 """
 
 import argparse
@@ -20,7 +21,8 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
-from torch import nn
+from torch import nn, vmap
+from torch.func import functional_call, stack_module_state
 
 from experiment import write_json
 from hf_neural_attention import NeuralScorer
@@ -36,19 +38,18 @@ FUNCTIONS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "product, q k": lambda q, k: q * k,
 }
 WIDTHS = (1, 2, 4, 8)
-GRID, STEPS, RESTARTS = 64, 1000, 3
+GRID, STEPS, RESTARTS = 32, 1000, 3
 
 
 class DotProduct(nn.Module):
-    """`(a q + b) . (c k + d) + e` of a width."""
+    """`(a q + b) . (c k + d)` of a width."""
 
     def __init__(self, width: int):
         super().__init__()
         self.q_proj, self.k_proj = nn.Linear(1, width), nn.Linear(1, width)
-        self.bias = nn.Parameter(torch.zeros(()))
 
     def forward(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-        return self.q_proj(query) @ self.k_proj(key).T + self.bias
+        return self.q_proj(query) @ self.k_proj(key).T
 
 
 class Network(nn.Module):
@@ -57,62 +58,77 @@ class Network(nn.Module):
     def __init__(self, width: int):
         super().__init__()
         self.scorer = NeuralScorer(1, proj_dim=1, hidden_dims=(4 * width, 2 * width), init="paper")
-        self.bias = nn.Parameter(torch.zeros(()))
 
     def forward(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-        return reference_scores(query[None, None], key[None, None], self.scorer.weights())[0, 0] + self.bias
+        return reference_scores(query[None, None], key[None, None], self.scorer.weights())[0, 0]
 
 
-def fit(model: nn.Module, query: torch.Tensor, key: torch.Tensor, target: torch.Tensor) -> float:
-    """Relative error after training."""
-    optimizer = torch.optim.Adam([each for each in model.parameters() if each.requires_grad], lr=0.02)
+def parameters_of(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def fit(kind: type[nn.Module], width: int, query: torch.Tensor, key: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Relative errors `[functions]` of the best of some fits each, all at once, to targets `[functions, queries, keys]`."""
+    torch.manual_seed(0)
+    models = [kind(width) for _ in range(RESTARTS * len(targets))]
+    parameters, buffers = stack_module_state(models)
+    wanted = centred(targets).repeat(RESTARTS, 1, 1)
+
+    def scores() -> torch.Tensor:
+        return centred(vmap(lambda *state: functional_call(models[0], state, (query, key)))(parameters, buffers))
+
+    optimizer = torch.optim.Adam([each for each in parameters.values() if each.requires_grad], lr=0.02)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
     for _ in range(STEPS):
         optimizer.zero_grad()
-        (model(query, key) - target).square().mean().backward()
+        (scores() - wanted).square().mean((1, 2)).sum().backward()
         optimizer.step()
         schedule.step()
     with torch.no_grad():
-        return relative_error(model(query, key), target)
+        return relative_error(scores(), wanted).view(RESTARTS, -1).amin(0)
 
 
-def relative_error(scores: torch.Tensor, target: torch.Tensor) -> float:
-    return ((scores - target).square().mean().sqrt() / target.std(correction=0)).item()
+def centred(scores: torch.Tensor) -> torch.Tensor:
+    """Less the mean of each row."""
+    return scores - scores.mean(-1, keepdim=True)
+
+
+def relative_error(scores: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Of centred scores `[..., queries, keys]`: the root of their mean square, to that of the target."""
+    return ((scores - target).square().mean((-1, -2)) / target.square().mean((-1, -2))).sqrt()
 
 
 def least_error_of_projections(query: torch.Tensor, key: torch.Tensor, target: torch.Tensor) -> float:
-    """Of the span of 1, q, k and q k: dot products of linear projections, of any width from 2 on."""
+    """Of the span of k and q k: all that a dot product of linear projections of any width holds beside constants of a row."""
     q, k = torch.meshgrid(query[:, 0].double(), key[:, 0].double(), indexing="ij")
-    basis = torch.stack([torch.ones_like(q), q, k, q * k], dim=-1).flatten(0, 1)
-    solution = torch.linalg.lstsq(basis, target.double().flatten()[:, None]).solution
-    return relative_error((basis @ solution)[:, 0].view_as(target), target.double())
+    wanted = centred(target.double())
+    basis = torch.stack([centred(k), centred(q * k)], dim=-1).flatten(0, 1)
+    solution = torch.linalg.lstsq(basis, wanted.flatten()[:, None]).solution
+    return relative_error((basis @ solution)[:, 0].view_as(wanted), wanted).item()
 
 
 def least_error_of_embeddings(target: torch.Tensor, width: int) -> float:
-    """Of dot products of any embeddings of this width plus a constant, which is a matrix of rank `width + 1` at most: what the
-    singular values beyond hold (Eckart and Young 1936)."""
-    values = torch.linalg.svdvals(target.double())[width + 1 :]
-    return (values.square().sum().sqrt() / target.numel() ** 0.5 / target.double().std(correction=0)).item()
+    """Of dot products of any embeddings of this width, which make a matrix of that rank: what the singular values beyond hold
+    (Eckart and Young 1936)."""
+    values = torch.linalg.svdvals(centred(target.double()))
+    return (values[width:].square().sum() / values.square().sum()).sqrt().item()
 
 
 def measure() -> list[dict[str, Any]]:
     query = key = torch.linspace(-1, 1, GRID)[:, None] + 1e-3  # no ties
+    targets = torch.stack([function(query, key.T) for function in FUNCTIONS.values()])
     rows = []
-    for name, function in FUNCTIONS.items():
-        target = function(query, key.T).contiguous()
-        for width in WIDTHS:
+    for width in WIDTHS:
+        kinds: dict[str, type[nn.Module]] = {"dot_product": DotProduct, "network": Network}
+        errors = {label: fit(kind, width, query, key, targets).tolist() for label, kind in kinds.items()}
+        for index, name in enumerate(FUNCTIONS):
             row: dict[str, Any] = {"function": name, "width": width}
-            for label, kind in (("dot_product", DotProduct), ("network", Network)):
-                errors = []
-                for seed in range(RESTARTS):
-                    torch.manual_seed(seed)
-                    errors.append(fit(kind(width), query, key, target))
-                row[label] = min(errors)
-            row["least_of_projections"] = least_error_of_projections(query, key, target)
-            row["least_of_embeddings"] = least_error_of_embeddings(target, width)
+            for label, kind in kinds.items():
+                row |= {label: errors[label][index], f"parameters_of_{label}": parameters_of(kind(width))}
+            row["least_of_projections"] = least_error_of_projections(query, key, targets[index])
+            row["least_of_embeddings"] = least_error_of_embeddings(targets[index], width)
             rows.append(row)
-            print(f"{name}, width {width}: dot product {row['dot_product']:.3f}, network {row['network']:.3f}", flush=True)
-    return rows
+    return sorted(rows, key=lambda row: list(FUNCTIONS).index(row["function"]))
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
@@ -136,13 +152,19 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
+    """With the number of parameters in brackets."""
     lines = [
         "| score function | width | dot product | least possible | Neural Attention | any embeddings: least possible |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for row in rows:
-        figures = (row[name] for name in ("dot_product", "least_of_projections", "network", "least_of_embeddings"))
-        lines.append(f"| {row['function']} | {row['width']} | " + " | ".join(f"{figure:.3f}" for figure in figures) + " |")
+        cells = [
+            f"{row['dot_product']:.3f} ({row['parameters_of_dot_product']})",
+            f"{row['least_of_projections']:.3f}",
+            f"{row['network']:.3f} ({row['parameters_of_network']})",
+            f"{row['least_of_embeddings']:.3f}",
+        ]
+        lines.append(f"| {row['function']} | {row['width']} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -161,8 +183,8 @@ def main() -> None:
         text = (
             f"# What a dot product cannot score\n\n{explanation}\n\n{table(rows)}\n\n"
             f"![Relative error against width]({arguments.output.name}.png)\n\n"
-            f"The best of {RESTARTS} starts, {STEPS} steps each, on a grid of {GRID} x {GRID}. By `{command_line()}`, torch "
-            f"{where['torch']}, {where['cpu']}.\n"
+            f"In brackets: parameters. The best of {RESTARTS} starts, {STEPS} steps each, on a grid of {GRID} x {GRID}. By "
+            f"`{command_line()}`, torch {where['torch']}, {where['cpu']}.\n"
         )
         arguments.output.with_suffix(".md").write_text(text)
 

@@ -5,7 +5,8 @@
 
 MODEL is a folder or a name on the Hub: a neural model of this package, or a patched one that was saved whole. Written are
 NAME-attention.png (each layer's and head's attention; for an image that of the class token, over the picture),
-NAME-surface.png (each neural layer's scores against its queries and keys, beside the dot product's) and NAME-health.png.
+NAME-surface.png (one head's scores in each neural layer against its queries and keys, beside the dot product's) and
+NAME-health.png.
 """
 
 import argparse
@@ -22,16 +23,19 @@ from hf_neural_attention import analysis, from_pretrained
 
 
 STANDARD_DEVIATIONS = 3.0
+LABELLED = 60  # tokens, at most, that are named at a map's sides
+MAP, ALL_MAPS = 10.0, 80.0  # inches that one map and a row of them may have
 
 
 def draw_maps(maps: tuple[torch.Tensor, ...], tokens: list[str]) -> Figure:
     """Queries against keys: a row per layer, a column per head."""
     shape = (len(maps), maps[0].shape[1])
-    size = max(2.5, 0.16 * len(tokens) + 1.2)
+    size = min(max(2.5, 0.16 * len(tokens) + 1.2), MAP, ALL_MAPS / max(shape))
+    names = tokens if len(tokens) <= LABELLED else None
     figure = Figure(figsize=(size * shape[1], size * shape[0]), layout="constrained")
     axes = figure.subplots(*shape, squeeze=False)
     for (layer, head), axis in np.ndenumerate(axes):
-        analysis.draw_attention(maps[layer][0, head], tokens, axis, f"layer {layer}, head {head}")
+        analysis.draw_attention(maps[layer][0, head], names, axis, f"layer {layer}, head {head}")
     return figure
 
 
@@ -54,19 +58,30 @@ def principal(vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, float]
     return mean, directions[0], float(sizes[0]) / len(flat) ** 0.5
 
 
-def draw_surfaces(model: Any, inputs: dict[str, torch.Tensor]) -> Figure:
+def draw_surfaces(model: Any, inputs: dict[str, torch.Tensor], head: int) -> Figure:
     """A column per neural layer: around the mean query and key, along the directions in which they spread most."""
     seen = analysis.queries_and_keys(model, **inputs)
+    heads = min(queries.shape[1] for queries, *_ in seen.values())
+    if not 0 <= head < heads:
+        raise ValueError(f"--head is {head}; expected 0 to {heads - 1}, which all neural layers have.")
     figure = Figure(figsize=(3.6 * len(seen), 6.4), layout="constrained")
     axes = figure.subplots(2, len(seen), squeeze=False)
-    for column, (name, (queries, keys)) in zip(axes.T, seen.items(), strict=True):
-        query, along_query, query_std = principal(queries[:, 0])  # of head 0
-        key, along_key, key_std = principal(keys[:, 0])
+    for column, (name, (queries, keys, scaling)) in zip(axes.T, seen.items(), strict=True):
+        query, along_query, query_std = principal(queries[:, head])
+        key, along_key, key_std = principal(keys[:, head])
         extent = STANDARD_DEVIATIONS * max(query_std, key_std)
-        scorer = model.get_submodule(name).scorer
-        surface = analysis.score_surface(scorer, along_query, along_key, query=query, key=key, extent=extent)
+        surface = analysis.score_surface(
+            model.get_submodule(name).scorer,
+            along_query,
+            along_key,
+            query=query,
+            key=key,
+            head=head,
+            scaling=scaling,
+            extent=extent,
+        )
         for axis, title in zip(analysis.draw_surface(surface, column), ("network", "dot product"), strict=True):
-            axis.set_title(f"{name}, head 0:\n{title}", fontsize=9)
+            axis.set_title(f"{name}, head {head}:\n{title}", fontsize=9)
     return figure
 
 
@@ -90,6 +105,7 @@ def main() -> None:
     given = parser.add_mutually_exclusive_group(required=True)
     given.add_argument("--text")
     given.add_argument("--image", type=Path)
+    parser.add_argument("--head", type=int, default=0, help="Whose scores are drawn as surfaces. Default: 0.")
     parser.add_argument("--output", type=Path, required=True, help="Beginning of the pictures' names.")
     arguments = parser.parse_args()
     tokens: list[str] = []
@@ -101,16 +117,16 @@ def main() -> None:
         else:
             image = PIL.Image.open(arguments.image).convert("RGB")
             inputs = dict(AutoImageProcessor.from_pretrained(arguments.model, backend="pil")(image, return_tensors="pt"))
+        health = analysis.scorer_health(model, **inputs)
+        print(health)
+        maps = analysis.attention_maps(model, **inputs)
+        pictures = {
+            "attention": draw_maps(maps, tokens) if image is None else draw_maps_over(maps, image),
+            "surface": draw_surfaces(model, inputs, arguments.head),
+            "health": draw_health(health),
+        }
     except (OSError, ValueError) as error:
         raise SystemExit(str(error)) from None
-    health = analysis.scorer_health(model, **inputs)
-    print(health)
-    maps = analysis.attention_maps(model, **inputs)
-    pictures = {
-        "attention": draw_maps(maps, tokens) if image is None else draw_maps_over(maps, image),
-        "surface": draw_surfaces(model, inputs),
-        "health": draw_health(health),
-    }
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     for name, figure in pictures.items():
         path = arguments.output.with_name(f"{arguments.output.name}-{name}.png")

@@ -1,5 +1,6 @@
 """Text for the language modelling recipe: loading, tokenizing, cutting into blocks."""
 
+import copy
 import hashlib
 import os
 from dataclasses import dataclass, field
@@ -9,7 +10,8 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset, DatasetDict, load_dataset
-from transformers import AutoTokenizer, BertTokenizer, GPT2Tokenizer, PreTrainedTokenizerBase
+from tokenizers import processors
+from transformers import AutoTokenizer, BertTokenizer, GPT2Tokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from hub_data import load_hub_dataset
 
@@ -132,9 +134,20 @@ def load_tokenizer(arguments: TextArguments, checkpoint: str | None, splits: Dat
         for file, tokenizer_class in bare.items():
             if (folder / file).exists():
                 cased = {"do_lower_case": False} if tokenizer_class is BertTokenizer and "uncased" not in name else {}
-                return tokenizer_class.from_pretrained(name, **cased)
+                return without_additions(tokenizer_class.from_pretrained(name, **cased))
         raise SystemExit(f"The folder {name} has no tokenizer: expected tokenizer.json, vocab.json or vocab.txt.")
-    return AutoTokenizer.from_pretrained(name)
+    return without_additions(AutoTokenizer.from_pretrained(name))
+
+
+def without_additions(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """Without the [CLS], [SEP] and segment ids that BERT's tokenizer adds to a text: a GPT-2 is not trained with them, and
+    adds up segment ids as if they were tokens. Others are returned as they are."""
+    if "token_type_ids" not in tokenizer.model_input_names:
+        return tokenizer
+    backend = copy.deepcopy(tokenizer.backend_tokenizer)
+    backend.post_processor = processors.Sequence([])
+    names = [name for name in tokenizer.model_input_names if name != "token_type_ids"]
+    return PreTrainedTokenizerFast(tokenizer_object=backend, model_input_names=names, **tokenizer.special_tokens_map)
 
 
 @dataclass

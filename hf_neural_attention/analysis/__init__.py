@@ -5,11 +5,12 @@ from .drawing import draw_attention, draw_attention_over_image, draw_health, dra
 from .health import LayerHealth, ScorerHealth, scorer_health
 from .maps import attention_maps, attention_over_image
 from .surface import ScoreSurface, score_surface
-from .watching import queries_and_keys
+from .watching import QueriesAndKeys, queries_and_keys
 
 
 __all__ = [
     "LayerHealth",
+    "QueriesAndKeys",
     "ScoreSurface",
     "ScorerHealth",
     "ScorerHealthCallback",

@@ -3,6 +3,9 @@
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_map_only
+
+from ..patching.probing import left_as_it_was, unwrap
 
 
 @torch.no_grad()
@@ -12,7 +15,7 @@ def attention_maps(model: Any, **inputs: Any) -> tuple[torch.Tensor, ...]:
     The model runs once in evaluation mode under "eager" attention, which holds the weights, and is left as it was.
 
     Args:
-        model (`PreTrainedModel`): One with a single stack of layers.
+        model (`PreTrainedModel`): One with a single stack of layers; by itself, compiled, or wrapped for training in parallel.
         inputs: for its forward.
 
     Returns:
@@ -21,16 +24,18 @@ def attention_maps(model: Any, **inputs: Any) -> tuple[torch.Tensor, ...]:
     Raises:
         ValueError: if the model gives no attention weights.
     """
-    implementation, training = model.config._attn_implementation, model.training
-    try:
-        model.set_attn_implementation("eager")
-        outputs = model.eval()(**inputs, output_attentions=True)
-    finally:
-        model.set_attn_implementation(implementation)
-        model.train(training)
+    base: Any = unwrap(model)
+    implementation = base.config._attn_implementation
+    with left_as_it_was(base) as device:
+        inputs = tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), inputs)
+        try:
+            base.set_attn_implementation("eager")
+            outputs = base(**inputs, output_attentions=True)
+        finally:
+            base.set_attn_implementation(implementation)
     found = outputs.get("attentions")
     if not found or any(weights is None for weights in found):
-        raise ValueError(f"This {type(model).__name__} gives no attention weights of one stack of layers (`attentions`).")
+        raise ValueError(f"This {type(base).__name__} gives no attention weights of one stack of layers (`attentions`).")
     return tuple(found)
 
 

@@ -26,6 +26,7 @@ def score_surface(
     query: torch.Tensor | None = None,
     key: torch.Tensor | None = None,
     head: int = 0,
+    scaling: float | None = None,
     extent: float = 3.0,
     steps: int = 61,
 ) -> ScoreSurface:
@@ -36,6 +37,7 @@ def score_surface(
         query_direction, key_direction: `[head_dim]`, made of unit length. Default: the first row of the scorer's projection,
             along which it sees most of what it sees first.
         query, key: `[head_dim]`, where the grid is centred. Default: zero.
+        scaling: of the dot product beside it. Default: `1 / sqrt(head_dim)`.
         extent: in lengths of the directions.
         steps: along each side.
     """
@@ -50,4 +52,5 @@ def score_surface(
     queries = centre_query + line[:, None] * along_query / along_query.norm()
     keys = centre_key + line[:, None] * along_key / along_key.norm()
     network = reference_scores(queries[None, None], keys[None, None], weights)[0, 0]
-    return ScoreSurface(line, line, network, queries @ keys.T / math.sqrt(scorer.head_dim))
+    scaling = 1.0 / math.sqrt(scorer.head_dim) if scaling is None else scaling
+    return ScoreSurface(line, line, network, queries @ keys.T * scaling)

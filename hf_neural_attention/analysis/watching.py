@@ -1,7 +1,7 @@
 """One forward of a model in which every neural layer is looked at on its way."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils._pytree import tree_map_only
@@ -69,8 +69,16 @@ AttentionInterface.register(WATCH_NAME, watch_call)
 AttentionMaskInterface.register(WATCH_NAME, sdpa_mask)
 
 
-def queries_and_keys(model: Any, **inputs: Any) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """What every neural layer's scorer sees of some inputs: queries and keys `[batch, heads, tokens, head_dim]`, float32.
+class QueriesAndKeys(NamedTuple):
+    """What a neural layer's scorer sees of some inputs, and the factor of the dot product in its place."""
+
+    query: torch.Tensor  # [batch, heads, queries, head_dim], float32
+    key: torch.Tensor  # [batch, heads, keys, head_dim], float32; of as many heads
+    scaling: float
+
+
+def queries_and_keys(model: Any, **inputs: Any) -> dict[str, QueriesAndKeys]:
+    """What every neural layer's scorer sees of some inputs, by the layer's name.
 
     Args:
         model: with neural layers, by class or by `patch`; left as it was.
@@ -79,4 +87,4 @@ def queries_and_keys(model: Any, **inputs: Any) -> dict[str, tuple[torch.Tensor,
     Raises:
         ValueError: if the model has no neural layer, or the inputs reach none.
     """
-    return watch(model, inputs, lambda scorer, call: (call.query, call.key))
+    return watch(model, inputs, lambda scorer, call: QueriesAndKeys(call.query, call.key, call.scaling))

@@ -10,7 +10,7 @@ import torch
 from families import FAMILIES
 from transformers import Trainer, TrainerState, TrainingArguments
 
-from common import GPT2, VIT, liven
+from common import GPT2, VIT, assert_same_state, liven
 from hf_neural_attention import NeuralScorer, analysis, patch
 
 
@@ -26,8 +26,9 @@ def kill(scorer: Any) -> None:
 @pytest.mark.parametrize("family", (GPT2, VIT), ids=("gpt2", "vit"))
 def test_attention_maps(family: Any, mode: str):
     model, inputs = family.neural(neural_layers=[1], neural_mode=mode).train(), family.inputs(labels=False)
-    maps = analysis.attention_maps(model, **inputs)
-    assert model.training and model.config._attn_implementation == "sdpa" and len(maps) == 3
+    frozen = next(module for module in model.modules() if isinstance(module, torch.nn.LayerNorm)).eval()
+    maps = analysis.attention_maps(torch.nn.parallel.DataParallel(model), **inputs)
+    assert model.training and not frozen.training and model.config._attn_implementation == "sdpa" and len(maps) == 3
     tokens = 12 if family is GPT2 else 17
     for weights in maps:
         assert weights.shape == (2, 4, tokens, tokens)
@@ -67,6 +68,8 @@ def test_score_surface(num_heads: int | None):
     scores = reference_scores(q.expand(1, heads, 1, 8), k.expand(1, heads, 1, 8), scorer.weights())
     assert torch.isclose(surface.network[3, 0], scores[0, -1 if num_heads is None else 1, 0, 0], rtol=1e-4)
     assert torch.isclose(surface.dot_product[3, 0], q @ k / math.sqrt(8), rtol=1e-4)
+    twice = analysis.score_surface(scorer, *directions, query=query, key=key, extent=2.0, steps=5, scaling=2 / math.sqrt(8))
+    assert torch.allclose(twice.dot_product, 2 * surface.dot_product)
     default = analysis.score_surface(scorer)
     assert default.network.shape == (61, 61) and default.network.std() > 0
 
@@ -90,8 +93,9 @@ def test_health_by_hand(monkeypatch):
 
 def test_queries_and_keys():
     model, inputs = GPT2.neural(neural_layers=[1]), GPT2.inputs()
-    [(name, (queries, keys))] = analysis.queries_and_keys(model, **inputs).items()
+    [(name, (queries, keys, scaling))] = analysis.queries_and_keys(model, **inputs).items()
     assert name == "transformer.h.1.attn" and queries.shape == keys.shape == (2, 4, 12, 8)
+    assert scaling == pytest.approx(1 / math.sqrt(8))
     states = model.transformer(inputs["input_ids"], output_hidden_states=True).hidden_states[1]
     states = model.transformer.h[1].attn.c_attn(model.transformer.h[1].ln_1(states))
     assert torch.allclose(queries, states[..., :32].unflatten(-1, (4, 8)).transpose(1, 2), atol=1e-5)
@@ -133,21 +137,27 @@ def test_health_of_models():
         analysis.scorer_health(FAMILIES["gpt2"].model(), **FAMILIES["gpt2"].inputs())
 
 
-def test_the_callback_logs_and_warns_once(tmp_path, caplog):
-    model = GPT2.neural(neural_layers="all").train()
+def train_watched(folder: Any, *callbacks: Any) -> Any:
+    """A model whose last scorer is dead, after four steps with dropout."""
+    torch.manual_seed(1)
+    model = GPT2.neural(neural_layers="all", resid_pdrop=0.5).train()
     kill(model.transformer.h[2].attn.scorer)
     rows = [{"input_ids": ids, "labels": ids} for ids in torch.randint(3, 98, (8, 12))]
     arguments = TrainingArguments(
-        str(tmp_path), max_steps=4, logging_steps=1, report_to="none", use_cpu=True, per_device_train_batch_size=2
+        str(folder), max_steps=4, logging_steps=1, report_to="none", use_cpu=True, per_device_train_batch_size=2
     )
-    callback = analysis.ScorerHealthCallback(GPT2.inputs(labels=False), every=2)
-    trainer = Trainer(model, arguments, train_dataset=rows, callbacks=[callback])
-    random = torch.get_rng_state()
+    trainer = Trainer(model, arguments, train_dataset=rows, callbacks=list(callbacks))
     trainer.train()
+    return trainer
+
+
+def test_the_callback_logs_and_warns_once(tmp_path, caplog):
+    trainer = train_watched(tmp_path, analysis.ScorerHealthCallback(GPT2.inputs(labels=False), every=2))
     logged = [entry for entry in trainer.state.log_history if "scorer/transformer.h.0.attn/entropy" in entry]
     assert logged and logged[0]["scorer/transformer.h.2.attn/score_std"] == 0.0
     assert caplog.text.count("The scorer of transformer.h.2.attn seems dead") == 1 and "transformer.h.0" not in caplog.text
-    assert random.shape == torch.get_rng_state().shape and model.training
+    # training is what it is without the callback, whose forward draws no random numbers and leaves modes alone
+    assert_same_state(trainer.model, train_watched(tmp_path).model)
 
 
 def test_the_callback_warns_again_when_more_heads_die(caplog):

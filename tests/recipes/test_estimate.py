@@ -22,6 +22,7 @@ def test_steps_and_evaluations(tmp_path):
     assert total_steps(experiment(tmp_path, **epochs, gradient_accumulation_steps=2)) == (18, 0)
     assert total_steps(experiment(tmp_path, **epochs, eval_strategy="epoch")) == (33, 3)
     assert total_steps(experiment(tmp_path, **epochs, max_steps=50, eval_strategy="steps", eval_steps=20)) == (50, 2)
+    assert total_steps(experiment(tmp_path, max_steps=50, eval_strategy="steps", eval_steps=0.1)) == (50, 10)  # a share
 
 
 def test_figures_by_hand():

@@ -35,6 +35,8 @@ def test_of_a_patched_language_model(tmp_path, monkeypatch, capsys):
     check_pictures(tmp_path / "pictures")
     with pytest.raises(SystemExit, match=r"has 1 token.s.; expected 2 to 2048"):
         look(monkeypatch, tmp_path / "model", "--text", "rose", *flags[2:])
+    with pytest.raises(SystemExit, match=r"--head is 2; expected 0 to 1, which all neural layers have"):
+        look(monkeypatch, tmp_path / "model", *flags, "--head", 2)
     with pytest.raises(SystemExit, match="nowhere"):
         look(monkeypatch, tmp_path / "nowhere", *flags)
 
@@ -47,3 +49,9 @@ def test_of_an_image_classifier(tmp_path, monkeypatch):
     PIL.Image.fromarray(torch.randint(256, (20, 24, 3), dtype=torch.uint8).numpy()).save(tmp_path / "i.png")
     look(monkeypatch, tmp_path / "model", "--image", tmp_path / "i.png", "--output", tmp_path / "pictures/a")
     check_pictures(tmp_path / "pictures")
+
+
+def test_long_texts_and_many_heads_stay_within_bounds():
+    figure = look_inside.draw_maps((torch.rand(1, 16, 100, 100),), ["a"] * 100)
+    assert figure.get_size_inches().tolist() == [80.0, 5.0]
+    assert "a" not in [label.get_text() for label in figure.axes[0].get_xticklabels()]

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from datasets import Dataset
+from transformers import AutoTokenizer
 
 from text_data import TextArguments, cut_into_blocks, load_text, load_tokenizer, tokenize
 
@@ -80,6 +81,16 @@ def test_bare_vocabularies_load(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(SystemExit, match="has no tokenizer"):
         load_tokenizer(TextArguments(tokenizer_name=str(tmp_path / "empty")), None, {})
+
+
+def test_a_bert_tokenizer_adds_nothing_that_a_gpt2_is_not_trained_with(tmp_path):
+    (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "##b"]))
+    tokenizer = load_tokenizer(TextArguments(tokenizer_name=str(tmp_path)), None, {})
+    tokenizer.save_pretrained(tmp_path / "saved")  # as beside the model
+    for each in (tokenizer, AutoTokenizer.from_pretrained(tmp_path / "saved")):
+        assert dict(each("ab a")) == {"input_ids": [5, 6, 5], "attention_mask": [1, 1, 1]}
+        assert each.decode([5, 6, 5]) == "ab a" and each.mask_token == "[MASK]"
+    assert dict(load_tokenizer(TextArguments(tokenizer_name=str(tmp_path / "saved")), None, {})("a"))["input_ids"] == [5]
 
 
 def test_tokens_in_order_and_words_with_line_ends():
