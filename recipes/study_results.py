@@ -92,7 +92,7 @@ def interval(pairs: list[float]) -> tuple[float, float] | None:
     """95 % interval of the mean of paired differences, by Student's t; None of fewer than two."""
     if len(pairs) < 2:
         return None
-    half = student.ppf(0.975, len(pairs) - 1) * statistics.stdev(pairs) / len(pairs) ** 0.5
+    half = float(student.ppf(0.975, len(pairs) - 1)) * statistics.stdev(pairs) / len(pairs) ** 0.5
     mean = statistics.mean(pairs)
     return mean - half, mean + half
 
