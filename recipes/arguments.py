@@ -95,6 +95,11 @@ def parse_arguments(*types: Any, words: list[str] | None = None, description: st
         raise SystemExit(f"{error} (--help lists all arguments)") from None
 
 
+def unknown_words(types: tuple[Any, ...], words: list[str]) -> list[str]:
+    """What `parse_arguments` would not know of these words. A value that is none exits at once, as there."""
+    return HfArgumentParser(list(types)).parse_known_args(flags_of(words))[1]
+
+
 def value_of_flag(name: str) -> str | None:
     """The value of one flag, for recipes whose other flags depend on it."""
     parser = ArgumentParser(add_help=False, allow_abbrev=False)

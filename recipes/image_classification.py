@@ -242,16 +242,12 @@ def prepare(
     )
 
 
-def parse(words: list[str] | None = None) -> tuple[ModelArguments, ImageArguments, NeuralArguments, TrainingArguments]:
-    """The recipe's arguments (default: those of `sys.argv`)."""
-    types = (ModelArguments, ImageArguments, NeuralArguments, TrainingArguments)
-    model, image, neural, training = parse_arguments(*types, words=words, description=__doc__)
-    return model, image, neural, training
+ARGUMENTS = (ModelArguments, ImageArguments, NeuralArguments, TrainingArguments)
 
 
 def load_experiment(words: list[str] | None = None) -> tuple[Experiment, Task, NeuralArguments]:
     """Data, models and training as flags ask for them (default: those of `sys.argv`)."""
-    model, image, neural, training = parse(words)
+    model, image, neural, training = parse_arguments(*ARGUMENTS, words=words, description=__doc__)
     halving = model.halve_learning_rate_after
     callbacks: list[TrainerCallback] = [HalveLearningRate(halving)] if halving else []
     images = load_images(image, training.seed)

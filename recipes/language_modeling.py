@@ -227,16 +227,12 @@ def prepare(
     )
 
 
-def parse(words: list[str] | None = None) -> tuple[ModelArguments, TextArguments, NeuralArguments, TrainingArguments]:
-    """The recipe's arguments (default: those of `sys.argv`)."""
-    types = (ModelArguments, TextArguments, NeuralArguments, TrainingArguments)
-    model, text, neural, training = parse_arguments(*types, words=words, description=__doc__)
-    return model, text, neural, training
+ARGUMENTS = (ModelArguments, TextArguments, NeuralArguments, TrainingArguments)
 
 
 def load_experiment(words: list[str] | None = None) -> tuple[Experiment, Task, NeuralArguments]:
     """Data, models and training as flags ask for them (default: those of `sys.argv`)."""
-    model, text, neural, training = parse(words)
+    model, text, neural, training = parse_arguments(*ARGUMENTS, words=words, description=__doc__)
     splits = load_text(text)
     tokenizer = load_tokenizer(text, model.model_name_or_path, splits)
     tokenizer.model_max_length = check_fit(model, text, neural, tokenizer)

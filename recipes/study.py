@@ -41,7 +41,7 @@ from typing import Any
 
 import torch
 
-from arguments import as_flags
+from arguments import as_flags, unknown_words
 from benchmark_timing import Spread, ratio_of
 from experiment import RESULTS, time_in_turn, write_json
 from reporting import environment
@@ -53,7 +53,7 @@ TURNS, STEPS = 20, 3  # of an arm in a turn
 
 
 def check_words(study: Study, more: list[str]) -> None:
-    """Lets the recipe parse every arm's words, before hours are spent on the first.
+    """Refuses words that the recipe does not know, before hours are spent on the first arm.
 
     Raises:
         SystemExit: with what is wrong.
@@ -62,11 +62,12 @@ def check_words(study: Study, more: list[str]) -> None:
         name = word.partition("=")[0].lstrip("-").replace("-", "_")
         if word.startswith("--") and name in {"max_steps", "seed", "output_dir"}:
             raise SystemExit(f"{word}: this is the study's to say, in its file or for each run.")
+    recipe = import_module(Path(study.recipe).stem)
     for arm in study.arms:
-        try:
-            import_module(Path(study.recipe).stem).parse([*study.words(arm), "--output_dir", "unused"])
-        except SystemExit as error:
-            raise SystemExit(f"The arm {arm!r} is no run of {study.recipe}: {error}") from None
+        if unknown := unknown_words(recipe.ARGUMENTS, [*study.words(arm), *more]):
+            raise SystemExit(
+                f"The arm {arm!r}: {study.recipe} does not know {' '.join(unknown)} (--help lists its arguments)."
+            )
 
 
 def time_arms(study: Study, results: Path, more: list[str]) -> None:
@@ -157,8 +158,8 @@ def main() -> None:
             raise SystemExit(f"--{name} {' '.join(map(str, unknown))}: the study has {', '.join(map(str, known))}.")
     if arguments.time_only:  # perhaps one of several processes
         return time_arms(study, results, more)
-    check_words(study, more)
     if not arguments.report_only:
+        check_words(study, more)
         if not is_timed(study, load_costs(results)):
             command = [*launcher, __file__, str(arguments.study), "--results", str(results), "--time_only", *more]
             if subprocess.run(command, check=False).returncode:

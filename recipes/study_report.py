@@ -73,11 +73,10 @@ def markdown(study: Study, found: Results, rows: list[dict[str, Any]], where: di
     parts += [
         f"Steps were timed in one process and by turns, on {where['cpu']}, {where['threads']} thread(s) (GPU: "
         f"{where['gpu']}), torch {where['torch']}, transformers {where['transformers']}: the ratio to `{study.baseline}` is "
-        "the median over turns, with quartiles. Beside it is the ratio in the trainings themselves, which shared their "
-        "machine with others. The time of all steps is the first times their number. Memory is what training takes beyond the "
-        "weights, at its peak (on a CPU of the whole process: a rough figure). A scorer is counted as dead if no unit of its "
-        "last hidden layer is active for any pair of the examples that were looked at (all layers, heads and seeds). Spread "
-        "is the standard deviation of the network's scores within a row, mean over layers and seeds.",
+        "the median over turns, with quartiles. The time of all steps is that times their number. Memory is what training "
+        "takes beyond the weights, at its peak (on a CPU of the whole process: a rough figure). A scorer is counted as dead "
+        "if no unit of its last hidden layer is active for any pair of the examples that were looked at (all layers, heads "
+        "and seeds). Spread is the standard deviation of the network's scores within a row, mean over layers and seeds.",
         costs_table(study, rows),
         "Settings:",
         "\n".join(f"- {arm}: `{fields}`" for arm, fields in study.arms.items()),
@@ -125,7 +124,6 @@ def beside_all(study: Study, found: Results, rows: list[dict[str, Any]]) -> str:
 def costs_table(study: Study, rows: list[dict[str, Any]]) -> str:
     def line(row: dict[str, Any]) -> list[str]:
         dead = [f"{row[name]} of {row['scorers']}" if row["scorers"] else "" for name in ("dead_at_start", "dead_at_end")]
-        trained = row["relative_time_in_training"]
         return [
             row["arm"],
             f"{row['steps']:,}",
@@ -133,7 +131,6 @@ def costs_table(study: Study, rows: list[dict[str, Any]]) -> str:
             f"{row['scorer_parameters']:,}",
             f"{row['seconds_per_step']:.3f}",
             f"{row['relative_time']:.2f} ({row['relative_time_low']:.2f} to {row['relative_time_high']:.2f})",
-            "" if trained is None else f"{trained:.2f}",
             f"{row['relative_training_time']:.2f}",
             f"{row['training_memory'] / 2**20:,.0f}",
             *dead,
@@ -141,7 +138,7 @@ def costs_table(study: Study, rows: list[dict[str, Any]]) -> str:
         ]
 
     base = study.baseline
-    header = ["arm", "steps", "parameters", "of scorers", "s / step", f"/ {base}", "in training", f"all steps / {base}", "MiB"]
+    header = ["arm", "steps", "parameters", "of scorers", "s / step", f"/ {base}", f"all steps / {base}", "MiB"]
     return table([*header, "dead scorers at start", "at end", "spread at end"], [line(row) for row in rows])
 
 

@@ -127,7 +127,6 @@ def summarize(study: Study, found: Results, costs: dict[str, Any]) -> list[dict[
         values = [each["metrics"][study.metric] for each in runs.values()]
         first = next(iter(runs.values()))
         health = [layer for each in runs.values() for layer in each["scorer_health"]["end"]]
-        trained = [each["seconds_per_step"] / base[seed]["seconds_per_step"] for seed, each in runs.items() if seed in base]
         rows.append(
             {
                 "arm": arm,
@@ -143,7 +142,6 @@ def summarize(study: Study, found: Results, costs: dict[str, Any]) -> list[dict[
                 "relative_time": costs["ratios"][arm][1],
                 "relative_time_low": costs["ratios"][arm][0],
                 "relative_time_high": costs["ratios"][arm][2],
-                "relative_time_in_training": statistics.median(trained) if trained else None,
                 "relative_training_time": relative_steps(first, base) * costs["ratios"][arm][1],
                 # the first records that were made have none
                 "training_memory": max(each.get("training_memory", 0) for each in runs.values()),
