@@ -27,7 +27,7 @@ from torch.func import functional_call, stack_module_state
 from experiment import write_json
 from hf_neural_attention import NeuralScorer
 from hf_neural_attention.models.neural_attention_reference import reference_scores
-from reporting import command_line, environment
+from reporting import command_line, environment, markdown_table
 
 
 FUNCTIONS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
@@ -153,19 +153,19 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """With the number of parameters in brackets."""
+    header = ["score function", "width", "dot product", "least possible", "Neural Attention", "any embeddings: least possible"]
     lines = [
-        "| score function | width | dot product | least possible | Neural Attention | any embeddings: least possible |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
-    for row in rows:
-        cells = [
+        [
+            row["function"],
+            str(row["width"]),
             f"{row['dot_product']:.3f} ({row['parameters_of_dot_product']})",
             f"{row['least_of_projections']:.3f}",
             f"{row['network']:.3f} ({row['parameters_of_network']})",
             f"{row['least_of_embeddings']:.3f}",
         ]
-        lines.append(f"| {row['function']} | {row['width']} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        for row in rows
+    ]
+    return markdown_table(header, lines)
 
 
 def main() -> None:

@@ -64,11 +64,15 @@ def command_line() -> str:
     return shlex.join(["python", *words])
 
 
+def markdown_table(header: list[str], rows: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(line)} |" for line in (header, ["---"] * len(header), *rows))
+
+
 def comparison_table(results: dict[str, dict[str, Any]], task: Task) -> str:
     """Markdown: a row per figure, a column per arm, and the ratio where there are two."""
     arms = list(results)
     header = ["", *(LABELS[arm] for arm in arms)] + (["neural / dot"] if len(arms) == 2 else [])
-    rows = [header, ["---"] * len(header)]
+    rows: list[list[str]] = []
 
     def add(label: str, values: list[float], form: Callable[[float], str]) -> None:
         ratio = [f"{values[1] / values[0]:.3f}"] if len(values) == 2 and values[0] else [""] * (len(values) - 1)
@@ -84,7 +88,7 @@ def comparison_table(results: dict[str, dict[str, Any]], task: Task) -> str:
         label = f"seconds per step, {task.step}, timed by turns"
         add(label, [results[arm]["seconds_in_turn"] for arm in arms], lambda value: f"{value:.3f}")
     add("training minutes", [results[arm]["train_seconds"] / 60 for arm in arms], lambda value: f"{value:.1f}")
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return markdown_table(header, rows)
 
 
 def verdict(results: dict[str, dict[str, Any]], task: Task) -> str:

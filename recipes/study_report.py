@@ -8,7 +8,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from reporting import Task, card_text
+from reporting import Task, card_text, markdown_table
 from study_file import SAME_TIME, Study, load_costs
 from study_results import (
     Results,
@@ -84,14 +84,9 @@ def markdown(study: Study, found: Results, rows: list[dict[str, Any]], where: di
     return "\n\n".join(parts) + "\n"
 
 
-def table(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
 def figures(study: Study, rows: list[dict[str, Any]]) -> str:
     extra = [study.choose_by, *study.also]
-    return table(
+    return markdown_table(
         ["arm", "seeds", "mean", "std", "difference", "95 % interval", "", *extra],
         [
             [
@@ -118,7 +113,7 @@ def beside_all(study: Study, found: Results, rows: list[dict[str, Any]]) -> str:
         return f"**{text}**" if verdict(study, row) in ("better", "worse") else text
 
     lines = [[row["arm"], *(cell(row["arm"], base) for base in bases)] for row in rows_with(study, rows, "neural")]
-    return table(["", *bases], lines)
+    return markdown_table(["", *bases], lines)
 
 
 def costs_table(study: Study, rows: list[dict[str, Any]]) -> str:
@@ -139,7 +134,7 @@ def costs_table(study: Study, rows: list[dict[str, Any]]) -> str:
 
     base = study.baseline
     header = ["arm", "steps", "parameters", "of scorers", "s / step", f"/ {base}", f"all steps / {base}", "MiB"]
-    return table([*header, "dead scorers at start", "at end", "spread at end"], [line(row) for row in rows])
+    return markdown_table([*header, "dead scorers at start", "at end", "spread at end"], [line(row) for row in rows])
 
 
 def signed(number: float | None) -> str:
@@ -162,9 +157,9 @@ def summary(study: Study, found: Results, rows: list[dict[str, Any]]) -> str:
     lines = []
     for row in rows:
         beside = [with_bounds(difference(study, found, row["arm"], other)) for other in others]
-        figures = [row["arm"], f"{row['mean']:.4g}", with_bounds(row), verdict(study, row)]
-        lines.append([*figures, *beside, f"x {row['relative_training_time']:.2f}"])
-    return table([*header, *(f"to {other} (95 %)" for other in others), "time of all steps"], lines)
+        own = [row["arm"], f"{row['mean']:.4g}", with_bounds(row), verdict(study, row)]
+        lines.append([*own, *beside, f"x {row['relative_training_time']:.2f}"])
+    return markdown_table([*header, *(f"to {other} (95 %)" for other in others), "time of all steps"], lines)
 
 
 def best_card(study: Study, found: Results, rows: list[dict[str, Any]]) -> str | None:
