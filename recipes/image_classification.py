@@ -33,7 +33,15 @@ from checkpoints import load_checkpoint_config
 from experiment import Experiment
 from hf_neural_attention import NeuralViTConfig, NeuralViTForImageClassification
 from hf_neural_attention.metrics import Accuracy
-from image_data import EMBEDDED, ImageArguments, LabelledImages, load_images, with_pixels
+from image_data import (
+    EMBEDDED,
+    AugmentedImages,
+    CountEpochs,
+    ImageArguments,
+    LabelledImages,
+    load_images,
+    with_pixels,
+)
 from prepared import Prepared
 from publishing import carry_out
 from reporting import Task
@@ -160,7 +168,7 @@ def draw_predictions(
     count = min(GRID_ROWS * GRID_COLUMNS, test.num_rows)
     # spread over the split, since some data sets come sorted by class
     chosen = test.select(np.linspace(0, test.num_rows - 1, count, dtype=int))
-    pixels = with_pixels(chosen, processor, "none", image.image_size)[:]["pixel_values"]
+    pixels = with_pixels(chosen, processor, image.image_size)[:]["pixel_values"]
     guesses = model(pixel_values=pixels.to(model.device)).logits.argmax(-1).tolist()
     right = sum(guess == label for guess, label in zip(guesses, chosen["label"], strict=True))
     summary = f"Of {count} test images spread over the split, it names {right} correctly (`predictions.png` beside the model)."
@@ -221,22 +229,21 @@ def prepare(
 ) -> Prepared:
     """Images with their pixels, and what is measured on the held-out splits."""
     training.remove_unused_columns = False  # pixel values are computed from columns that the model does not take
-    datasets = {
-        split: with_pixels(data, processor, image.augmentation if split == "train" else "none", image.image_size)
-        for split, data in images.splits.items()
-    }
-    counts = ", ".join(f"{split} {data.num_rows:,}" for split, data in datasets.items())
+    seed = training.seed if training.data_seed is None else training.data_seed
+    training_images = AugmentedImages(images.splits["train"], processor, image.augmentation, image.image_size, seed)
+    held_out = {split: with_pixels(images.splits[split], processor, image.image_size) for split in ("validation", "test")}
+    counts = ", ".join(f"{split} {data.num_rows:,}" for split, data in images.splits.items())
     print(f"Images: {counts}; labels {len(images.labels)}")
     return Prepared(
-        evaluate=lambda trainer: final_figures(trainer, datasets),
+        evaluate=lambda trainer: final_figures(trainer, held_out),
         show=lambda model, folder: draw_predictions(model, folder, images, processor, image),
         trainer_arguments={
-            "train_dataset": datasets["train"],
-            "eval_dataset": datasets["validation"],
+            "train_dataset": training_images,
+            "eval_dataset": held_out["validation"],
             "data_collator": default_data_collator,
             "processing_class": processor,
             "compute_metrics": compute_accuracy,
-            "callbacks": callbacks,
+            "callbacks": [CountEpochs(training_images), *callbacks],
         },
         task=describe_task(images, image),
     )

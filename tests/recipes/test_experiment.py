@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from datasets import Dataset
 from safetensors.torch import load_file
 from transformers import (
     GPT2Config,
@@ -14,6 +13,7 @@ from transformers import (
     TrainingArguments,
     ViTConfig,
     ViTForImageClassification,
+    ViTImageProcessorPil,
     default_data_collator,
 )
 
@@ -25,6 +25,7 @@ from hf_neural_attention import (
     NeuralViTForImageClassification,
     patch,
 )
+from image_data import AugmentedImages, CountEpochs, ImageArguments, load_images
 from language_modeling import collate as collate_blocks
 from text_data import cut_into_blocks
 
@@ -129,7 +130,9 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(tmp_path):
 def test_an_interrupted_run_of_a_vit_too(tmp_path, kind):
     # whose checkpoints name weights as old versions did, unless told not to
     sizes = {"image_size": 8, "patch_size": 4, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
-    images = {"pixel_values": torch.randn(20, 3, 8, 8), "labels": torch.randint(2, (20,))}
+    sizes |= {"num_labels": 10, "hidden_dropout_prob": 0.1}
+    digits = load_images(ImageArguments(max_train_samples=20), seed=0).splits["train"]
+    processor = ViTImageProcessorPil(size={"height": 8, "width": 8})
 
     def build(arm):
         if kind == "neural":
@@ -138,9 +141,9 @@ def test_an_interrupted_run_of_a_vit_too(tmp_path, kind):
         return patch(model, "all", mode="replace") if kind == "patched" else model
 
     def experiment(name, *callbacks):
-        made = make_experiment(tmp_path / name, *callbacks)
+        data = AugmentedImages(digits, processor, "paper", 8, seed=0)
+        made = make_experiment(tmp_path / name, CountEpochs(data), *callbacks)
         made.build_model = build
-        data = Dataset.from_dict(images).with_format("torch")
         made.trainer_arguments |= {"train_dataset": data, "eval_dataset": data, "data_collator": default_data_collator}
         return made
 

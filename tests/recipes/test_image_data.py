@@ -2,15 +2,20 @@
 
 import pickle
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from datasets import ClassLabel, Dataset, Features, Image, Value
 from PIL import Image as PIL
-from transformers import ViTImageProcessorPil
+from torch.utils.data import DataLoader
+from transformers import ViTImageProcessorPil, default_data_collator
 
 from image_data import (
     AUGMENTATIONS,
+    AugmentedImages,
+    CountEpochs,
     ImageArguments,
     augment,
     load_images,
@@ -103,10 +108,8 @@ def test_what_does_not_fit_is_refused(tmp_path):
 @pytest.mark.parametrize("kind", AUGMENTATIONS)
 def test_augmentation_gives_squares_that_vary_with_the_seed(kind):
     image = make_images(1, side=40)[0]
-    random.seed(0)
-    variants = [np.asarray(augment(image, kind, 32)) for _ in range(8)]
-    random.seed(0)
-    again = [np.asarray(augment(image, kind, 32)) for _ in range(8)]
+    generators = random.Random(0), random.Random(0)
+    variants, again = ([np.asarray(augment(image, kind, 32, generator)) for _ in range(8)] for generator in generators)
     assert all(variant.shape == (32, 32, 3) for variant in variants)
     assert all(map(np.array_equal, variants, again))
     assert len({variant.tobytes() for variant in variants}) == (1 if kind == "none" else 8)
@@ -115,10 +118,9 @@ def test_augmentation_gives_squares_that_vary_with_the_seed(kind):
 def test_random_resized_crop_covers_the_areas_it_should(monkeypatch):
     boxes = []
     monkeypatch.setattr(PIL.Image, "resize", lambda self, size, resample, box=None: boxes.append(box) or self)
-    random.seed(0)
-    image = PIL.new("RGB", (100, 100))
+    image, generator = PIL.new("RGB", (100, 100)), random.Random(0)
     for _ in range(2000):
-        random_resized_crop(image, 32, scale=(0.05, 1.0), ratio=(3 / 4, 4 / 3))
+        random_resized_crop(image, 32, scale=(0.05, 1.0), ratio=(3 / 4, 4 / 3), generator=generator)
     widths, heights = np.array([(box[2] - box[0], box[3] - box[1]) for box in boxes if box]).T
     areas, ratios = widths * heights / 1e4, widths / heights
     assert 0.04 < areas.min() < 0.08 and 0.9 < areas.max() <= 1.0
@@ -135,8 +137,28 @@ def test_a_shifted_hue_turns_red_into_green_and_keeps_grey():
 def test_pixels_are_what_the_model_takes(tmp_path):
     images = load_images(ImageArguments(dataset_name=write_parquet(tmp_path, train=20)), seed=0)
     processor = ViTImageProcessorPil(size={"height": 16, "width": 16})
-    batch = with_pixels(images.splits["train"], processor, "crop", 16)[:3]
+    batch = with_pixels(images.splits["train"], processor, 16)[:3]
     assert batch["pixel_values"].shape == (3, 3, 16, 16)
     assert -1.0 <= batch["pixel_values"].min() < batch["pixel_values"].max() <= 1.0
     assert batch["labels"] == images.splits["train"]["label"][:3]
     pickle.dumps(make_pixels)  # data loader workers that are spawned get it so
+
+
+def test_variants_follow_from_seed_epoch_and_place(tmp_path):
+    data = load_images(ImageArguments(dataset_name=write_parquet(tmp_path, train=20)), seed=0).splits["train"]
+    processor = ViTImageProcessorPil(size={"height": 16, "width": 16})
+
+    def read(epoch: int, seed: int = 0, kind: str = "crop", **options) -> torch.Tensor:
+        images = AugmentedImages(data, processor, kind, 16, seed)
+        loader = DataLoader(images, batch_size=5, collate_fn=default_data_collator, **options)
+        for each in range(epoch + 1):
+            CountEpochs(images).on_epoch_begin(None, SimpleNamespace(epoch=each + 0.4), None)
+            pixels = torch.cat([batch["pixel_values"] for batch in loader])
+        return pixels
+
+    first, second = read(0), read(1)
+    assert first.shape == (len(data), 3, 16, 16) and not torch.equal(first, second)
+    assert torch.equal(first, read(0)) and not torch.equal(first, read(0, seed=1))
+    assert torch.equal(second, read(1, num_workers=2, persistent_workers=True))
+    plain = with_pixels(data, processor, 16)[:]["pixel_values"]
+    assert torch.equal(read(0, kind="none"), plain) and not torch.equal(first, plain)
