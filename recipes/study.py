@@ -58,9 +58,10 @@ def check_words(study: Study, more: list[str]) -> None:
     Raises:
         SystemExit: with what is wrong.
     """
+    own = {"max_steps", "seed", "output_dir"}.union(*(study.settings(arm) for arm in study.arms))
     for word in more:
         name = word.partition("=")[0].lstrip("-").replace("-", "_")
-        if word.startswith("--") and name in {"max_steps", "seed", "output_dir"}:
+        if word.startswith("--") and name in own:
             raise SystemExit(f"{word}: this is the study's to say, in its file or for each run.")
     recipe = import_module(Path(study.recipe).stem)
     for arm in study.arms:
@@ -85,11 +86,13 @@ def time_arms(study: Study, results: Path, more: list[str]) -> None:
         if experiment.training.should_save:
             turns = {arm: measured[study.timed_as(arm)] for arm in study.arms}
             seconds = {arm: statistics.median(times) for arm, times in turns.items()}
+            ratios = {arm: ratio_of(times, turns[study.baseline]) for arm, times in turns.items()}
+            steps = study.steps_of_same_time({arm: ratio.median for arm, ratio in ratios.items()})
             record = {
                 "seconds_per_step": seconds,
                 "quartiles": {arm: Spread.of(times)[::2] for arm, times in turns.items()},
-                "ratios": {arm: ratio_of(times, turns[study.baseline]) for arm, times in turns.items()},
-                "steps": study.steps_of_same_time(seconds) | steps_that_stay(study, load_costs(results)),
+                "ratios": ratios,
+                "steps": steps | steps_that_stay(study, load_costs(results)),
                 "settings": {arm: study.settings(arm) for arm in study.arms},
                 "environment": environment(),
             }

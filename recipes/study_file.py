@@ -94,14 +94,14 @@ class Study:
             settings["max_steps"] = steps
         return [str(HERE / self.config), *as_flags(settings)]
 
-    def steps_of_same_time(self, seconds: dict[str, float]) -> dict[str, int]:
+    def steps_of_same_time(self, ratios: dict[str, float]) -> dict[str, int]:
         """Of arms that are to take the same time as another: how many steps that is.
 
         Args:
-            seconds: of a step, by arm.
+            ratios: how many times as long as the baseline's a step takes, by arm.
         """
         others = {arm: settings[SAME_TIME] for arm, settings in self.arms.items() if SAME_TIME in settings}
-        return {arm: round(self.settings(other)["max_steps"] * seconds[other] / seconds[arm]) for arm, other in others.items()}
+        return {arm: round(self.settings(other)["max_steps"] * ratios[other] / ratios[arm]) for arm, other in others.items()}
 
 
 def file_name(arm: str, seed: int) -> str:

@@ -1,10 +1,11 @@
 """The report on a study, from the JSON files in its folder alone: tables, pictures, and the card of its best neural model."""
 
 import csv
+import math
 import statistics
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
 
@@ -13,6 +14,7 @@ from study_file import SAME_TIME, Study, load_costs
 from study_results import (
     Results,
     best_row,
+    counterpart,
     difference,
     differences,
     load_results,
@@ -23,6 +25,48 @@ from study_results import (
 
 
 CARD = "best_neural_model"
+
+
+class Form(NamedTuple):
+    """How a figure is written: accuracies in percent, all with four digits of the baseline's mean."""
+
+    metric: str
+    unit: str
+    factor: float
+    decimals: int
+
+    @property
+    def label(self) -> str:
+        return f"`{self.metric}`,{self.unit}" if self.unit else f"`{self.metric}`"
+
+    def value(self, number: float) -> str:
+        return f"{self.factor * number:.{self.decimals}f}"
+
+    def signed(self, number: float | None) -> str:
+        return "" if number is None else f"{self.factor * number:+.{self.decimals}f}"
+
+    def bounds(self, row: dict[str, Any]) -> str:
+        return "" if row["low"] is None else f"{self.signed(row['low'])} to {self.signed(row['high'])}"
+
+    def with_bounds(self, row: dict[str, Any]) -> str:
+        return (
+            f"{self.signed(row['difference'])} ({self.bounds(row)})"
+            if row["low"] is not None
+            else self.signed(row["difference"])
+        )
+
+
+def form_of(study: Study, rows: list[dict[str, Any]], metric: str) -> Form:
+    """
+    Args:
+        metric: `study.metric`, or one of those that rows have by name.
+    """
+    accuracy = metric.endswith("accuracy")
+    factor = 100.0 if accuracy else 1.0
+    row = next((row for row in rows if row["arm"] == study.baseline), rows[0])
+    size = abs(factor * row["mean" if metric == study.metric else metric])
+    decimals = max(0, 3 - math.floor(math.log10(size))) if size and math.isfinite(size) else 3
+    return Form(metric, " %" if accuracy else "", factor, decimals)
 
 
 def report(study: Study, folder: Path) -> str:
@@ -51,7 +95,7 @@ def markdown(study: Study, found: Results, rows: list[dict[str, Any]], where: di
     Args:
         where: the machine and the versions that steps were timed with.
     """
-    best = best_row(study, rows)
+    best, form, chosen = best_row(study, rows), form_of(study, rows, study.metric), form_of(study, rows, study.choose_by)
     parts = [
         f"# Study: {study.name}",
         f"{study.dataset}; `{study.recipe}` with `{study.config}` and `{study.flags}`; figure: `{study.metric}` "
@@ -60,8 +104,8 @@ def markdown(study: Study, found: Results, rows: list[dict[str, Any]], where: di
         f"initial weights of `{study.baseline}` for all that both have; a wider dot-product model draws its own. Intervals "
         "are of 95 %, by Student's t over seeds: of twenty arms without any effect, one is called better or worse on average.",
         figures(study, rows),
-        f"Best by `{study.choose_by}`: **{best['arm']}** ({best[study.choose_by]:.4g}); its `{study.metric}` is "
-        f"{best['mean']:.4g}.",
+        f"Best by `{study.choose_by}`: **{best['arm']}** ({chosen.value(best[study.choose_by])}{chosen.unit}); its "
+        f"`{study.metric}` is {form.value(best['mean'])}{form.unit}.",
         f"![Differences to {study.baseline}](report.png)",
         f"![Training loss, as difference to {study.baseline}](curves.png)",
     ]
@@ -85,19 +129,20 @@ def markdown(study: Study, found: Results, rows: list[dict[str, Any]], where: di
 
 
 def figures(study: Study, rows: list[dict[str, Any]]) -> str:
-    extra = [study.choose_by, *study.also]
+    form = form_of(study, rows, study.metric)
+    extra = {name: form_of(study, rows, name) for name in (study.choose_by, *study.also)}
     return markdown_table(
-        ["arm", "seeds", "mean", "std", "difference", "95 % interval", "", *extra],
+        ["arm", "seeds", "mean", "std", "difference", "95 % interval", "", *(each.label for each in extra.values())],
         [
             [
                 row["arm"],
                 str(row["seeds"]),
-                f"{row['mean']:.4g}",
-                "" if row["std"] is None else f"{row['std']:.3g}",
-                signed(row["difference"]),
-                bounds(row),
+                form.value(row["mean"]),
+                "" if row["std"] is None else form.value(row["std"]),
+                form.signed(row["difference"]),
+                form.bounds(row),
                 verdict(study, row),
-                *(f"{row[name]:.4g}" for name in extra),
+                *(each.value(row[name]) for name, each in extra.items()),
             ]
             for row in rows
         ],
@@ -106,10 +151,10 @@ def figures(study: Study, rows: list[dict[str, Any]]) -> str:
 
 def beside_all(study: Study, found: Results, rows: list[dict[str, Any]]) -> str:
     """The neural arms' differences to all dot-product arms."""
-    bases = [row["arm"] for row in rows_with(study, rows, "dot")]
+    bases, form = [row["arm"] for row in rows_with(study, rows, "dot")], form_of(study, rows, study.metric)
 
     def cell(arm: str, base: str) -> str:
-        text = with_bounds(row := difference(study, found, arm, base))
+        text = form.with_bounds(row := difference(study, found, arm, base))
         return f"**{text}**" if verdict(study, row) in ("better", "worse") else text
 
     lines = [[row["arm"], *(cell(row["arm"], base) for base in bases)] for row in rows_with(study, rows, "neural")]
@@ -137,48 +182,40 @@ def costs_table(study: Study, rows: list[dict[str, Any]]) -> str:
     return markdown_table([*header, "dead scorers at start", "at end", "spread at end"], [line(row) for row in rows])
 
 
-def signed(number: float | None) -> str:
-    return "" if number is None else f"{number:+.3g}"
-
-
-def bounds(row: dict[str, Any]) -> str:
-    return "" if row["low"] is None else f"{signed(row['low'])} to {signed(row['high'])}"
-
-
-def with_bounds(row: dict[str, Any]) -> str:
-    return f"{signed(row['difference'])} ({bounds(row)})" if row["low"] is not None else signed(row["difference"])
-
-
 def summary(study: Study, found: Results, rows: list[dict[str, Any]]) -> str:
     """The short table, for a README: beside the baseline, and beside the best dot-product arm."""
-    best = best_row(study, rows_with(study, rows, "dot"))["arm"]
+    best, form = best_row(study, rows_with(study, rows, "dot"))["arm"], form_of(study, rows, study.metric)
     others = [best] if best != study.baseline else []
-    header = [study.dataset, f"`{study.metric}`", f"difference to {study.baseline} (95 %)", ""]
+    header = [study.dataset, form.label, f"difference to {study.baseline} (95 %)", ""]
     lines = []
     for row in rows:
-        beside = [with_bounds(difference(study, found, row["arm"], other)) for other in others]
-        own = [row["arm"], f"{row['mean']:.4g}", with_bounds(row), verdict(study, row)]
+        beside = [form.with_bounds(difference(study, found, row["arm"], other)) for other in others]
+        own = [row["arm"], form.value(row["mean"]), form.with_bounds(row), verdict(study, row)]
         lines.append([*own, *beside, f"x {row['relative_training_time']:.2f}"])
     return markdown_table([*header, *(f"to {other} (95 %)" for other in others), "time of all steps"], lines)
 
 
 def best_card(study: Study, found: Results, rows: list[dict[str, Any]]) -> str | None:
-    """The model card of the best neural arm's best run, both by `choose_by`, beside the baseline of its seed."""
-    seeds = found[study.baseline].keys()
-    neural = [row for row in rows_with(study, rows, "neural") if seeds & found[row["arm"]].keys()]
+    """The model card of the best neural arm's best run, both by `choose_by`, beside the run of its seed of the dot-product arm
+    that differs in its attention alone, if there is one."""
+    neural = rows_with(study, rows, "neural")
     if not neural:
         return None
-    row = best_row(study, neural)
-    runs = {seed: each for seed, each in found[row["arm"]].items() if seed in seeds}
+    row, form = best_row(study, neural), form_of(study, rows, study.metric)
+    runs, base = found[row["arm"]], counterpart(study, rows, row["arm"])
     seed = (min if study.lower_is_better else max)(runs, key=lambda seed: runs[seed]["metrics"][study.choose_by])
-    seconds = {each["arm"]: each["seconds_per_step"] for each in rows}
-    results = {
-        "dot": found[study.baseline][seed] | {"seconds_in_turn": seconds[study.baseline]},
-        "neural": runs[seed] | {"seconds_in_turn": seconds[row["arm"]]},
-    }
+    results = {"neural": runs[seed] | {"seconds_in_turn": row["seconds_per_step"]}}
+    words = f"of its runs the best (seed {seed})"
+    if base is not None and seed in found[base["arm"]]:
+        # in the ratio that was measured turn by turn, which is not that of two medians
+        seconds = row["seconds_per_step"] * base["relative_time"] / row["relative_time"]
+        results = {"dot": found[base["arm"]][seed] | {"seconds_in_turn": seconds}, **results}
+        beside = verdict(study, difference(study, found, row["arm"], base["arm"])) or "too few seeds to compare"
+        words += f", beside *{base['arm']}* of that seed (over all seeds: {beside})"
     recipe = import_module(Path(study.recipe).stem)
     others = "; ".join(
-        f"*{each['arm']}* {each['mean']:.4g}, to which it is {with_bounds(difference(study, found, row['arm'], each['arm']))}"
+        f"*{each['arm']}* {form.value(each['mean'])}, to which it is "
+        f"{form.with_bounds(difference(study, found, row['arm'], each['arm']))}"
         for each in rows_with(study, rows, "dot")
     )
     task = Task(
@@ -191,10 +228,9 @@ def best_card(study: Study, found: Results, rows: list[dict[str, Any]]) -> str |
         metrics={name: name.replace("_", " ") for name in (study.choose_by, study.metric, *study.also)},
         loading=recipe.how_to_load,
         notes=(
-            f"{study.note} The best neural arm of the study `{study.name}` by `{study.choose_by}`, *{row['arm']}*, and of its "
-            f"runs the best (seed {seed}). Over {row['seeds']} seeds, its `{study.metric}` is {row['mean']:.4g} "
-            f"({verdict(study, row) or 'too few seeds to compare'}, beside *{study.baseline}*); the dot-product models' are, "
-            f"with the difference and its 95 % interval: {others} ([all arms](report.md))."
+            f"{study.note} The best neural arm of the study `{study.name}` by `{study.choose_by}`, *{row['arm']}*, and "
+            f"{words}. Its `{study.metric}` over {row['seeds']} seeds is {form.value(row['mean'])}{form.unit}; the "
+            f"dot-product models' are, with the difference and its 95 % interval: {others} ([all arms](report.md))."
         ).strip(),
         picture="Training loss of the study's arms, as difference to the baseline",
         step="whole",
@@ -215,20 +251,21 @@ def save(figure: Figure, path: Path) -> None:
 
 def draw_differences(study: Study, found: Results, rows: list[dict[str, Any]], path: Path) -> None:
     """Every seed's difference to the baseline, with the mean and its interval."""
-    shown = [row for row in rows if row["difference"] is not None]
+    shown, form = [row for row in rows if row["difference"] is not None], form_of(study, rows, study.metric)
     figure = Figure(figsize=(8, 1.2 + 0.4 * max(1, len(shown))), layout="constrained")
     axis = figure.subplots()
     for place, row in enumerate(shown):
-        pairs = differences(study, found, row["arm"], study.baseline)
+        pairs = [form.factor * pair for pair in differences(study, found, row["arm"], study.baseline)]
         color = "tab:blue" if study.arms[row["arm"]]["attention"] == "neural" else "tab:gray"
         axis.plot(pairs, [place] * len(pairs), "o", color=color, alpha=0.5)
         if row["low"] is not None:
-            axis.plot([row["low"], row["high"]], [place, place], color="black", linewidth=1)
-        axis.plot(row["difference"], place, "|", color="black", markersize=14)
+            axis.plot([form.factor * row["low"], form.factor * row["high"]], [place, place], color="black", linewidth=1)
+        axis.plot(form.factor * row["difference"], place, "|", color="black", markersize=14)
     axis.axvline(0.0, color="tab:gray", linestyle="--")
     axis.set_yticks(range(len(shown)), [row["arm"] for row in shown])
     direction = "left" if study.lower_is_better else "right"
-    axis.set_xlabel(f"{study.metric}, difference to {study.baseline} ({direction} is better); bars: 95 % intervals")
+    unit = ", points" if form.unit else ""
+    axis.set_xlabel(f"{study.metric}, difference to {study.baseline}{unit} ({direction} is better); bars: 95 % intervals")
     axis.invert_yaxis()
     save(figure, path)
 

@@ -50,29 +50,34 @@ def load_results(study: Study, folder: Path) -> Results:
         raise SystemExit(f"{folder} has no finished run of the study {study.name}.")
     if not is_timed(study, load_costs(folder)):
         raise SystemExit(f"{folder / COSTS} is not of the study {study.name} as it now is: run the study, or --time_only.")
-    check_alike(study, records)
+    check_alike(records)
     return found
 
 
-def check_alike(study: Study, records: list[tuple[str, dict[str, Any]]]) -> None:
-    """Refuses runs that differ in more than their arms and seeds, as by a flag that only some of them were given."""
-    own = {"seed", "max_steps", *OF_THE_MACHINE, *(name for settings in study.arms.values() for name in settings)}
-    first, base = records[0]
+def check_alike(records: list[tuple[str, dict[str, Any]]]) -> None:
+    """Refuses runs that differ in more than their arms and seeds, as by a flag that only some of them were given.
+
+    What an arm asks for, its runs must have had; what arms do not ask for must be the same in all of them.
+    """
+    keys = sorted(set().union(*(record["run"] for _, record in records)) - {"seed", *OF_THE_MACHINE})
+    firsts: dict[tuple[str, str | None], tuple[str, Any]] = {}
     for name, record in records:
-        asked = {key: value for key, value in record["settings"].items() if key in record["run"]}
-        if SAME_TIME in record["settings"]:
-            del asked["max_steps"]
-        wrong = {key: record["run"][key] for key, value in asked.items() if as_list(record["run"][key]) != as_list(value)}
+        run, settings = record["run"], record["settings"]
+        own = record["arm"] if SAME_TIME in settings else None  # whose steps its seeds alone have in common
+        asked = {key for key in settings if key in run} - ({"max_steps"} if own else set())
+        wrong = {key: run[key] for key in sorted(asked) if as_list(run[key]) != as_list(settings[key])}
         if wrong:
             raise SystemExit(f"{name} is of a run with {wrong}, for which the study does not ask. Delete it to run it again.")
-        keys = (base["run"].keys() | record["run"].keys()) - own
-        other = {key: record["run"].get(key) for key in sorted(keys) if record["run"].get(key) != base["run"].get(key)}
-        if other:
-            theirs = {key: base["run"].get(key) for key in other}
-            raise SystemExit(
-                f"{name} is of a run with {other}, {first} of one with {theirs}: they cannot be compared. Delete those that "
-                "are to be run again."
-            )
+        for key in keys:
+            if key in asked:
+                continue
+            group = own if key == "max_steps" else None
+            first, value = firsts.setdefault((key, group), (name, run.get(key)))
+            if run.get(key) != value:
+                raise SystemExit(
+                    f"{name} is of a run with {key} {run.get(key)!r}, {first} of one with {value!r}: they cannot be compared. "
+                    "Delete those that are to be run again."
+                )
 
 
 def as_list(value: Any) -> list[Any]:
@@ -168,6 +173,19 @@ def best_row(study: Study, rows: list[dict[str, Any]]) -> dict[str, Any]:
     most = max(row["seeds"] for row in rows)
     complete = [row for row in rows if row["seeds"] == most]
     return (min if study.lower_is_better else max)(complete, key=lambda row: row[study.choose_by])
+
+
+def counterpart(study: Study, rows: list[dict[str, Any]], arm: str) -> dict[str, Any] | None:
+    """The row of the dot-product arm that differs from a neural one in its attention alone, if there is one."""
+
+    def all_else(name: str) -> dict[str, Any]:
+        return {
+            key: value
+            for key, value in study.settings(name).items()
+            if key != "attention" and not key.startswith(("neural_", "scorer_"))
+        }
+
+    return next((row for row in rows_with(study, rows, "dot") if all_else(row["arm"]) == all_else(arm)), None)
 
 
 def rows_with(study: Study, rows: list[dict[str, Any]], attention: str) -> list[dict[str, Any]]:

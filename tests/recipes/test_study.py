@@ -41,6 +41,7 @@ def record_of(study: Study, arm: str, seed: int, value: float) -> dict[str, Any]
     health = {"start": [{**alive, "dead": 1}, alive], "end": [{**alive, "dead": 2}, alive]}
     steps = 15 if "same_time_as" in study.arms[arm] else 10
     return {
+        "arm": arm,
         "settings": study.settings(arm),
         "run": {"seed": seed, "max_steps": steps, "learning_rate": 0.1},
         "metrics": {"m": value, "v": value + seed, "w": 7.0},
@@ -88,7 +89,8 @@ def test_figures_by_hand(tmp_path):
     assert row["relative_training_time"] == 1.5
     assert (row["v"], row["w"]) == (pytest.approx(2.5), 7.0) and rows["dot"]["scorers"] == 0
     assert (row["scorers"], row["dead_at_start"], row["dead_at_end"], row["score_std"]) == (24, 3, 6, 0.5)
-    assert "| first layer | 3 | 1.5 |" in text and "| -0.5 |" in text and "Best by `v`: **first layer** (2.5)" in text
+    assert "| first layer | 3 | 1.500 | 1.054 | -0.500 | -0.748 to -0.252 | better | 2.500 | 7.000 |" in text
+    assert "Best by `v`: **first layer** (2.500); its `m` is 1.500." in text
     assert "| 3.000 | 1.50 (1.40 to 1.60) | 1.50 | 1 | 3 of 24 | 6 of 24 | 0.50 |" in text
     assert "Neural arms beside every" not in text
 
@@ -100,10 +102,10 @@ def test_neural_arms_beside_the_other_dot_product_arms(tmp_path):
     rows = summarize(study, found, costs_of(study))
     assert difference(study, found, "first layer", "longer")["difference"] == pytest.approx(0.0)
     assert "| | dot | longer |" in text.replace("|  |", "| |") and "Of a part." in text
-    assert "| first layer | **-0.5 (-0.748 to -0.252)** | " in text and "Of a part." in (tmp_path / f"{CARD}.md").read_text()
+    assert "| first layer | **-0.500 (-0.748 to -0.252)** | " in text and "Of a part." in (tmp_path / f"{CARD}.md").read_text()
     short = summary(study, found, rows)
-    assert "| to longer (95 %) |" in short and "| longer | 1.5 | -0.5 (" in short and short.endswith("| x 1.50 |")
-    assert "*longer* 1.5, to which it is " in (tmp_path / f"{CARD}.md").read_text()
+    assert "| to longer (95 %) |" in short and "| longer | 1.500 | -0.500 (" in short and short.endswith("| x 1.50 |")
+    assert "*longer* 1.500, to which it is " in (tmp_path / f"{CARD}.md").read_text()
 
 
 def test_a_report_is_made_of_files_alone(tmp_path):
@@ -117,15 +119,48 @@ def test_a_report_is_made_of_files_alone(tmp_path):
     card = before[f"{CARD}.md"].decode()
     # the best run by v, 0.5, and the baseline of its seed
     assert "| v | 1 | 0.5 | 0.500 |" in card and "sample of seed 0" in card and "*first layer*" in card
-    assert "Digits" in card and "is 1.5 (better, beside *dot*)" in card and "*dot* 2, to which it is -0.5" in card
-    assert "seconds per step, whole, timed by turns" in card
+    assert "Digits" in card and "beside *dot* of that seed (over all seeds: better). Its `m` over 3 seeds is 1.500; " in card
+    assert "*dot* 2.000, to which it is -0.500" in card
+    assert "| seconds per step, whole, timed by turns | 2.000 | 3.000 | 1.500 |" in card and "Both models had" in card
+
+
+def test_the_best_neural_run_stands_beside_the_dot_product_with_all_else_equal(tmp_path):
+    arms = {"dot": {"attention": "dot"}, "first layer": {"attention": "neural", "neural_proj_dim": 4, "learning_rate": 1}}
+    twin = arms | {"longer": {"attention": "dot", "learning_rate": 1}}
+    for given, values in ((twin, {"longer": [1.9, 2.0, 2.1]}), (arms, {})):
+        study = make(arms=given, also=[], flags={})
+        folder = tmp_path / str(len(given))
+        results(study, folder, {"dot": [1.0, 2.0, 3.0], "first layer": [0.5, 1.4, 2.6], **values})
+        for path in folder.glob("first-layer-*.json"):
+            change(path, learning_rate=1)
+        for path in folder.glob("longer-*.json"):
+            change(path, learning_rate=1, max_steps=10)
+        report(study, folder)
+        card = (folder / f"{CARD}.md").read_text()
+        assert ("beside *longer* of that seed" in card and "| m | 1.9 | 0.5 |" in card) == (given is twin)
+        assert ("Both models had" in card) == (given is twin) and ("nothing is compared" in card) == (given is arms)
+        assert "*dot* 2.000, to which it is -0.500" in card
+
+
+def test_accuracies_are_written_in_percent_and_points(tmp_path):
+    study = make(metric="test_accuracy", choose_by="test_accuracy", also=[], lower_is_better=False)
+    results(study, tmp_path, {})
+    for arm, figures in {"dot": [0.31, 0.32, 0.33], "first layer": [0.33, 0.35, 0.34]}.items():
+        for seed, value in enumerate(figures):
+            record = record_of(study, arm, seed, value) | {"metrics": {"test_accuracy": value}}
+            (tmp_path / file_name(arm, seed)).write_text(json.dumps(record))
+    text, found = report(study, tmp_path), load_results(study, tmp_path)
+    assert "| first layer | 3 | 34.00 | 1.00 | +2.00 | -0.48 to +4.48 | no difference shown | 34.00 |" in text
+    short = summary(study, found, summarize(study, found, costs_of(study)))
+    assert "| Digits | `test_accuracy`, % |" in short and "| first layer | 34.00 | +2.00 (-0.48 to +4.48) |" in short
 
 
 def test_as_many_steps_as_take_the_same_time(tmp_path):
     study = make()
-    assert study.steps_of_same_time(SECONDS) == {"longer": 15}
+    ratios = {arm: seconds / SECONDS["dot"] for arm, seconds in SECONDS.items()}
+    assert study.steps_of_same_time(ratios) == {"longer": 15}
     twice = make(arms={**study.arms, "first layer": {**study.arms["first layer"], "max_steps": 20}})
-    assert twice.steps_of_same_time(SECONDS) == {"longer": 30}
+    assert twice.steps_of_same_time(ratios) == {"longer": 30}
     # another timing changes none, unless the study asks for something else
     costs = costs_of(study) | {"steps": {"longer": 77, "gone": 5}}
     assert script.steps_that_stay(study, costs) == {"longer": 77} and script.steps_that_stay(twice, costs) == {}
@@ -159,13 +194,29 @@ def test_runs_that_cannot_be_compared_are_refused(tmp_path):
     path = tmp_path / file_name("first layer", 0)
     change(path, learning_rate=0.2)
     with pytest.raises(
-        SystemExit, match=r"first-layer-0.json is of a run with \{'learning_rate': 0.2\}, dot-0.json of one with"
+        SystemExit, match=r"first-layer-0.json is of a run with learning_rate 0.2, dot-0.json of one with 0.1: they cannot be"
     ):
         report(study, tmp_path)
     change(path, learning_rate=0.1, max_steps=9)
     with pytest.raises(
         SystemExit, match=r"first-layer-0.json is of a run with \{'max_steps': 9\}, for which the study does not"
     ):
+        report(study, tmp_path)
+
+
+def test_runs_of_arms_that_leave_a_setting_to_the_recipe_have_it_alike(tmp_path):
+    # though another arm has it as its own
+    arms = make().arms | {"unfinished": {"attention": "neural", "learning_rate": 3}}
+    study = make(arms=arms)
+    results(study, tmp_path, {"dot": [1.0, 1.0], "first layer": [2.0], "longer": [1.0, 1.0], "unfinished": [1.0]})
+    change(tmp_path / "unfinished-0.json", learning_rate=3)
+    report(study, tmp_path)
+    change(tmp_path / "dot-1.json", learning_rate=3)
+    with pytest.raises(SystemExit, match=r"dot-1.json is of a run with learning_rate 3, dot-0.json of one with 0.1"):
+        report(study, tmp_path)
+    change(tmp_path / "dot-1.json", learning_rate=0.1)
+    change(tmp_path / "longer-1.json", max_steps=77)
+    with pytest.raises(SystemExit, match=r"longer-1.json is of a run with max_steps 77, longer-0.json of one with 15"):
         report(study, tmp_path)
 
 
@@ -225,6 +276,7 @@ def test_studies_that_are_none(tmp_path):
         ({"neural_size": 4}, [], r"The arm 'b': image_classification.py does not know --neural_size 4 "),
         ({"neural_proj_dim": 4}, ["--max_steps=5"], "--max_steps=5: this is the study's to say"),
         ({"neural_proj_dim": 4}, ["--output-dir", "a"], "--output-dir: this is the study's to say"),
+        ({"neural_proj_dim": 4}, ["--neural_proj_dim", "2"], "--neural_proj_dim: this is the study's to say"),
     ),
 )
 def test_words_that_no_run_has_are_refused_before_the_first(arm, more, message):
@@ -291,10 +343,10 @@ def test_a_study_runs_and_goes_on(tmp_path):
     said = run_in(tmp_path, "study.py", "s.yaml", "--results", "results")
     assert "| neural 2 | 1 |" in said and len(list((tmp_path / "results").glob("*-*.json"))) == 3
     costs = load_costs(tmp_path / "results")
-    seconds = costs["seconds_per_step"]
+    seconds, ratio = costs["seconds_per_step"], costs["ratios"]["neural 2"][1]
     assert seconds.keys() == arms.keys() and min(seconds.values()) > 0 and seconds["dot"] == seconds["dot, longer"]
     longer = json.loads((tmp_path / "results" / file_name("dot, longer", 0)).read_text())
-    assert longer["steps"] == costs["steps"]["dot, longer"] == round(2 * seconds["neural 2"] / seconds["dot"])
+    assert longer["steps"] == costs["steps"]["dot, longer"] == round(2 * ratio)
     before = (tmp_path / "results/report.md").read_text()
     run_in(tmp_path, "study.py", "s.yaml", "--results", "results", "--report_only")
     assert (tmp_path / "results/report.md").read_text() == before
@@ -314,7 +366,7 @@ def test_a_study_runs_and_goes_on(tmp_path):
     assert record["environment"]["torch"] and record["scorer_health"]["end"][0]["scorers"] == 1
     shutil.copy(tmp_path / "spread" / file_name("neural 2", 0), tmp_path / "results")
     said = run_in(tmp_path, "study.py", "s.yaml", "--results", "results", "--report_only", fails=True)
-    assert "neural-2-0.json is of a run with {'processes': 2}, dot-0.json of one with {'processes': 1}" in said
+    assert "neural-2-0.json is of a run with processes 2, dot-0.json of one with 1: they cannot be compared" in said
 
 
 def committed_studies() -> list[Path]:
