@@ -37,14 +37,12 @@ TIMED_TURNS = 10
 HEALTH_EXAMPLES = 4
 
 # Arguments that may change between the parts of one run: they do not change what is learned, unless the best checkpoint is
-# kept (`load_best_model_at_end`)
+# kept (`load_best_model_at_end`). When it is evaluated does, since that draws from the generator that dropout uses.
 FREE_ARGUMENTS = {
     "attention",
     "card",
     "card_note",
     "disable_tqdm",
-    "eval_strategy",
-    "eval_steps",
     "hub_model_id",
     "hub_private_repo",
     "hub_token",

@@ -109,6 +109,8 @@ def check_fit(model: ModelArguments, text: TextArguments, neural: NeuralArgument
             f"--block_size {text.block_size} is more than the {positions} positions of the model. Lower it, or raise "
             "--n_positions for a new model."
         )
+    if text.stride is not None and not 0 < text.stride <= text.block_size:
+        raise SystemExit(f"--stride {text.stride} must be from 1 to --block_size, {text.block_size} tokens.")
     return positions
 
 
@@ -211,7 +213,7 @@ def prepare(
     print(f"Tokens: {counts}; vocabulary {len(tokenizer):,}")
     limit = text.max_eval_tokens and max(1, text.max_eval_tokens // text.block_size)
     lines = (line for line in splits["test"][text.text_column_name] if line.strip())
-    start = prompt or " ".join(next(lines).split()[:6])
+    start = prompt or " ".join(next(lines, tokenizer.eos_token or "The").split()[:6])
     held_out = {split: texts[split] for split in ("validation", "test")}
     return Prepared(
         evaluate=lambda trainer: final_figures(trainer, held_out, text),

@@ -122,7 +122,11 @@ def embedded_text(column: str) -> DatasetDict:
 
 
 def load_tokenizer(arguments: TextArguments, checkpoint: str | None, splits: DatasetDict) -> PreTrainedTokenizerBase:
-    """The tokenizer that is named, or the checkpoint's, or a byte-level BPE trained on the training split."""
+    """The tokenizer that is named, or the checkpoint's, or a byte-level BPE trained on the training split.
+
+    Raises:
+        SystemExit: if there is none of that name.
+    """
     name = arguments.tokenizer_name or checkpoint
     if name is None:
         texts = splits["train"].select_columns(arguments.text_column_name)
@@ -136,7 +140,10 @@ def load_tokenizer(arguments: TextArguments, checkpoint: str | None, splits: Dat
                 cased = {"do_lower_case": False} if tokenizer_class is BertTokenizer and "uncased" not in name else {}
                 return without_additions(tokenizer_class.from_pretrained(name, **cased))
         raise SystemExit(f"The folder {name} has no tokenizer: expected tokenizer.json, vocab.json or vocab.txt.")
-    return without_additions(AutoTokenizer.from_pretrained(name))
+    try:
+        return without_additions(AutoTokenizer.from_pretrained(name))
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"The tokenizer {name} cannot be loaded: {error}") from None
 
 
 def without_additions(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:

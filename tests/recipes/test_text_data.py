@@ -81,6 +81,8 @@ def test_bare_vocabularies_load(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(SystemExit, match="has no tokenizer"):
         load_tokenizer(TextArguments(tokenizer_name=str(tmp_path / "empty")), None, {})
+    with pytest.raises(SystemExit, match="The tokenizer no/where cannot be loaded: "):
+        load_tokenizer(TextArguments(tokenizer_name="no/where"), None, {})
 
 
 def test_a_bert_tokenizer_adds_nothing_that_a_gpt2_is_not_trained_with(tmp_path):
