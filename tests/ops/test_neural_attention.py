@@ -162,7 +162,7 @@ def test_any_sizes(backend: str, data: st.DataObject):
 
 LOW_PRECISION = {
     "replace": Case(queries=63, head_dim=64, proj_dim=2, is_causal=True),
-    "wide": Case(queries=31, head_dim=32, proj_dim=16, mask="bool", mask_shape=(2, 1, 1, 31)),
+    "wide": Case(heads=1, queries=31, head_dim=32, proj_dim=16, mask="bool", mask_shape=(2, 1, 1, 31)),
     "residual": Case(queries=31, head_dim=60, mode="residual", mask="float", kv_heads=1),
     "per head": Case(queries=21, keys=33, per_head=True),
     # rows with one large weight, where the gradient of the softmax is a difference of nearly equal numbers
@@ -396,7 +396,8 @@ def test_gradcheck(backend: str):
 
     inputs = [tensors["query"], tensors["key"], tensors["value"], finite, *(p.detach() for p in parameters.values())]
     inputs = [tensor.clone().requires_grad_() for tensor in inputs]
-    assert torch.autograd.gradcheck(attend, inputs)
+    # along a random direction where a call takes a tenth of a second: the full Jacobian takes two minutes in the interpreter
+    assert torch.autograd.gradcheck(attend, inputs, fast_mode=backend == "triton")
     if backend == "reference":
         assert torch.autograd.gradgradcheck(attend, inputs)
 

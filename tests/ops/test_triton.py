@@ -66,9 +66,10 @@ def test_in_the_interpreter():
 @parent
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_the_rest_in_the_interpreter():
+@pytest.mark.parametrize("part", ["no_worse", "not no_worse"])  # minutes each, for two test processes
+def test_the_rest_in_the_interpreter(part: str):
     # autocast is left before the kernels: one case shows it, and each takes minutes
-    run_in_interpreter(f"(triton- or triton]) and not ({QUICK}) and not (autocast and not replace)")
+    run_in_interpreter(f"{part} and (triton- or triton]) and not ({QUICK}) and not (autocast and not replace)")
 
 
 @interpreted
