@@ -21,7 +21,7 @@ import hf_neural_attention
 from .patching.errors import PatchError
 from .patching.pretrained import neural_fields
 from .patching.probing import unwrap
-from .patching.records import is_born_neural, record_of
+from .patching.records import check_without_adapters, is_born_neural, record_of
 from .registration import FAMILIES
 from .uploading import upload
 
@@ -41,7 +41,6 @@ PIPELINES = {
     "AutoModelForImageClassification": "image-classification",
     "AutoModelForSequenceClassification": "text-classification",
     "AutoModelForTokenClassification": "token-classification",
-    "AutoModelForQuestionAnswering": "question-answering",
 }
 
 
@@ -66,7 +65,8 @@ def export_to_hub(
     The folder holds the weights (safetensors), the config, the generation config (with the cache on, which `Trainer` switches
     off), the tokenizer or image processor, a model card, and the code of the model. It loads offline in three ways, with the
     same logits to the bit on the same backend: by the Auto classes after `import hf_neural_attention`, by
-    `trust_remote_code=True` where this package is not installed, and by `pipeline`. There is no pickle in it.
+    `trust_remote_code=True` where this package is not installed, and by `pipeline`. There is no pickle in it. A model that no
+    Auto class makes (`NeuralGPT2DoubleHeadsModel`) loads by its own class, as the card says.
 
     Files are written beside the folder and moved into it at the end: an export that fails leaves what was there.
 
@@ -84,16 +84,18 @@ def export_to_hub(
         The folder.
 
     Raises:
-        PatchError: (a ValueError) if the model has no neural layers, or patched ones that no class of this package has: save
-            those with `save_pretrained`, or `save_patch`.
+        PatchError: (a ValueError) if the model has no neural layers, or patched ones that no class of this package has (save
+            those with `save_pretrained`, or `save_patch`), or adapters.
         RuntimeError: if the upload fails; the folder is whole then, and the message says how to go on.
     """
     base: Any = unwrap(model)
+    check_without_adapters(base)
     architecture = exported_class(base)
     figures = read_results(results)
     folder = Path(save_directory)
+    title = repo_id or folder.resolve().name
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as name:
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{title.split('/')[-1]}.") as name:
         draft = Path(name)
         with cache_switched_on(base):
             base.save_pretrained(draft)
@@ -106,14 +108,17 @@ def export_to_hub(
             (task for name, task in PIPELINES.items() if auto_map.get(name, "").endswith(f".{architecture}")), None
         )
         (draft / "README.md").write_text(
-            card(repo_id or folder.name, architecture, auto_map, pipeline, figures, dataset, license, description, remote_code)
+            card(title, architecture, auto_map, pipeline, figures, dataset, license, description, remote_code)
         )
         folder.mkdir(exist_ok=True)
         # the config last: without it, a folder is no model
         for path in sorted(draft.iterdir(), key=lambda path: path.name == CONFIG_NAME):
-            path.replace(folder / path.name)
+            if path.is_dir():  # a tokenizer's further chat templates
+                shutil.copytree(path, folder / path.name, dirs_exist_ok=True)
+            else:
+                path.replace(folder / path.name)
     if push_to_hub:
-        upload(folder, repo_id or folder.name, token, private, commit_message)
+        upload(folder, title, token, private, commit_message)
     return folder
 
 
@@ -194,7 +199,8 @@ def card(
     remote_code: bool,
 ) -> str:
     """The model card: metadata, figures, how to load it, limits, citation."""
-    auto = next((auto for auto, place in auto_map.items() if place.endswith(f".{architecture}")), "AutoModel")
+    auto = next((auto for auto, place in auto_map.items() if place.endswith(f".{architecture}")), None)
+    loader, home = (architecture, "hf_neural_attention") if auto is None else (auto, "transformers")
     evaluations = [
         EvalResult(
             task_type=pipeline or "other",
@@ -218,7 +224,7 @@ def card(
     table = f"\n## Figures\n\n{f'On {dataset}.' if dataset else ''}\n\n| | |\n| --- | --- |\n{rows}\n" if figures else ""
     without = f'''
 # without it: its code lies beside the weights, and runs only if you say so
-model = {auto}.from_pretrained("{name}", trust_remote_code=True)
+model = {loader}.from_pretrained("{name}", trust_remote_code=True)
 '''
     use = f'''
 import hf_neural_attention
@@ -238,13 +244,13 @@ with a small network instead of a dot product. {description}
 ## Use
 
 ```python
-from transformers import {auto}
+from {home} import {loader}
 
 # with the package: pip install hf_neural_attention
 import hf_neural_attention
 
-model = {auto}.from_pretrained("{name}")
-{without if remote_code else ""}```
+model = {loader}.from_pretrained("{name}")
+{without if remote_code and auto is not None else ""}```
 {f"{chr(10)}```python{use}```{chr(10)}" if pipeline else ""}
 ## Limits
 

@@ -1,4 +1,4 @@
-"""Makes the models known to Transformers' Auto classes.
+"""Makes the models known to Transformers' Auto classes, and to peft.
 
 Their `register` methods want classes, and importing ours imports torch: seconds that a script which only parses its
 arguments should not pay. Transformers' own models are registered by name and imported on first use. So are these, in the
@@ -21,6 +21,7 @@ def register_auto_classes() -> None:
     when_imported("transformers.models.auto.modeling_auto")(register_models)
     when_imported("transformers.models.auto.tokenization_auto")(register_processors)
     when_imported("transformers.models.auto.image_processing_auto")(register_processors)
+    when_imported("peft.utils.constants")(register_targets)
 
 
 def register_configs(auto) -> None:
@@ -43,6 +44,15 @@ def register_processors(auto) -> None:
         for model_type, stock_type in FAMILIES.items():
             if stock_type in table._model_mapping:
                 add_to_table(table, model_type, table._model_mapping[stock_type])
+
+
+def register_targets(constants) -> None:
+    """What peft adapts where nothing is said, as in the stock family."""
+    for name, table in vars(constants).items():
+        if name.startswith("TRANSFORMERS_MODELS_TO_") and isinstance(table, dict):
+            for model_type, stock_type in FAMILIES.items():
+                if stock_type in table:
+                    table[model_type] = table[stock_type]
 
 
 def lazy_tables(auto) -> list:

@@ -14,6 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, GPT2Tokenizer, LlamaConfig
 
 from hf_neural_attention import (
     NeuralGPT2Config,
+    NeuralGPT2DoubleHeadsModel,
     NeuralGPT2LMHeadModel,
     NeuralViTConfig,
     NeuralViTForImageClassification,
@@ -146,6 +147,35 @@ def test_patched_models(tmp_path: Path):
     with pytest.raises(PatchError, match="no code to export"):
         export_to_hub(patch(model), tmp_path / "llama")
     assert not (tmp_path / "llama").exists()
+
+
+def test_adapters_must_be_merged_first(tmp_path: Path):
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(make("gpt2")[0], peft.LoraConfig(task_type="CAUSAL_LM", fan_in_fan_out=True))
+    with pytest.raises(PatchError, match=r"has adapters inside \(transformer.h.0.attn.c_attn.*Merge them first"):
+        export_to_hub(model, tmp_path / "model")
+    assert not list(tmp_path.iterdir())
+    merged = model.merge_and_unload()
+    loaded = NeuralGPT2LMHeadModel.from_pretrained(export_to_hub(merged, tmp_path / "model"))
+    assert torch.equal(loaded(torch.arange(9)[None]).logits, merged.eval()(torch.arange(9)[None]).logits)
+
+
+def test_a_class_without_an_auto_class_loads_by_its_own_name(tmp_path: Path):
+    model = NeuralGPT2DoubleHeadsModel(NeuralGPT2Config(**GPT2)).eval()
+    card = (export_to_hub(model, tmp_path) / "README.md").read_text()
+    assert "from hf_neural_attention import NeuralGPT2DoubleHeadsModel" in card and "trust_remote_code" not in card
+    loaded = NeuralGPT2DoubleHeadsModel.from_pretrained(tmp_path)
+    assert torch.equal(loaded(torch.arange(9)[None]).logits, model(torch.arange(9)[None]).logits)
+
+
+def test_an_export_replaces_an_earlier_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    model, tokenizer = make("gpt2")
+    monkeypatch.chdir(tmp_path)
+    for greeting in ("hello", "goodbye"):
+        tokenizer.chat_template = {"default": greeting, "tool_use": f"{greeting}, tool"}
+        export_to_hub(model, ".", tokenizer)
+    assert (tmp_path / "additional_chat_templates/tool_use.jinja").read_text() == "goodbye, tool"
+    assert f"# {tmp_path.name}\n" in (tmp_path / "README.md").read_text()
 
 
 def test_a_failing_export_leaves_what_was_there(tmp_path: Path):

@@ -15,6 +15,12 @@ logger = logging.getLogger(__name__)
 class ScorerHealthCallback(TrainerCallback):
     """Adds the health of every scorer to what `Trainer` logs, and warns once of each that seems dead.
 
+    `Trainer` calls the callbacks of `report_to` (TensorBoard, W&B ...) before those that it is given: they do not see these
+    figures, which are in its history and on the console. To have them reported as well, put the callback first:
+
+        callbacks = trainer.callback_handler.callbacks
+        callbacks.insert(0, callbacks.pop(callbacks.index(callback)))
+
     Args:
         inputs (`dict`): Arguments for the model's forward: a few examples, always the same.
         every (`int`): Look at each so many-th log. Default: 1.

@@ -72,9 +72,15 @@ def attach_scorers(model: PreTrainedModel, attentions: Iterable[AttentionModule]
     """Gives a scorer to each of a model's self-attention modules (in the order of its layers) that its config names.
 
     Raises:
+        TypeError: if the config is that of a stock model.
         ValueError: if a neural field of the config is invalid.
     """
     config = model.config
+    if not hasattr(config, "check_neural_fields"):
+        raise TypeError(
+            f"{type(model).__name__} got a {type(config).__name__}, which says nothing of neural layers; expected a "
+            f"Neural{type(config).__name__}: `Neural{type(config).__name__}(**config.to_diff_dict(), neural_layers=...)`."
+        )
     attentions = list(attentions)
     for index in config.check_neural_fields():
         attention = attentions[index]

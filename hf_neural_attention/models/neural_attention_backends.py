@@ -17,9 +17,17 @@ def reference_output(
 BACKENDS = {"reference": reference_output, "blockwise": blockwise_attention}
 
 
+def only_plain_operators() -> bool:
+    """Whether a graph is exported, or a transform of `torch.func` runs (`jvp`, `grad`, `vmap`): neither knows what to do with
+    operators that have a backward of their own. Forward-mode derivatives would come out as zero."""
+    if torch.compiler.is_exporting() or torch.jit.is_tracing():
+        return True
+    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
+
+
 def choose_backend() -> str:
-    """What "auto" means: blockwise, except while a graph is exported, where only plain operators may appear."""
-    return "reference" if torch.compiler.is_exporting() or torch.jit.is_tracing() else "blockwise"
+    """What "auto" means: blockwise, except where only plain operators may appear."""
+    return "reference" if only_plain_operators() else "blockwise"
 
 
 def run_backend(
@@ -30,7 +38,7 @@ def run_backend(
     Raises:
         ValueError: if there is no backend of that name.
     """
-    if name is None or name == "auto":
+    if name is None or name == "auto" or (name in BACKENDS and only_plain_operators()):
         name = choose_backend()
     if name not in BACKENDS:
         raise ValueError(f"`backend` is {name!r}; it must be one of {', '.join(map(repr, ('auto', *BACKENDS)))}.")

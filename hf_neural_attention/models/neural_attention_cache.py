@@ -166,8 +166,8 @@ class NeuralCache(Cache):
     The model of an encoder-decoder takes it as `EncoderDecoderCache(NeuralCache(model), DynamicCache(config=model.config))`.
 
     Args:
-        model (`PreTrainedModel`): The model that the cache is for, which it refers to and does not copy. No other model can
-            use it.
+        model (`PreTrainedModel`): The model that the cache is for, which it refers to and does not copy. Another model must
+            not use it: `generate` refuses that, a bare forward cannot tell.
         max_cache_len (`int`, *optional*): Makes a cache of fixed size, for this many tokens, as `torch.compile` wants it.
             Default: None, a cache that grows.
         offloading (`bool`): Keep the cache on the CPU but for the layer at work, as `DynamicCache` and `StaticCache` do. It

@@ -124,6 +124,10 @@ def normalize_mask(
             f"Neural Attention got a mask of shape {tuple(attention_mask.shape)}; expected 4 dimensions "
             "[batch, 1 or heads, queries, keys]."
         )
+    if attention_mask.dtype != torch.bool and not attention_mask.is_floating_point():
+        raise ValueError(
+            f"Neural Attention got a mask of dtype {attention_mask.dtype}; expected bool (True attends) or float (added)."
+        )
     attention_mask = attention_mask[..., :num_keys]  # static caches may come with masks for more keys
     if attention_mask.dtype != torch.bool:
         lowest = torch.finfo(attention_mask.dtype).min

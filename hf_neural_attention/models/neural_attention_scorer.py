@@ -182,20 +182,26 @@ class NeuralScorer(nn.Module):
         }
         if self.mode == "residual":
             arguments["residual_scale"] = 1.0 / math.sqrt(self.head_dim) if scale is None else scale
+        weights = self.weights()
         if need_weights:
-            return reference_attention(query, key, value, self.weights(), **arguments)
-        return run_backend(backend, query, key, value, self.weights(), **arguments), None
+            return reference_attention(query, key, value, weights, **arguments)
+        output = run_backend(backend, query, key, value, weights, **arguments)
+        if weights.bias3.requires_grad:  # frozen at birth, but peft and others thaw it: DDP stops at a gradient that is None
+            output = output + 0.0 * weights.bias3.sum().to(output.dtype)
+        return output, None
 
 
 def effective_weights(layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """Weight `[out, in]` and bias `[out]` of a linear layer, plain, per head (leading dimension H), or wrapped."""
-    if type(layer) in (nn.Linear, PerHeadLinear):
+    # torch's pruning computes the weight in a hook, before each call
+    if type(layer) in (nn.Linear, PerHeadLinear) and not layer._forward_pre_hooks:
         if layer.weight.is_meta and hasattr(layer, "_hf_hook"):
             return offloaded_weights(layer)
         return layer.weight, layer.bias
     base = layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
-    dtype = base.bias.dtype if base.bias.is_floating_point() else torch.float32
-    inputs = torch.eye(base.in_features, device=base.bias.device, dtype=dtype)
+    stored = base.bias() if callable(base.bias) else base.bias  # a method of torch's dynamically quantised layers
+    dtype = stored.dtype if stored.is_floating_point() else torch.float32
+    inputs = torch.eye(base.in_features, device=stored.device, dtype=dtype)
     bias = layer(torch.zeros_like(inputs[:1]))[0]
     return (layer(inputs) - bias).T.contiguous(), bias
 

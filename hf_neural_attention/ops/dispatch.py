@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 
 from ..models.neural_attention_backends import BACKENDS as PYTORCH_BACKENDS
+from ..models.neural_attention_backends import only_plain_operators
 from ..models.neural_attention_reference import ScorerWeights
 
 
@@ -241,7 +242,7 @@ def run_backend(
         ValueError: if the tensors are not all on one device, or as `choose_backend` does.
     """
     check_devices(query, key=key, value=value, attn_mask=arguments["attn_mask"], **weights._asdict())
-    if torch.compiler.is_exporting() or torch.jit.is_tracing():
+    if only_plain_operators():
         chosen = choose_backend(name, Inputs(query.device.type, query.dtype, exporting=True)).name
     else:
         # numbers also to torch.compile with dynamic shapes, which compiles anew for heads of other sizes

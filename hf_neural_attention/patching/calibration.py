@@ -136,7 +136,7 @@ def calibrate(
     Raises:
         PatchError: if the model has no neural layer, a layer has mode `"residual"` (it computes the dot product already), or
             the batches do not reach a layer.
-        ValueError: if there is no data, or a number is out of range.
+        ValueError: if there is no data, it is a single batch, or a number is out of range.
     """
     for name, number in (("steps", steps), ("max_batches", max_batches), ("learning_rate", learning_rate)):
         if not number > 0:
@@ -155,6 +155,8 @@ def calibrate(
             f'{", ".join(residual)}: mode "residual" computes the dot product\'s attention already, until it is trained. '
             'Calibration is for mode "replace".'
         )
+    if isinstance(data, Mapping):
+        raise ValueError("`data` is one batch; expected several: a `DataLoader`, or a list of dicts.")
     batches = [dict(batch) for batch in itertools.islice(data, max_batches)]
     if not batches:
         raise ValueError("`data` has no batches; `calibrate` needs at least one dict of arguments for the model's forward.")

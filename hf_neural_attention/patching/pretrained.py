@@ -21,7 +21,7 @@ from ..models.configuration_neural_attention import FORMAT_VERSION
 from ..models.neural_attention_interface import NeuralConfigView, attach_scorer
 from ..registration import FAMILIES
 from .errors import PatchError
-from .records import check_version, patched_modules, record_of, scorers_of, transformers_class
+from .records import check_version, check_without_adapters, patched_modules, record_of, scorers_of, transformers_class
 
 
 RECORD = "neural_attention_patch"
@@ -75,16 +75,23 @@ def neural_fields(record: dict[str, Any]) -> dict[str, Any] | None:
     }
 
 
-def save_patched(model: Any, *args: Any, **kwargs: Any) -> Any:
-    """`PreTrainedModel.save_pretrained` of a patched model."""
-    if not patched_modules(model):  # a part of it was patched, and has been unpatched by itself
-        return type(model).save_pretrained(model, *args, **kwargs)
+def save_patched(model: Any, own: Any, *args: Any, **kwargs: Any) -> Any:
+    """`PreTrainedModel.save_pretrained` of a patched model.
+
+    Args:
+        own: what the instance had in place of its class's method before it was patched, or None.
+    """
+    save = partial(type(model).save_pretrained, model) if own is None else own
+    # a part of it was patched, and has been unpatched by itself; or it has adapters of Transformers' own, and saves only those
+    if not patched_modules(model) or getattr(model, "_hf_peft_config_loaded", False):
+        return save(*args, **kwargs)
+    check_without_adapters(model)
     # names as they are: the rules that give old checkpoints' names back would also take parts of a scorer for theirs
     kwargs.setdefault("save_original_format", False)
     stock = model.config
     model.config = ConfigToSave(stock, record_of(model))
     try:
-        return type(model).save_pretrained(model, *args, **kwargs)
+        return save(*args, **kwargs)
     finally:
         model.config = stock
 
@@ -94,20 +101,27 @@ def hook_saving(model: nn.Module) -> None:
     each: Any
     for each in model.modules():
         if isinstance(each, PreTrainedModel) and patched_modules(each):
-            vars(each)["save_pretrained"] = partial(save_patched, each)
+            own = vars(each).get("save_pretrained")
+            if getattr(own, "func", None) is not save_patched:
+                vars(each)["save_pretrained"] = partial(save_patched, each, own)
 
 
 def unhook_saving(model: nn.Module) -> None:
     for module in model.modules():
-        if getattr(vars(module).get("save_pretrained"), "func", None) is save_patched:
+        hook: Any = vars(module).get("save_pretrained")
+        if getattr(hook, "func", None) is save_patched:
             del vars(module)["save_pretrained"]
+            if (own := hook.args[1]) is not None:
+                vars(module)["save_pretrained"] = own
 
 
-def from_pretrained(pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+def from_pretrained(pretrained_model_name_or_path: Any, *, model_class: Any = None, **kwargs: Any) -> Any:
     """Loads a model with neural layers that was saved whole: one that `patch` made, or one of this package's own classes.
 
     Args:
         pretrained_model_name_or_path (`str` or path): A folder, or a repository on the Hub.
+        model_class (*optional*): Stock class of a patched model that Transformers does not have (a subclass of your own, or
+            one whose code comes from the Hub). Default: the one of the name that was saved.
         kwargs: as for `PreTrainedModel.from_pretrained` (`dtype`, `device_map`, `attn_implementation`, `revision` ...), but no
             `config`.
 
@@ -139,7 +153,8 @@ def from_pretrained(pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
         )
     record = content.pop(RECORD)
     check_version(record, f"config.json of {where}")
-    base = transformers_class(record, where)
+    advice = "Give that class as `model_class`."
+    base = transformers_class(record, where, advice) if model_class is None else model_class
     content["model_type"] = record["base_model"]["model_type"]
     # of these, a config would take what is meant for the model
     options |= {name: kwargs[name] for name in ("dtype", "torch_dtype", "quantization_config") if name in kwargs}

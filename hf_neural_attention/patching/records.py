@@ -43,7 +43,7 @@ def record_of(model: nn.Module, base_revision: str | None = None) -> dict[str, A
     """The base model, the settings of every patched layer, and the versions of the package and of this format.
 
     Raises:
-        PatchError: if there is no patched layer, or an adapter sits inside a scorer: its weights would be lost.
+        PatchError: if there is no patched layer.
     """
     base = unwrap(model)
     if is_born_neural(base):
@@ -53,8 +53,6 @@ def record_of(model: nn.Module, base_revision: str | None = None) -> dict[str, A
     layers = patched_modules(base)
     if not layers:
         raise PatchError(f"This {type(base).__name__} is not patched; there is nothing to save.")
-    for name, module in layers.items():
-        check_plain(name, module.scorer)
     config = getattr(base, "config", None)
     base_name = getattr(config, "_name_or_path", "") or None
     return {
@@ -80,9 +78,13 @@ def is_repository(name: str | None) -> bool:
 
 
 def cached_revision(name: str | None) -> str | None:
-    """The commit of a repository on the Hub that `main` is in the cache."""
+    """The commit of a repository on the Hub that `main` is in the cache; None where that holds several commits, of which a
+    model does not say which it was loaded from."""
     path = try_to_load_from_cache(name, CONFIG_NAME) if name is not None and is_repository(name) else None
-    return Path(path).parent.name if isinstance(path, str) else None
+    if not isinstance(path, str):
+        return None
+    commit = Path(path).parent
+    return commit.name if len(list(commit.parent.iterdir())) == 1 else None
 
 
 def is_born_neural(model: nn.Module) -> bool:
@@ -103,7 +105,17 @@ def check_plain(name: str, scorer: Any) -> None:
     if foreign := sorted(scorer.state_dict().keys() ^ plain.keys()):
         raise PatchError(
             f"The scorer of {name!r} holds what is no part of a patch ({', '.join(foreign[:3])}, ...): adapters, or quantised "
-            "weights. Merge adapters first: `model = model.merge_and_unload()` in peft."
+            "weights. Merge adapters first: `model = model.merge_and_unload()` in peft. Of a quantised model, "
+            "`save_pretrained` saves all."
+        )
+
+
+def check_without_adapters(model: nn.Module) -> None:
+    """Raises a PatchError if a model has adapters inside, whose names a checkpoint of the model would take for its own."""
+    if adapted := [name for name, module in model.named_modules() if hasattr(module, "get_base_layer")]:
+        raise PatchError(
+            f"This {type(model).__name__} has adapters inside ({', '.join(adapted[:3])}, ...). Merge them first, by "
+            "`model.merge_and_unload()` of the peft model around it, or save the adapters by `save_pretrained` of that."
         )
 
 
@@ -136,8 +148,11 @@ def scorers_of(record: Mapping[str, Any], where: str) -> dict[str, NeuralScorer]
     return made
 
 
-def transformers_class(record: Mapping[str, Any], where: str) -> Any:
+def transformers_class(record: Mapping[str, Any], where: str, advice: str) -> Any:
     """The class of the base model.
+
+    Args:
+        advice: what to do where this Transformers does not have it.
 
     Raises:
         PatchError: if this Transformers does not have it.
@@ -147,6 +162,5 @@ def transformers_class(record: Mapping[str, Any], where: str) -> Any:
     if isinstance(found, type) and issubclass(found, PreTrainedModel):
         return found
     raise PatchError(
-        f"{where} was made for a {name}, a class that Transformers {transformers.__version__} does not have. Load that model "
-        "yourself, and give it to `load_patch`."
+        f"{where} was made for a {name}, a class that Transformers {transformers.__version__} does not have. {advice}"
     )

@@ -19,7 +19,7 @@ from .errors import PatchError
 from .layers import attention_modules, listed
 from .patching import attach_scorers, check_model, inspect_layers
 from .probing import AttentionCall, unwrap
-from .records import check_version, is_repository, patched_modules, record_of, scorers_of, transformers_class
+from .records import check_plain, check_version, is_repository, patched_modules, record_of, scorers_of, transformers_class
 
 
 WEIGHTS, RECORD = "neural_patch.safetensors", "neural_patch.json"
@@ -51,17 +51,19 @@ def save_patch(
         state_dict (`dict`, *optional*): The model's whole state dict, where it cannot be had from the model itself:
             `accelerator.get_state_dict(model)` under FSDP1 or DeepSpeed ZeRO-3.
         is_main_process (`bool`): Whether this process writes. Default: where several train, the first of them.
-        base_revision (`str`): Of the base model on the Hub. Default: what `main` is in the cache.
+        base_revision (`str`): Of the base model on the Hub. Default: the commit in the cache, if it holds one only.
         push_to_hub (`bool`): Also upload the folder. Default: False.
         repo_id, token, private, commit_message: for the upload. Default of `repo_id`: the folder's name.
 
     Raises:
-        PatchError: if the model is not patched, or a scorer has adapters inside.
+        PatchError: if the model is not patched, or a scorer has adapters inside or is quantised.
         RuntimeError: if the upload fails; the folder is whole then, and the message says how to go on.
     """
     if is_main_process is None:
         is_main_process = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
     record = record_of(model, base_revision)
+    for name, module in patched_modules(unwrap(model)).items():
+        check_plain(name, module.scorer)
     if state_dict is not None and not is_main_process:
         return  # where it is gathered, it is empty on the other processes
     own = weights_of({name: module.scorer for name, module in patched_modules(unwrap(model)).items()})
@@ -154,7 +156,8 @@ def load_patch(
         same = is_repository(model_or_name) and model_or_name == record["base_model"].get("name_or_path")
         wanted = base_revision or (record["base_model"].get("revision") if same else None)
         options = {"token": token, **({"revision": wanted} if wanted else {}), **kwargs}
-        model = transformers_class(record, where).from_pretrained(model_or_name, **options)
+        advice = "Load that model yourself, and give it to `load_patch`."
+        model = transformers_class(record, where, advice).from_pretrained(model_or_name, **options)
     check_model(model)
     base = unwrap(model)
     scorers = {name_in(base, name): scorer for name, scorer in scorers.items()}

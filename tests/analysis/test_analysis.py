@@ -8,7 +8,7 @@ import matplotlib
 import pytest
 import torch
 from families import FAMILIES
-from transformers import Trainer, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 from common import GPT2, VIT, assert_same_state, liven
 from hf_neural_attention import NeuralScorer, analysis, patch
@@ -35,6 +35,14 @@ def test_attention_maps(family: Any, mode: str):
         assert torch.allclose(weights.sum(-1), torch.ones(2, 4, tokens), atol=1e-5)
     if family is GPT2:
         assert all(not weights.triu(1).any() for weights in maps)
+
+
+def test_parts_with_implementations_of_their_own_keep_them():
+    model = GPT2.neural(neural_layers=[1])
+    model.transformer.config = copy.deepcopy(model.config)
+    model.transformer.config._attn_implementation_internal = "eager"
+    analysis.attention_maps(model, **GPT2.inputs(labels=False))
+    assert (model.config._attn_implementation, model.transformer.config._attn_implementation) == ("sdpa", "eager")
 
 
 def test_models_without_maps_are_refused():
@@ -137,7 +145,7 @@ def test_health_of_models():
         analysis.scorer_health(FAMILIES["gpt2"].model(), **FAMILIES["gpt2"].inputs())
 
 
-def train_watched(folder: Any, *callbacks: Any) -> Any:
+def train_watched(folder: Any, *callbacks: Any, prepare: Any = None) -> Any:
     """A model whose last scorer is dead, after four steps with dropout."""
     torch.manual_seed(1)
     model = GPT2.neural(neural_layers="all", resid_pdrop=0.5).train()
@@ -147,6 +155,8 @@ def train_watched(folder: Any, *callbacks: Any) -> Any:
         str(folder), max_steps=4, logging_steps=1, report_to="none", use_cpu=True, per_device_train_batch_size=2
     )
     trainer = Trainer(model, arguments, train_dataset=rows, callbacks=list(callbacks))
+    if prepare is not None:
+        prepare(trainer)
     trainer.train()
     return trainer
 
@@ -158,6 +168,23 @@ def test_the_callback_logs_and_warns_once(tmp_path, caplog):
     assert caplog.text.count("The scorer of transformer.h.2.attn seems dead") == 1 and "transformer.h.0" not in caplog.text
     # training is what it is without the callback, whose forward draws no random numbers and leaves modes alone
     assert_same_state(trainer.model, train_watched(tmp_path).model)
+
+
+def test_what_is_put_behind_the_callback_sees_its_figures(tmp_path):
+    class Reporter(TrainerCallback):
+        def __init__(self):
+            self.seen: list[dict[str, float]] = []
+
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            self.seen.append(dict(logs))
+
+    def first(callback: Any, trainer: Any) -> None:  # as its docstring has it
+        callbacks = trainer.callback_handler.callbacks
+        callbacks.insert(0, callbacks.pop(callbacks.index(callback)))
+
+    reporter, callback = Reporter(), analysis.ScorerHealthCallback(GPT2.inputs(labels=False))
+    train_watched(tmp_path, reporter, callback, prepare=lambda trainer: first(callback, trainer))
+    assert "scorer/transformer.h.0.attn/entropy" in reporter.seen[0]
 
 
 def test_the_callback_warns_again_when_more_heads_die(caplog):

@@ -151,6 +151,13 @@ def test_invalid_values_set_later_are_refused_by_the_model(family: Family, field
         family.neural_class()(config)
 
 
+@both_families
+def test_the_config_of_a_stock_model_is_refused(family: Family):
+    stock = family.stock().config
+    with pytest.raises(TypeError, match=f"got a {type(stock).__name__}, .*expected a Neural{type(stock).__name__}"):
+        family.neural_class()(stock)
+
+
 def test_invalid_values_set_later_are_refused_by_vit():
     config = VIT.config()
     config.neural_layers = [3]

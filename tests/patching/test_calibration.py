@@ -120,6 +120,8 @@ def test_what_cannot_be_calibrated():
     model = FAMILIES["gpt2"].model()
     with pytest.raises(PatchError, match="has no neural layer"):
         calibrate(model, batches(FAMILIES["gpt2"]))
+    with pytest.raises(ValueError, match="`data` is one batch; expected several"):
+        calibrate(patch(FAMILIES["gpt2"].model(), mode="replace"), next(iter(batches(FAMILIES["gpt2"]))))
     patch(model)
     with pytest.raises(PatchError, match=r'transformer.h.0.attn: mode "residual"'):
         calibrate(model, batches(FAMILIES["gpt2"]))

@@ -2,13 +2,14 @@
 
 import copy
 import io
+import warnings
 from typing import Any
 
 import pytest
 import torch
 from families import FAMILIES, Family
 from torch import nn
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, TrainingArguments
 
 from common import (
     assert_far,
@@ -21,8 +22,9 @@ from common import (
     run,
     scorers,
 )
-from hf_neural_attention import NeuralCache, from_pretrained, patch, patch_status, unpatch
+from hf_neural_attention import NeuralCache, from_pretrained, patch, patch_status, save_patch, unpatch
 from hf_neural_attention.models.neural_attention_interface import neural_attention_forward
+from hf_neural_attention.patching import PatchError
 
 
 GPT2, LLAMA, MISTRAL, BERT, T5, VIT = (FAMILIES[name] for name in ("gpt2", "llama", "mistral", "bert", "t5", "vit"))
@@ -252,3 +254,58 @@ def test_quantised_models():
     assert {parameter.dtype for scorer in scorers(model) for parameter in scorer.parameters()} == {torch.float32}
     assert_near(LLAMA.seen(run(model, **inputs)), LLAMA.seen(expected))
     assert torch.equal(run(unpatch(model), **inputs), expected)
+
+
+def test_quantised_scorers(tmp_path):
+    # such a model saves whole, and has no patch to be saved alone
+    pytest.importorskip("bitsandbytes")
+    neural(LLAMA, mode="replace", proj_dim=16).save_pretrained(tmp_path / "plain")
+    model = from_pretrained(tmp_path / "plain", quantization_config=BitsAndBytesConfig(load_in_8bit=True))
+    assert scorers(model)[0].linear1.weight.dtype == torch.int8
+    with pytest.raises(PatchError, match=r"adapters, or quantised weights.*`save_pretrained` saves all"):
+        save_patch(model, tmp_path / "patch")
+    model.save_pretrained(tmp_path / "quantised")
+    again = from_pretrained(tmp_path / "quantised")
+    assert len(patch_status(again)) == 3 and scorers(again)[0].linear1.weight.dtype == torch.int8
+    assert torch.equal(run(again, **LLAMA.inputs()), run(model, **LLAMA.inputs()))
+
+
+def test_dynamically_quantised_scorers():
+    model = neural(VIT, mode="replace")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch moves it to torchao
+        quantised = torch.ao.quantization.quantize_dynamic(model, {nn.Linear})
+    assert "dynamic" in type(scorers(quantised)[0].linear1).__module__
+    for scorer, plain in zip(scorers(quantised), scorers(model), strict=True):
+        for ours, exact in zip(scorer.weights(), plain.weights(), strict=True):
+            assert (ours - exact).abs().max() <= 0.02 * max(exact.abs().max(), 1)  # of 256 levels, for inputs and weights
+    assert run(quantised, **VIT.inputs()).isfinite().all()
+
+
+def test_pruned_scorers_train():
+    from torch.nn.utils import prune
+
+    model, inputs = neural(GPT2, mode="replace"), with_labels(GPT2)
+    for scorer in scorers(model):
+        prune.l1_unstructured(scorer.linear1, "weight", amount=0.5)
+    train(model.train(), inputs)
+    zeros = [int((scorer.linear1.weight == 0).sum()) for scorer in scorers(model)]
+    assert zeros == [scorer.linear1.weight.numel() // 2 for scorer in scorers(model)]
+    assert all(scorer.linear1.weight_orig.grad.any() for scorer in scorers(model))
+
+
+@pytest.mark.parametrize("modules_to_save", (None, ["scorer"]))
+def test_adapters_of_transformers_own(modules_to_save: Any, tmp_path):
+    from peft import LoraConfig
+
+    model = neural(LLAMA, mode="replace")
+    model.save_pretrained(tmp_path / "base")
+    targets = r".*self_attn\.(q_proj|v_proj)"
+    model.add_adapter(LoraConfig(target_modules=targets, init_lora_weights=False, modules_to_save=modules_to_save))
+    if modules_to_save:
+        liven(model)
+    model.save_pretrained(tmp_path / "adapter")
+    assert (tmp_path / "adapter/adapter_model.safetensors").exists() and not (tmp_path / "adapter/config.json").exists()
+    again = from_pretrained(tmp_path / "base")
+    again.load_adapter(tmp_path / "adapter")
+    assert_near(run(again, **LLAMA.inputs()), run(model, **LLAMA.inputs()))

@@ -13,7 +13,7 @@ import torch
 from families import FAMILIES, Family
 from safetensors.torch import load_file, save_file
 from test_saving import SETTINGS, patched_model
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageClassification, GPT2LMHeadModel
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageClassification, GPT2LMHeadModel, LlamaForCausalLM
 from transformers.modeling_utils import PreTrainedModel
 
 from common import assert_far, run, transformers_log
@@ -150,11 +150,37 @@ def test_copies_save_themselves(tmp_path: Path):
 def test_merged_adapters(tmp_path: Path):
     peft = pytest.importorskip("peft")
     model = peft.get_peft_model(patched_model(LLAMA), peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
-    with pytest.raises(PatchError, match="Merge adapters first"):
+    with pytest.raises(PatchError, match=r"adapters inside \(model.layers.0.self_attn.*Merge them first"):
         model.get_base_model().save_pretrained(tmp_path / "unmerged")
     merged = model.merge_and_unload()
     loaded = from_pretrained(saved(merged, tmp_path))
     assert torch.equal(run(loaded, **LLAMA.inputs()), run(merged, **LLAMA.inputs()))
+
+
+class Mine(LlamaForCausalLM):
+    """A class that Transformers does not have."""
+
+
+def test_classes_that_transformers_does_not_have(tmp_path: Path):
+    model = patch(Mine(LLAMA.model().config), "all")
+    model.save_pretrained(tmp_path)
+    with pytest.raises(PatchError, match=r"made for a Mine, a class that .* does not have. Give that class as `model_class`"):
+        from_pretrained(tmp_path)
+    loaded = from_pretrained(tmp_path, model_class=Mine)
+    assert type(loaded) is Mine and torch.equal(run(loaded, **LLAMA.inputs()), run(model, **LLAMA.inputs()))
+
+
+def test_a_way_of_saving_of_the_instance_s_own_is_kept(tmp_path: Path):
+    model, calls = LLAMA.model(), []
+
+    def save(folder: Path, **kwargs: Any) -> None:
+        calls.append(folder)
+        type(model).save_pretrained(model, folder, **kwargs)
+
+    model.save_pretrained = save
+    with patched(model):
+        assert "patched by" in config_of(saved(model, tmp_path))["model_type"] and calls == [tmp_path]
+    assert model.save_pretrained is save
 
 
 def test_an_unpatched_model_saves_as_ever(tmp_path: Path):

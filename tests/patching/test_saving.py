@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, GPT2Model
 
 from common import assert_far, liven, run, scorers
 from hf_neural_attention import NeuralGPT2Config, NeuralGPT2LMHeadModel, load_patch, patch, patch_status, save_patch, unpatch
-from hf_neural_attention.patching import PatchError
+from hf_neural_attention.patching import PatchError, records
 
 
 GPT2, LLAMA, T5 = FAMILIES["gpt2"], FAMILIES["llama"], FAMILIES["t5"]
@@ -92,6 +92,15 @@ def test_what_the_record_says(tmp_path: Path):
         },
     }
     assert str(tmp_path) not in (tmp_path / "patch" / "README.md").read_text()
+
+
+def test_the_revision_is_that_in_the_cache_if_it_is_the_only_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    snapshots = tmp_path / "models--org--tiny/snapshots"
+    (snapshots / "aaa").mkdir(parents=True)
+    monkeypatch.setattr(records, "try_to_load_from_cache", lambda name, file: str(snapshots / "aaa" / file))
+    assert records.cached_revision("org/tiny") == "aaa"
+    (snapshots / "bbb").mkdir()  # which a model may have been loaded from
+    assert records.cached_revision("org/tiny") is None
 
 
 def test_by_the_name_of_the_base_model(tmp_path: Path):

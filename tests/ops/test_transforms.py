@@ -1,0 +1,67 @@
+"""The operation under `torch.func`, and gradients that wrappers of models wait for."""
+
+import pytest
+import torch
+from test_neural_attention import Case
+
+from hf_neural_attention.models import neural_attention_backends
+from hf_neural_attention.ops import neural_attention
+from numerics import CPU_BACKENDS, assert_equals_oracle, literal_attention
+
+
+# torch's own forward-mode formulas are scripts
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+every_backend = pytest.mark.parametrize("backend", CPU_BACKENDS)
+
+
+@every_backend
+@pytest.mark.parametrize("case", [Case(is_causal=True), Case(mode="residual", kv_heads=1, per_head=True)], ids=str)
+def test_transforms_of_torch_func(case: Case, backend: str):
+    tensors, scorer = case.draw()
+    inputs = tuple(tensors.values())
+    tangents = tuple(map(torch.randn_like, inputs))
+
+    def attend(query, key, value):
+        return neural_attention(query, key, value, scorer, is_causal=case.is_causal, backend=backend)
+
+    def literal(query, key, value):
+        return literal_attention(query, key, value, scorer, is_causal=case.is_causal)
+
+    for ours, exact in zip(torch.func.jvp(attend, inputs, tangents), torch.func.jvp(literal, inputs, tangents), strict=True):
+        assert exact.abs().max() > 0
+        assert_equals_oracle({"output": ours}, {"output": exact})
+    gradients = [torch.func.grad(lambda *each, f=f: f(*each).sin().sum(), (0, 1, 2))(*inputs) for f in (attend, literal)]
+    for ours, exact in zip(*gradients, strict=True):
+        assert_equals_oracle({"query": ours}, {"query": exact})
+    batch = [tensor[:, None] for tensor in inputs]
+    assert_equals_oracle({"output": torch.func.vmap(attend)(*batch)[:, 0]}, {"output": attend(*inputs)})
+
+
+def test_models_own_backends_under_torch_func():
+    tensors, scorer = Case().draw()
+    query, key, value = tensors.values()
+    arguments = {"attn_mask": None, "dropout_p": 0.0, "dropout_seed": None, "is_causal": False, "residual_scale": None}
+
+    def attend(value, backend="blockwise"):
+        weights = scorer.weights()
+        return neural_attention_backends.run_backend(backend, query, key, value, weights, **arguments, keys_projected=False)
+
+    for backend in ("blockwise", None):
+        _, moved = torch.func.jvp(lambda each, name=backend: attend(each, name), (value,), (value,))
+        torch.testing.assert_close(moved, attend(value))  # it is linear in the values
+    with pytest.raises(ValueError, match="`backend` is 'fast'"):
+        torch.func.vmap(lambda each: attend(each, "fast"))(value[None])
+
+
+@every_backend
+@pytest.mark.parametrize("per_head", [False, True])
+def test_a_thawed_last_bias_gets_a_gradient_of_zero(per_head: bool, backend: str):
+    # it changes nothing, but peft makes it trainable, and DDP waits for it
+    tensors, scorer = Case(per_head=per_head).draw()
+    expected = neural_attention(**tensors, scorer=scorer, backend=backend)
+    scorer.requires_grad_(True)
+    output = neural_attention(**tensors, scorer=scorer, backend=backend)
+    assert torch.equal(output, expected)
+    output.square().sum().backward()
+    assert scorer.linear3.bias.grad.abs().max() < 1e-13 and scorer.linear3.weight.grad.any()
+    assert neural_attention(**tensors, scorer=scorer.bfloat16().double(), backend=backend).dtype == torch.float64
