@@ -196,6 +196,19 @@ def test_portable_scores_of_any_size(factor: float):
     compare_outputs_in_float32(case, factor)
 
 
+def test_portable_backward_has_forward_s_weights_far_from_zero():
+    # a softmax does not see an offset of all scores, so nothing holds it down in training; rows move their pivots then
+    tensors, scorer = Case(batch=1, heads=8, queries=140, head_dim=64, proj_dim=16).draw()
+    scorer.reset_parameters()
+    weight = scorer.linear3.weight
+    scorer.linear2.bias.data.copy_(-1000 * weight[0] / weight.square().sum())
+    query, key, value = (tensor.float() for tensor in tensors.values())
+    value = torch.ones_like(value).requires_grad_()
+    output = native(query[:, :, :1], key, value, scorer.float())
+    (gradient,) = torch.autograd.grad(output.sum(), value)  # for one query: the weights, once per number of a value
+    assert (output - 1).abs().max() < 1e-6 and (gradient.sum(2) - 1).abs().max() < 1e-6
+
+
 @pytest.mark.parametrize("added", [torch.finfo(torch.float32).min, -1e9, -1e4, 1e4, 1e9, 1e30])
 @pytest.mark.parametrize("masked", [100, 140])
 def test_portable_masks_of_large_numbers(masked: int, added: float):

@@ -1,5 +1,6 @@
 // Backward: tiles of keys against blocks of queries. Everything is computed again from u, w and each row's pivot and
-// sum: with those very numbers, the weights are the forward pass's to the last bit.
+// sum: with those very numbers, the weights are the forward pass's to the last bit (where a row's pivot was moved, to those of
+// the factors between pivots).
 //
 // The sums over pairs leave weight3 out: with k_r = [a_r > 0] they are sum k_r ds h_c, sum k_r ds and sum ds relu(a_r), of
 // which the first two, times w3_r, are the gradients of weight2 and bias2.
@@ -256,13 +257,14 @@ class Backward {
       const bool single = net.hidden2 == R2;
       if (single) {
         second_layer<R2, N>(net, row, 0, memory.w + j, BACKWARD_KEYS, a);
-        unroll<N>([&](auto s) INLINE_LAMBDA { weight[s] = splat(-pivot); });
+        unroll<N>([&](auto s) INLINE_LAMBDA { weight[s] = Vec{}; });
         unroll<R2>([&](auto r) INLINE_LAMBDA {
           const Vec w3 = splat(net.weight3[r]);
           unroll<N>([&](auto s) INLINE_LAMBDA { weight[s] += w3 * relu(a[r][s]); });
         });
         if (problem.residual) unroll<N>([&](auto s) INLINE_LAMBDA { weight[s] += load(p + j + s * LANES); });
         if (strip_bias) unroll<N>([&](auto s) INLINE_LAMBDA { weight[s] = masked(weight[s], load(strip_bias + s * LANES)); });
+        subtract_pivot<N>(pivot, weight);
       } else {
         score_strip<R2, N>(net, row, memory.w + j, BACKWARD_KEYS, problem.residual ? p + j : nullptr, strip_bias, pivot, weight);
       }

@@ -68,11 +68,18 @@ INLINE void second_layer(const PairNetwork& net, const QueryRow& row, int64_t r0
 // A score under the mask's bias; chosen, not added, where a pair does not count, so that a NaN in its key goes no further
 INLINE Vec masked(Vec score, Vec bias) { return bias > splat(NEVER / 2) ? score + bias : splat(NEVER); }
 
+// The pivot comes off at the end: a sum that starts from it is rounded otherwise for every pivot that a row has had, which
+// far from zero is much. Most rows keep the one that they start with, zero.
+template <int S>
+INLINE void subtract_pivot(Real pivot, Vec (&score)[S]) {
+  if (pivot != 0) unroll<S>([&](auto s) INLINE_LAMBDA { score[s] -= splat(pivot); });
+}
+
 // Scores minus `pivot` of S vectors of keys; `initial` (residual mode: the dot products) and `bias` (the mask) may be null
 template <int R2, int S>
 INLINE void score_strip(const PairNetwork& net, const QueryRow& row, const Real* w, int64_t ld, const Real* initial,
                         const Real* bias, Real pivot, Vec (&score)[S]) {
-  unroll<S>([&](auto s) INLINE_LAMBDA { score[s] = splat(-pivot); });
+  unroll<S>([&](auto s) INLINE_LAMBDA { score[s] = Vec{}; });
   for (int64_t r0 = 0; r0 < net.hidden2; r0 += R2) {
     Vec a[R2][S];
     second_layer<R2, S>(net, row, r0, w, ld, a);
@@ -83,6 +90,7 @@ INLINE void score_strip(const PairNetwork& net, const QueryRow& row, const Real*
   }
   if (initial) unroll<S>([&](auto s) INLINE_LAMBDA { score[s] += load(initial + s * LANES); });
   if (bias) unroll<S>([&](auto s) INLINE_LAMBDA { score[s] = masked(score[s], load(bias + s * LANES)); });
+  subtract_pivot<S>(pivot, score);
 }
 
 // minus_u [h1, ld] and the second layer's bias [h2, ld] of `count` queries, from u [h1, ld]
