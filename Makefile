@@ -7,7 +7,7 @@ BIN := .venv/bin
 STAMP := .venv/installed
 
 # Each test process gets one core; together they use $(WORKERS)
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS)
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:

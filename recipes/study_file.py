@@ -79,10 +79,10 @@ class Study:
         return {**self.flags, **self.arms[arm]}
 
     def timed_as(self, arm: str) -> str:
-        """The first arm whose steps are the same: learning rates, the scorers' decay and the number of steps change none."""
+        """The first arm whose steps are the same: rates, the scorers' decay and start, and the number of steps change none."""
 
         def model(name: str) -> dict[str, Any]:
-            unlike = (SAME_TIME, "max_steps", "learning_rate", "scorer_learning_rate", "scorer_weight_decay")
+            unlike = (SAME_TIME, "max_steps", "learning_rate", "neural_init", "scorer_learning_rate", "scorer_weight_decay")
             return {key: value for key, value in self.settings(name).items() if key not in unlike}
 
         return next(other for other in self.arms if model(other) == model(arm))

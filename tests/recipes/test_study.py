@@ -168,7 +168,7 @@ def test_as_many_steps_as_take_the_same_time(tmp_path):
     assert words[1:3] == ["--max_steps", "15"] and "same_time_as" not in " ".join(words)
     assert study.timed_as("longer") == "dot" and study.timed_as("first layer") == "first layer"
     # the second is the first with another optimiser for its scorers
-    for other in ({"scorer_weight_decay": 0.0}, {"learning_rate": 1.0}, {"max_steps": 5}):
+    for other in ({"scorer_weight_decay": 0.0}, {"learning_rate": 1.0}, {"max_steps": 5}, {"neural_init": "paper"}):
         assert make(arms={**study.arms, "b": {"attention": "neural", **other}}).timed_as("b") == "first layer"
     assert make(arms={**study.arms, "b": {"attention": "neural", "neural_proj_dim": 4}}).timed_as("b") == "b"
 
