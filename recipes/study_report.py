@@ -17,6 +17,7 @@ from study_results import (
     counterpart,
     difference,
     differences,
+    interval,
     load_results,
     rows_with,
     summarize,
@@ -84,7 +85,7 @@ def report(study: Study, folder: Path) -> str:
         writer.writeheader()
         writer.writerows(rows)
     draw_differences(study, found, rows, folder / "report.png")
-    draw_curves(study, found, folder / "curves.png")
+    draw_curves(study, found, rows, folder / "curves.png")
     if (card := best_card(study, found, rows)) is not None:
         (folder / f"{CARD}.md").write_text(card)
     return text
@@ -106,8 +107,8 @@ def markdown(study: Study, found: Results, rows: list[dict[str, Any]], where: di
         figures(study, rows),
         f"Best by `{study.choose_by}`: **{best['arm']}** ({chosen.value(best[study.choose_by])}{chosen.unit}); its "
         f"`{study.metric}` is {form.value(best['mean'])}{form.unit}.",
-        f"![Differences to {study.baseline}](report.png)",
-        f"![Training loss, as difference to {study.baseline}](curves.png)",
+        "![Differences to the dot product](report.png)",
+        "![Training loss, as difference to the dot product](curves.png)",
     ]
     if len(rows_with(study, rows, "dot")) > 1:
         parts += [
@@ -182,16 +183,30 @@ def costs_table(study: Study, rows: list[dict[str, Any]]) -> str:
     return markdown_table([*header, "dead scorers at start", "at end", "spread at end"], [line(row) for row in rows])
 
 
+def compared_with(study: Study, rows: list[dict[str, Any]]) -> dict[str, dict[str, str]]:
+    """By panel of a picture: arms, and the arm that each is compared with. Neural ones are beside the dot product with all
+    else equal: what learning rates and the like do would hide the difference."""
+    neural = {}
+    for row in rows_with(study, rows, "neural"):
+        twin = counterpart(study, rows, row["arm"])
+        neural[row["arm"]] = study.baseline if twin is None else twin["arm"]
+    dot = {row["arm"]: study.baseline for row in rows_with(study, rows, "dot") if row["arm"] != study.baseline}
+    panels = {"neural, less the dot product with all else equal": neural, f"dot product, less {study.baseline}": dot}
+    return {title: arms for title, arms in panels.items() if arms}
+
+
 def summary(study: Study, found: Results, rows: list[dict[str, Any]]) -> str:
-    """The short table, for a README: beside the baseline, and beside the best dot-product arm."""
+    """The short table, for a README: beside what an arm is `compared_with`, and beside the best dot-product arm."""
     best, form = best_row(study, rows_with(study, rows, "dot"))["arm"], form_of(study, rows, study.metric)
     others = [best] if best != study.baseline else []
-    header = [study.dataset, form.label, f"difference to {study.baseline} (95 %)", ""]
+    bases = {arm: base for arms in compared_with(study, rows).values() for arm, base in arms.items()}
+    header = [study.dataset, form.label, "difference (95 %)", ""]
     lines = []
     for row in rows:
+        own = difference(study, found, row["arm"], bases.get(row["arm"], row["arm"]))
         beside = [form.with_bounds(difference(study, found, row["arm"], other)) for other in others]
-        own = [row["arm"], form.value(row["mean"]), form.with_bounds(row), verdict(study, row)]
-        lines.append([*own, *beside, f"x {row['relative_training_time']:.2f}"])
+        cells = [row["arm"], form.value(row["mean"]), form.with_bounds(own), verdict(study, own)]
+        lines.append([*cells, *beside, f"x {row['relative_training_time']:.2f}"])
     return markdown_table([*header, *(f"to {other} (95 %)" for other in others), "time of all steps"], lines)
 
 
@@ -232,7 +247,7 @@ def best_card(study: Study, found: Results, rows: list[dict[str, Any]]) -> str |
             f"{words}. Its `{study.metric}` over {row['seeds']} seeds is {form.value(row['mean'])}{form.unit}; the "
             f"dot-product models' are, with the difference and its 95 % interval: {others} ([all arms](report.md))."
         ).strip(),
-        picture="Training loss of the study's arms, as difference to the baseline",
+        picture="Training loss of the study's arms, as difference to the dot product",
         step="whole",
     )
     more = " --use_cpu True" if runs[seed]["run"].get("use_cpu") else ""
@@ -249,44 +264,62 @@ def save(figure: Figure, path: Path) -> None:
     figure.savefig(path, dpi=120, metadata={"Software": None})  # a version that would make equal pictures differ
 
 
+def panels_of(titles: list[str], heights: list[int], size: tuple[float, float]) -> tuple[Figure, list[Any]]:
+    """One panel below the other, of these heights."""
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(max(1, len(titles)), 1, squeeze=False, height_ratios=heights or None)[:, 0]
+    for axis, title in zip(axes, titles, strict=False):
+        axis.set_title(title, fontsize=10)
+    return figure, list(axes)
+
+
 def draw_differences(study: Study, found: Results, rows: list[dict[str, Any]], path: Path) -> None:
-    """Every seed's difference to the baseline, with the mean and its interval."""
-    shown, form = [row for row in rows if row["difference"] is not None], form_of(study, rows, study.metric)
-    figure = Figure(figsize=(8, 1.2 + 0.4 * max(1, len(shown))), layout="constrained")
-    axis = figure.subplots()
-    for place, row in enumerate(shown):
-        pairs = [form.factor * pair for pair in differences(study, found, row["arm"], study.baseline)]
-        color = "tab:blue" if study.arms[row["arm"]]["attention"] == "neural" else "tab:gray"
-        axis.plot(pairs, [place] * len(pairs), "o", color=color, alpha=0.5)
-        if row["low"] is not None:
-            axis.plot([form.factor * row["low"], form.factor * row["high"]], [place, place], color="black", linewidth=1)
-        axis.plot(form.factor * row["difference"], place, "|", color="black", markersize=14)
-    axis.axvline(0.0, color="tab:gray", linestyle="--")
-    axis.set_yticks(range(len(shown)), [row["arm"] for row in shown])
+    """Every seed's difference, with the mean and its interval."""
+    panels, form = compared_with(study, rows), form_of(study, rows, study.metric)
+    lengths = [len(arms) for arms in panels.values()]
+    figure, axes = panels_of(
+        list(panels), [count + 1 for count in lengths], (8, 1.4 + 0.35 * sum(lengths) + 0.8 * len(panels))
+    )
+    for axis, arms in zip(axes, panels.values(), strict=False):
+        for place, (arm, base) in enumerate(arms.items()):
+            pairs = [form.factor * pair for pair in differences(study, found, arm, base)]
+            color = "tab:blue" if study.arms[arm]["attention"] == "neural" else "tab:gray"
+            axis.plot(pairs, [place] * len(pairs), "o", color=color, alpha=0.5)
+            if (bar := interval(pairs)) is not None:
+                axis.plot(bar, [place, place], color="black", linewidth=1)
+            if pairs:
+                axis.plot(statistics.mean(pairs), place, "|", color="black", markersize=14)
+        axis.axvline(0.0, color="tab:gray", linestyle="--")
+        axis.set_yticks(range(len(arms)), list(arms))
+        axis.set_ylim(len(arms) - 0.5, -0.5)
     direction = "left" if study.lower_is_better else "right"
-    unit = ", points" if form.unit else ""
-    axis.set_xlabel(f"{study.metric}, difference to {study.baseline}{unit} ({direction} is better); bars: 95 % intervals")
-    axis.invert_yaxis()
+    figure.supxlabel(
+        f"{study.metric}{', points' if form.unit else ''} ({direction} is better); bars: 95 % intervals", fontsize=10
+    )
     save(figure, path)
 
 
-def draw_curves(study: Study, found: Results, path: Path) -> None:
-    """Training loss less the baseline's, batch for batch the same, mean over seeds; of arms with as many steps."""
-    base = {seed: losses(each) for seed, each in found[study.baseline].items()}
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axis = figure.subplots()
-    for number, arm in enumerate(found):
-        both = [(losses(each), base[seed]) for seed, each in found[arm].items() if seed in base]
-        if arm == study.baseline or SAME_TIME in study.arms[arm] or not both:
-            continue
-        steps = sorted(set.intersection(*(losses_of.keys() & other.keys() for losses_of, other in both)))
-        means = [statistics.mean(own[step] - other[step] for own, other in both) for step in steps]
-        style = "-" if study.arms[arm]["attention"] == "neural" else ":"
-        axis.plot(steps, means, style, label=arm, color=f"C{number % 10}", linewidth=1 + number // 10)
-    axis.axhline(0.0, color="tab:gray", linestyle="--", label=study.baseline)
-    axis.set(xlabel="step", ylabel=f"training loss less that of {study.baseline}, nats")
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+def draw_curves(study: Study, found: Results, rows: list[dict[str, Any]], path: Path) -> None:
+    """Training loss less that of the arm that it is compared with, batch for batch the same, mean over seeds; of arms with as
+    many steps."""
+    panels = compared_with(study, rows)
+    figure, axes = panels_of(list(panels), [1] * len(panels), (8, 1 + 3.5 * max(1, len(panels))))
+    for axis, arms in zip(axes, panels.values(), strict=False):
+        for number, (arm, base) in enumerate(arms.items()):
+            if SAME_TIME in study.arms[arm]:
+                continue
+            both = [(losses(each), losses(found[base][seed])) for seed, each in found[arm].items() if seed in found[base]]
+            if not both:
+                continue
+            steps = sorted(set.intersection(*(own.keys() & other.keys() for own, other in both)))
+            means = [statistics.mean(own[step] - other[step] for own, other in both) for step in steps]
+            axis.plot(steps, means, label=arm, color=f"C{number % 10}", linewidth=1 + number // 10)
+        axis.axhline(0.0, color="tab:gray", linestyle="--")
+        axis.grid(alpha=0.3)
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.supxlabel("step", fontsize=10)
+    figure.supylabel("difference of training losses, nats", fontsize=10)
     save(figure, path)
 
 

@@ -12,7 +12,7 @@ from running import RECIPES, run_in
 
 import study as script
 from study_file import COSTS, Study, file_name, load_costs
-from study_report import CARD, report, summary
+from study_report import CARD, compared_with, report, summary
 from study_results import difference, interval, load_results, summarize, verdict
 
 
@@ -140,6 +140,12 @@ def test_the_best_neural_run_stands_beside_the_dot_product_with_all_else_equal(t
         assert ("beside *longer* of that seed" in card and "| m | 1.9 | 0.5 |" in card) == (given is twin)
         assert ("Both models had" in card) == (given is twin) and ("nothing is compared" in card) == (given is arms)
         assert "*dot* 2.000, to which it is -0.500" in card
+        found = load_results(study, folder)
+        rows = summarize(study, found, costs_of(study))
+        assert compared_with(study, rows)["neural, less the dot product with all else equal"] == {
+            "first layer": "longer" if given is twin else "dot"
+        }
+        assert ("| first layer | 1.500 | -0.500 (-2.870 to +1.870) |" in summary(study, found, rows)) == (given is twin)
 
 
 def test_accuracies_are_written_in_percent_and_points(tmp_path):
