@@ -34,7 +34,7 @@ class Inputs(NamedTuple):
     device_type: str  # as in `torch.device.type`
     dtype: torch.dtype  # of the query
     head_dim: int = 0  # the larger one of a query's and a value's size
-    exporting: bool = False  # only plain operators may appear: `torch.export`, ONNX, `torch.jit.trace`
+    exporting: bool = False  # only plain operators may appear: `torch.export`, ONNX, `torch.jit.trace`, `torch.func`
 
 
 def run_native(*args, **arguments) -> torch.Tensor:

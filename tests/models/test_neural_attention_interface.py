@@ -274,6 +274,8 @@ def test_masks_are_cut_and_their_lowest_number_becomes_infinite():
     assert torch.equal(mask, bools) and not causal and keys == 6
     with pytest.raises(ValueError, match=re.escape("mask of shape (2, 6); expected 4 dimensions")):
         normalize_mask("sdpa", torch.ones(2, 6), 3, 6, True)
+    with pytest.raises(ValueError, match=re.escape("mask of dtype torch.int64; expected bool (True attends) or float")):
+        normalize_mask("sdpa", torch.ones(2, 1, 3, 6, dtype=torch.int64), 3, 6, True)
 
 
 @pytest.mark.parametrize("argument", UNSUPPORTED_ARGUMENTS)
