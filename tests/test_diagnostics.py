@@ -26,7 +26,7 @@ from hf_neural_attention import (
 )
 from hf_neural_attention.models import neural_attention_backends, neural_attention_scorer
 from hf_neural_attention.ops import BACKENDS, dispatch
-from numerics import CPU_BACKENDS, randomize
+from tests.helpers.numerics import CPU_BACKENDS, randomize
 
 
 pytestmark = pytest.mark.skipif("native" not in CPU_BACKENDS, reason="there is no native kernel")

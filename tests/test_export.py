@@ -22,8 +22,10 @@ from hf_neural_attention import (
     patch,
 )
 from hf_neural_attention.patching import PatchError
-from hub import running_hub
+from tests.helpers.hub import running_hub
 
+
+ROOT = Path(__file__).parents[1]
 
 GPT2 = {"vocab_size": 300, "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64, "initializer_range": 0.2}
 VIT = {"image_size": 16, "patch_size": 4, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -205,7 +207,7 @@ def test_a_config_from_the_future(tmp_path: Path):
 
 EXPORT = """
 import sys, torch
-from test_export import make
+from tests.test_export import make
 from hf_neural_attention import export_to_hub
 try:
     export_to_hub(*make("gpt2")[:1], "model", make("gpt2")[1], push_to_hub=True, repo_id="somebody/tiny")
@@ -217,7 +219,7 @@ except RuntimeError as error:
 @pytest.mark.slow
 def test_a_hub_gives_back_what_it_was_sent(tmp_path: Path):
     with running_hub() as hub:
-        environment = hub.environment(tmp_path) | {"PYTHONPATH": str(Path(__file__).parent)}
+        environment = hub.environment(tmp_path) | {"PYTHONPATH": str(ROOT)}
         hub.fails_at = 507
         said = script(EXPORT, tmp_path, **environment)
         assert "507" in said and "hf upload somebody/tiny model" in said and not hub.repositories["somebody/tiny"]

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from hf_neural_attention import export_to_hub
-from test_export import make
+from tests.test_export import make
 
 
 pytest.importorskip("lm_eval", reason="needs lm_eval (pip install '.[dev]')")

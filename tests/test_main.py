@@ -10,7 +10,7 @@ import torch
 
 from hf_neural_attention import __main__ as program
 from hf_neural_attention.ops import BACKENDS, dispatch, native_build
-from numerics import CPU_BACKENDS
+from tests.helpers.numerics import CPU_BACKENDS
 
 
 ROOT = Path(__file__).parents[1]

@@ -7,11 +7,12 @@ from typing import Any
 import matplotlib
 import pytest
 import torch
-from families import FAMILIES
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 
-from common import GPT2, VIT, assert_same_state, liven
 from hf_neural_attention import NeuralScorer, analysis, patch
+from tests.helpers.comparing import assert_same_state
+from tests.helpers.neural_models import GPT2, VIT, liven
+from tests.helpers.stock_models import FAMILIES
 
 
 matplotlib.use("Agg")

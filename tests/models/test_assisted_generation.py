@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from common import GPT2, all_variants, eager_and_sdpa, use
-from generating import generate, neural, prompt, stock_model
+from tests.helpers.comparing import use
+from tests.helpers.generating import generate, neural, prompt, stock_model
+from tests.helpers.neural_models import GPT2, all_variants, eager_and_sdpa
 
 
 @pytest.fixture(autouse=True)

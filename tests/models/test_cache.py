@@ -8,8 +8,6 @@ import pytest
 import torch
 from transformers import DynamicCache, EncoderDecoderCache, GenerationConfig, StaticCache
 
-from common import assert_far, assert_near, eager_and_sdpa, run, use
-from generating import generate, neural, prompt, stock_model
 from hf_neural_attention import NeuralCache, NeuralScorer
 from hf_neural_attention.models.neural_attention_cache import (
     ProjectedKeys,
@@ -18,6 +16,9 @@ from hf_neural_attention.models.neural_attention_cache import (
     cache_nbytes,
 )
 from hf_neural_attention.models.neural_attention_interface import detach_scorer
+from tests.helpers.comparing import assert_far, assert_near, run, use
+from tests.helpers.generating import generate, neural, prompt, stock_model
+from tests.helpers.neural_models import eager_and_sdpa
 
 
 ALL = {"neural_layers": "all", "neural_proj_dim": 4}

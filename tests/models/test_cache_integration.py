@@ -11,11 +11,12 @@ import transformers
 from accelerate import cpu_offload
 from transformers import CompileConfig, DynamicCache, EncoderDecoderCache, StaticCache
 
-from common import assert_near, eager_and_sdpa, run
-from generating import generate, neural, prompt
 from hf_neural_attention import NeuralCache, NeuralScorer
 from hf_neural_attention.models.neural_attention_cache import ProjectedKeys, StaticProjectedKeyLayer, replace_cache
 from hf_neural_attention.models.neural_attention_interface import attach_scorer
+from tests.helpers.comparing import assert_near, run
+from tests.helpers.generating import generate, neural, prompt
+from tests.helpers.neural_models import eager_and_sdpa
 
 
 ALL = {"neural_layers": "all", "neural_proj_dim": 4}

@@ -6,8 +6,8 @@ import re
 import pytest
 import torch
 
-from common import GPT2, VIT, Family, both_families, scorers
 from hf_neural_attention import NeuralGPT2Config, NeuralViTConfig
+from tests.helpers.neural_models import GPT2, VIT, Family, both_families, scorers
 
 
 DEFAULTS = {

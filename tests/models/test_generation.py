@@ -11,8 +11,9 @@ from transformers import (
 )
 from transformers.utils import is_optimum_quanto_available
 
-from common import GPT2, all_variants, assert_near, eager_and_sdpa, run, transformers_log
-from generating import NEW_TOKENS, generate, neural, prompt, stock_model
+from tests.helpers.comparing import assert_near, run, transformers_log
+from tests.helpers.generating import NEW_TOKENS, generate, neural, prompt, stock_model
+from tests.helpers.neural_models import GPT2, all_variants, eager_and_sdpa
 
 
 ALL = {"neural_layers": "all", "neural_proj_dim": 4}

@@ -4,9 +4,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from common import GPT2, VIT, Family, assert_near, both_families, every_model, one_and_all_layers, scorers
 from hf_neural_attention import NeuralScorer
 from hf_neural_attention.models.neural_attention_reference import reference_scores
+from tests.helpers.comparing import assert_near
+from tests.helpers.neural_models import GPT2, VIT, Family, both_families, every_model, one_and_all_layers, scorers
 
 
 # Large enough for a sample standard deviation to say something, with the default initializer_range of 0.02

@@ -9,21 +9,17 @@ import torch
 import transformers
 from safetensors import safe_open
 
-from common import (
+from tests.helpers.comparing import assert_far, assert_near, assert_same_state, run, transformers_log
+from tests.helpers.neural_models import (
     GPT2,
     VARIANTS,
     VIT,
     Family,
     all_variants,
-    assert_far,
-    assert_near,
-    assert_same_state,
     both_families,
     every_model,
     one_and_all_layers,
-    run,
     scorers,
-    transformers_log,
 )
 
 

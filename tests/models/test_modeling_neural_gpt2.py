@@ -10,18 +10,8 @@ import pytest
 import torch
 from transformers import DynamicCache, EncoderDecoderCache
 
-from common import (
-    GPT2,
-    all_variants,
-    assert_far,
-    assert_near,
-    assert_same_gradients,
-    backward,
-    eager_and_sdpa,
-    liven,
-    one_and_all_layers,
-    run,
-)
+from tests.helpers.comparing import assert_far, assert_near, assert_same_gradients, backward, run
+from tests.helpers.neural_models import GPT2, all_variants, eager_and_sdpa, liven, one_and_all_layers
 
 
 ALL = {"neural_layers": "all", "neural_proj_dim": 4}

@@ -6,18 +6,8 @@ A residual scorer is born as the plain dot product, so a residual twin of a stoc
 import pytest
 import torch
 
-from common import (
-    VIT,
-    all_variants,
-    assert_far,
-    assert_near,
-    assert_same_gradients,
-    backward,
-    eager_and_sdpa,
-    liven,
-    one_and_all_layers,
-    run,
-)
+from tests.helpers.comparing import assert_far, assert_near, assert_same_gradients, backward, run
+from tests.helpers.neural_models import VIT, all_variants, eager_and_sdpa, liven, one_and_all_layers
 
 
 ALL = {"neural_layers": "all", "neural_proj_dim": 4}

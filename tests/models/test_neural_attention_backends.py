@@ -7,7 +7,7 @@ from torch import nn
 from hf_neural_attention.models.neural_attention_backends import choose_backend, run_backend
 from hf_neural_attention.models.neural_attention_scorer import NeuralScorer
 from hf_neural_attention.ops import neural_attention
-from numerics import assert_equals_oracle, randomize, run_with_gradients
+from tests.helpers.numerics import assert_equals_oracle, randomize, run_with_gradients
 
 
 def draw(length: int = 12, **settings) -> tuple[dict[str, torch.Tensor], NeuralScorer]:

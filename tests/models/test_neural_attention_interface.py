@@ -9,19 +9,6 @@ import torch
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from common import (
-    GPT2,
-    VIT,
-    Family,
-    all_variants,
-    assert_far,
-    assert_near,
-    both_families,
-    one_and_all_layers,
-    run,
-    scorers,
-    use,
-)
 from hf_neural_attention import NeuralScorer, neural_attention
 from hf_neural_attention.models.neural_attention_interface import (
     ATTENTION_NAME,
@@ -32,6 +19,8 @@ from hf_neural_attention.models.neural_attention_interface import (
     neural_attention_forward,
     normalize_mask,
 )
+from tests.helpers.comparing import assert_far, assert_near, run, use
+from tests.helpers.neural_models import GPT2, VIT, Family, all_variants, both_families, one_and_all_layers, scorers
 
 
 REFUSED = {

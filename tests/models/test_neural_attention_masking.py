@@ -15,7 +15,7 @@ from hf_neural_attention.models.neural_attention_masking import (
 )
 from hf_neural_attention.models.neural_attention_scorer import NeuralScorer
 from hf_neural_attention.ops import neural_attention
-from numerics import CPU_BACKENDS
+from tests.helpers.numerics import CPU_BACKENDS
 
 
 def scalar_philox(counter: tuple[int, ...], key: tuple[int, int]) -> tuple[int, ...]:

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.functional import relu, scaled_dot_product_attention
 
 from hf_neural_attention.models.neural_attention_scorer import NeuralScorer
-from numerics import literal_scores, randomize
+from tests.helpers.numerics import literal_scores, randomize
 
 
 def draw_tokens(*shape: int) -> list[torch.Tensor]:

@@ -4,7 +4,8 @@ import pytest
 import torch
 from accelerate import cpu_offload
 
-from common import GPT2, assert_near, run
+from tests.helpers.comparing import assert_near, run
+from tests.helpers.neural_models import GPT2
 
 
 FIELDS = {"neural_layers": "all"}

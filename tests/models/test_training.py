@@ -4,22 +4,24 @@ import pytest
 import torch
 from transformers import Trainer, TrainingArguments, pipeline
 
-from common import (
-    GPT2,
-    VIT,
-    Family,
-    all_variants,
+from tests.helpers.comparing import (
     assert_far,
     assert_near,
     assert_same_gradients,
     assert_same_state,
     backward,
+    run,
+    transformers_log,
+)
+from tests.helpers.neural_models import (
+    GPT2,
+    VIT,
+    Family,
+    all_variants,
     both_families,
     eager_and_sdpa,
     one_and_all_layers,
-    run,
     scorers,
-    transformers_log,
 )
 
 

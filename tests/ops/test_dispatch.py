@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from hf_neural_attention import NeuralScorer, neural_attention, set_backend, use_backend
 from hf_neural_attention.ops import BACKENDS, Inputs, choose_backend, dispatch
 from hf_neural_attention.ops.dispatch import ENVIRONMENT_VARIABLE, asked_backend
-from numerics import CPU_BACKENDS
+from tests.helpers.numerics import CPU_BACKENDS
 
 
 needs_native = pytest.mark.skipif("native" not in CPU_BACKENDS, reason="there is no native kernel")

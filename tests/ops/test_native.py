@@ -15,12 +15,12 @@ from typing import Any
 
 import pytest
 import torch
-from test_neural_attention import Case, compare_with_oracle, with_projected_keys
 
 from hf_neural_attention.models.neural_attention_masking import draw_dropout_seed, dropout_multiplier
 from hf_neural_attention.ops import BACKENDS, Inputs, neural_attention
 from hf_neural_attention.ops import native as backend
-from numerics import assert_equals_oracle, assert_no_worse_than_reference, literal_attention, run_with_gradients
+from tests.helpers.numerics import assert_equals_oracle, assert_no_worse_than_reference, literal_attention, run_with_gradients
+from tests.ops.test_neural_attention import Case, compare_with_oracle, with_projected_keys
 
 
 ROOT = Path(__file__).parents[2]

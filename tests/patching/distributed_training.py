@@ -11,11 +11,11 @@ import torch
 from accelerate import Accelerator, FullyShardedDataParallelPlugin, PartialState
 from accelerate.utils import DistributedType
 from datasets import Dataset
-from families import FAMILIES
 from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainingArguments
 
 from hf_neural_attention import patch, save_patch
+from tests.helpers.stock_models import FAMILIES
 
 
 STEPS, RATE = 3, 0.5

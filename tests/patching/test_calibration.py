@@ -5,14 +5,15 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, Family
 from torch.utils.data import DataLoader
 
-from common import GPT2, assert_far, run, scorers
 from hf_neural_attention import calibrate, patch, unpatch
 from hf_neural_attention.models.neural_attention_scorer import NeuralScorer
 from hf_neural_attention.patching import PatchError
 from hf_neural_attention.patching.calibration import Call, divergence
+from tests.helpers.comparing import assert_far, run
+from tests.helpers.neural_models import GPT2, scorers
+from tests.helpers.stock_models import FAMILIES, Family
 
 
 WIDE = {"mode": "replace", "proj_dim": 8, "hidden_dims": (16, 8), "per_head": True}

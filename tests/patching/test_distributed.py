@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from distributed_training import FAMILY, RATE, make_data, make_model
 from safetensors.torch import load_file
 
-from common import assert_near, run
 from hf_neural_attention import from_pretrained, load_patch
+from tests.helpers.comparing import assert_near, run
+from tests.patching.distributed_training import FAMILY, RATE, make_data, make_model
 
 
 @pytest.fixture(scope="module")
@@ -30,11 +30,10 @@ def expected() -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("kind", ("ddp", "fsdp", "trainer-ddp", "trainer-fsdp"))
 def test_two_processes(kind: str, expected: dict[str, torch.Tensor], tmp_path: Path):
     here = Path(__file__).parent
-    paths = os.pathsep.join([str(here), str(here.parent / "models")])
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run(
         [*launcher, str(here / "distributed_training.py"), kind, str(tmp_path)],
-        env=os.environ | {"PYTHONPATH": paths, "ACCELERATE_USE_CPU": "true"},
+        env=os.environ | {"PYTHONPATH": str(here.parents[1]), "ACCELERATE_USE_CPU": "true"},
         capture_output=True, text=True, check=False, timeout=500,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]

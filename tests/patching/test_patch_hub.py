@@ -7,15 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from hub import Hub, running_hub
+from tests.helpers.hub import Hub, running_hub
 
+
+ROOT = Path(__file__).parents[2]
 
 PROLOGUE = """
-import sys, torch
-sys.path[:0] = sys.argv[1:]
-from families import FAMILIES
-from test_saving import patched_model
-from common import run
+import torch
+from tests.helpers.comparing import run
+from tests.helpers.stock_models import FAMILIES
+from tests.patching.test_saving import patched_model
 from hf_neural_attention import from_pretrained, load_patch, save_patch
 from hf_neural_attention.patching import patch_status
 """
@@ -49,11 +50,9 @@ assert torch.equal(run(load_patch(family.model(), "broken"), **family.inputs()),
 
 
 def script(hub: Hub, folder: Path, code: str) -> str:
-    tests = Path(__file__).parents[1]
-    done = subprocess.run(
-        [sys.executable, "-c", PROLOGUE + code, str(tests / "models"), str(tests / "patching")],
-        cwd=folder, env=os.environ | hub.environment(folder), capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    environment = os.environ | hub.environment(folder) | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", PROLOGUE + code]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-5000:]
     return done.stdout
 

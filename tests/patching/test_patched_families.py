@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, Family
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from common import assert_far, assert_near, assert_same_state, eager_and_sdpa, liven, run
 from hf_neural_attention import patch, patch_status, patched, unpatch
+from tests.helpers.comparing import assert_far, assert_near, assert_same_state, run
+from tests.helpers.neural_models import eager_and_sdpa, liven
+from tests.helpers.stock_models import FAMILIES, Family
 
 
 CHECKPOINTS = Path(__file__).parents[3] / "shared" / "data" / "checkpoints"

@@ -7,24 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, Family
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, TrainingArguments
 
-from common import (
-    assert_far,
-    assert_near,
-    assert_same_gradients,
-    assert_same_state,
-    backward,
-    eager_and_sdpa,
-    liven,
-    run,
-    scorers,
-)
 from hf_neural_attention import NeuralCache, from_pretrained, patch, patch_status, save_patch, unpatch
 from hf_neural_attention.models.neural_attention_interface import neural_attention_forward
 from hf_neural_attention.patching import PatchError
+from tests.helpers.comparing import assert_far, assert_near, assert_same_gradients, assert_same_state, backward, run
+from tests.helpers.neural_models import eager_and_sdpa, liven, scorers
+from tests.helpers.stock_models import FAMILIES, Family
 
 
 GPT2, LLAMA, MISTRAL, BERT, T5, VIT = (FAMILIES[name] for name in ("gpt2", "llama", "mistral", "bert", "t5", "vit"))

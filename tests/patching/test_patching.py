@@ -7,13 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, SIZES
 from torch import nn
 from transformers import AutoConfig, AutoModel, GPT2Config, GPT2LMHeadModel, PreTrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import hf_neural_attention
-from common import assert_far, assert_near, run, scorers
 from hf_neural_attention import NeuralScorer, explain, patch, patch_status, patched, unpatch
 from hf_neural_attention.models.neural_attention_interface import attach_scorer
 from hf_neural_attention.patching import (
@@ -23,6 +21,9 @@ from hf_neural_attention.patching import (
     ProbeError,
     UnsupportedLayerError,
 )
+from tests.helpers.comparing import assert_far, assert_near, run
+from tests.helpers.neural_models import scorers
+from tests.helpers.stock_models import FAMILIES, SIZES
 
 
 GPT2, T5, LLAMA = FAMILIES["gpt2"], FAMILIES["t5"], FAMILIES["llama"]

@@ -10,15 +10,15 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, Family
 from safetensors.torch import load_file, save_file
-from test_saving import SETTINGS, patched_model
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageClassification, GPT2LMHeadModel, LlamaForCausalLM
 from transformers.modeling_utils import PreTrainedModel
 
-from common import assert_far, run, transformers_log
 from hf_neural_attention import NeuralGPT2LMHeadModel, from_pretrained, patch, patch_status, patched, unpatch
 from hf_neural_attention.patching import PatchError
+from tests.helpers.comparing import assert_far, run, transformers_log
+from tests.helpers.stock_models import FAMILIES, Family
+from tests.patching.test_saving import SETTINGS, patched_model
 
 
 GPT2, LLAMA, T5, VIT = (FAMILIES[name] for name in ("gpt2", "llama", "t5", "vit"))

@@ -7,14 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, Family
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Model
 
-from common import assert_far, liven, run, scorers
 from hf_neural_attention import NeuralGPT2Config, NeuralGPT2LMHeadModel, load_patch, patch, patch_status, save_patch, unpatch
 from hf_neural_attention.patching import PatchError, records
+from tests.helpers.comparing import assert_far, run
+from tests.helpers.neural_models import liven, scorers
+from tests.helpers.stock_models import FAMILIES, Family
 
 
 GPT2, LLAMA, T5 = FAMILIES["gpt2"], FAMILIES["llama"], FAMILIES["t5"]

@@ -1,12 +1,8 @@
-"""Recipes are scripts side by side: their tests import them from the folder that they are in."""
-
-import sys
+"""Recipes run as users run them."""
 
 import pytest
-from running import RECIPES, run_in
 
-
-sys.path.insert(0, str(RECIPES))
+from tests.helpers.running import run_in
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ import sys
 
 import pytest
 import yaml
-from running import RECIPES
 from transformers import TrainingArguments
 
 from arguments import NeuralArguments, parse_arguments
@@ -13,6 +12,7 @@ from image_classification import ModelArguments as ImageModelArguments
 from image_data import ImageArguments
 from language_modeling import ModelArguments as TextModelArguments
 from patch_and_finetune import CheckpointArguments
+from tests.helpers.running import RECIPES
 from text_data import TextArguments
 
 

@@ -19,7 +19,7 @@ from benchmark_checks import Checker
 from benchmark_models import ATTENTIONS, CACHES, GPT2, STOCK, VIT, measure_decoding, measure_steps
 from benchmark_timing import FirstUse, Limits, Spread, measure_first_use, peak_bytes, ratio_of, time_by_turns, time_entries
 from hf_neural_attention.ops import BACKENDS
-from numerics import CPU_BACKENDS
+from tests.helpers.numerics import CPU_BACKENDS
 
 
 SMALL = Case(length=40, heads=2, head_dim=16)

@@ -5,10 +5,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from running import RECIPES, run_in
 from transformers import TrainingArguments
 
 from estimate import duration, markdown, total_steps
+from tests.helpers.running import RECIPES, run_in
 
 
 def experiment(tmp_path: Any, **arguments: Any) -> Any:

@@ -5,7 +5,6 @@ import json
 import pytest
 import torch
 from PIL import Image
-from running import run_in
 from transformers import (
     AutoModelForImageClassification,
     TrainerControl,
@@ -20,6 +19,7 @@ import hf_neural_attention
 from arguments import NeuralArguments
 from image_classification import HalveLearningRate, ModelArguments, build_model, check_fit
 from image_data import ImageArguments
+from tests.helpers.running import run_in
 
 
 TINY = (

@@ -3,13 +3,13 @@
 import json
 
 import pytest
-from running import run_in
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, pipeline
 
 import hf_neural_attention
 from arguments import NeuralArguments
 from checkpoints import load_checkpoint_config
 from language_modeling import ModelArguments, build_model, check_fit, generate_sample
+from tests.helpers.running import run_in
 from text_data import TextArguments, load_text, load_tokenizer
 
 

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from running import run_in
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageClassification,
@@ -21,6 +20,7 @@ from transformers import (
 from hf_neural_attention import from_pretrained, load_patch
 from patch_and_finetune import stages_table
 from reporting import Task
+from tests.helpers.running import run_in
 from text_data import TextArguments, load_text
 
 

@@ -5,12 +5,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from running import run_in
 from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 
 from hf_neural_attention import patch
-from hub import Hub, running_hub
 from publishing import publish
+from tests.helpers.hub import Hub, running_hub
+from tests.helpers.running import run_in
 
 
 TINY = (

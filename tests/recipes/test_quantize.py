@@ -3,10 +3,10 @@
 import json
 
 import pytest
-from running import run_in
 from transformers import GPT2Tokenizer, LlamaConfig, LlamaForCausalLM
 
 from hf_neural_attention import NeuralGPT2Config, NeuralGPT2LMHeadModel
+from tests.helpers.running import run_in
 from text_data import TextArguments, load_text
 
 

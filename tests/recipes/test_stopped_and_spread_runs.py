@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from running import RECIPES, run_in
 from safetensors.torch import load_file
+
+from tests.helpers.running import RECIPES, run_in
 
 
 HERE = Path(__file__).parent

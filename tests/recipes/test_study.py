@@ -8,12 +8,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from running import RECIPES, run_in
 
 import study as script
 from study_file import COSTS, Study, file_name, load_costs
 from study_report import CARD, compared_with, report, summary
 from study_results import difference, interval, load_results, summarize, verdict
+from tests.helpers.running import RECIPES, run_in
 
 
 CARDS = RECIPES.parent / "model_cards"

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from common import GPT2
+from tests.helpers.neural_models import GPT2
 
 
 NEW_TOKENS = 8

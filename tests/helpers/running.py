@@ -1,4 +1,4 @@
-"""Runs recipes as users do. Not in conftest.py: other folders have one too, and a module of that name is imported once."""
+"""Runs recipes as users do."""
 
 import subprocess
 import sys
