@@ -13,10 +13,12 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 from . import __version__
+from .functional import neural_attention
 from .hardware import devices
+from .models.neural_attention_backends import BACKENDS
+from .models.neural_attention_pytorch import Inputs
 from .models.neural_attention_scorer import NeuralScorer
-from .ops import BACKENDS, Inputs, neural_attention
-from .ops.dispatch import ENVIRONMENT_VARIABLE, asked_backend
+from .ops.choice import ENVIRONMENT_VARIABLE, asked_backend
 from .ops.native_build import BuildError, cache_folder, find_compiler, is_compiled, library_name
 
 

@@ -7,8 +7,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from .models.neural_attention_scorer import check_arguments
-from .ops.dispatch import AUTO, BACKENDS, Inputs, asked_backend, check_devices, choose_backend, run_backend
+from .introspection import hooks_of, neural_layers, place_of
+from .models.neural_attention_backends import AUTO, BACKENDS, check_devices, choose_backend
+from .models.neural_attention_functional import check_arguments
+from .models.neural_attention_pytorch import Inputs
+from .ops import asked_backend
 
 
 LAYERS = ("q_proj", "k_proj", "linear1", "linear2", "linear3")
@@ -89,35 +92,17 @@ def explain(
         raise TypeError(f"`model_or_query` is a {type(model_or_query).__name__}; expected a model or a query tensor.")
     if key is None or value is None or scorer is None:
         raise TypeError("`explain` needs `key`, `value` and `scorer` beside a query, as `neural_attention` does.")
-    check_arguments(scorer, model_or_query, key, value, attn_mask, dropout_p, keys_projected)
+    check_arguments(model_or_query, key, value, scorer.weights(), attn_mask, dropout_p, scorer.mode, keys_projected)
     check_devices(model_or_query, key=key, value=value, attn_mask=attn_mask)
     head_dim = max(model_or_query.shape[-1], value.shape[-1])
     inputs = Inputs(model_or_query.device.type, model_or_query.dtype, head_dim)
     return Explanation([explain_choice("inputs", scorer, inputs, backend)])
 
 
-def is_scorer(module: nn.Module) -> bool:
-    """By what it can do: models from the Hub bring a `NeuralScorer` class of their own, and peft may wrap one."""
-    return hasattr(module, "project_keys") and hasattr(module, "linear1")
-
-
-def neural_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, Any]]:
-    """Name and module of every layer that has a scorer, and the scorer."""
-    if is_scorer(model):
-        yield "scorer", model, model
-        return
-    found: list[str] = []
-    for name, module in model.named_modules(remove_duplicate=False):
-        # what is wrapped has been found with its wrapper
-        if is_scorer(module) and not any(name.startswith(f"{outer}.") for outer in found):
-            found.append(name)
-            parent, _, child = name.rpartition(".")
-            yield (parent if child == "scorer" and parent else name), model.get_submodule(parent), module
-
-
 def explain_layer(name: str, attention: nn.Module, scorer: Any, backend: str | None) -> LayerBackend:
     """Of one layer of a model: as `neural_attention_forward` runs it."""
-    inputs = Inputs(*place_of(attention), scorer.head_dim)
+    device, dtype = place_of(attention)
+    inputs = Inputs(device.type, dtype, scorer.head_dim)
     # a view of the model's config, whose own implementation says in which form weights and masks are wanted
     config = getattr(getattr(attention, "config", None), "base", None)
     if getattr(config, "_attn_implementation", None) == "eager" and not lacks_weights(scorer, inputs):
@@ -137,7 +122,7 @@ def explain_choice(name: str, scorer: Any, inputs: Inputs, backend: str | None) 
         reason = f"the scorer's weights are on the meta device, without numbers, and the tokens on {inputs.device_type!r}"
         return LayerBackend(name, None, False, reason, notes)
     # a model from the Hub, whose code was imported when this package was not to be had, brings copies of two backends
-    if getattr(sys.modules.get(type(scorer).__module__), "run_backend", run_backend) is not run_backend:
+    if not backends_of(scorer).keys() >= BACKENDS.keys():
         reason = f"its code, {type(scorer).__module__}, does not use this package's backends but copies of two"
         return LayerBackend(name, "blockwise", False, reason, notes)
     try:
@@ -155,21 +140,10 @@ def explain_choice(name: str, scorer: Any, inputs: Inputs, backend: str | None) 
     return LayerBackend(name, choice.name, is_fused, why_not, notes)
 
 
-def place_of(module: nn.Module) -> tuple[str, torch.dtype]:
-    """Type of device and dtype that a module computes with; accelerate's hooks know where offloaded weights go."""
-    parameters = [parameter for parameter in module.parameters() if parameter.is_floating_point()]
-    device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
-    if device.type == "meta":
-        hooks = (hook for child in module.modules() for hook in hooks_of(child))
-        places = (getattr(hook, "execution_device", None) for hook in hooks)
-        device = next((torch.device(place) for place in places if place is not None), device)
-    return device.type, parameters[0].dtype if parameters else torch.get_default_dtype()
-
-
-def hooks_of(module: nn.Module) -> list[Any]:
-    """Accelerate's hooks around a module's forward."""
-    hook = getattr(module, "_hf_hook", None)
-    return [] if hook is None else list(getattr(hook, "hooks", [hook]))
+def backends_of(scorer: Any) -> dict[str, Any]:
+    """The backends that a scorer's own code chooses among: that of a model from the Hub has a registry of its own."""
+    name = type(scorer).__module__.replace("neural_attention_scorer", "neural_attention_backends")
+    return getattr(sys.modules.get(name), "BACKENDS", BACKENDS)
 
 
 def notes_on(scorer: Any, inputs: Inputs) -> tuple[str, ...]:

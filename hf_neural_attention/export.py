@@ -18,10 +18,10 @@ from transformers.utils import CONFIG_NAME
 
 import hf_neural_attention
 
+from .introspection import is_born_neural, unwrap
 from .patching.errors import PatchError
 from .patching.pretrained import neural_fields
-from .patching.probing import unwrap
-from .patching.records import check_without_adapters, is_born_neural, record_of
+from .patching.records import check_without_adapters, record_of
 from .registration import FAMILIES
 from .uploading import upload
 

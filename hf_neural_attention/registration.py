@@ -1,67 +1,62 @@
-"""Makes the models known to Transformers' Auto classes, and to peft.
+"""Makes the models known to Transformers' Auto classes."""
 
-Their `register` methods want classes, and importing ours imports torch: seconds that a script which only parses its
-arguments should not pay. Transformers' own models are registered by name and imported on first use. So are these, in the
-same tables, as soon as Transformers has imported them: nothing is imported here at any time, so no import can go round in
-a circle.
-"""
+from transformers import (
+    TOKENIZER_MAPPING,
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoModelForMaskedImageModeling,
+    AutoModelForPreTraining,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+    GPT2Config,
+    ViTImageProcessorPil,
+)
+from transformers.utils import is_torchvision_available
 
-import sys
+from .models.configuration_neural_gpt2 import NeuralGPT2Config
+from .models.configuration_neural_vit import NeuralViTConfig
+from .models.modeling_neural_gpt2 import (
+    NeuralGPT2ForQuestionAnswering,
+    NeuralGPT2ForSequenceClassification,
+    NeuralGPT2ForTokenClassification,
+    NeuralGPT2LMHeadModel,
+    NeuralGPT2Model,
+)
+from .models.modeling_neural_vit import NeuralViTForImageClassification, NeuralViTForMaskedImageModeling, NeuralViTModel
 
-from wrapt import when_imported
 
-
-# model type -> the stock model type whose places in the tables it takes as well
+# model type -> the stock model type of the family
 FAMILIES = {"neural_gpt2": "gpt2", "neural_vit": "vit"}
+
+# Wherever a stock model of a family stands, ours does
+MODELS = {
+    AutoModel: (NeuralGPT2Model, NeuralViTModel),
+    AutoModelForCausalLM: (NeuralGPT2LMHeadModel,),
+    AutoModelForImageClassification: (NeuralViTForImageClassification,),
+    AutoModelForMaskedImageModeling: (NeuralViTForMaskedImageModeling,),
+    AutoModelForPreTraining: (NeuralGPT2LMHeadModel,),
+    AutoModelForQuestionAnswering: (NeuralGPT2ForQuestionAnswering,),
+    AutoModelForSequenceClassification: (NeuralGPT2ForSequenceClassification,),
+    AutoModelForTokenClassification: (NeuralGPT2ForTokenClassification,),
+}
 
 
 def register_auto_classes() -> None:
-    """Registers everything, now or when Transformers imports the table in question. Doing it again changes nothing."""
-    when_imported("transformers.models.auto.configuration_auto")(register_configs)
-    when_imported("transformers.models.auto.modeling_auto")(register_models)
-    when_imported("transformers.models.auto.tokenization_auto")(register_processors)
-    when_imported("transformers.models.auto.image_processing_auto")(register_processors)
-    when_imported("peft.utils.constants")(register_targets)
+    """Registers configs, models, and the stock families' tokenizer and image processor. Doing it again changes nothing."""
+    for config in (NeuralGPT2Config, NeuralViTConfig):
+        AutoConfig.register(config.model_type, config, exist_ok=True)
+    for auto, models in MODELS.items():
+        for model in models:
+            auto.register(model.config_class, model, exist_ok=True)
+    AutoTokenizer.register(NeuralGPT2Config, TOKENIZER_MAPPING[GPT2Config], exist_ok=True)
+    processors: dict[str, type] = {"pil": ViTImageProcessorPil}
+    if is_torchvision_available():
+        from transformers import ViTImageProcessor
 
-
-def register_configs(auto) -> None:
-    for model_type, stock_type in FAMILIES.items():
-        auto.CONFIG_MAPPING_NAMES[model_type] = f"Neural{auto.CONFIG_MAPPING_NAMES[stock_type]}"
-        auto.CONFIG_MAPPING._modules[model_type] = sys.modules[__package__]
-
-
-def register_models(auto) -> None:
-    """Wherever a stock model of the family stands, the model of that name with `Neural` before it."""
-    for table in lazy_tables(auto):
-        for model_type, stock_type in FAMILIES.items():
-            if stock_type in table._model_mapping:
-                add_to_table(table, model_type, f"Neural{table._model_mapping[stock_type]}")
-
-
-def register_processors(auto) -> None:
-    """The stock family's own tokenizer or image processor."""
-    for table in lazy_tables(auto):
-        for model_type, stock_type in FAMILIES.items():
-            if stock_type in table._model_mapping:
-                add_to_table(table, model_type, table._model_mapping[stock_type])
-
-
-def register_targets(constants) -> None:
-    """What peft adapts where nothing is said, as in the stock family."""
-    for name, table in vars(constants).items():
-        if name.startswith("TRANSFORMERS_MODELS_TO_") and isinstance(table, dict):
-            for model_type, stock_type in FAMILIES.items():
-                if stock_type in table:
-                    table[model_type] = table[stock_type]
-
-
-def lazy_tables(auto) -> list:
-    return [value for value in vars(auto).values() if isinstance(value, auto._LazyAutoMapping)]
-
-
-def add_to_table(table, model_type: str, names) -> None:
-    table._model_mapping[model_type] = names
-    # read when the table was made, which may have been before `register_configs`
-    table._reverse_config_mapping[table._config_mapping[model_type]] = model_type
-    # where the names are looked up, then in transformers
-    table._modules[model_type] = sys.modules[__package__]
+        processors["torchvision"] = ViTImageProcessor
+    AutoImageProcessor.register(NeuralViTConfig, image_processor_classes=processors, exist_ok=True)

@@ -9,9 +9,9 @@ from torch import nn
 from torch.nn.functional import dropout, linear, relu, scaled_dot_product_attention
 
 from hf_neural_attention import NeuralScorer, neural_attention
+from hf_neural_attention.models.neural_attention_backends import BACKENDS
 from hf_neural_attention.models.neural_attention_masking import causal_pairs
-from hf_neural_attention.ops import BACKENDS
-from hf_neural_attention.ops import Inputs as BackendInputs
+from hf_neural_attention.models.neural_attention_pytorch import Inputs as BackendInputs
 
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

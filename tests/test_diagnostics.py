@@ -19,13 +19,16 @@ from hf_neural_attention import (
     NeuralScorer,
     NeuralViTConfig,
     NeuralViTForImageClassification,
+    diagnostics,
     explain,
     neural_attention,
     set_backend,
     use_backend,
 )
-from hf_neural_attention.models import neural_attention_backends, neural_attention_scorer
-from hf_neural_attention.ops import BACKENDS, dispatch
+from hf_neural_attention.models import neural_attention_functional
+from hf_neural_attention.models.neural_attention_backends import BACKENDS
+from hf_neural_attention.models.neural_attention_pytorch import PYTORCH_BACKENDS
+from hf_neural_attention.ops import choice
 from tests.helpers.numerics import CPU_BACKENDS, randomize
 
 
@@ -41,8 +44,8 @@ HONOURED = "what the layer makes of the identity matrix is used as its weight"
 
 @pytest.fixture(autouse=True)
 def nobody_asks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.delenv(dispatch.ENVIRONMENT_VARIABLE, raising=False)
-    before = dispatch.process_choice
+    monkeypatch.delenv(choice.ENVIRONMENT_VARIABLE, raising=False)
+    before = choice.process_choice
     set_backend(None)
     yield
     set_backend(before)
@@ -87,8 +90,8 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     for name, backend in list(BACKENDS.items()):
         monkeypatch.setitem(BACKENDS, name, backend._replace(run=recording(name, backend.run)))
-    literal = neural_attention_scorer.reference_attention  # what returns attention weights
-    monkeypatch.setattr(neural_attention_scorer, "reference_attention", recording("reference", literal))
+    literal = neural_attention_functional.reference_attention  # what returns attention weights
+    monkeypatch.setattr(neural_attention_functional, "reference_attention", recording("reference", literal))
     return found
 
 
@@ -100,7 +103,7 @@ def test_says_what_runs(implementation: str, way: str, asked: str | None, runs: 
     if asked is not None and way == "process":
         set_backend(asked)
     if asked is not None and way == "environment":
-        monkeypatch.setenv(dispatch.ENVIRONMENT_VARIABLE, asked)
+        monkeypatch.setenv(choice.ENVIRONMENT_VARIABLE, asked)
     with use_backend(asked) if asked is not None and way in ("argument", "context") else nullcontext():
         logits(model)
         found = explain(model) if way != "argument" else None
@@ -241,7 +244,7 @@ def test_compiled_models(inside: bool):
 
 
 def test_code_of_the_hub_without_this_package(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(neural_attention_scorer, "run_backend", neural_attention_backends.run_backend)
+    monkeypatch.setattr(diagnostics, "backends_of", lambda scorer: PYTORCH_BACKENDS)
     for layer in explain(gpt2()):
         assert layer.backend == "blockwise" and layer.reason.endswith("does not use this package's backends but copies of two")
 

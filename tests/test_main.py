@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from hf_neural_attention import __main__ as program
-from hf_neural_attention.ops import BACKENDS, dispatch, native_build
+from hf_neural_attention.models.neural_attention_backends import BACKENDS
+from hf_neural_attention.ops import choice, native_build
 from tests.helpers.numerics import CPU_BACKENDS
 
 
@@ -25,7 +26,7 @@ def lines_of(output: str) -> dict[str, str]:
 @pytest.fixture
 def main(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
     """Runs the program in this process: its exit status, and its lines."""
-    monkeypatch.delenv(dispatch.ENVIRONMENT_VARIABLE, raising=False)
+    monkeypatch.delenv(choice.ENVIRONMENT_VARIABLE, raising=False)
     monkeypatch.setattr(program, "devices", lambda: {"cpu": "some processor"})
 
     def run() -> tuple[int, dict[str, str]]:
@@ -99,11 +100,11 @@ def test_what_is_not_available_is_no_failure(main, monkeypatch: pytest.MonkeyPat
 
 
 def test_the_backend_that_is_asked_for(main, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
-    monkeypatch.setenv(dispatch.ENVIRONMENT_VARIABLE, "blockwise")
+    monkeypatch.setenv(choice.ENVIRONMENT_VARIABLE, "blockwise")
     assert program.main() == 0
     output = capsys.readouterr().out
     assert "Backend asked for: 'blockwise', by the environment variable HF_NEURAL_ATTENTION_BACKEND" in output
-    monkeypatch.setenv(dispatch.ENVIRONMENT_VARIABLE, "fast")
+    monkeypatch.setenv(choice.ENVIRONMENT_VARIABLE, "fast")
     assert program.main() == 1
     assert "HF_NEURAL_ATTENTION_BACKEND is 'fast'; it must be one of" in capsys.readouterr().out
 

@@ -6,9 +6,10 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn.functional import relu
 
+from ..introspection import Call
 from ..models.neural_attention_blockwise import without_autocast
 from ..models.neural_attention_reference import apply_linear, first_layer_of_query, key_features, softmax_or_zero
-from ..patching.calibration import NUMBERS_AT_ONCE, Call
+from ..patching.calibration import NUMBERS_AT_ONCE
 from ..patching.reports import table
 from .watching import watch
 

@@ -6,7 +6,7 @@ import torch
 from torch.utils._pytree import tree_map_only
 from transformers import PreTrainedModel
 
-from ..patching.probing import left_as_it_was, unwrap
+from ..introspection import left_as_it_was, unwrap
 
 
 @torch.no_grad()
@@ -27,15 +27,15 @@ def attention_maps(model: Any, **inputs: Any) -> tuple[torch.Tensor, ...]:
     """
     base: Any = unwrap(model)
     parts = [part for part in base.modules() if isinstance(part, PreTrainedModel)]  # which may run different ones
-    before = [(part.config, part.config._attn_implementation) for part in parts]
+    before = [(part, part.config._attn_implementation) for part in parts]
     with left_as_it_was(base) as device:
         inputs = tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), inputs)
         try:
             base.set_attn_implementation("eager")
             outputs = base(**inputs, output_attentions=True)
         finally:
-            for config, implementation in before:
-                config._attn_implementation_internal = implementation
+            for part, implementation in before:
+                part.set_attn_implementation(implementation)
     found = outputs.get("attentions")
     if not found or any(weights is None for weights in found):
         raise ValueError(f"This {type(base).__name__} gives no attention weights of one stack of layers (`attentions`).")

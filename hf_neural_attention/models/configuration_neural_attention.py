@@ -1,7 +1,10 @@
 """Config fields that every model with neural layers has, and their checks."""
 
+import sys
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
+
+from huggingface_hub.dataclasses import validated_field
 
 
 # Of the neural fields and the scorers' weights. Raised when code of the last version would misread what is saved.
@@ -13,6 +16,31 @@ INITIALIZATIONS = ("mirrored", "paper")
 
 def is_positive_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def check_size(value: int | None) -> None:
+    if value is not None and not is_positive_int(value):
+        raise ValueError(f"It is {value!r}; it must be None or an integer of at least 1.")
+
+
+def check_two_sizes(value: list[int] | tuple[int, ...] | None) -> None:
+    if value is not None and not (len(value) == 2 and all(map(is_positive_int, value))):
+        raise ValueError(f"It is {value!r}; it must be None or a list of two integers of at least 1.")
+
+
+def check_format_version(value: int) -> None:
+    if not 1 <= value <= FORMAT_VERSION:
+        raise ValueError(
+            f"It is {value!r}; this code reads versions up to {FORMAT_VERSION}. If the checkpoint was saved by a newer "
+            "hf_neural_attention, install that."
+        )
+
+
+def let_peft_adapt(model_type: str, stock_type: str) -> None:
+    """Has peft adapt by default what it adapts in the stock family, from when it is imported on."""
+    for name, table in list(vars(sys.modules.get("peft.utils", sys)).items()):
+        if name.startswith("TRANSFORMERS_MODELS_TO_") and isinstance(table, dict) and stock_type in table:
+            table.setdefault(model_type, table[stock_type])
 
 
 def resolve_layers(neural_layers: Any, num_layers: int) -> list[int]:
@@ -56,17 +84,17 @@ class NeuralAttentionConfigMixin:
         neural_format_version (`int`): Of these fields; a checkpoint of a later one is refused.
 
     Raises:
-        ValueError: at construction, naming field, value and what is allowed.
+        StrictDataclassError: of `huggingface_hub`, as for any config of Transformers, when a field is given a value that it
+            may not have, or layers are named that the model does not have.
     """
 
-    # Any: the checks below say more than a failed annotation would
-    neural_layers: Any = None
-    neural_proj_dim: Any = None
-    neural_hidden_dims: Any = None
-    neural_mode: Any = "replace"
-    neural_per_head: Any = False
-    neural_init: Any = "mirrored"
-    neural_format_version: Any = FORMAT_VERSION
+    neural_layers: list[int] | tuple[int, ...] | Literal["all"] | None = None
+    neural_proj_dim: int | None = validated_field(check_size, default=None)
+    neural_hidden_dims: list[int] | tuple[int, ...] | None = validated_field(check_two_sizes, default=None)
+    neural_mode: Literal["replace", "residual"] = "replace"
+    neural_per_head: bool = False
+    neural_init: Literal["mirrored", "paper"] = "mirrored"
+    neural_format_version: int = validated_field(check_format_version, default=FORMAT_VERSION)
 
     def __post_init__(self, **kwargs):
         if self.neural_layers is None:
@@ -74,31 +102,21 @@ class NeuralAttentionConfigMixin:
         super().__post_init__(**kwargs)
         # the config.json of a stock checkpoint leaves its own model type on the instance
         self.__dict__.pop("model_type", None)
-        self.check_neural_fields()
+
+    def validate_neural_layers(self) -> None:
+        resolve_layers(self.neural_layers, self.num_hidden_layers)
+
+    @property
+    def neural_layer_indices(self) -> list[int]:
+        """Sorted indices of the neural layers, counted from the first. Raises a ValueError if the model lacks one of them: the
+        number of layers, and the items of a list, can be changed after construction."""
+        return resolve_layers(self.neural_layers, self.num_hidden_layers)
+
+    def to_dict(self) -> dict[str, Any]:
+        # peft asks for a model's config in this way before it looks up what to adapt in it
+        let_peft_adapt(self.model_type, self.model_type.removeprefix("neural_"))
+        return super().to_dict()
 
     def to_diff_dict(self) -> dict[str, Any]:
         # also where it is the default: a later version will have another
         return super().to_diff_dict() | {"neural_format_version": self.neural_format_version}
-
-    def check_neural_fields(self) -> list[int]:
-        """Checks every neural field and returns the indices of the neural layers. Models call it too, since fields can be
-        set after construction."""
-        version, proj_dim, hidden_dims = self.neural_format_version, self.neural_proj_dim, self.neural_hidden_dims
-        if not is_positive_int(version) or version > FORMAT_VERSION:
-            raise ValueError(
-                f"`neural_format_version` is {version!r}; this code reads versions up to {FORMAT_VERSION}. If the checkpoint "
-                "was saved by a newer hf_neural_attention, install that."
-            )
-        if proj_dim is not None and not is_positive_int(proj_dim):
-            raise ValueError(f"`neural_proj_dim` is {proj_dim!r}; it must be None or an integer of at least 1.")
-        if hidden_dims is not None and not (
-            isinstance(hidden_dims, list | tuple) and len(hidden_dims) == 2 and all(map(is_positive_int, hidden_dims))
-        ):
-            raise ValueError(
-                f"`neural_hidden_dims` is {hidden_dims!r}; it must be None or a list of two integers of at least 1."
-            )
-        for name, allowed in (("neural_mode", MODES), ("neural_init", INITIALIZATIONS), ("neural_per_head", (True, False))):
-            value = getattr(self, name)
-            if not any(value is option or (isinstance(value, str) and value == option) for option in allowed):
-                raise ValueError(f"`{name}` is {value!r}; it must be one of {', '.join(map(repr, allowed))}.")
-        return resolve_layers(self.neural_layers, self.num_hidden_layers)

@@ -76,13 +76,13 @@ def attach_scorers(model: PreTrainedModel, attentions: Iterable[AttentionModule]
         ValueError: if a neural field of the config is invalid.
     """
     config = model.config
-    if not hasattr(config, "check_neural_fields"):
+    if not hasattr(config, "neural_layer_indices"):
         raise TypeError(
             f"{type(model).__name__} got a {type(config).__name__}, which says nothing of neural layers; expected a "
             f"Neural{type(config).__name__}: `Neural{type(config).__name__}(**config.to_diff_dict(), neural_layers=...)`."
         )
     attentions = list(attentions)
-    for index in config.check_neural_fields():
+    for index in config.neural_layer_indices:
         attention = attentions[index]
         scorer = NeuralScorer(
             attention.head_dim,

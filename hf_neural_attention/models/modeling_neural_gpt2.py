@@ -14,6 +14,7 @@ from transformers import (
     GPT2PreTrainedModel,
 )
 from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from .configuration_neural_gpt2 import NeuralGPT2Config
 from .modeling_neural_attention import NeuralHeadMixin, NeuralPreTrainedModelMixin, attach_scorers
@@ -62,6 +63,11 @@ class NeuralGPT2ForTokenClassification(NeuralGPT2HeadModel, GPT2ForTokenClassifi
 
 class NeuralGPT2ForQuestionAnswering(NeuralGPT2HeadModel, GPT2ForQuestionAnswering):
     """`GPT2ForQuestionAnswering` with Neural Attention. Args: config (`NeuralGPT2Config`)."""
+
+
+# Names the class where `Trainer` looks up whether to shift labels that it smooths, and serving what a model is for: neither
+# sees what is registered with the Auto classes
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[NeuralGPT2Config.model_type] = NeuralGPT2LMHeadModel.__name__
 
 
 __all__ = [

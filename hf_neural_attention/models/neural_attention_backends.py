@@ -1,45 +1,107 @@
-"""The backends that need nothing but PyTorch, and the choice between them."""
+"""All backends that are here, and which of them runs: the one asked for, or the fastest that can take the inputs."""
+
+import functools
+import logging
+import operator
+from typing import NamedTuple
 
 import torch
 
-from .neural_attention_blockwise import blockwise_attention
-from .neural_attention_reference import ScorerWeights, reference_attention
+from .neural_attention_pytorch import PYTORCH_BACKENDS, Inputs, only_plain_operators
+from .neural_attention_reference import ScorerWeights
 
 
-def reference_output(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, weights: ScorerWeights, **arguments
-) -> torch.Tensor:
-    return reference_attention(query, key, value, weights, **arguments)[0]
+try:
+    # the installed package has fused kernels, and ways to ask for a backend from outside
+    from hf_neural_attention.ops import FUSED_BACKENDS, asked_backend
+except ImportError:
+    FUSED_BACKENDS, asked_backend = {}, None  # type: ignore[assignment]
 
 
-# name -> function(query, key, value, weights, *, attn_mask, dropout_p, dropout_seed, is_causal, residual_scale,
-# keys_projected) -> output
-BACKENDS = {"reference": reference_output, "blockwise": blockwise_attention}
+logger = logging.getLogger(__name__)
+
+AUTO = "auto"
+
+# The fastest first: "auto" takes the first that nothing speaks against
+BACKENDS = FUSED_BACKENDS | PYTORCH_BACKENDS
 
 
-def only_plain_operators() -> bool:
-    """Whether a graph is exported, or a transform of `torch.func` runs (`jvp`, `grad`, `vmap`): neither knows what to do with
-    operators that have a backward of their own. Forward-mode derivatives would come out as zero."""
-    if torch.compiler.is_exporting() or torch.jit.is_tracing():
-        return True
-    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
+class Choice(NamedTuple):
+    """Which backend runs, and why the faster ones do not: reasons by name, in order of speed."""
+
+    name: str
+    reasons: dict[str, str]
 
 
-def choose_backend() -> str:
-    """What "auto" means: blockwise, except where only plain operators may appear."""
-    return "reference" if only_plain_operators() else "blockwise"
+@functools.cache
+def warn_once(message: str) -> None:
+    logger.warning(message)
+
+
+def choose_backend(name: str | None, inputs: Inputs) -> Choice:
+    """The backend asked for, or the fastest that can take the inputs; for an exported graph always the reference.
+
+    Args:
+        name: as in `neural_attention`; None asks the context, the process and the environment, if the package is installed.
+
+    Raises:
+        ValueError: if there is no such backend, or it (with "auto": none) can take these inputs here.
+    """
+    name = (name or AUTO) if asked_backend is None else asked_backend(name).name
+    if name not in (AUTO, *BACKENDS):
+        raise ValueError(f"`backend` is {name!r}; it must be one of {', '.join(map(repr, (AUTO, *BACKENDS)))}.")
+    reasons: dict[str, str] = {}
+    if name != AUTO and not inputs.exporting:
+        reason = BACKENDS[name].reason_against(inputs)
+        if reason is not None:
+            raise ValueError(f"The backend {name!r} cannot run here: {reason}.")
+        return Choice(name, reasons)
+    for candidate, backend in BACKENDS.items():
+        reason = backend.reason_against(inputs)
+        if reason is None:
+            break
+        reasons[candidate] = reason
+    else:
+        raise ValueError(f"Neural Attention cannot run: {reason}.")  # the reference's, who can do whatever can be done
+    if inputs.device_type == "cpu" and "native" in reasons and not inputs.exporting:
+        warn_once(
+            "Neural Attention's native CPU kernel is not available, the blockwise PyTorch backend runs instead (same results, "
+            f"several times slower): {reasons['native']}."
+        )
+    return Choice(candidate, reasons)
+
+
+def check_devices(query: torch.Tensor, **others: torch.Tensor | None) -> None:
+    """Raises a ValueError unless all tensors are on the query's device.
+
+    A kernel cannot tell by itself: of a call with one tensor on the meta device, torch makes a call for shapes only, which
+    returns memory as it finds it.
+    """
+    for name, tensor in others.items():
+        if tensor is not None and tensor.device != query.device:
+            name = f"`scorer`'s {name}" if name in ScorerWeights._fields else f"`{name}`"
+            raise ValueError(f"{name} is on device {tensor.device}; expected that of `query`, {query.device}.")
+
+
+@torch.compiler.assume_constant_result
+def choose_name(name: str | None, device_type: str, dtype: torch.dtype, head_dim: int) -> str:
+    # a constant to torch.compile, which could not trace a compiler's run
+    return choose_backend(name, Inputs(device_type, dtype, head_dim)).name
 
 
 def run_backend(
     name: str | None, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, weights: ScorerWeights, **arguments
 ) -> torch.Tensor:
-    """Runs the named backend, or the best one for None and "auto".
+    """Runs the named backend, or the one that `choose_backend` finds for None and "auto".
 
     Raises:
-        ValueError: if there is no backend of that name.
+        ValueError: if the tensors are not all on one device, or as `choose_backend` does.
     """
-    if name is None or name == "auto" or (name in BACKENDS and only_plain_operators()):
-        name = choose_backend()
-    if name not in BACKENDS:
-        raise ValueError(f"`backend` is {name!r}; it must be one of {', '.join(map(repr, ('auto', *BACKENDS)))}.")
-    return BACKENDS[name](query, key, value, weights, **arguments)
+    check_devices(query, key=key, value=value, attn_mask=arguments["attn_mask"], **weights._asdict())
+    if only_plain_operators():
+        chosen = choose_backend(name, Inputs(query.device.type, query.dtype, exporting=True)).name
+    else:
+        # numbers also to torch.compile with dynamic shapes, which compiles anew for heads of other sizes
+        head_dim = max(operator.index(query.shape[-1]), operator.index(value.shape[-1]))
+        chosen = choose_name(name, query.device.type, query.dtype, head_dim)
+    return BACKENDS[chosen].run(query, key, value, weights, **arguments)

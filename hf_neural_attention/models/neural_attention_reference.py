@@ -35,6 +35,19 @@ class ScorerWeights(NamedTuple):
     def per_head(self) -> bool:
         return self.weight1.dim() == 3
 
+    @property
+    def head_dim(self) -> int:
+        return self.q_weight.shape[-1]
+
+    @property
+    def hidden_dims(self) -> tuple[int, int]:
+        return self.weight2.shape[-1], self.weight2.shape[-2]
+
+    @property
+    def num_heads(self) -> int | None:
+        """Query heads with a set of weights each; None where all share one."""
+        return self.weight1.shape[0] if self.per_head else None
+
     def to(self, dtype: torch.dtype) -> "ScorerWeights":
         return ScorerWeights(*(tensor.to(dtype) for tensor in self))
 

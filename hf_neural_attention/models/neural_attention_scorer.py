@@ -1,6 +1,7 @@
 """The network that scores a query against a key, as a module: its weights, their initialisation, its forward."""
 
 import math
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -9,15 +10,14 @@ from transformers import initialization
 
 from .configuration_neural_attention import INITIALIZATIONS, MODES
 from .neural_attention_blockwise import without_autocast
-from .neural_attention_masking import draw_dropout_seed
-from .neural_attention_reference import ScorerWeights, expand_heads, key_features, reference_attention
+from .neural_attention_functional import scorer_attention
+from .neural_attention_reference import ScorerWeights, expand_heads, key_features
 
 
 try:
-    # the installed package chooses among all its backends, the fused ones included
-    from hf_neural_attention.ops import run_backend
-except ImportError:
-    from .neural_attention_backends import run_backend
+    from accelerate.utils import align_module_device
+except ImportError:  # nothing is offloaded without it
+    align_module_device = nullcontext
 
 
 # Standard deviation of the scores that "mirrored" starts with, on unit-normal queries and keys: what the scaled dot
@@ -163,7 +163,8 @@ class NeuralScorer(nn.Module):
         keys_projected: bool = False,
         need_weights: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Runs the operation; everything but what follows is as in `hf_neural_attention.neural_attention`.
+        """Runs the operation, `scorer_attention`; everything but what follows is as in
+        `hf_neural_attention.neural_attention`.
 
         Args:
             need_weights: also return the attention weights, which only the reference holds; `backend` is then ignored.
@@ -171,102 +172,35 @@ class NeuralScorer(nn.Module):
         Returns:
             Output `[B, H, Tq, Dv]`, and the attention weights `[B, H, Tq, Tk]` after dropout, or None.
         """
-        check_arguments(self, query, key, value, attn_mask, dropout_p, keys_projected)
-        arguments: dict[str, Any] = {
-            "attn_mask": None if attn_mask is None else attn_mask.view((1,) * (4 - attn_mask.dim()) + attn_mask.shape),
-            "dropout_p": dropout_p,
-            "dropout_seed": draw_dropout_seed(dropout_p, query.device),
-            "is_causal": is_causal,
-            "residual_scale": None,
-            "keys_projected": keys_projected,
-        }
-        if self.mode == "residual":
-            arguments["residual_scale"] = 1.0 / math.sqrt(self.head_dim) if scale is None else scale
-        weights = self.weights()
-        if need_weights:
-            return reference_attention(query, key, value, weights, **arguments)
-        output = run_backend(backend, query, key, value, weights, **arguments)
-        if weights.bias3.requires_grad:  # frozen at birth, but peft and others thaw it: DDP stops at a gradient that is None
-            output = output + 0.0 * weights.bias3.sum().to(output.dtype)
-        return output, None
+        return scorer_attention(
+            query,
+            key,
+            value,
+            self.weights(),
+            attn_mask,
+            dropout_p,
+            is_causal,
+            scale,
+            mode=self.mode,
+            backend=backend,
+            keys_projected=keys_projected,
+            need_weights=need_weights,
+        )
 
 
 def effective_weights(layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """Weight `[out, in]` and bias `[out]` of a linear layer, plain, per head (leading dimension H), or wrapped."""
     # torch's pruning computes the weight in a hook, before each call
     if type(layer) in (nn.Linear, PerHeadLinear) and not layer._forward_pre_hooks:
-        if layer.weight.is_meta and hasattr(layer, "_hf_hook"):
-            return offloaded_weights(layer)
-        return layer.weight, layer.bias
+        # brings in what accelerate keeps on the CPU or on disk
+        with align_module_device(layer) if layer.weight.is_meta else nullcontext():
+            return layer.weight, layer.bias
     base = layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
     stored = base.bias() if callable(base.bias) else base.bias  # a method of torch's dynamically quantised layers
     dtype = stored.dtype if stored.is_floating_point() else torch.float32
     inputs = torch.eye(base.in_features, device=stored.device, dtype=dtype)
     bias = layer(torch.zeros_like(inputs[:1]))[0]
     return (layer(inputs) - bias).T.contiguous(), bias
-
-
-def offloaded_weights(layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weight and bias of a layer that accelerate keeps on the CPU or on disk, brought in by the hook around its forward."""
-    hook = layer._hf_hook
-    hook.pre_forward(layer)
-    weight, bias = layer.weight, layer.bias
-    hook.post_forward(layer, None)
-    return weight, bias
-
-
-def check_arguments(
-    scorer: NeuralScorer,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attn_mask: torch.Tensor | None,
-    dropout_p: float,
-    keys_projected: bool,
-) -> None:
-    """Raises a ValueError that names the argument, what it is and what was expected."""
-    for name, tensor in (("query", query), ("key", key), ("value", value)):
-        if tensor.dim() != 4:
-            raise ValueError(f"`{name}` has shape {tuple(tensor.shape)}; expected 4 dimensions [batch, heads, length, size].")
-        if not tensor.is_floating_point():
-            raise ValueError(f"`{name}` has dtype {tensor.dtype}; expected a floating-point dtype.")
-    if keys_projected:
-        if scorer.mode == "residual":
-            raise ValueError('`keys_projected` does not go with `mode="residual"`, whose dot product needs whole keys.')
-        wanted_heads, size = value.shape[1] if scorer.num_heads is None else scorer.num_heads, scorer.hidden_dims[0]
-        if (key.shape[1], key.shape[3]) != (wanted_heads, size) or query.shape[-1] != scorer.head_dim:
-            raise ValueError(
-                f"`query` and `key` have shapes {tuple(query.shape)} and {tuple(key.shape)}; with `keys_projected` this "
-                f"scorer expects [B, H, Tq, {scorer.head_dim}] and [B, {wanted_heads}, Tk, {size}]."
-            )
-    elif query.shape[-1] != scorer.head_dim or key.shape[-1] != scorer.head_dim:
-        raise ValueError(
-            f"`query` and `key` have sizes {query.shape[-1]} and {key.shape[-1]}; this scorer was made for head_dim "
-            f"{scorer.head_dim}."
-        )
-    same_heads = key.shape[1] == value.shape[1] or keys_projected
-    if (key.shape[0], key.shape[2]) != (value.shape[0], value.shape[2]) or not same_heads or query.shape[0] != key.shape[0]:
-        raise ValueError(
-            f"`query` {tuple(query.shape)}, `key` {tuple(key.shape)} and `value` {tuple(value.shape)} do not fit: all need "
-            "the same batch size, key and value also the same heads and length."
-        )
-    num_heads = query.shape[1]
-    if value.shape[1] == 0 or num_heads % value.shape[1]:
-        raise ValueError(f"`query` has {num_heads} heads, which is no multiple of the {value.shape[1]} key and value heads.")
-    if scorer.num_heads is not None and scorer.num_heads != num_heads:
-        raise ValueError(f"`query` has {num_heads} heads; this scorer has weights for {scorer.num_heads}.")
-    if not 0.0 <= dropout_p <= 1.0:
-        raise ValueError(f"`dropout_p` is {dropout_p}; expected a probability from 0 to 1.")
-    if attn_mask is None:
-        return
-    if attn_mask.dtype != torch.bool and not attn_mask.is_floating_point():
-        raise ValueError(f"`attn_mask` has dtype {attn_mask.dtype}; expected bool (True attends) or float (added).")
-    full = (query.shape[0], num_heads, query.shape[2], key.shape[2])
-    fits = attn_mask.dim() <= 4 and all(
-        size in (1, wanted) for size, wanted in zip(reversed(attn_mask.shape), reversed(full), strict=False)
-    )
-    if not fits:
-        raise ValueError(f"`attn_mask` has shape {tuple(attn_mask.shape)}, which does not broadcast to {full}.")
 
 
 def paper_weights(head_dim: int, proj_dim: int, first: int, second: int) -> ScorerWeights:

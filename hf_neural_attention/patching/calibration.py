@@ -7,7 +7,6 @@ dot product's, over the scorer's weights alone.
 
 import copy
 import itertools
-import math
 import time
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
@@ -17,21 +16,14 @@ from torch import nn
 from torch.nn.functional import kl_div, log_softmax
 from torch.utils._pytree import tree_map_only
 from tqdm.auto import tqdm
-from transformers import AttentionInterface, AttentionMaskInterface, get_cosine_schedule_with_warmup
-from transformers.masking_utils import sdpa_mask
 
-from ..diagnostics import neural_layers
-from ..models.neural_attention_interface import mask_of_call
-from ..models.neural_attention_masking import mask_scores
-from ..models.neural_attention_reference import expand_heads, key_features, reference_scores
+from ..introspection import Call, call_of, left_as_it_was, neural_layers, observed, unwrap
+from ..models.neural_attention_reference import key_features, reference_scores
 from .errors import PatchError
 from .patching import check_unsharded
-from .probing import RecordingConfigView, left_as_it_was, unwrap
 from .records import check_plain
 from .reports import table
 
-
-CAPTURE_NAME = "neural_attention_capture"
 
 # Numbers in the largest tensor of a step, [B, H, rows, Tk, h1]: 32 MiB in float32
 NUMBERS_AT_ONCE = 2**23
@@ -58,53 +50,8 @@ class CalibrationReport(tuple[CalibratedLayer, ...]):
     __repr__ = __str__
 
 
-class Call(NamedTuple):
-    """What one attention function was called with."""
-
-    query: torch.Tensor  # [B, H, Tq, D]
-    key: torch.Tensor  # [B, H, Tk, D]
-    mask: torch.Tensor | None  # bool or float, broadcasts to [B, H, Tq, Tk]
-    is_causal: bool
-    scaling: float
-
-    def masked_rows(self, scores: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """Scores `[B, H, rows, Tk]` of some queries, with -inf for what they may not see."""
-        causal = torch.arange(scores.shape[-1], device=rows.device) <= rows[:, None] if self.is_causal else None
-        mask = self.mask if self.mask is None or self.mask.shape[-2] == 1 else self.mask[..., rows, :]
-        return mask_scores(scores, mask, causal)
-
-
 class LayerReached(Exception):
     """Ends a forward at the layer that was to be seen."""
-
-
-def call_of(
-    module: Any,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    attention_mask: torch.Tensor | None = None,
-    scaling: float | None = None,
-    is_causal: bool | None = None,
-    position_bias: torch.Tensor | None = None,
-    **kwargs: Any,
-) -> Call:
-    """What the attention function of a neural layer was called with, in float32, all heads with their keys."""
-    mask, causal, num_keys = mask_of_call(module, query, key, attention_mask, is_causal, position_bias)
-    scaling = 1.0 / math.sqrt(query.shape[-1]) if scaling is None else scaling
-    key = expand_heads(key[:, :, :num_keys], query.shape[1])
-    return Call(query.float(), key.float(), mask, causal, scaling)
-
-
-def capture_call(
-    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
-) -> tuple[torch.Tensor, None]:
-    """An attention function that keeps what it gets, and ends the forward."""
-    module.config.calls.append(call_of(module, query, key, *args, **kwargs))
-    raise LayerReached
-
-
-AttentionInterface.register(CAPTURE_NAME, capture_call)
-AttentionMaskInterface.register(CAPTURE_NAME, sdpa_mask)
 
 
 def calibrate(
@@ -173,17 +120,18 @@ def calibrate(
 def capture(model: nn.Module, name: str, module: Any, batches: list[dict[str, Any]]) -> list[Call]:
     """The call of one layer's attention function in each batch."""
     calls: list[Call] = []
-    view = module.config
-    module.config = RecordingConfigView(view.base, CAPTURE_NAME, calls)
-    try:
+
+    def keep_and_stop(*args: Any, **kwargs: Any) -> Any:
+        calls.append(call_of(*args, **kwargs))
+        raise LayerReached
+
+    with observed([module], keep_and_stop):
         for batch in batches:
             try:
                 model(**batch)
             except LayerReached:
                 continue
             raise PatchError(f"`data` does not reach {name!r}: a forward ended without calling its attention.")
-    finally:
-        module.config = view
     return calls
 
 
@@ -207,6 +155,9 @@ def calibrate_layer(name: str, module: Any, calls: list[Call], steps: int, learn
 @torch.enable_grad()
 def fit(scorer: Any, calls: list[Call], steps: int, learning_rate: float, bar: tqdm) -> None:
     """Minimises the divergence over random queries of the calls in turn."""
+    # imports peft, if that is there, and what that imports: seconds that not every user should wait
+    from transformers import get_cosine_schedule_with_warmup
+
     parameters = [parameter for parameter in scorer.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
     schedule = get_cosine_schedule_with_warmup(optimizer, steps // 20, steps)

@@ -8,7 +8,8 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from ..diagnostics import Explanation, explain_layer, hooks_of, neural_layers
+from ..diagnostics import Explanation, explain_layer
+from ..introspection import is_born_neural, is_sharded, neural_layers, patched_modules, place_of
 from ..models.configuration_neural_attention import is_positive_int
 from ..models.neural_attention_interface import (
     UNSUPPORTED_ARGUMENTS,
@@ -22,8 +23,7 @@ from .errors import AlreadyPatchedError, PatchError, ProbeError, UnsupportedLaye
 from .inputs import MAKERS
 from .layers import Layers, attention_modules, choose_layers, listed
 from .pretrained import hook_saving, unhook_saving
-from .probing import SHARDING_CLASSES, AttentionCall, probe
-from .records import is_born_neural, patched_modules
+from .probing import AttentionCall, probe
 from .reports import PatchedLayer, PatchPlan, PatchStatus
 
 
@@ -209,7 +209,7 @@ def check_model(model: Any) -> None:
 def check_unsharded(model: nn.Module) -> None:
     """Raises a PatchError if a model is wrapped or sharded for training by several processes."""
     for module in model.modules():
-        if any(parent.__name__ in SHARDING_CLASSES for parent in type(module).__mro__):
+        if is_sharded(module):
             raise PatchError(
                 f"{type(module).__name__} has taken over the parameters of this model and would not know of new ones. Patch "
                 "(and calibrate) the model before it is wrapped or sharded."
@@ -282,19 +282,6 @@ def reasons_against(module: Any, calls: list[AttentionCall], inputs: set[str]) -
     masks = {call.mask for call in calls if call.mask is not None}
     if any(not isinstance(mask, tuple) or len(mask) != 4 for mask in masks):
         yield f"masks that are not [batch, heads, queries, keys] ({', '.join(map(str, masks))})"
-
-
-def place_of(attention: nn.Module, model: nn.Module) -> tuple[torch.device, torch.dtype]:
-    """Where and in which dtype the parameters of a layer (the model's, if it has none) are at work; accelerate's hooks know
-    it of offloaded ones."""
-    parameters = list(attention.parameters()) or list(model.parameters())
-    device = parameters[0].device
-    if device.type == "meta":
-        places = [getattr(hook, "execution_device", None) for child in attention.modules() for hook in hooks_of(child)]
-        device = next((torch.device(place) for place in places if place is not None), device)
-    # quantised weights are of dtypes that nothing is computed in
-    dtypes = [p.dtype for p in parameters if p.is_floating_point() and p.dtype.itemsize > 1]
-    return device, dtypes[0] if dtypes else torch.get_default_dtype()
 
 
 def as_if_patched(attention: Any) -> Any:

@@ -17,11 +17,12 @@ from transformers.utils import CONFIG_NAME
 
 import hf_neural_attention
 
+from ..introspection import patched_modules
 from ..models.configuration_neural_attention import FORMAT_VERSION
 from ..models.neural_attention_interface import NeuralConfigView, attach_scorer
 from ..registration import FAMILIES
 from .errors import PatchError
-from .records import check_version, check_without_adapters, patched_modules, record_of, scorers_of, transformers_class
+from .records import check_version, check_without_adapters, record_of, scorers_of, transformers_class
 
 
 RECORD = "neural_attention_patch"
@@ -160,7 +161,7 @@ def from_pretrained(pretrained_model_name_or_path: Any, *, model_class: Any = No
     options |= {name: kwargs[name] for name in ("dtype", "torch_dtype", "quantization_config") if name in kwargs}
     fields = {name: value for name, value in kwargs.items() if name not in options}
     config, fields = base.config_class.from_dict(content, return_unused_kwargs=True, **fields)
-    config._name_or_path = where
+    config.name_or_path = where
     loader = patched_class(base, record, where)
     model, info = loader.from_pretrained(
         pretrained_model_name_or_path, config=config, output_loading_info=True, **options, **fields

@@ -16,14 +16,10 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.masking_utils import sdpa_mask
+from transformers import PreTrainedModel
 
-from ..models.neural_attention_interface import NeuralConfigView
+from ..introspection import left_as_it_was, observed, unwrap
 from .inputs import possible_inputs
-
-
-PROBE_NAME = "neural_attention_probe"
 
 
 class AttentionCall(NamedTuple):
@@ -44,40 +40,27 @@ class AttentionCall(NamedTuple):
         return self.key[-2]
 
 
-class RecordingConfigView(NeuralConfigView):
-    """A model's config as a module sees it whose calls go, into a list, to an attention function of another name."""
-
-    def __init__(self, base: Any, function_name: str, calls: list[Any]):
-        super().__init__(base)
-        object.__setattr__(self, "function_name", function_name)
-        object.__setattr__(self, "calls", calls)
-
-    @property
-    def _attn_implementation(self) -> str:
-        return self.function_name
+def observed_call(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, arguments: dict) -> AttentionCall:
+    shape = None if mask is None else getattr(mask, "shape", type(mask).__name__)
+    given = tuple(sorted(name for name, argument in arguments.items() if argument is not None))
+    return AttentionCall(query.shape, key.shape, value.shape, shape, given)
 
 
-def record_call(
-    module: Any,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: Any = None,
-    **arguments,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """An attention function that writes down what it gets, and answers with zeros."""
-    mask = None if attention_mask is None else getattr(attention_mask, "shape", type(attention_mask).__name__)
-    given = tuple(sorted(name for name, value in arguments.items() if value is not None))
-    module.config.calls.append(AttentionCall(query.shape, key.shape, value.shape, mask, given))
-    batch, num_heads, num_queries, _ = query.shape
-    # models use the weights only where their implementation returns them
-    returns_weights = module.config.base._attn_implementation == "eager"
-    weights = query.new_zeros(batch, num_heads, num_queries, key.shape[2]) if returns_weights else None
-    return value.new_zeros(batch, num_queries, num_heads, value.shape[-1]), weights
+@contextmanager
+def recording(model: nn.Module, calls: Mapping[str, list[AttentionCall]]) -> Iterator[None]:
+    """Lets the named attention modules write down their calls, and answers these with zeros."""
+    lists = {model.get_submodule(name): found for name, found in calls.items()}
 
+    def record(module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any = None, **arguments: Any):
+        lists[module].append(observed_call(query, key, value, mask, arguments))
+        batch, num_heads, num_queries, _ = query.shape
+        # models use the weights only where their implementation returns them
+        returns_weights = module.config.base._attn_implementation == "eager"
+        weights = query.new_zeros(batch, num_heads, num_queries, key.shape[2]) if returns_weights else None
+        return value.new_zeros(batch, num_queries, num_heads, value.shape[-1]), weights
 
-AttentionInterface.register(PROBE_NAME, record_call)
-AttentionMaskInterface.register(PROBE_NAME, sdpa_mask)
+    with observed(lists, record):
+        yield
 
 
 def probe(
@@ -110,23 +93,6 @@ def probe(
     return calls, " ".join(f"{name} said: {reason}." for name, reason in failures.items())
 
 
-# They count parameters when they are made. By name: not every build of torch has them
-SHARDING_CLASSES = ("DistributedDataParallel", "FullyShardedDataParallel", "DeepSpeedEngine", "FSDPModule")
-
-
-def unwrap(model: Any) -> nn.Module:
-    """The Transformers model inside what torch.compile, peft and the distribution of training put around it."""
-    while True:
-        if hasattr(model, "_orig_mod"):
-            model = model._orig_mod
-        elif hasattr(model, "get_base_model"):
-            model = model.get_base_model()
-        elif type(model).__name__ in ("DataParallel", *SHARDING_CLASSES) and hasattr(model, "module"):
-            model = model.module
-        else:
-            return model
-
-
 def skeleton(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
     """A copy of the model whose parameters and buffers have shapes and dtypes, but no memory."""
     memo: dict[int, Any] = {}
@@ -148,34 +114,6 @@ def skeleton(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
         if getattr(config, "_experts_implementation", None) is not None:
             config._experts_implementation = "batched_mm"  # the only one that does not look at numbers
     return copied
-
-
-@contextmanager
-def left_as_it_was(model: nn.Module) -> Iterator[torch.device]:
-    """Evaluation mode and random numbers of its own for a model, whose device this gives."""
-    modes = {module: module.training for module in model.modules()}
-    devices = {parameter.device for parameter in model.parameters() if not parameter.is_meta}
-    try:
-        with torch.random.fork_rng(devices=[device.index for device in devices if device.type == "cuda"]):
-            model.eval()
-            yield next(iter(devices), torch.device("cpu"))
-    finally:
-        for module, training in modes.items():
-            module.training = training
-
-
-@contextmanager
-def recording(model: nn.Module, calls: Mapping[str, list[AttentionCall]]) -> Iterator[None]:
-    """Lets the named attention modules write down their calls."""
-    modules: dict[str, Any] = {name: model.get_submodule(name) for name in calls}
-    configs = {name: module.config for name, module in modules.items()}
-    try:
-        for name, module in modules.items():
-            module.config = RecordingConfigView(module.config, PROBE_NAME, calls[name])
-        yield
-    finally:
-        for name, module in modules.items():
-            module.config = configs[name]
 
 
 @contextmanager

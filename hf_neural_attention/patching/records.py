@@ -1,7 +1,6 @@
 """What a patch is, as JSON holds it, and how scorers are made from that: in `neural_patch.json`, and in the config.json of a
 patched model that was saved whole."""
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,27 +15,13 @@ from transformers import PreTrainedModel
 from transformers.utils import CONFIG_NAME
 
 from .. import __version__
-from ..models.neural_attention_interface import NeuralConfigView
+from ..introspection import is_born_neural, patched_modules, unwrap
 from ..models.neural_attention_scorer import NeuralScorer
 from .errors import PatchError
-from .probing import unwrap
 
 
 # Raised when a reader of the last version would misunderstand what is written
 FORMAT_VERSION = 1
-
-
-# Modules that are put around a layer, and show in the names of modules but not in a state dict
-WRAPPERS = r"(_checkpoint_wrapped_module|_fsdp_wrapped_module|_offload_wrapped_module|_orig_mod)\."
-
-
-def patched_modules(model: nn.Module) -> dict[str, Any]:
-    """Attention modules with a scorer that `patch` put there, by the name that they have in a state dict."""
-    return {
-        re.sub(WRAPPERS, "", name): module
-        for name, module in model.named_modules()
-        if isinstance(getattr(module, "config", None), NeuralConfigView) and hasattr(module, "scorer")
-    }
 
 
 def record_of(model: nn.Module, base_revision: str | None = None) -> dict[str, Any]:
@@ -54,7 +39,7 @@ def record_of(model: nn.Module, base_revision: str | None = None) -> dict[str, A
     if not layers:
         raise PatchError(f"This {type(base).__name__} is not patched; there is nothing to save.")
     config = getattr(base, "config", None)
-    base_name = getattr(config, "_name_or_path", "") or None
+    base_name = getattr(config, "name_or_path", "") or None
     return {
         "format_version": FORMAT_VERSION,
         "hf_neural_attention_version": __version__,
@@ -85,11 +70,6 @@ def cached_revision(name: str | None) -> str | None:
         return None
     commit = Path(path).parent
     return commit.name if len(list(commit.parent.iterdir())) == 1 else None
-
-
-def is_born_neural(model: nn.Module) -> bool:
-    """Whether a model, or a part of it, is of a class with neural layers."""
-    return any(hasattr(getattr(module, "config", None), "neural_layers") for module in model.modules())
 
 
 def settings_of(scorer: Any) -> dict[str, Any]:

@@ -13,13 +13,14 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.utils import cached_file
 
+from ..introspection import patched_modules, unwrap
 from ..models.neural_attention_scorer import NeuralScorer
 from ..uploading import upload
 from .errors import PatchError
 from .layers import attention_modules, listed
 from .patching import attach_scorers, check_model, inspect_layers
-from .probing import AttentionCall, unwrap
-from .records import check_plain, check_version, is_repository, patched_modules, record_of, scorers_of, transformers_class
+from .probing import AttentionCall
+from .records import check_plain, check_version, is_repository, record_of, scorers_of, transformers_class
 
 
 WEIGHTS, RECORD = "neural_patch.safetensors", "neural_patch.json"
@@ -166,7 +167,7 @@ def load_patch(
     calls = inspect_layers(base, list(scorers), example_inputs)
     complain(base, record, where, [text for name, scorer in scorers.items() for text in misfits(name, scorer, calls[name])])
     attach_scorers(base, scorers)
-    made_for, here = record["base_model"]["name_or_path"], getattr(getattr(base, "config", None), "_name_or_path", None)
+    made_for, here = record["base_model"]["name_or_path"], getattr(getattr(base, "config", None), "name_or_path", None)
     if made_for and here and made_for != here:
         logger.warning("The patch %s was made for %s and is now on %s, which it fits in shape.", where, made_for, here)
     return model

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from torch.nn.functional import linear, relu
 
-from hf_neural_attention.ops import BACKENDS, Inputs
+from hf_neural_attention.models.neural_attention_backends import BACKENDS
+from hf_neural_attention.models.neural_attention_pytorch import Inputs
 
 
 # what can run here: without a C++ compiler the native kernel's tests drop out (tests/ops/test_native.py says so)

@@ -66,7 +66,7 @@ def assert_same_tokens(model: Any, inputs: dict, length: int | None, **strategy)
     cache = NeuralCache(model, length)
     expected = generate(model, inputs, past_key_values=stock_cache(model, length), **strategy)
     assert torch.equal(generate(model, inputs, past_key_values=cache, **strategy), expected)
-    neural_layers = [index in model.config.check_neural_fields() for index in range(len(cache))]
+    neural_layers = [index in model.config.neural_layer_indices for index in range(len(cache))]
     assert is_projected(cache) == neural_layers
     for name in ("neural", "dynamic") if length is None else ("neural_static", "static"):
         assert torch.equal(generate(model, inputs, cache_implementation=name, **strategy), expected)

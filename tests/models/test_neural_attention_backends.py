@@ -4,9 +4,11 @@ import pytest
 import torch
 from torch import nn
 
+from hf_neural_attention import neural_attention
+from hf_neural_attention.models import neural_attention_backends
 from hf_neural_attention.models.neural_attention_backends import choose_backend, run_backend
+from hf_neural_attention.models.neural_attention_pytorch import PYTORCH_BACKENDS, Inputs
 from hf_neural_attention.models.neural_attention_scorer import NeuralScorer
-from hf_neural_attention.ops import neural_attention
 from tests.helpers.numerics import assert_equals_oracle, randomize, run_with_gradients
 
 
@@ -16,7 +18,9 @@ def draw(length: int = 12, **settings) -> tuple[dict[str, torch.Tensor], NeuralS
     return {name: torch.randn(2, 2, length, 16, dtype=torch.float64) for name in ("query", "key", "value")}, scorer
 
 
-def test_auto_is_blockwise_where_the_package_is_not_installed():
+def test_auto_is_blockwise_where_the_package_is_not_installed(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(neural_attention_backends, "BACKENDS", PYTORCH_BACKENDS)
+    monkeypatch.setattr(neural_attention_backends, "asked_backend", None)
     tensors, scorer = draw()
     arguments = {"attn_mask": None, "dropout_p": 0.0, "dropout_seed": None, "is_causal": True}
     arguments |= {"residual_scale": None, "keys_projected": False}
@@ -24,7 +28,9 @@ def test_auto_is_blockwise_where_the_package_is_not_installed():
     def run(backend: str | None) -> torch.Tensor:
         return run_backend(backend, *tensors.values(), scorer.weights(), **arguments)
 
-    assert choose_backend() == "blockwise"
+    assert choose_backend(None, Inputs("cpu", torch.float64)) == ("blockwise", {})
+    with pytest.raises(ValueError, match="`backend` is 'native'; it must be one of 'auto', 'blockwise', 'reference'"):
+        run("native")
     for backend in (None, "auto"):
         assert torch.equal(run(backend), run("blockwise"))
     assert not torch.equal(run("reference"), run("blockwise"))

@@ -8,9 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hf_neural_attention import neural_attention
 from hf_neural_attention.models import neural_attention_blockwise as blockwise
 from hf_neural_attention.models.neural_attention_scorer import NeuralScorer
-from hf_neural_attention.ops import neural_attention
 from tests.helpers.numerics import assert_equals_oracle, randomize, run_with_gradients
 
 

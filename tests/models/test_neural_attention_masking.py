@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 
+from hf_neural_attention import neural_attention
 from hf_neural_attention.models.neural_attention_masking import (
     causal_pairs,
     draw_dropout_seed,
@@ -14,7 +15,6 @@ from hf_neural_attention.models.neural_attention_masking import (
     philox,
 )
 from hf_neural_attention.models.neural_attention_scorer import NeuralScorer
-from hf_neural_attention.ops import neural_attention
 from tests.helpers.numerics import CPU_BACKENDS
 
 

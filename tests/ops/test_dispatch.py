@@ -12,8 +12,10 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from hf_neural_attention import NeuralScorer, neural_attention, set_backend, use_backend
-from hf_neural_attention.ops import BACKENDS, Inputs, choose_backend, dispatch
-from hf_neural_attention.ops.dispatch import ENVIRONMENT_VARIABLE, asked_backend
+from hf_neural_attention.models.neural_attention_backends import BACKENDS, choose_backend, warn_once
+from hf_neural_attention.models.neural_attention_pytorch import Inputs
+from hf_neural_attention.ops import choice
+from hf_neural_attention.ops.choice import ENVIRONMENT_VARIABLE, asked_backend
 from tests.helpers.numerics import CPU_BACKENDS
 
 
@@ -28,9 +30,9 @@ GPU = Inputs("cuda", torch.bfloat16, 64)
 def nobody_asks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.delenv(ENVIRONMENT_VARIABLE, raising=False)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    before = dispatch.process_choice
+    before = choice.process_choice
     set_backend(None)
-    dispatch.warn_once.cache_clear()
+    warn_once.cache_clear()
     yield
     set_backend(before)
 
@@ -78,6 +80,10 @@ def test_the_nearest_one_chooses(runs: list[str], monkeypatch: pytest.MonkeyPatc
     call()
     first, last = ["native", "reference", "blockwise"], ["reference", "blockwise", "reference", "native"]
     assert runs == [*first, "reference", "native", "native", "native", *last]
+
+
+def test_every_backend_can_be_asked_for():
+    assert tuple(BACKENDS) == choice.NAMES
 
 
 def test_who_asked(monkeypatch: pytest.MonkeyPatch):
@@ -165,11 +171,11 @@ def test_auto_on_the_cpu():
 )
 def test_auto_elsewhere(inputs: Inputs, capability, name: str, reason: str | None, monkeypatch: pytest.MonkeyPatch):
     has_gpu(monkeypatch, capability)
-    choice = choose_backend("auto", inputs)
-    assert choice.name == name
-    assert choice.reasons.pop("native") == f"it runs on the CPU, and the tensors are on {inputs.device_type!r}"
-    assert choice.reasons.keys() == ({"triton"} if reason else set())
-    assert choice.reasons.get("triton", "").startswith(reason or "")
+    chosen = choose_backend("auto", inputs)
+    assert chosen.name == name
+    assert chosen.reasons.pop("native") == f"it runs on the CPU, and the tensors are on {inputs.device_type!r}"
+    assert chosen.reasons.keys() == ({"triton"} if reason else set())
+    assert chosen.reasons.get("triton", "").startswith(reason or "")
 
 
 def test_auto_without_triton(monkeypatch: pytest.MonkeyPatch):
@@ -182,9 +188,9 @@ def test_auto_without_triton(monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.parametrize("asked", ["auto", "native", "blockwise", "reference"])
 @pytest.mark.parametrize("inputs", [CPU, GPU], ids=["cpu", "cuda"])
 def test_exported_graphs_take_the_reference(inputs: Inputs, asked: str):
-    choice = choose_backend(asked, inputs._replace(exporting=True))
-    assert choice.name == "reference"
-    assert set(choice.reasons.values()) == {"an exported graph may only hold PyTorch's own operators"}
+    chosen = choose_backend(asked, inputs._replace(exporting=True))
+    assert chosen.name == "reference"
+    assert set(chosen.reasons.values()) == {"an exported graph may only hold PyTorch's own operators"}
 
 
 @needs_native

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention
 
+from hf_neural_attention import neural_attention
 from hf_neural_attention.models.neural_attention_masking import draw_dropout_seed, dropout_multiplier
 from hf_neural_attention.models.neural_attention_scorer import NeuralScorer
-from hf_neural_attention.ops import neural_attention
 from tests.helpers.numerics import (
     CPU_BACKENDS,
     assert_equals_oracle,

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from hf_neural_attention import neural_attention
 from hf_neural_attention.models import neural_attention_backends
-from hf_neural_attention.ops import neural_attention
 from tests.helpers.numerics import CPU_BACKENDS, assert_equals_oracle, literal_attention
 from tests.ops.test_neural_attention import Case
 

@@ -18,7 +18,7 @@ from benchmark_cases import DOT_PRODUCTS, MASKS, PHASES, PROVIDERS, SCORERS, Cas
 from benchmark_checks import Checker
 from benchmark_models import ATTENTIONS, CACHES, GPT2, STOCK, VIT, measure_decoding, measure_steps
 from benchmark_timing import FirstUse, Limits, Spread, measure_first_use, peak_bytes, ratio_of, time_by_turns, time_entries
-from hf_neural_attention.ops import BACKENDS
+from hf_neural_attention.models.neural_attention_backends import BACKENDS
 from tests.helpers.numerics import CPU_BACKENDS
 
 

@@ -1,0 +1,182 @@
+"""Looks at models: unwraps them, finds their neural layers, sees what their attention is called with, and leaves them as they
+were."""
+
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from accelerate.utils import extract_model_from_parallel
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import sdpa_mask
+
+from .models.neural_attention_interface import NeuralConfigView, mask_of_call
+from .models.neural_attention_masking import mask_scores
+from .models.neural_attention_reference import expand_heads
+
+
+# Classes that count a model's parameters when they are put around it. By name: not every build of torch has them
+SHARDING_CLASSES = ("DistributedDataParallel", "FullyShardedDataParallel", "DeepSpeedEngine", "FSDPModule")
+
+# Modules that are put around a layer, and show in the names of modules but not in a state dict
+WRAPPERS = r"(_checkpoint_wrapped_module|_fsdp_wrapped_module|_offload_wrapped_module|_orig_mod)\."
+
+
+def unwrap(model: Any) -> nn.Module:
+    """The Transformers model inside what torch.compile, peft and the distribution of training put around it, in any order."""
+    while True:
+        inner = extract_model_from_parallel(model, keep_torch_compile=False)
+        if hasattr(inner, "get_base_model"):
+            inner = inner.get_base_model()
+        if inner is model:
+            return model
+        model = inner
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether a module's parameters have been taken over for training by several processes."""
+    return any(parent.__name__ in SHARDING_CLASSES for parent in type(module).__mro__)
+
+
+def is_scorer(module: nn.Module) -> bool:
+    """By what it can do: models from the Hub bring a `NeuralScorer` class of their own, and peft may wrap one."""
+    return hasattr(module, "project_keys") and hasattr(module, "linear1")
+
+
+def neural_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, Any]]:
+    """Name and module of every layer that has a scorer, and the scorer."""
+    if is_scorer(model):
+        yield "scorer", model, model
+        return
+    found: list[str] = []
+    for name, module in model.named_modules(remove_duplicate=False):
+        # what is wrapped has been found with its wrapper
+        if is_scorer(module) and not any(name.startswith(f"{outer}.") for outer in found):
+            found.append(name)
+            parent, _, child = name.rpartition(".")
+            yield (parent if child == "scorer" and parent else name), model.get_submodule(parent), module
+
+
+def patched_modules(model: nn.Module) -> dict[str, Any]:
+    """Attention modules with a scorer that `patch` or their class put there, by the name that they have in a state dict."""
+    return {
+        re.sub(WRAPPERS, "", name): module
+        for name, module in model.named_modules()
+        if isinstance(getattr(module, "config", None), NeuralConfigView) and hasattr(module, "scorer")
+    }
+
+
+def is_born_neural(model: nn.Module) -> bool:
+    """Whether a model, or a part of it, is of a class with neural layers."""
+    return any(hasattr(getattr(module, "config", None), "neural_layers") for module in model.modules())
+
+
+def hooks_of(module: nn.Module) -> list[Any]:
+    """Accelerate's hooks around a module's forward."""
+    hook = getattr(module, "_hf_hook", None)
+    return [] if hook is None else list(getattr(hook, "hooks", [hook]))
+
+
+def place_of(module: Any, model: nn.Module | None = None) -> tuple[torch.device, torch.dtype]:
+    """Device and dtype that a module (or its model, if it has no parameters itself) computes with; accelerate's hooks know
+    where offloaded weights go."""
+    parameters = list(module.parameters()) or ([] if model is None else list(model.parameters()))
+    device = parameters[0].device if parameters else torch.device("cpu")
+    if device.type == "meta":
+        places = [getattr(hook, "execution_device", None) for child in module.modules() for hook in hooks_of(child)]
+        device = next((torch.device(place) for place in places if place is not None), device)
+    # quantised weights are of dtypes that nothing is computed in
+    dtypes = [parameter.dtype for parameter in parameters if parameter.is_floating_point() and parameter.dtype.itemsize > 1]
+    return device, dtypes[0] if dtypes else torch.get_default_dtype()
+
+
+@contextmanager
+def left_as_it_was(model: nn.Module) -> Iterator[torch.device]:
+    """Evaluation mode and random numbers of its own for a model, whose device this gives."""
+    modes = {module: module.training for module in model.modules()}
+    devices = {parameter.device for parameter in model.parameters() if not parameter.is_meta}
+    try:
+        with torch.random.fork_rng(devices=[device.index for device in devices if device.type == "cuda"]):
+            model.eval()
+            yield next(iter(devices), torch.device("cpu"))
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+OBSERVER_NAME = "neural_attention_observer"
+
+# Takes what an attention function takes, and returns what one returns: output [B, Tq, H, Dv], and weights or None
+Observer = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
+
+
+class ObservedConfigView(NeuralConfigView):
+    """A model's config as an attention module sees it whose calls go to an observer."""
+
+    def __init__(self, base: Any, observe: Observer):
+        super().__init__(base)
+        object.__setattr__(self, "observe", observe)
+
+    @property
+    def _attn_implementation(self) -> str:
+        return OBSERVER_NAME
+
+
+def call_observer(module: Any, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+    return module.config.observe(module, *args, **kwargs)
+
+
+AttentionInterface.register(OBSERVER_NAME, call_observer)
+AttentionMaskInterface.register(OBSERVER_NAME, sdpa_mask)
+
+
+@contextmanager
+def observed(modules: Iterable[Any], observe: Observer) -> Iterator[None]:
+    """Lets the calls of these attention modules, stock or neural, go to `observe(module, query, key, value, ...)`, which takes
+    the place of their attention function. The rest of the model notices nothing."""
+    configs = [(module, module.config) for module in modules]
+    try:
+        for module, config in configs:
+            module.config = ObservedConfigView(config.base if isinstance(config, NeuralConfigView) else config, observe)
+        yield
+    finally:
+        for module, config in configs:
+            module.config = config
+
+
+class Call(NamedTuple):
+    """What one attention function was called with."""
+
+    query: torch.Tensor  # [B, H, Tq, D]
+    key: torch.Tensor  # [B, H, Tk, D]
+    mask: torch.Tensor | None  # bool or float, broadcasts to [B, H, Tq, Tk]
+    is_causal: bool
+    scaling: float
+
+    def masked_rows(self, scores: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """Scores `[B, H, rows, Tk]` of some queries, with -inf for what they may not see."""
+        causal = torch.arange(scores.shape[-1], device=rows.device) <= rows[:, None] if self.is_causal else None
+        mask = self.mask if self.mask is None or self.mask.shape[-2] == 1 else self.mask[..., rows, :]
+        return mask_scores(scores, mask, causal)
+
+
+def call_of(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    position_bias: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> Call:
+    """What the attention function of a module was called with, in float32, all heads with their keys. Takes what an attention
+    function takes, of which it leaves out what says nothing of scores."""
+    mask, causal, num_keys = mask_of_call(module, query, key, attention_mask, is_causal, position_bias)
+    scaling = 1.0 / math.sqrt(query.shape[-1]) if scaling is None else scaling
+    key = expand_heads(key[:, :, :num_keys], query.shape[1])
+    return Call(query.float(), key.float(), mask, causal, scaling)

@@ -1,0 +1,110 @@
+"""Neural Attention as a function of a scorer's weights: what `NeuralScorer.forward` calls, as torch's modules call
+`torch.nn.functional`."""
+
+import math
+from typing import Any
+
+import torch
+
+from .neural_attention_backends import run_backend
+from .neural_attention_masking import draw_dropout_seed
+from .neural_attention_reference import ScorerWeights, reference_attention
+
+
+def scorer_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    weights: ScorerWeights,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    *,
+    mode: str = "replace",
+    backend: str | None = None,
+    keys_projected: bool = False,
+    need_weights: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The operation on plain weights. What is not described here is as in `hf_neural_attention.neural_attention`.
+
+    Args:
+        weights: of a scorer, shared by all heads or one set per head.
+        mode: `"replace"` or `"residual"`, as of `NeuralScorer`.
+        need_weights: also return the attention weights, which only the reference holds; `backend` is then ignored.
+
+    Returns:
+        Output `[B, H, Tq, Dv]`, and the attention weights `[B, H, Tq, Tk]` after dropout, or None.
+    """
+    check_arguments(query, key, value, weights, attn_mask, dropout_p, mode, keys_projected)
+    arguments: dict[str, Any] = {
+        "attn_mask": None if attn_mask is None else attn_mask.view((1,) * (4 - attn_mask.dim()) + attn_mask.shape),
+        "dropout_p": dropout_p,
+        "dropout_seed": draw_dropout_seed(dropout_p, query.device),
+        "is_causal": is_causal,
+        "residual_scale": None,
+        "keys_projected": keys_projected,
+    }
+    if mode == "residual":
+        arguments["residual_scale"] = 1.0 / math.sqrt(weights.head_dim) if scale is None else scale
+    if need_weights:
+        return reference_attention(query, key, value, weights, **arguments)
+    output = run_backend(backend, query, key, value, weights, **arguments)
+    if weights.bias3.requires_grad:  # frozen at birth, but peft and others thaw it: DDP stops at a gradient that is None
+        output = output + 0.0 * weights.bias3.sum().to(output.dtype)
+    return output, None
+
+
+def check_arguments(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    weights: ScorerWeights,
+    attn_mask: torch.Tensor | None,
+    dropout_p: float,
+    mode: str,
+    keys_projected: bool,
+) -> None:
+    """Raises a ValueError that names the argument, what it is and what was expected."""
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if tensor.dim() != 4:
+            raise ValueError(f"`{name}` has shape {tuple(tensor.shape)}; expected 4 dimensions [batch, heads, length, size].")
+        if not tensor.is_floating_point():
+            raise ValueError(f"`{name}` has dtype {tensor.dtype}; expected a floating-point dtype.")
+    if keys_projected:
+        if mode == "residual":
+            raise ValueError('`keys_projected` does not go with `mode="residual"`, whose dot product needs whole keys.')
+        wanted_heads, size = weights.num_heads or value.shape[1], weights.hidden_dims[0]
+        if (key.shape[1], key.shape[3]) != (wanted_heads, size) or query.shape[-1] != weights.head_dim:
+            raise ValueError(
+                f"`query` and `key` have shapes {tuple(query.shape)} and {tuple(key.shape)}; with `keys_projected` this "
+                f"scorer expects [B, H, Tq, {weights.head_dim}] and [B, {wanted_heads}, Tk, {size}]."
+            )
+    elif query.shape[-1] != weights.head_dim or key.shape[-1] != weights.head_dim:
+        raise ValueError(
+            f"`query` and `key` have sizes {query.shape[-1]} and {key.shape[-1]}; this scorer was made for head_dim "
+            f"{weights.head_dim}."
+        )
+    same_heads = key.shape[1] == value.shape[1] or keys_projected
+    if (key.shape[0], key.shape[2]) != (value.shape[0], value.shape[2]) or not same_heads or query.shape[0] != key.shape[0]:
+        raise ValueError(
+            f"`query` {tuple(query.shape)}, `key` {tuple(key.shape)} and `value` {tuple(value.shape)} do not fit: all need "
+            "the same batch size, key and value also the same heads and length."
+        )
+    num_heads = query.shape[1]
+    if value.shape[1] == 0 or num_heads % value.shape[1]:
+        raise ValueError(f"`query` has {num_heads} heads, which is no multiple of the {value.shape[1]} key and value heads.")
+    if weights.num_heads is not None and weights.num_heads != num_heads:
+        raise ValueError(f"`query` has {num_heads} heads; this scorer has weights for {weights.num_heads}.")
+    if not 0.0 <= dropout_p <= 1.0:
+        raise ValueError(f"`dropout_p` is {dropout_p}; expected a probability from 0 to 1.")
+    if attn_mask is None:
+        return
+    if attn_mask.dtype != torch.bool and not attn_mask.is_floating_point():
+        raise ValueError(f"`attn_mask` has dtype {attn_mask.dtype}; expected bool (True attends) or float (added).")
+    full = (query.shape[0], num_heads, query.shape[2], key.shape[2])
+    fits = attn_mask.dim() <= 4 and all(
+        size in (1, wanted) for size, wanted in zip(reversed(attn_mask.shape), reversed(full), strict=False)
+    )
+    if not fits:
+        raise ValueError(f"`attn_mask` has shape {tuple(attn_mask.shape)}, which does not broadcast to {full}.")
