@@ -10,10 +10,8 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import CONFIG_MAPPING, PreTrainedModel
 from transformers.dynamic_module_utils import get_relative_import_files
-from transformers.models.auto import modeling_auto
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.utils import CONFIG_NAME
 
 import hf_neural_attention
@@ -22,7 +20,7 @@ from .introspection import is_born_neural, unwrap
 from .patching.errors import PatchError
 from .patching.pretrained import neural_fields
 from .patching.records import check_without_adapters, record_of
-from .registration import FAMILIES
+from .registration import FAMILIES, MODELS_OF_AUTO_CLASSES
 from .uploading import upload
 
 
@@ -138,15 +136,11 @@ def exported_class(model: Any) -> str:
 def auto_classes(model_type: str, architecture: str) -> dict[str, str]:
     """`auto_map` of a config.json: Auto class -> "file.Class", for every Auto class that has one of the family."""
     family = next(name for name, stock in FAMILIES.items() if model_type in (name, stock))
-    found = {"AutoConfig": f"configuration_{family}.{CONFIG_MAPPING_NAMES[family]}"}
-    for name in modeling_auto.__all__:
-        if not name.startswith("Auto"):
-            continue
-        mapping = getattr(getattr(modeling_auto, name), "_model_mapping", None)
-        classes = mapping._model_mapping.get(family) if mapping is not None else None
-        if classes is not None:
-            names = classes if isinstance(classes, tuple | list) else (classes,)
-            found[name] = f"modeling_{family}.{architecture if architecture in names else names[0]}"
+    found = {"AutoConfig": f"configuration_{family}.{CONFIG_MAPPING[family].__name__}"}
+    for auto, models in MODELS_OF_AUTO_CLASSES.items():
+        names = [model.__name__ for model in models if model.config_class.model_type == family]
+        if names:
+            found[auto.__name__] = f"modeling_{family}.{architecture if architecture in names else names[0]}"
     return found
 
 

@@ -1,6 +1,9 @@
 """Makes the models known to Transformers' Auto classes."""
 
+from contextlib import suppress
+
 from transformers import (
+    MODEL_FOR_IMAGE_MAPPING,
     TOKENIZER_MAPPING,
     AutoConfig,
     AutoImageProcessor,
@@ -34,7 +37,7 @@ from .models.modeling_neural_vit import NeuralViTForImageClassification, NeuralV
 FAMILIES = {"neural_gpt2": "gpt2", "neural_vit": "vit"}
 
 # Wherever a stock model of a family stands, ours does
-MODELS = {
+MODELS_OF_AUTO_CLASSES = {
     AutoModel: (NeuralGPT2Model, NeuralViTModel),
     AutoModelForCausalLM: (NeuralGPT2LMHeadModel,),
     AutoModelForImageClassification: (NeuralViTForImageClassification,),
@@ -50,13 +53,17 @@ def register_auto_classes() -> None:
     """Registers configs, models, and the stock families' tokenizer and image processor. Doing it again changes nothing."""
     for config in (NeuralGPT2Config, NeuralViTConfig):
         AutoConfig.register(config.model_type, config, exist_ok=True)
-    for auto, models in MODELS.items():
+    for auto, models in MODELS_OF_AUTO_CLASSES.items():
         for model in models:
             auto.register(model.config_class, model, exist_ok=True)
+    # the table of image models without a head has no Auto class
+    MODEL_FOR_IMAGE_MAPPING.register(NeuralViTConfig, NeuralViTModel, exist_ok=True)
     AutoTokenizer.register(NeuralGPT2Config, TOKENIZER_MAPPING[GPT2Config], exist_ok=True)
     processors: dict[str, type] = {"pil": ViTImageProcessorPil}
     if is_torchvision_available():
         from transformers import ViTImageProcessor
 
         processors["torchvision"] = ViTImageProcessor
-    AutoImageProcessor.register(NeuralViTConfig, image_processor_classes=processors, exist_ok=True)
+    # up to Transformers 5.17 it is a stand-in without torchvision, and loads no image processor of any model
+    with suppress(ImportError):
+        AutoImageProcessor.register(NeuralViTConfig, image_processor_classes=processors, exist_ok=True)

@@ -110,9 +110,8 @@ def skeleton(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
         if hasattr(module, "_hf_hook"):
             del module._hf_hook
             vars(module)["forward"] = module._old_forward
-        config: Any = getattr(module, "config", None)
-        if getattr(config, "_experts_implementation", None) is not None:
-            config._experts_implementation = "batched_mm"  # the only one that does not look at numbers
+        if isinstance(module, PreTrainedModel) and getattr(module.config, "_experts_implementation", None) is not None:
+            module.set_experts_implementation("batched_mm")  # the only one that does not look at numbers
     return copied
 
 

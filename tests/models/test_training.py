@@ -240,8 +240,10 @@ def test_trainer(family: Family, checkpointing: bool, tmp_path):
 
 
 @both_families
-def test_trainer_takes_the_loss_as_it_takes_the_stock_model_s(family: Family, tmp_path):
-    """By the same count of tokens, over accumulated batches too: what is left to differ is the attention."""
+@pytest.mark.parametrize("smoothing", (0.0, 0.2), ids=("labels as they are", "smoothed labels"))
+def test_trainer_takes_the_loss_as_it_takes_the_stock_model_s(family: Family, smoothing: float, tmp_path):
+    """By the same count of tokens, over accumulated batches too, smoothed labels shifted: what is left to differ is the
+    attention."""
     stock, rows = family.stock(), rows_of(family)
     histories = []
     for model in (stock, family.twin(stock, neural_layers="all", neural_mode="residual")):
@@ -251,6 +253,7 @@ def test_trainer_takes_the_loss_as_it_takes_the_stock_model_s(family: Family, tm
             per_device_train_batch_size=2,
             gradient_accumulation_steps=2,
             learning_rate=0.0,
+            label_smoothing_factor=smoothing,
             use_cpu=True,
             report_to="none",
             save_strategy="no",

@@ -1,0 +1,127 @@
+"""What this package uses of other libraries that they do not promise to keep, and why nothing public does.
+
+`tests/test_private_interfaces.py` looks each of them up in the versions that are installed, and looks through the sources for
+any that is missing here. `make test-versions` does so with the oldest and the newest versions.
+"""
+
+from typing import NamedTuple
+
+
+class PrivateInterface(NamedTuple):
+    """A name with a leading underscore that belongs to another library."""
+
+    name: str  # as it stands in our sources
+    place: str  # `module:attribute.attribute` where it can be looked up; "" where only an instance has it
+    why: str
+    seen: str  # versions that have it
+
+
+TRANSFORMERS = "transformers 5.16 to 5.24"
+TORCH = "torch 2.13"
+
+PRIVATE_INTERFACES = (
+    PrivateInterface(
+        "_attn_implementation",
+        "transformers:PreTrainedConfig._attn_implementation",
+        "Attention modules fetch their function by this name in their config, and only it says which one runs. "
+        "`set_attn_implementation` sets it for whole models, not for one layer.",
+        TRANSFORMERS,
+    ),
+    PrivateInterface(
+        "_check_and_adjust_attn_implementation",
+        "transformers:PreTrainedModel._check_and_adjust_attn_implementation",
+        "The one place that loading, construction and `set_attn_implementation` go through: implementations that a score "
+        "network cannot serve are refused there before anything changes.",
+        TRANSFORMERS,
+    ),
+    PrivateInterface(
+        "_init_weights",
+        "transformers:PreTrainedModel._init_weights",
+        "How every model says how its modules start. Transformers documents it for new models.",
+        TRANSFORMERS,
+    ),
+    PrivateInterface(
+        "_initialize_weights",
+        "transformers:PreTrainedModel._initialize_weights",
+        "For models outside of Transformers it passes over modules without direct parameters, and with them the scaled start "
+        "of GPT-2's `c_proj`. Nothing public switches that off.",
+        TRANSFORMERS,
+    ),
+    PrivateInterface(
+        "_prepare_generation_config",
+        "transformers:GenerationMixin._prepare_generation_config",
+        'It checks the names of caches, of which `"neural"` is one here. Stock models with caches of their own override it.',
+        TRANSFORMERS,
+    ),
+    PrivateInterface(
+        "_prepare_cache_for_generation",
+        "transformers:GenerationMixin._prepare_cache_for_generation",
+        "It makes the cache when its length is known. Stock models with caches of their own override it, too.",
+        TRANSFORMERS,
+    ),
+    PrivateInterface(
+        "_experts_implementation",
+        "transformers:PreTrainedConfig._experts_implementation",
+        "Says whether a part of a model has experts. `set_experts_implementation` then sets it.",
+        TRANSFORMERS,
+    ),
+    PrivateInterface(
+        "_hf_peft_config_loaded",
+        "transformers.integrations.peft:PeftAdapterMixin._hf_peft_config_loaded",
+        "Says whether `save_pretrained` will save adapters alone. `active_adapters` raises an error where there are none.",
+        TRANSFORMERS,
+    ),
+    PrivateInterface(
+        "_hf_hook",
+        "",
+        "Accelerate's hook around a module's forward knows where offloaded weights go, and keeps them. Accelerate has public "
+        "functions that use it, none that says it.",
+        "accelerate 1.15",
+    ),
+    PrivateInterface("_old_forward", "", "A module's forward without accelerate's hook around it.", "accelerate 1.15"),
+    PrivateInterface(
+        "_forward_hooks",
+        "torch.nn:Module()._forward_hooks",
+        "A copy of a model that runs without numbers must not run its hooks, and `explain` names hooks that never run.",
+        TORCH,
+    ),
+    PrivateInterface(
+        "_forward_pre_hooks",
+        "torch.nn:Module()._forward_pre_hooks",
+        "As of `_forward_hooks`. Pruning, weight norm and spectral norm compute a layer's weight in one of them, of which "
+        "`prune.is_pruned` sees the first kind only.",
+        TORCH,
+    ),
+    PrivateInterface(
+        "_compiled_call_impl",
+        "torch.nn:Module()._compiled_call_impl",
+        "Says whether `module.compile()` was called. `is_compiled_module` knows `torch.compile(module)` only.",
+        TORCH,
+    ),
+    PrivateInterface(
+        "torch._subclasses.fake_tensor",
+        "torch._subclasses.fake_tensor:FakeTensorMode",
+        "Runs a model without numbers, to see what its layers ask of their attention at no cost.",
+        TORCH,
+    ),
+    PrivateInterface(
+        "torch.utils._pytree",
+        "torch.utils._pytree:tree_map_only",
+        "Goes through nested inputs of a model, as Transformers does.",
+        TORCH,
+    ),
+    PrivateInterface(
+        "_functorch",
+        "torch._C._functorch:peek_interpreter_stack",
+        "Says whether a transform of `torch.func` runs, under which operators with a backward of their own give wrong "
+        "derivatives.",
+        TORCH,
+    ),
+    PrivateInterface("_C", "torch:_C", "Where that is.", TORCH),
+    PrivateInterface(
+        "_dynamo",
+        "torch:_dynamo.mark_static_address",
+        "CUDA graphs need to know that a cache of fixed size does not move; Transformers' own caches say it in this way.",
+        TORCH,
+    ),
+)

@@ -1,0 +1,103 @@
+"""Private interfaces of other libraries: each is listed with its reason, and is still where it was."""
+
+import ast
+import importlib
+import re
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+import hf_neural_attention
+from hf_neural_attention.private_interfaces import PRIVATE_INTERFACES, PrivateInterface
+
+
+PACKAGE = Path(hf_neural_attention.__file__).parent
+# public for all their underscore: methods of named tuples, what `evaluate` asks a metric for, an unnamed parameter
+PUBLIC = {"_", "_asdict", "_fields", "_replace", "_info", "_compute"}
+OWN = {"_neural_cache"}
+
+
+def private_names() -> dict[str, str]:
+    """Names with a leading underscore that sources use of something else's, and where."""
+    found: dict[str, str] = {}
+    for path in set(PACKAGE.rglob("*.py")) - {PACKAGE / "private_interfaces.py"}:
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = []
+            if isinstance(node, ast.Attribute):
+                names = [node.attr]
+            elif isinstance(node, ast.FunctionDef):  # overrides one
+                names = [node.name]
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):  # of `getattr`
+                names = [node.value] if re.fullmatch(r"_[a-z]\w+", node.value) else []
+            elif isinstance(node, ast.ImportFrom) and re.search(r"(^|\.)_[a-z]", node.module or ""):
+                names = [str(node.module)]
+            for name in names:
+                if re.search(r"(^|\.)_(?!_)", name) and name not in PUBLIC | OWN:
+                    found[name] = f"{path.relative_to(PACKAGE)}:{node.lineno}"
+    return found
+
+
+def test_every_private_name_is_listed():
+    listed = {interface.name for interface in PRIVATE_INTERFACES} | {PrivateInterface.__name__}
+    used = private_names()
+    unlisted = {name: place for name, place in used.items() if name not in listed}
+    assert not unlisted, f"list these in hf_neural_attention/private_interfaces.py, or do without them: {unlisted}"
+    assert listed - used.keys() == {PrivateInterface.__name__}, "what is not used any more is listed no more"
+
+
+@pytest.mark.parametrize("interface", PRIVATE_INTERFACES, ids=lambda interface: interface.name)
+def test_it_is_where_it_was(interface: PrivateInterface):
+    assert interface.why.endswith(".") and interface.seen
+    if not interface.place:
+        return
+    module, _, path = interface.place.partition(":")
+    library = module.partition(".")[0]
+    moved = (
+        f"{library} {version(library)} has no {interface.place.replace(':', '.')}, which hf_neural_attention rests on "
+        f"({interface.why} Seen in {interface.seen}.). Find what took its place, use that in the sources, and bring "
+        "hf_neural_attention/private_interfaces.py up to date."
+    )
+    try:
+        place = importlib.import_module(module)
+        for name in path.split("."):
+            place = getattr(place, name.removesuffix("()"))
+            place = place() if name.endswith("()") else place
+    except (ImportError, AttributeError):
+        pytest.fail(moved)
+
+
+def test_a_moved_one_fails_with_a_sentence():
+    gone = PrivateInterface("_gone", "transformers:PreTrainedModel._gone", "It was there.", "transformers 5.16")
+    with pytest.raises(pytest.fail.Exception, match=r"has no transformers\.PreTrainedModel\._gone, which hf_neural_attention"):
+        test_it_is_where_it_was(gone)
+
+
+def imports_of(path: Path) -> set[str]:
+    """Modules of the package that a file imports, whether at once, later or for type checkers only."""
+    here = ["hf_neural_attention", *path.relative_to(PACKAGE).with_suffix("").parts]
+    package = here[:-1]
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*base, *(node.module.split(".") if node.module else [])])
+            found |= {module, *(f"{module}.{alias.name}" for alias in node.names)}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+    return found
+
+
+def test_no_import_goes_round_in_a_circle():
+    names = {}
+    for path in PACKAGE.rglob("*.py"):
+        parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+        names[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    # the package itself, which imports them all, is looked up by name where its public names are wanted
+    edges = {name: (imports_of(path) & names.keys()) - {"hf_neural_attention"} for name, path in names.items()}
+    left = dict(edges)
+    while ends := [name for name, used in left.items() if not used & left.keys()]:
+        for name in ends:
+            del left[name]
+    assert not left, f"these import each other, or are imported by such: {sorted(left)}"
+    assert "hf_neural_attention.ops" in edges["hf_neural_attention.models.neural_attention_backends"], "the search works"
