@@ -64,8 +64,8 @@ def patched_modules(model: nn.Module) -> dict[str, Any]:
     """Attention modules with a scorer that `patch` or their class put there, by the name that they have in a state dict."""
     return {
         re.sub(WRAPPERS, "", name): module
-        for name, module in model.named_modules()
-        if isinstance(getattr(module, "config", None), NeuralConfigView) and hasattr(module, "scorer")
+        for name, module, _ in neural_layers(model)
+        if isinstance(getattr(module, "config", None), NeuralConfigView)
     }
 
 

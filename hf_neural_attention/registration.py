@@ -57,7 +57,7 @@ def register_auto_classes() -> None:
         for model in models:
             auto.register(model.config_class, model, exist_ok=True)
     # the table of image models without a head has no Auto class
-    MODEL_FOR_IMAGE_MAPPING.register(NeuralViTConfig, NeuralViTModel, exist_ok=True)
+    MODEL_FOR_IMAGE_MAPPING.register(NeuralViTConfig, NeuralViTModel, exist_ok=True)  # type: ignore[arg-type]
     AutoTokenizer.register(NeuralGPT2Config, TOKENIZER_MAPPING[GPT2Config], exist_ok=True)
     processors: dict[str, type] = {"pil": ViTImageProcessorPil}
     if is_torchvision_available():

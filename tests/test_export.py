@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import GPT2Config, GPT2LMHeadModel, GPT2Tokenizer, LlamaConfig, LlamaForCausalLM, ViTImageProcessorPil
 
 from hf_neural_attention import (
@@ -201,7 +202,7 @@ def test_a_config_from_the_future(tmp_path: Path):
     folder = export_to_hub(make("gpt2")[0], tmp_path / "model")
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"neural_format_version": 2}))
-    with pytest.raises(ValueError, match="newer hf_neural_attention"):
+    with pytest.raises(StrictDataclassError, match="newer hf_neural_attention"):
         NeuralGPT2LMHeadModel.from_pretrained(folder)
 
 
