@@ -46,7 +46,7 @@ class NeuralArguments:
     )
     card: str | None = field(
         default=None,
-        metadata={"help": "Also write the model card there, e.g. model_cards/NAME: NAME.md, NAME.json and NAME.png."},
+        metadata={"help": "Also write the model card there, e.g. model_cards/models/NAME: NAME.md, NAME.json and NAME.png."},
     )
     card_note: str | None = field(
         default=None, metadata={"help": "A sentence for the card, for instance what else the machine was doing."}

@@ -2,7 +2,7 @@
 
     python recipes/benchmark_attention.py                              # small: a minute
     python recipes/benchmark_attention.py --phase decode --proj_dim 2 16 --length 1024 4096
-    python recipes/benchmark_attention.py --preset bars --output model_cards/benchmark_bars
+    python recipes/benchmark_attention.py --preset bars --output model_cards/benchmarks/bars
 
 A provider is timed only if it matches the formula in float64 on the very inputs that are timed. What is compared is timed by
 turns in one run, and ratios are taken turn by turn, so that noise of the machine hits both sides alike.

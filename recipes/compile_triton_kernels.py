@@ -1,6 +1,6 @@
 """Compiles the Triton kernels ahead of time, without a GPU, and tabulates what they need of one.
 
-    python recipes/compile_triton_kernels.py --output model_cards/triton_kernels
+    python recipes/compile_triton_kernels.py --output model_cards/benchmarks/triton_kernels
 
 Registers, spilled bytes and shared memory are the compilers' own figures: of ptxas, which Triton brings along, for NVIDIA, and
 of LLVM for AMD. They say whether a kernel fits and whether registers spill, not how fast it is.
@@ -165,7 +165,7 @@ def main() -> None:
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument("--kernels", nargs="+", choices=KERNELS, default=list(KERNELS))
     parser.add_argument("--sizes", nargs="+", type=int, choices=range(len(SIZES)), default=list(range(len(SIZES))))
-    parser.add_argument("--output", help="Write NAME.md and NAME.json, e.g. model_cards/triton_kernels.")
+    parser.add_argument("--output", help="Write NAME.md and NAME.json, e.g. model_cards/benchmarks/triton_kernels.")
     arguments = parser.parse_args()
 
     results = []

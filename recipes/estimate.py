@@ -2,7 +2,7 @@
 
     python recipes/estimate.py image_classification recipes/configs/cifar100-paper.yaml
     python recipes/estimate.py language_modeling recipes/configs/wikitext103-paper.yaml --per_device_train_batch_size 8
-    python recipes/estimate.py RECIPE CONFIG --output model_cards/NAME
+    python recipes/estimate.py RECIPE CONFIG --output model_cards/benchmarks/NAME
 
 Flags after the configuration are the recipe's own. Each model trains for a few steps in a process of its own, as the recipe
 would train it; the rest is multiplication. For other machines, the report has the operations of a step's matrix products.

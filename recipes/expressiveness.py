@@ -1,6 +1,6 @@
 """Score functions that no dot product can represent, fitted by a dot product and by Neural Attention. Takes half a minute.
 
-    python recipes/expressiveness.py --output model_cards/expressiveness
+    python recipes/expressiveness.py --output model_cards/studies/expressiveness
 
 The paper (section 3) says that a network can score pairs as no dot product can. Here a query and a key are one number each,
 uniform in [-1, 1], and each score function is fitted by

@@ -1,6 +1,6 @@
 """Measures how scorers start: how many are dead at birth, and how far their scores spread.
 
-    python recipes/measure_initialization.py --output model_cards/initialization
+    python recipes/measure_initialization.py --output model_cards/studies/initialization
 
 A scorer is dead if its last hidden layer is zero for every pair of many unit-normal queries and keys: all its scores are
 then equal, attention is uniform, and no gradient ever changes that.
@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("--head_dim", type=int, default=64)
     parser.add_argument("--seeds", type=int, default=1000)
     parser.add_argument("--length", type=int, default=48)
-    parser.add_argument("--output", help="Write NAME.md and NAME.json, e.g. model_cards/initialization.")
+    parser.add_argument("--output", help="Write NAME.md and NAME.json, e.g. model_cards/studies/initialization.")
     arguments = parser.parse_args()
 
     results = {

@@ -1,7 +1,7 @@
 """Perplexity of a causal language model before and after its weights are rounded to int8 by bitsandbytes.
 
     python recipes/quantize.py --model_name_or_path runs/quickstart/neural
-    python recipes/quantize.py --model_name_or_path DIR --dataset_name FOLDER --card model_cards/NAME
+    python recipes/quantize.py --model_name_or_path DIR --dataset_name FOLDER --card model_cards/models/NAME
 
 The scorers' weights are rounded like all others, unless --keep_scorers; what a neural layer then computes with is what its
 rounded layers answer. Needs `pip install '.[quantization,recipes]'`.

@@ -1,7 +1,7 @@
 """Runs a grid of models and seeds, each as a run of its own that can be stopped and resumed, and reports on all of them.
 
-    python recipes/study.py recipes/studies/text-small.yaml --results model_cards/study-text
-    python recipes/study.py recipes/studies/text-small.yaml --results model_cards/study-text --report_only
+    python recipes/study.py recipes/studies/text-small.yaml --results model_cards/studies/text
+    python recipes/study.py recipes/studies/text-small.yaml --results model_cards/studies/text --report_only
     python recipes/study.py STUDY --launcher "accelerate launch --config_file CONFIG"
 
 A study is a YAML file:

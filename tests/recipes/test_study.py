@@ -16,7 +16,7 @@ from study_results import difference, interval, load_results, summarize, verdict
 from tests.helpers.running import RECIPES, run_in
 
 
-CARDS = RECIPES.parent / "model_cards"
+STUDIES = RECIPES.parent / "model_cards/studies"
 SECONDS = {"dot": 2.0, "first layer": 3.0, "longer": 2.0, "unfinished": 1.0}
 WHERE = dict.fromkeys(("cpu", "gpu", "threads", "python", "torch", "transformers"), "x") | {"processes": 1}
 
@@ -379,18 +379,18 @@ def committed_studies() -> list[Path]:
     """Study files of which every run is in the repository."""
 
     def complete(path: Path) -> bool:
-        return all((CARDS / results_of(path) / file_name(arm, seed)).exists() for arm, seed in Study.load(path).runs())
+        return all((results_of(path) / file_name(arm, seed)).exists() for arm, seed in Study.load(path).runs())
 
     return [path for path in sorted((RECIPES / "studies").glob("*.yaml")) if complete(path)]
 
 
-def results_of(path: Path) -> str:
-    return f"study-{path.stem.removesuffix('-small')}"
+def results_of(path: Path) -> Path:
+    return STUDIES / path.stem.removesuffix("-small")
 
 
 @pytest.mark.parametrize("path", committed_studies(), ids=lambda path: path.stem)  # skipped while none is complete
 def test_committed_reports_are_those_of_the_committed_runs(path, tmp_path):
-    folder = CARDS / results_of(path)
+    folder = results_of(path)
     copy = tmp_path / folder.name
     copy.mkdir()
     for file in folder.glob("*.json"):
@@ -402,7 +402,7 @@ def test_committed_reports_are_those_of_the_committed_runs(path, tmp_path):
         assert (copy / name).read_text() == (folder / name).read_text()
     found = load_results(study, folder)
     rows = summarize(study, found, load_costs(folder))
-    assert summary(study, found, rows) in (CARDS.parent / "README.md").read_text()
+    assert summary(study, found, rows) in (RECIPES.parent / "README.md").read_text()
     for name in ("report.png", "curves.png"):
         assert (copy / name).stat().st_size > 10_000 and (folder / name).exists()
     # the control has as many parameters as the largest scorers bring, and not many more
