@@ -16,9 +16,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from experiment import write_json
 from hf_neural_attention.ops.triton_blocks import Blocks, choose_blocks, kernel_constants
-from reporting import command_line
+from tools.json_files import write_json
+from tools.markdown import markdown_table
+from tools.provenance import command_line
 
 
 class Target(NamedTuple):
@@ -150,12 +151,12 @@ def table(results: list[dict[str, Any]]) -> str:
         "spilled_bytes": "spilled bytes",
         "shared_bytes": "shared bytes",
     }
-    rows = [list(columns.values()), ["---"] * len(columns)]
+    rows = []
     for row in results:
         hidden = ", ".join(map(str, row["hidden_dims"]))
         cells = row | {"block": f"{row['queries']} x {row['keys']}", "hidden_dims": hidden}
         rows.append([str(cells[name]) for name in columns])
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return markdown_table(list(columns.values()), rows)
 
 
 def main() -> None:

@@ -24,10 +24,11 @@ from matplotlib.figure import Figure
 from torch import nn, vmap
 from torch.func import functional_call, stack_module_state
 
-from experiment import write_json
 from hf_neural_attention import NeuralScorer
 from hf_neural_attention.models.neural_attention_reference import reference_scores
-from reporting import command_line, environment, markdown_table
+from tools.json_files import write_json
+from tools.markdown import markdown_table
+from tools.provenance import command_line, environment
 
 
 FUNCTIONS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {

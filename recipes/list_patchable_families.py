@@ -26,12 +26,12 @@ from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging as transformers_logging
 
-from experiment import write_json
 from hf_neural_attention.patching import NoPatchableLayerError, PatchError, ProbeError, patch, patched, unpatch
 from hf_neural_attention.patching.inputs import possible_inputs
 from hf_neural_attention.patching.layers import attention_modules, stack_name
 from hf_neural_attention.patching.probing import probe, recording
-from reporting import command_line, environment
+from tools.json_files import write_json
+from tools.provenance import command_line, environment
 
 
 LARGEST = 60_000_000  # parameters of a model that counts as small
