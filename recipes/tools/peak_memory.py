@@ -1,14 +1,23 @@
-"""How much memory something needs: of the process on a CPU, of torch's allocator on an accelerator."""
+"""How much memory something needs: of the process on a CPU, of torch's allocator on an accelerator.
 
-import ctypes
+psutil says what a process holds now, and not the most that it has held since some moment. On Linux the kernel's own files say
+that; elsewhere there is only the most of its whole life. The standard library's `ru_maxrss` cannot stand in for Linux's files:
+it cannot be reset, and a process inherits it from the one that started it.
+"""
+
 import gc
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import torch
+
+
+STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 @dataclass
@@ -35,29 +44,26 @@ def peak_memory(device: str) -> Iterator[Peak]:
         torch.cuda.synchronize()
         peak.size = torch.cuda.max_memory_allocated() - before
     else:
-        reset_peak()
-        before = resident_bytes()
+        before = reset_high_water_mark()
         yield peak
-        peak.size = max(0, resident_bytes(peak=True) - before)
+        peak.size = max(0, high_water_mark() - before)
 
 
-def resident_bytes(peak: bool = False) -> int:
-    """Memory of this process now, or the most since `reset_peak`."""
-    name = "VmHWM" if peak else "VmRSS"
-    status = Path("/proc/self/status")
-    if not status.exists():  # the most of the whole life of the process then serves for both
-        try:
-            import resource
-        except ImportError:  # Windows
-            return 0
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    (line,) = (line for line in status.read_text().splitlines() if line.startswith(name))
-    return int(line.split()[1]) * 1024
+def reset_high_water_mark() -> int:
+    """Lets `high_water_mark` begin anew where that can be done; returns what it then is, in bytes."""
+    psutil.heap_trim()  # what is free inside the process would hide what is taken next
+    if not CLEAR.exists():
+        return high_water_mark()
+    CLEAR.write_text("5")
+    return psutil.Process().memory_info().rss
 
 
-def reset_peak() -> None:
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-        libc.malloc_trim(0)  # what is free inside the process would hide what is taken next
-    file = Path("/proc/self/clear_refs")
-    if file.exists():
-        file.write_text("5")
+def high_water_mark() -> int:
+    """The most that this process has held, in bytes: since `reset_high_water_mark`, or, but on Linux, in its whole life."""
+    if match := re.search(r"^VmHWM:\s+(\d+) kB$", STATUS.read_text() if STATUS.exists() else "", re.MULTILINE):
+        return int(match[1]) * 1024
+    if sys.platform == "win32":
+        return psutil.Process().memory_info().peak_wset
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
