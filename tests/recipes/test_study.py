@@ -13,7 +13,7 @@ from studies.report import CARD, summary
 from studies.results import load_results, summarize
 from studies.study_file import COSTS, Study, file_name, load_costs
 from tests.helpers.running import RECIPES, run_in
-from tests.helpers.studies import make_study, record_of, write_results
+from tests.helpers.study_records import make_study, record_of, write_results
 
 
 STUDIES = RECIPES.parent / "model_cards/studies"

@@ -7,7 +7,7 @@ import pytest
 from studies.report import CARD, report, summary
 from studies.results import compared_with, difference, interval, load_results, summarize, verdict
 from studies.study_file import COSTS, file_name
-from tests.helpers.studies import change_run, costs_of, make_study, record_of, write_results
+from tests.helpers.study_records import change_run, costs_of, make_study, record_of, write_results
 
 
 def test_figures_by_hand(tmp_path):

@@ -6,7 +6,7 @@ import study as script
 from studies.report import report
 from studies.study_file import Study, file_name
 from tests.helpers.running import RECIPES
-from tests.helpers.studies import SECONDS, costs_of, make_study
+from tests.helpers.study_records import SECONDS, costs_of, make_study
 
 
 def test_as_many_steps_as_take_the_same_time(tmp_path):
