@@ -2,7 +2,7 @@
 
     python recipes/benchmark_attention.py                              # small: a minute
     python recipes/benchmark_attention.py --phase decode --proj_dim 2 16 --length 1024 4096
-    python recipes/benchmark_attention.py --preset bars --output model_cards/benchmark_bars
+    python recipes/benchmark_attention.py --preset bars --output model_cards/benchmarks/bars
 
 A provider is timed only if it matches the formula in float64 on the very inputs that are timed. What is compared is timed by
 turns in one run, and ratios are taken turn by turn, so that noise of the machine hits both sides alike.
@@ -16,14 +16,16 @@ from typing import Any
 
 import torch
 
-from benchmark_bars import kernel_bars, measure_bars
-from benchmark_cases import DOT_PRODUCTS, DTYPES, MASKS, PHASES, PROVIDERS, SCORERS, Case, Entry
-from benchmark_checks import Checker
-from benchmark_models import ATTENTIONS, CACHES, GPT2, STOCK, VIT, measure_decoding, measure_steps
-from benchmark_report import BARS_COLUMNS, MODELS_COLUMNS, Row, heading, sweep_columns, table_row, write_files
-from benchmark_timing import Limits, Spread, peak_bytes, ratio_of, time_entries
+from benchmarks.bars import kernel_bars, measure_bars
+from benchmarks.cases import DOT_PRODUCTS, DTYPES, MASKS, PHASES, PROVIDERS, SCORERS, Case, Entry
+from benchmarks.checks import Checker
+from benchmarks.measuring import Limits, peak_bytes, time_entries
+from benchmarks.models import ATTENTIONS, CACHES, GPT2_124M, STOCK, VIT_BASE, measure_decoding, measure_steps
+from benchmarks.reporting import BARS_COLUMNS, MODELS_COLUMNS, Row, sweep_columns, write_files
 from hf_neural_attention.models.configuration_neural_attention import MODES
-from reporting import command_line, environment
+from tools.markdown import table_heading, table_row
+from tools.provenance import command_line, environment
+from tools.timing_by_turns import Spread, ratio_of
 
 
 # What the axes of a call are where the command line does not say
@@ -139,9 +141,9 @@ def sweep(arguments: argparse.Namespace, checker: Checker, limits: Limits) -> It
 
 
 def measure_models(device: str, limits: Limits) -> Iterator[Row]:
-    yield from measure_steps(GPT2, device, limits, batch_size=1, dropouts=(0.0, 0.1), forward=False)
+    yield from measure_steps(GPT2_124M, device, limits, batch_size=1, dropouts=(0.0, 0.1), forward=False)
     yield from measure_decoding(1000, list(ATTENTIONS), ["DynamicCache", "NeuralCache"], device, limits)
-    yield from measure_steps(VIT, device, limits, batch_size=4, dropouts=(0.0,), forward=True, num_labels=1000)
+    yield from measure_steps(VIT_BASE, device, limits, batch_size=4, dropouts=(0.0,), forward=True, num_labels=1000)
 
 
 def measure_caches(device: str, limits: Limits) -> Iterator[Row]:
@@ -159,9 +161,9 @@ def plan(arguments: argparse.Namespace) -> Iterator[str]:
     elif arguments.preset == "bars":
         for group in kernel_bars(arguments.device):
             yield from (f"{item.bar.what}, d'={item.bar.proj_dim}" for item in group)
-        yield from ("peak memory", "first uses", f"training steps of {GPT2.name}")
+        yield from ("peak memory", "first uses", f"training steps of {GPT2_124M.name}")
     elif arguments.preset == "models":
-        yield from (f"{family.name}, {attention}" for family in (GPT2, VIT) for attention in ATTENTIONS)
+        yield from (f"{family.name}, {attention}" for family in (GPT2_124M, VIT_BASE) for attention in ATTENTIONS)
     else:
         yield from (f"{tokens:,} cached tokens, {cache}" for tokens in CACHED_TOKENS for cache in CACHES)
 
@@ -203,12 +205,12 @@ def main(words: list[str] | None = None) -> None:
         measured, columns = measure(arguments.device, limits), MODELS_COLUMNS
 
     record: dict[str, Any] = {"command": command_line(), "environment": environment(), "preset": arguments.preset, "rows": []}
-    lines = [describe(arguments, record), "", heading(columns)]
+    lines = [describe(arguments, record), "", table_heading(list(columns))]
     print("\n".join(lines), flush=True)
     try:
         for row in measured:
             record["rows"].append(row)
-            lines.append(table_row(row, columns))
+            lines.append(table_row(show(row) for show in columns.values()))
             print(lines[-1], flush=True)
     finally:  # what is there is kept if something goes wrong after many minutes
         if arguments.output and record["rows"]:

@@ -1,6 +1,6 @@
 """Compiles the Triton kernels ahead of time, without a GPU, and tabulates what they need of one.
 
-    python recipes/compile_triton_kernels.py --output model_cards/triton_kernels
+    python recipes/compile_triton_kernels.py --output model_cards/benchmarks/triton_kernels
 
 Registers, spilled bytes and shared memory are the compilers' own figures: of ptxas, which Triton brings along, for NVIDIA, and
 of LLVM for AMD. They say whether a kernel fits and whether registers spill, not how fast it is.
@@ -16,9 +16,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from experiment import write_json
 from hf_neural_attention.ops.triton_blocks import Blocks, choose_blocks, kernel_constants
-from reporting import command_line
+from tools.json_files import write_json
+from tools.markdown import markdown_table
+from tools.provenance import command_line
 
 
 class Target(NamedTuple):
@@ -150,12 +151,12 @@ def table(results: list[dict[str, Any]]) -> str:
         "spilled_bytes": "spilled bytes",
         "shared_bytes": "shared bytes",
     }
-    rows = [list(columns.values()), ["---"] * len(columns)]
+    rows = []
     for row in results:
         hidden = ", ".join(map(str, row["hidden_dims"]))
         cells = row | {"block": f"{row['queries']} x {row['keys']}", "hidden_dims": hidden}
         rows.append([str(cells[name]) for name in columns])
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return markdown_table(list(columns.values()), rows)
 
 
 def main() -> None:
@@ -165,7 +166,7 @@ def main() -> None:
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument("--kernels", nargs="+", choices=KERNELS, default=list(KERNELS))
     parser.add_argument("--sizes", nargs="+", type=int, choices=range(len(SIZES)), default=list(range(len(SIZES))))
-    parser.add_argument("--output", help="Write NAME.md and NAME.json, e.g. model_cards/triton_kernels.")
+    parser.add_argument("--output", help="Write NAME.md and NAME.json, e.g. model_cards/benchmarks/triton_kernels.")
     arguments = parser.parse_args()
 
     results = []

@@ -2,14 +2,13 @@
 
     python recipes/estimate.py image_classification recipes/configs/cifar100-paper.yaml
     python recipes/estimate.py language_modeling recipes/configs/wikitext103-paper.yaml --per_device_train_batch_size 8
-    python recipes/estimate.py RECIPE CONFIG --output model_cards/NAME
+    python recipes/estimate.py RECIPE CONFIG --output model_cards/benchmarks/NAME
 
 Flags after the configuration are the recipe's own. Each model trains for a few steps in a process of its own, as the recipe
 would train it; the rest is multiplication. For other machines, the report has the operations of a step's matrix products.
 """
 
 import argparse
-import dataclasses
 import math
 import statistics
 import time
@@ -25,12 +24,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import IntervalStrategy
 
-from arguments import ARMS
-from benchmark_timing import in_own_process
-from experiment import Experiment, collated, write_json
-from memory import peak_memory
-from reporting import LABELS, command_line, environment
-from scorer_trainer import ScorerTrainer
+from tools.json_files import write_json
+from tools.own_process import in_own_process
+from tools.peak_memory import peak_memory
+from tools.provenance import command_line, environment
+from tools.timing_by_turns import Runner, synchronize, time_by_turns
+from training.arms import Arm
+from training.experiment import Experiment
 
 
 STEPS = 12
@@ -44,28 +44,24 @@ class StepTimes(TrainerCallback):
         self.ends: list[float] = []
 
     def on_step_end(self, args, state, control, **kwargs):
-        if torch.accelerator.is_available():
-            torch.accelerator.synchronize()
+        synchronize(args.device.type)
         self.ends.append(time.perf_counter())
 
 
-def load(recipe: str, words: list[str], folder: str) -> tuple[Experiment, tuple[str, ...]]:
+def load(recipe: str, words: list[str], folder: str) -> tuple[Experiment, tuple[Arm, ...]]:
     experiment, _, neural = import_module(recipe).load_experiment([*words, "--output_dir", folder])
-    return experiment, ARMS[neural.attention]
+    return experiment, neural.arms
 
 
-def measure(recipe: str, words: list[str], arm: str) -> dict[str, Any]:
+def measure(recipe: str, words: list[str], arm: Arm) -> dict[str, Any]:
     """A few steps of one arm, in this very process."""
     with TemporaryDirectory() as folder:
         experiment, _ = load(recipe, words, folder)
         never: Any = dict.fromkeys(("save_strategy", "eval_strategy", "logging_strategy"), IntervalStrategy.NO)
-        arguments = dataclasses.replace(experiment.arguments_of(arm), max_steps=STEPS, load_best_model_at_end=False, **never)
         times = StepTimes()
-        given = experiment.trainer_arguments
-        callbacks = {"callbacks": [times, *given.get("callbacks", [])]}
         with peak_memory(experiment.training.device.type) as peak:
             model: Any = experiment.initial_model(arm)
-            trainer = ScorerTrainer(model=model, args=arguments, **given | callbacks, **experiment.scorer_settings)
+            trainer = experiment.trainer(arm, model, times, max_steps=STEPS, load_best_model_at_end=False, **never)
             trainer.train()
         return {
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
@@ -75,30 +71,30 @@ def measure(recipe: str, words: list[str], arm: str) -> dict[str, Any]:
         }
 
 
-@torch.no_grad()
 def evaluation(trainer: Trainer, experiment: Experiment) -> float:
     """Seconds of an evaluation of the validation data, from those of one batch."""
     model: Any = trainer.model
     model.eval()
-    given, size = experiment.trainer_arguments, experiment.training.per_device_eval_batch_size
-    count, seconds = len(given["eval_dataset"]), []
-    for _ in range(3):
-        started = time.perf_counter()
-        batch = send_to_device(collated(given, "eval_dataset", size), model.device)
+    count, size = len(experiment.trainer_arguments["eval_dataset"]), experiment.training.per_device_eval_batch_size
+
+    @torch.no_grad()
+    def evaluate_batch(_: Any) -> None:
+        batch = send_to_device(experiment.first_batch("eval_dataset", size), model.device)
         with trainer.accelerator.autocast():
-            model(**batch).loss.item()
-        seconds.append(time.perf_counter() - started)
-    return statistics.median(seconds) * count / min(count, size)
+            model(**batch)
+
+    times = time_by_turns({"batch": Runner(evaluate_batch, device=model.device.type)}, repeats=3)["batch"]
+    return statistics.median(times) * count / min(count, size)
 
 
 def operations(experiment: Experiment) -> float:
     """Of the matrix products of a training step of the dot-product model, two for each multiplication with its addition;
     counted on the CPU."""
-    model: Any = experiment.initial_model("dot")
+    model: Any = experiment.initial_model(Arm.DOT)
     model.set_attn_implementation("eager")  # whose products are counted
     size = experiment.training.per_device_train_batch_size
     with FlopCounterMode(display=False) as counter:
-        model(**collated(experiment.trainer_arguments, "train_dataset", size)).loss.backward()
+        model(**experiment.first_batch("train_dataset", size)).loss.backward()
     return float(counter.get_total_flops() * experiment.training.gradient_accumulation_steps)
 
 
@@ -134,10 +130,10 @@ def markdown(record: dict[str, Any]) -> str:
         "| --- " * 7 + "|",
     ]
     steps, evaluations = record["steps"], record["evaluations"]
-    for arm, figures in record["arms"].items():
+    for name, figures in record["arms"].items():
         seconds = figures["seconds_per_step"] * steps + figures["seconds_of_evaluation"] * evaluations
         lines.append(
-            f"| {LABELS[arm]} | {figures['parameters']:,} | {figures['seconds_per_step']:.3g} | {steps:,} | "
+            f"| {Arm(name).label} | {figures['parameters']:,} | {figures['seconds_per_step']:.3g} | {steps:,} | "
             f"{evaluations:,} of {figures['seconds_of_evaluation']:.0f} | {duration(seconds)} | "
             f"{figures['memory'] / 2**30:.2f} |"
         )

@@ -1,6 +1,6 @@
 """Score functions that no dot product can represent, fitted by a dot product and by Neural Attention. Takes half a minute.
 
-    python recipes/expressiveness.py --output model_cards/expressiveness
+    python recipes/expressiveness.py --output model_cards/studies/expressiveness
 
 The paper (section 3) says that a network can score pairs as no dot product can. Here a query and a key are one number each,
 uniform in [-1, 1], and each score function is fitted by
@@ -24,10 +24,11 @@ from matplotlib.figure import Figure
 from torch import nn, vmap
 from torch.func import functional_call, stack_module_state
 
-from experiment import write_json
 from hf_neural_attention import NeuralScorer
 from hf_neural_attention.models.neural_attention_reference import reference_scores
-from reporting import command_line, environment, markdown_table
+from tools.json_files import write_json
+from tools.markdown import markdown_table
+from tools.provenance import command_line, environment
 
 
 FUNCTIONS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {

@@ -8,48 +8,26 @@ Flags after a configuration file override it. Running the same command again goe
 """
 
 from dataclasses import dataclass, field
-from pathlib import Path
 
-import numpy as np
-import torch
-from datasets import Dataset
-from matplotlib.figure import Figure
 from transformers import (
     AutoImageProcessor,
     BaseImageProcessor,
-    EvalPrediction,
     PreTrainedModel,
-    Trainer,
     TrainerCallback,
     TrainingArguments,
-    ViTConfig,
-    ViTForImageClassification,
     ViTImageProcessorPil,
-    default_data_collator,
 )
 
-from arguments import NeuralArguments, parse_arguments
-from checkpoints import load_checkpoint_config
-from experiment import Experiment
-from hf_neural_attention import NeuralViTConfig, NeuralViTForImageClassification
-from hf_neural_attention.metrics import Accuracy
-from image_data import (
-    EMBEDDED,
-    AugmentedImages,
-    CountEpochs,
-    ImageArguments,
-    LabelledImages,
-    load_images,
-    with_pixels,
-)
-from prepared import Prepared
-from publishing import carry_out
-from reporting import Task
-
-
-TASK = "image classification"
-PIPELINE_TAG = "image-classification"
-GRID_ROWS, GRID_COLUMNS = 3, 8
+from tools.command_lines import parse_arguments
+from training.arms import Arm
+from training.checkpoints import load_checkpoint_config
+from training.experiment import Experiment
+from training.image_task import prepare
+from training.images import ImageArguments, load_images
+from training.model_families import VIT
+from training.neural_arguments import NeuralArguments
+from training.reporting import Task
+from training.runner import carry_out
 
 
 @dataclass
@@ -90,18 +68,16 @@ class HalveLearningRate(TrainerCallback):
 
 
 def build_model(
-    arm: str, model: ModelArguments, neural: NeuralArguments, image: ImageArguments, labels: list[str]
+    arm: Arm, model: ModelArguments, neural: NeuralArguments, image: ImageArguments, labels: list[str]
 ) -> PreTrainedModel:
     """The model of an arm, newly initialised or from the checkpoint."""
-    fields = neural.config_fields() if arm == "neural" else {}
-    model_class = NeuralViTForImageClassification if arm == "neural" else ViTForImageClassification
+    classes, fields = VIT[arm], neural.config_fields() if arm.is_neural else {}
     fields |= {"id2label": dict(enumerate(labels)), "label2id": {label: index for index, label in enumerate(labels)}}
     if model.model_name_or_path is not None:
-        return model_class.from_pretrained(
+        return classes.model.from_pretrained(
             model.model_name_or_path, ignore_mismatched_sizes=model.ignore_mismatched_sizes, **fields
         )
-    config_class = NeuralViTConfig if arm == "neural" else ViTConfig
-    config = config_class(
+    config = classes.config(
         image_size=image.image_size,
         patch_size=model.patch_size,
         hidden_size=model.hidden_size,
@@ -112,7 +88,7 @@ def build_model(
         attention_probs_dropout_prob=model.dropout,
         **fields,
     )
-    return model_class(config)
+    return classes.model(config)
 
 
 def check_fit(model: ModelArguments, image: ImageArguments, neural: NeuralArguments, labels: list[str]) -> None:
@@ -121,7 +97,7 @@ def check_fit(model: ModelArguments, image: ImageArguments, neural: NeuralArgume
         if image.image_size % model.patch_size:
             raise SystemExit(f"--image_size {image.image_size} is no multiple of --patch_size {model.patch_size}.")
         return
-    config = load_checkpoint_config(model.model_name_or_path, "vit", neural)
+    config = load_checkpoint_config(model.model_name_or_path, VIT, neural)
     if config.image_size != image.image_size:
         raise SystemExit(
             f"{model.model_name_or_path} was made for images of {config.image_size} pixels and --image_size is "
@@ -145,110 +121,6 @@ def make_processor(model: ModelArguments, image: ImageArguments) -> BaseImagePro
     return ViTImageProcessorPil(size=side)
 
 
-def compute_accuracy(prediction: EvalPrediction) -> dict[str, float]:
-    predictions = np.argmax(prediction.predictions, axis=-1)
-    return Accuracy(keep_in_memory=True).compute(predictions=predictions, references=prediction.label_ids)
-
-
-def final_figures(trainer: Trainer, datasets: dict[str, Dataset]) -> dict[str, float]:
-    """Loss and accuracy of the trained model on each held-out split."""
-    figures: dict[str, float] = {}
-    for split in ("validation", "test"):
-        scores = trainer.evaluate(datasets[split], metric_key_prefix=split)
-        figures |= {f"{split}_{name}": scores[f"{split}_{name}"] for name in ("loss", "accuracy")}
-    return figures
-
-
-@torch.no_grad()
-def draw_predictions(
-    model: PreTrainedModel, folder: Path | None, images: LabelledImages, processor: BaseImageProcessor, image: ImageArguments
-) -> str:
-    """Draws test images with what the model takes them for (`predictions.png`) and returns a line of Markdown."""
-    test = images.splits["test"]
-    count = min(GRID_ROWS * GRID_COLUMNS, test.num_rows)
-    # spread over the split, since some data sets come sorted by class
-    chosen = test.select(np.linspace(0, test.num_rows - 1, count, dtype=int))
-    pixels = with_pixels(chosen, processor, image.image_size)[:]["pixel_values"]
-    guesses = model(pixel_values=pixels.to(model.device)).logits.argmax(-1).tolist()
-    right = sum(guess == label for guess, label in zip(guesses, chosen["label"], strict=True))
-    summary = f"Of {count} test images spread over the split, it names {right} correctly (`predictions.png` beside the model)."
-    if folder is None:
-        return summary
-    figure = Figure(figsize=(1.5 * GRID_COLUMNS, 1.8 * GRID_ROWS), layout="constrained")
-    axes = figure.subplots(GRID_ROWS, GRID_COLUMNS)
-    for axis in axes.flat:
-        axis.axis("off")
-    for axis, example, guess in zip(axes.flat, chosen, guesses, strict=False):
-        hit = guess == example["label"]
-        axis.imshow(example["image"].convert("RGB"))
-        title = images.labels[guess] if hit else f"{images.labels[guess]}\n(not {images.labels[example['label']]})"
-        axis.set_title(title, fontsize=8, color="black" if hit else "tab:red")
-    figure.savefig(folder / "predictions.png", dpi=120)
-    print(f"Predictions: {right} of {count} right, see {folder / 'predictions.png'}")
-    return summary
-
-
-def how_to_load(folder: str) -> str:
-    """Code for cards."""
-    return (
-        "from transformers import pipeline\n\n"
-        f'classify = pipeline("image-classification", model="{folder}")\n'
-        'print(classify("image.png"))'
-    )
-
-
-def describe_task(images: LabelledImages, image: ImageArguments) -> Task:
-    """What cards and tables say beside the figures."""
-    counts = ", ".join(f"{split} {data.num_rows:,}" for split, data in images.splits.items())
-
-    name = "scikit-learn digits" if image.dataset_name == EMBEDDED else image.dataset_name
-    return Task(
-        name=TASK,
-        pipeline_tag=PIPELINE_TAG,
-        dataset=Path(name).name if Path(name).exists() else name,
-        hub_dataset=None if image.dataset_name == EMBEDDED or Path(name).exists() else name,
-        main_metric="test_accuracy",
-        is_accuracy=True,
-        metrics={
-            f"{split}_{metric}": f"{split} {metric}" for split in ("validation", "test") for metric in ("accuracy", "loss")
-        },
-        loading=how_to_load,
-        notes=(
-            f"Images: {counts}; {len(images.labels)} classes. Augmentation `{image.augmentation}`. The last model is "
-            "evaluated, none was chosen by its accuracy. ViT is pre-norm; the paper's own models are post-norm."
-        ),
-    )
-
-
-def prepare(
-    image: ImageArguments,
-    images: LabelledImages,
-    processor: BaseImageProcessor,
-    training: TrainingArguments,
-    callbacks: list[TrainerCallback],
-) -> Prepared:
-    """Images with their pixels, and what is measured on the held-out splits."""
-    training.remove_unused_columns = False  # pixel values are computed from columns that the model does not take
-    seed = training.seed if training.data_seed is None else training.data_seed
-    training_images = AugmentedImages(images.splits["train"], processor, image.augmentation, image.image_size, seed)
-    held_out = {split: with_pixels(images.splits[split], processor, image.image_size) for split in ("validation", "test")}
-    counts = ", ".join(f"{split} {data.num_rows:,}" for split, data in images.splits.items())
-    print(f"Images: {counts}; labels {len(images.labels)}")
-    return Prepared(
-        evaluate=lambda trainer: final_figures(trainer, held_out),
-        show=lambda model, folder: draw_predictions(model, folder, images, processor, image),
-        trainer_arguments={
-            "train_dataset": training_images,
-            "eval_dataset": held_out["validation"],
-            "data_collator": default_data_collator,
-            "processing_class": processor,
-            "compute_metrics": compute_accuracy,
-            "callbacks": [CountEpochs(training_images), *callbacks],
-        },
-        task=describe_task(images, image),
-    )
-
-
 ARGUMENTS = (ModelArguments, ImageArguments, NeuralArguments, TrainingArguments)
 
 
@@ -261,7 +133,7 @@ def load_experiment(words: list[str] | None = None) -> tuple[Experiment, Task, N
     check_fit(model, image, neural, images.labels)
     data = prepare(image, images, make_processor(model, image), training, callbacks)
 
-    def build(arm: str) -> PreTrainedModel:
+    def build(arm: Arm) -> PreTrainedModel:
         return build_model(arm, model, neural, image, images.labels)
 
     return data.experiment(build, training, neural, model, image), data.task, neural

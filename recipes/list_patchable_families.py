@@ -1,6 +1,6 @@
 """Tries every model family of the installed Transformers that can be built small: patches it, runs it, and unpatches it.
 
-    python recipes/list_patchable_families.py --output model_cards/patchable_families
+    python recipes/list_patchable_families.py --output model_cards/families/patchable_families
 
 A family is a folder of `transformers.models`. Its model is random, with two layers and the sizes of its config shrunk by the
 names of its fields. Tried are all self-attention layers: in mode "residual" the outputs must be the stock model's (to the bit
@@ -26,12 +26,12 @@ from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging as transformers_logging
 
-from experiment import write_json
 from hf_neural_attention.patching import NoPatchableLayerError, PatchError, ProbeError, patch, patched, unpatch
 from hf_neural_attention.patching.inputs import possible_inputs
 from hf_neural_attention.patching.layers import attention_modules, stack_name
 from hf_neural_attention.patching.probing import probe, recording
-from reporting import command_line, environment
+from tools.json_files import write_json
+from tools.provenance import command_line, environment
 
 
 LARGEST = 60_000_000  # parameters of a model that counts as small
@@ -297,7 +297,9 @@ def markdown(record: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("families", nargs="*", help="Try only these; the results of the others stay as they are.")
-    parser.add_argument("--output", type=Path, help="Write NAME.md and NAME.json, e.g. model_cards/patchable_families.")
+    parser.add_argument(
+        "--output", type=Path, help="Write NAME.md and NAME.json, e.g. model_cards/families/patchable_families."
+    )
     arguments = parser.parse_args()
     transformers_logging.set_verbosity_error()
     logging.disable(logging.WARNING)

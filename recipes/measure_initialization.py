@@ -1,6 +1,6 @@
 """Measures how scorers start: how many are dead at birth, and how far their scores spread.
 
-    python recipes/measure_initialization.py --output model_cards/initialization
+    python recipes/measure_initialization.py --output model_cards/studies/initialization
 
 A scorer is dead if its last hidden layer is zero for every pair of many unit-normal queries and keys: all its scores are
 then equal, attention is uniform, and no gradient ever changes that.
@@ -11,11 +11,12 @@ from pathlib import Path
 
 import torch
 
-from experiment import write_json
 from hf_neural_attention import NeuralScorer
 from hf_neural_attention.models.configuration_neural_attention import INITIALIZATIONS
 from hf_neural_attention.models.neural_attention_reference import reference_scores
-from reporting import command_line, environment
+from tools.json_files import write_json
+from tools.markdown import markdown_table
+from tools.provenance import command_line, environment
 
 
 PROJ_DIMS = (1, 2, 3, 4, 8, 16)
@@ -40,19 +41,21 @@ def main() -> None:
     parser.add_argument("--head_dim", type=int, default=64)
     parser.add_argument("--seeds", type=int, default=1000)
     parser.add_argument("--length", type=int, default=48)
-    parser.add_argument("--output", help="Write NAME.md and NAME.json, e.g. model_cards/initialization.")
+    parser.add_argument("--output", help="Write NAME.md and NAME.json, e.g. model_cards/studies/initialization.")
     arguments = parser.parse_args()
 
     results = {
         init: {p: measure(init, p, arguments.head_dim, arguments.seeds, arguments.length) for p in PROJ_DIMS}
         for init in INITIALIZATIONS
     }
-    lines = ["| initialisation | proj_dim | dead at birth | std of scores: 5 % | median | 95 % |", "| --- " * 6 + "|"]
-    for init, by_size in results.items():
-        for proj_dim, row in by_size.items():
-            spread = " | ".join(f"{row[name]:.3g}" for name in ("std_5%", "std_median", "std_95%"))
-            lines.append(f"| {init} | {proj_dim} | {row['dead']:.1%} | {spread} |")
-    table = "\n".join(lines)
+    table = markdown_table(
+        ["initialisation", "proj_dim", "dead at birth", "std of scores: 5 %", "median", "95 %"],
+        [
+            [init, str(proj_dim), f"{row['dead']:.1%}", *(f"{row[name]:.3g}" for name in ("std_5%", "std_median", "std_95%"))]
+            for init, by_size in results.items()
+            for proj_dim, row in by_size.items()
+        ],
+    )
     print(table)
     if arguments.output:
         record = {"command": command_line(), "environment": environment(), "results": results}

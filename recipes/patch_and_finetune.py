@@ -31,16 +31,19 @@ from transformers import (
     set_seed,
 )
 
-import image_classification
-import language_modeling
-from arguments import ARMS, NeuralArguments, parse_arguments, value_of_flag
-from experiment import STAGES, Experiment, claim_folder, write_json
 from hf_neural_attention import calibrate, load_patch, patch, patch_status, save_patch
-from image_data import ImageArguments, load_images
-from prepared import Prepared
-from publishing import carry_out
-from reporting import Task
-from text_data import TextArguments, load_text, load_tokenizer
+from tools.command_lines import parse_arguments, value_of_flag
+from tools.json_files import write_json
+from training import image_task, text_task
+from training.arms import Arm
+from training.experiment import Experiment
+from training.images import ImageArguments, load_images
+from training.neural_arguments import NeuralArguments
+from training.prepared_data import PreparedData
+from training.reporting import Results, Task
+from training.run_folder import STAGES, claim_folder
+from training.runner import carry_out
+from training.text import TextArguments, load_text, load_tokenizer
 
 
 CALIBRATED = "calibrated"
@@ -63,7 +66,7 @@ class CheckpointArguments:
     calibration_batches: int = field(default=8, metadata={"help": "Batches of training data that calibration sees."})
 
 
-def text_data(checkpoint: CheckpointArguments, text: TextArguments, training: TrainingArguments) -> tuple[Build, Prepared]:
+def text_data(checkpoint: CheckpointArguments, text: TextArguments, training: TrainingArguments) -> tuple[Build, PreparedData]:
     """A causal language model's."""
     splits = load_text(text)
     tokenizer = load_tokenizer(text, checkpoint.model_name_or_path, splits)
@@ -75,15 +78,17 @@ def text_data(checkpoint: CheckpointArguments, text: TextArguments, training: Tr
             f"--block_size is {text.block_size} and the tokenizer has {len(tokenizer)} tokens. Lower the one, or take the "
             "checkpoint's own tokenizer with --tokenizer_name."
         )
-    data = language_modeling.prepare(text, splits, tokenizer, checkpoint.prompt, training.seed)
+    data = text_task.prepare(text, splits, tokenizer, checkpoint.prompt, training.seed)
     return lambda: AutoModelForCausalLM.from_pretrained(checkpoint.model_name_or_path), data
 
 
-def image_data(checkpoint: CheckpointArguments, image: ImageArguments, training: TrainingArguments) -> tuple[Build, Prepared]:
+def image_data(
+    checkpoint: CheckpointArguments, image: ImageArguments, training: TrainingArguments
+) -> tuple[Build, PreparedData]:
     """An image classifier's."""
     images = load_images(image, training.seed)
     processor = AutoImageProcessor.from_pretrained(checkpoint.model_name_or_path)
-    data = image_classification.prepare(image, images, processor, training, [])
+    data = image_task.prepare(image, images, processor, training, [])
 
     def build() -> PreTrainedModel:
         return AutoModelForImageClassification.from_pretrained(
@@ -101,10 +106,10 @@ def patch_settings(neural: NeuralArguments) -> dict[str, Any]:
     return {name.removeprefix("neural_"): value for name, value in neural.config_fields().items()}
 
 
-def build_model(arm: str, build: Build, neural: NeuralArguments, folder: Path, seed: int) -> PreTrainedModel:
+def build_model(arm: Arm, build: Build, neural: NeuralArguments, folder: Path, seed: int) -> PreTrainedModel:
     """The model of an arm before fine-tuning."""
     model = build()
-    if arm == "dot":
+    if not arm.is_neural:
         return model
     if (folder / CALIBRATED / "neural_patch.json").exists():
         return load_patch(model, folder / CALIBRATED)
@@ -116,15 +121,15 @@ def measure_stages(experiment: Experiment, checkpoint: CheckpointArguments, stag
     """Figures of the checkpoint, of the patched model, and of the calibrated one, whose scorers are kept in a folder."""
 
     def measure(stage: str, model: PreTrainedModel) -> None:
-        arguments = experiment.arguments_of("dot" if stage == "checkpoint" else "neural")
+        arguments = experiment.arguments_of(Arm.DOT if stage == "checkpoint" else Arm.NEURAL)
         stages[stage] = experiment.evaluate(Trainer(model=model, args=arguments, **experiment.trainer_arguments))
         experiment.say(f"{stage}: {stages[stage]}")
         if arguments.should_save:
             write_json(experiment.folder / STAGES, stages)
 
     if "checkpoint" not in stages:
-        measure("checkpoint", experiment.build_model("dot"))
-    model: Any = experiment.build_model("neural")
+        measure("checkpoint", experiment.build_model(Arm.DOT))
+    model: Any = experiment.build_model(Arm.NEURAL)
     if "patched" not in stages:
         measure("patched", model)
     is_residual = any(layer.mode == "residual" for layer in patch_status(model))
@@ -156,10 +161,10 @@ def measure_stages(experiment: Experiment, checkpoint: CheckpointArguments, stag
     measure("calibrated", model)
 
 
-def stages_table(stages: dict[str, Any], results: dict[str, dict[str, Any]], task: Task) -> str:
+def stages_table(stages: dict[str, Any], results: Results, task: Task) -> str:
     """Markdown: the main metric on validation and test data, stage by stage, for both models; and calibration by layer."""
     names = [task.main_metric.replace("test", "validation", 1), task.main_metric]
-    stock, patched = (results.get(arm, {}).get("metrics") for arm in ("dot", "neural"))
+    stock, patched = (results.get(arm, {}).get("metrics") for arm in (Arm.DOT, Arm.NEURAL))
     rows = {
         "checkpoint": (stages["checkpoint"], stages["checkpoint"]),
         "patched": (None, stages.get("patched")),
@@ -204,23 +209,23 @@ def main() -> None:
 
     def show(model: PreTrainedModel, where: Path | None) -> str:
         if patch_status(model):
-            save_patch(model, folder / "neural" / "patch", is_main_process=where is not None)
+            save_patch(model, folder / Arm.NEURAL / "patch", is_main_process=where is not None)
         return data.show(model, where)
 
-    def build_arm(arm: str) -> PreTrainedModel:
+    def build_arm(arm: Arm) -> PreTrainedModel:
         return build_model(arm, build, neural, folder, training.seed)
 
     experiment = dataclasses.replace(data, show=show).experiment(build_arm, training, neural, checkpoint, arguments)
     if training.should_save:
         claim_folder(folder, experiment.settings)
     stages: dict[str, Any] = json.loads((folder / STAGES).read_text()) if (folder / STAGES).exists() else {}
-    if "neural" in ARMS[neural.attention]:
+    if Arm.NEURAL in neural.arms:
         try:
             measure_stages(experiment, checkpoint, stages)
         except ValueError as error:  # what `patch` refuses, for instance
             raise SystemExit(f"{name} cannot be patched: {error}") from None
 
-    def describe(results: dict[str, Any]) -> None:
+    def describe(results: Results) -> None:
         notes = f"Patched: `{patch_settings(neural)}`. {data.task.notes}"
         if stages:
             table = stages_table(stages, results, data.task)

@@ -1,7 +1,7 @@
 """Perplexity of a causal language model before and after its weights are rounded to int8 by bitsandbytes.
 
     python recipes/quantize.py --model_name_or_path runs/quickstart/neural
-    python recipes/quantize.py --model_name_or_path DIR --dataset_name FOLDER --card model_cards/NAME
+    python recipes/quantize.py --model_name_or_path DIR --dataset_name FOLDER --card model_cards/models/NAME
 
 The scorers' weights are rounded like all others, unless --keep_scorers; what a neural layer then computes with is what its
 rounded layers answer. Needs `pip install '.[quantization,recipes]'`.
@@ -14,11 +14,12 @@ from typing import Any
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import hf_neural_attention  # noqa: F401, registers its models
-from arguments import parse_arguments
-from experiment import write_json
-from perplexity import perplexity
-from reporting import command_line, environment
-from text_data import TextArguments, load_text, load_tokenizer, tokenize
+from tools.command_lines import parse_arguments
+from tools.json_files import write_json
+from tools.markdown import markdown_table
+from tools.provenance import command_line, environment
+from training.perplexity import perplexity
+from training.text import TextArguments, load_text, load_tokenizer, tokenize
 
 
 @dataclass
@@ -45,7 +46,7 @@ def main() -> None:
     # the head is tied to the embeddings, which stay as they are
     kept = ["lm_head", *([r".*\.scorer"] if arguments.keep_scorers else [])]
     settings = {"float32": None, "int8": BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=kept)}
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name, quantization in settings.items():
         options = {} if quantization is None else {"quantization_config": quantization, "device_map": "auto"}
         model = AutoModelForCausalLM.from_pretrained(arguments.model_name_or_path, **options)
@@ -60,9 +61,11 @@ def main() -> None:
         rows.append(
             {"weights": name, "perplexity": figures["perplexity"], "megabytes": size_of(model) / 1e6, "layers": converted}
         )
-    table = ["| weights | test perplexity per token | MB |", "| --- | --- | --- |"]
-    table += [f"| {row['weights']} | {row['perplexity']:.4f} | {row['megabytes']:.2f} |" for row in rows]
-    print("\n".join(table))
+    table = markdown_table(
+        ["weights", "test perplexity per token", "MB"],
+        [[row["weights"], f"{row['perplexity']:.4f}", f"{row['megabytes']:.2f}"] for row in rows],
+    )
+    print(table)
     if arguments.card:
         where = environment()
         record = {"command": command_line(), "environment": where, "rows": rows}
@@ -70,8 +73,7 @@ def main() -> None:
         write_json(Path(f"{arguments.card}.json"), record)
         Path(f"{arguments.card}.md").write_text(
             "# Weights in int8\n\n"
-            + "\n".join(table)
-            + f"\n\nBy `{record['command']}` on {where['cpu']}, torch {where['torch']}, "
+            f"{table}\n\nBy `{record['command']}` on {where['cpu']}, torch {where['torch']}, "
             f"transformers {where['transformers']}, with bitsandbytes. Embeddings and the tied head stay in float32.\n"
         )
 

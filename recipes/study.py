@@ -1,7 +1,7 @@
 """Runs a grid of models and seeds, each as a run of its own that can be stopped and resumed, and reports on all of them.
 
-    python recipes/study.py recipes/studies/text-small.yaml --results model_cards/study-text
-    python recipes/study.py recipes/studies/text-small.yaml --results model_cards/study-text --report_only
+    python recipes/study.py recipes/studies/text-small.yaml --results model_cards/studies/text
+    python recipes/study.py recipes/studies/text-small.yaml --results model_cards/studies/text --report_only
     python recipes/study.py STUDY --launcher "accelerate launch --config_file CONFIG"
 
 A study is a YAML file:
@@ -41,12 +41,14 @@ from typing import Any
 
 import torch
 
-from arguments import as_flags, unknown_words
-from benchmark_timing import Spread, ratio_of
-from experiment import RESULTS, time_in_turn, write_json
-from reporting import environment
-from study_file import COSTS, HERE, SAME_TIME, Study, file_name, is_timed, load_costs
-from study_report import report
+from studies.report import report
+from studies.study_file import COSTS, SAME_TIME, SCRIPTS, Study, file_name, is_timed, load_costs
+from tools.command_lines import as_flags, unknown_words
+from tools.json_files import write_json
+from tools.provenance import environment
+from tools.timing_by_turns import Spread, ratio_of, time_by_turns
+from training.run_folder import RESULTS
+from training.timed_steps import training_step
 
 
 TURNS, STEPS = 20, 3  # of an arm in a turn
@@ -75,15 +77,18 @@ def time_arms(study: Study, results: Path, more: list[str]) -> None:
     """Times steps of each arm by turns, and keeps that."""
     recipe = import_module(Path(study.recipe).stem)
     with TemporaryDirectory() as folder:
-        runs = {}
+        experiments = {}
         for arm in {study.timed_as(arm): None for arm in study.arms}:
-            experiment, task, _ = recipe.load_experiment([*study.words(arm), *more, "--output_dir", folder])
-            runs[arm] = experiment, study.arms[arm]["attention"]
+            experiments[arm], task, _ = recipe.load_experiment([*study.words(arm), *more, "--output_dir", folder])
         for metric in (study.metric, study.choose_by, *study.also):
             if metric not in task.metrics:
                 raise SystemExit(f"{study.recipe} measures no {metric!r}, but {', '.join(task.metrics)}.")
-        measured = time_in_turn(runs, TURNS, STEPS, whole_step=True)
-        if experiment.training.should_save:
+        one_step = {
+            arm: training_step(experiment, study.attention(arm), whole=True, fewest_calls=STEPS)
+            for arm, experiment in experiments.items()
+        }
+        measured = time_by_turns(one_step, TURNS)
+        if experiments[study.timed_as(study.baseline)].training.should_save:
             turns = {arm: measured[study.timed_as(arm)] for arm in study.arms}
             seconds = {arm: statistics.median(times) for arm, times in turns.items()}
             ratios = {arm: ratio_of(times, turns[study.baseline]) for arm, times in turns.items()}
@@ -122,10 +127,10 @@ def run(study: Study, arm: str, seed: int, launcher: list[str], folder: Path, re
     """
     output = folder / study.name / Path(file_name(arm, seed)).stem
     words = [*study.words(arm, load_costs(results)["steps"].get(arm)), *more]
-    command = [*launcher, str(HERE / study.recipe), *words, *as_flags({"seed": seed, "output_dir": output})]
+    command = [*launcher, str(SCRIPTS / study.recipe), *words, *as_flags({"seed": seed, "output_dir": output})]
     if subprocess.run(command, check=False).returncode:
         raise SystemExit(f"The run of {arm!r} with seed {seed} failed: {shlex.join(command)}\nRun the study again to go on.")
-    finished = json.loads((output / study.arms[arm]["attention"] / RESULTS).read_text())
+    finished = json.loads((output / study.attention(arm) / RESULTS).read_text())
     where = json.loads((output / "comparison.json").read_text())["environment"]  # of the run's own processes
     asked = settings_of_run(json.loads((output / "run.json").read_text())) | {"processes": where["processes"]}
     record = {"study": study.name, "arm": arm, "seed": seed, "settings": study.settings(arm)}

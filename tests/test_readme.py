@@ -67,7 +67,7 @@ def test_a_patched_checkpoint_computes_what_it_computed(in_a_folder_with_models)
 
 
 def test_commands_and_files_that_documents_name_exist():
-    for document in ("README.md", "recipes/README.md", "CONTRIBUTING.md"):
+    for document in ("README.md", "recipes/README.md", "model_cards/README.md", "CONTRIBUTING.md"):
         text = (ROOT / document).read_text()
         for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", text):
             assert ((ROOT / document).parent / target).exists(), f"{document} links to {target}"

@@ -11,7 +11,7 @@ import pytest
 
 
 ROOT = Path(__file__).parents[2]
-CARD = ROOT / "model_cards" / "patchable_families"
+CARD = ROOT / "model_cards" / "families" / "patchable_families"
 RESULTS = json.loads(CARD.with_suffix(".json").read_text())["families"]
 TRIED = ("gpt2", "bert", "t5", "vit", "gemma2", "gpt_oss", "xlnet")
 

@@ -4,22 +4,21 @@ import csv
 import dataclasses
 import json
 from functools import partial
-from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import DynamicCache
 
 import benchmark_attention
-import benchmark_bars
-import benchmark_timing
-from benchmark_bars import Bar, kernel_bars
-from benchmark_cases import DOT_PRODUCTS, MASKS, PHASES, PROVIDERS, SCORERS, Case, Entry, Runner, attend, draw_inputs
-from benchmark_checks import Checker
-from benchmark_models import ATTENTIONS, CACHES, GPT2, STOCK, VIT, measure_decoding, measure_steps
-from benchmark_timing import FirstUse, Limits, Spread, measure_first_use, peak_bytes, ratio_of, time_by_turns, time_entries
+from benchmarks import bars as benchmark_bars
+from benchmarks.bars import Bar, kernel_bars
+from benchmarks.cases import DOT_PRODUCTS, MASKS, PHASES, PROVIDERS, SCORERS, Case, Entry, attend, draw_inputs
+from benchmarks.checks import Checker
+from benchmarks.measuring import FirstUse, Limits, measure_first_use, peak_bytes, time_entries
+from benchmarks.models import ATTENTIONS, CACHES, GPT2_124M, STOCK, VIT_BASE, measure_decoding, measure_steps
 from hf_neural_attention.models.neural_attention_backends import BACKENDS
 from tests.helpers.numerics import CPU_BACKENDS
+from tools.timing_by_turns import Spread
 
 
 SMALL = Case(length=40, heads=2, head_dim=16)
@@ -89,8 +88,8 @@ def test_what_is_wrong_gets_no_figure(monkeypatch, backend, change, phases):
 
 def test_a_part_of_the_queries_is_checked_where_there_are_too_many(monkeypatch):
     case = dataclasses.replace(SMALL, length=400, phase="both", dropout=0.1, mask="padding")
-    monkeypatch.setattr("benchmark_checks.CHECKED_NUMBERS", case.num_pairs * 2 * case.proj_dim // 4)
-    monkeypatch.setattr("benchmark_checks.BLOCK_NUMBERS", case.num_pairs * 2 * case.proj_dim // 50)
+    monkeypatch.setattr("benchmarks.checks.CHECKED_NUMBERS", case.num_pairs * 2 * case.proj_dim // 4)
+    monkeypatch.setattr("benchmarks.checks.BLOCK_NUMBERS", case.num_pairs * 2 * case.proj_dim // 50)
     assert Checker().check(Entry("blockwise", case)) == (True, "96 of 400 queries")
     spoil(monkeypatch, "blockwise", lambda output: output * 1.01)
     assert not Checker().check(Entry("blockwise", case)).passed
@@ -121,44 +120,6 @@ def test_masks_reach_the_scores():
     outputs = [attend("sdpa", draw_inputs(case), case) for case in (dataclasses.replace(SMALL, mask=mask) for mask in MASKS)]
     for index, output in enumerate(outputs):
         assert not any(torch.allclose(output, other) for other in outputs[:index])
-
-
-def test_medians_quartiles_and_ratios():
-    assert Spread.of([5.0, 1.0, 2.0, 4.0, 3.0]) == Spread(low=2.0, median=3.0, high=4.0)
-    assert Spread.of([7.0]) == (7.0, 7.0, 7.0)
-    # turn by turn: the ratio of the medians would be 2
-    assert ratio_of([1.0, 4.0, 9.0], [2.0, 1.0, 3.0]) == Spread(low=1.75, median=3.0, high=3.5)
-    assert Spread(1.0, 2.0, 3.0).fields("a") == {"a": 2.0, "a_25%": 1.0, "a_75%": 3.0}
-
-
-def test_turns_go_back_and_forth_and_end_in_time(monkeypatch):
-    order: list[str] = []
-    now = 0.0
-    monkeypatch.setattr(benchmark_timing, "time", SimpleNamespace(perf_counter=lambda: now))
-
-    def runner(name: str, seconds: float) -> Runner:
-        def run(item: str) -> None:
-            nonlocal now
-            assert item == "prepared"
-            order.append(name)
-            now += seconds * (1 + 0.1 * len(order))  # the machine gets slower and slower
-
-        def prepare() -> str:
-            nonlocal now
-            now += 100.0  # is not timed
-            return "prepared"
-
-        return Runner(run, prepare)
-
-    short, long = time_by_turns([runner("a", 1.0), runner("b", 3.0)], Limits(repeats=4, fewest=2, seconds=10000))
-    assert "".join(order) == "ab" + "abbaabba", "after a call of each"
-    assert short == pytest.approx([1.3, 1.6, 1.7, 2.0]) and long == pytest.approx([4.2, 4.5, 5.4, 5.7])
-    (times,) = time_by_turns([runner("a", 1.0)], Limits(repeats=50, fewest=3, seconds=0.0))
-    assert len(times) == 3
-    order.clear()
-    (times,) = time_by_turns([runner("a", 0.002)], Limits(repeats=1))
-    assert len(order) == 2 + 5, "short calls are timed several at a time"
-    assert times == pytest.approx([0.002 * (1 + 0.1 * 5)])
 
 
 def test_memory_grows_with_the_pairs_or_with_the_tokens():
@@ -295,14 +256,14 @@ def test_all_bars_come_into_the_files(tmp_path, monkeypatch):
 
 
 def test_steps_of_whole_models(monkeypatch):
-    for family, fields in ((GPT2, TINY_GPT2), (VIT, TINY_VIT)):
+    for family, fields in ((GPT2_124M, TINY_GPT2), (VIT_BASE, TINY_VIT)):
         rows = list(measure_steps(family, "cpu", QUICK, 2, (0.0, 0.1), True, **fields))
         assert [row["attention"] for row in rows] == list(ATTENTIONS) * 3
         assert all(row["turns"] == 2 and row["seconds"] > 0 for row in rows)
         assert [row["to_stock"] for row in rows[::3]] == [1.0] * 3
         assert {row["note"] for row in rows} == {"", "logits and gradient"}
     spoil(monkeypatch, FASTEST, lambda output: output * 1.01)
-    rows = list(measure_steps(GPT2, "cpu", QUICK, 2, (0.0,), False, **TINY_GPT2))
+    rows = list(measure_steps(GPT2_124M, "cpu", QUICK, 2, (0.0,), False, **TINY_GPT2))
     assert "seconds" in rows[0] and not any("seconds" in row for row in rows[1:])
 
 

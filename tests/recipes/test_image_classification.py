@@ -16,10 +16,11 @@ from transformers import (
 )
 
 import hf_neural_attention
-from arguments import NeuralArguments
 from image_classification import HalveLearningRate, ModelArguments, build_model, check_fit
-from image_data import ImageArguments
 from tests.helpers.running import run_in
+from training.arms import Arm
+from training.images import ImageArguments
+from training.neural_arguments import NeuralArguments
 
 
 TINY = (
@@ -78,14 +79,14 @@ def test_labels_that_do_not_fit_are_refused(checkpoint):
         check_fit(checkpoint, ImageArguments(image_size=8), NeuralArguments(), ["cat", "dog"])
     checkpoint.ignore_mismatched_sizes = True
     check_fit(checkpoint, ImageArguments(image_size=8), NeuralArguments(), ["cat", "dog"])
-    for arm in ("dot", "neural"):
+    for arm in Arm:
         model = build_model(arm, checkpoint, NeuralArguments(), ImageArguments(image_size=8), ["cat", "dog"])
         assert model.classifier.weight.shape == (2, 16) and model.config.id2label == {0: "cat", 1: "dog"}
 
 
 def test_a_stock_checkpoint_becomes_a_neural_model_with_its_weights(checkpoint):
     neural = NeuralArguments(attention="neural", neural_layers=["all"])
-    model = build_model("neural", checkpoint, neural, ImageArguments(image_size=8), list("0123456789"))
+    model = build_model(Arm.NEURAL, checkpoint, neural, ImageArguments(image_size=8), list("0123456789"))
     stock = ViTForImageClassification.from_pretrained(checkpoint.model_name_or_path).state_dict()
     assert type(model) is hf_neural_attention.NeuralViTForImageClassification
     assert all(torch.equal(model.state_dict()[name], value) for name, value in stock.items())

@@ -6,11 +6,14 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, pipeline
 
 import hf_neural_attention
-from arguments import NeuralArguments
-from checkpoints import load_checkpoint_config
-from language_modeling import ModelArguments, build_model, check_fit, generate_sample
+from language_modeling import ModelArguments, build_model, check_fit
 from tests.helpers.running import run_in
-from text_data import TextArguments, load_text, load_tokenizer
+from training.arms import Arm
+from training.checkpoints import load_checkpoint_config
+from training.model_families import GPT2, VIT
+from training.neural_arguments import NeuralArguments
+from training.text import TextArguments, load_text, load_tokenizer
+from training.text_task import generate_sample
 
 
 TINY = (
@@ -114,11 +117,11 @@ def test_a_neural_checkpoint_keeps_its_fields_and_starts_no_dot_product(tmp_path
         tmp_path
     )
     model = ModelArguments(model_name_or_path=str(tmp_path))
-    built = build_model("neural", model, NeuralArguments(attention="neural"), TextArguments(), None)
+    built = build_model(Arm.NEURAL, model, NeuralArguments(attention="neural"), TextArguments(), None)
     assert {name: getattr(built.config, name) for name in fields} == fields
     with pytest.raises(SystemExit, match="was trained with Neural Attention: no dot-product model can start from it"):
-        load_checkpoint_config(str(tmp_path), "gpt2", NeuralArguments(attention="both"))
+        load_checkpoint_config(str(tmp_path), GPT2, NeuralArguments(attention="both"))
     with pytest.raises(SystemExit, match="is a model of type neural_gpt2; this recipe trains vit"):
-        load_checkpoint_config(str(tmp_path), "vit", NeuralArguments())
+        load_checkpoint_config(str(tmp_path), VIT, NeuralArguments())
     with pytest.raises(SystemExit, match="is no checkpoint"):
-        load_checkpoint_config(str(tmp_path / "nowhere"), "gpt2", NeuralArguments())
+        load_checkpoint_config(str(tmp_path / "nowhere"), GPT2, NeuralArguments())

@@ -19,9 +19,9 @@ from transformers import (
 
 from hf_neural_attention import from_pretrained, load_patch
 from patch_and_finetune import stages_table
-from reporting import Task
 from tests.helpers.running import run_in
-from text_data import TextArguments, load_text
+from training.reporting import Task
+from training.text import TextArguments, load_text
 
 
 QUICK = (

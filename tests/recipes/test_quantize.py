@@ -7,7 +7,7 @@ from transformers import GPT2Tokenizer, LlamaConfig, LlamaForCausalLM
 
 from hf_neural_attention import NeuralGPT2Config, NeuralGPT2LMHeadModel
 from tests.helpers.running import run_in
-from text_data import TextArguments, load_text
+from training.text import TextArguments, load_text
 
 
 @pytest.mark.slow

@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 from tests.helpers.running import RECIPES, run_in
 
 
-HERE = Path(__file__).parent
+# Lies elsewhere, since a program imports from its own folder first: here `training` and `tools` are those of the tests
+SHARDED_RECIPE = RECIPES.parent / "tests/helpers/sharded_on_cpus.py"
 TINY = (
     *("--vocab_size", 300, "--block_size", 32, "--n_embd", 16, "--n_layer", 2, "--n_head", 2, "--max_train_samples", 32),
     *("--max_eval_tokens", 100, "--max_steps", 8, "--save_steps", 2, "--report_to", "none", "--neural_layers", "all"),
@@ -84,7 +85,7 @@ def launch(folder: Path, script: Path, config: str, *flags: object) -> str:
 
 
 SHARDED = ("--fsdp", "--fsdp_config", json.dumps({"version": 2, "transformer_layer_cls_to_wrap": ["GPT2Block"]}))
-KINDS = {"ddp": (RECIPES / "language_modeling.py", ()), "fsdp2": (HERE / "sharded_on_cpus.py", SHARDED)}
+KINDS = {"ddp": (RECIPES / "language_modeling.py", ()), "fsdp2": (SHARDED_RECIPE, SHARDED)}
 
 
 @pytest.mark.slow

@@ -1,0 +1,58 @@
+"""The model card of a study's best neural model."""
+
+from typing import Any
+
+from studies.number_format import form_of
+from studies.results import Results, best_row, counterpart, difference, rows_with, verdict
+from studies.study_file import RECIPES, Study
+from training.arms import Arm
+from training.reporting import Task, card_text
+
+
+def best_card(study: Study, found: Results, rows: list[dict[str, Any]]) -> str | None:
+    """The model card of the best neural arm's best run, both by `choose_by`, beside the run of its seed of the dot-product arm
+    that differs in its attention alone, if there is one."""
+    neural = rows_with(study, rows, Arm.NEURAL)
+    if not neural:
+        return None
+    recipe, row, form = RECIPES[study.recipe], best_row(study, neural), form_of(study, rows, study.metric)
+    runs, base = found[row["arm"]], counterpart(study, rows, row["arm"])
+    seed = (min if study.lower_is_better else max)(runs, key=lambda seed: runs[seed]["metrics"][study.choose_by])
+    results = {Arm.NEURAL: runs[seed] | {"seconds_in_turn": row["seconds_per_step"]}}
+    words = f"of its runs the best (seed {seed})"
+    if base is not None and seed in found[base["arm"]]:
+        # in the ratio that was measured turn by turn, which is not that of two medians
+        seconds = row["seconds_per_step"] * base["relative_time"] / row["relative_time"]
+        results = {Arm.DOT: found[base["arm"]][seed] | {"seconds_in_turn": seconds}, **results}
+        beside = verdict(study, difference(study, found, row["arm"], base["arm"])) or "too few seeds to compare"
+        words += f", beside *{base['arm']}* of that seed (over all seeds: {beside})"
+    others = "; ".join(
+        f"*{each['arm']}* {form.value(each['mean'])}, to which it is "
+        f"{form.with_bounds(difference(study, found, row['arm'], each['arm']))}"
+        for each in rows_with(study, rows, Arm.DOT)
+    )
+    task = Task(
+        name=recipe.TASK,
+        pipeline_tag=recipe.PIPELINE_TAG,
+        dataset=study.dataset,
+        hub_dataset=None,
+        main_metric=study.metric,
+        is_accuracy=not study.lower_is_better,
+        metrics={name: name.replace("_", " ") for name in (study.choose_by, study.metric, *study.also)},
+        loading=recipe.how_to_load,
+        notes=(
+            f"{study.note} The best neural arm of the study `{study.name}` by `{study.choose_by}`, *{row['arm']}*, and "
+            f"{words}. Its `{study.metric}` over {row['seeds']} seeds is {form.value(row['mean'])}{form.unit}; the "
+            f"dot-product models' are, with the difference and its 95 % interval: {others} ([all arms](report.md))."
+        ).strip(),
+        picture="Training loss of the study's arms, as difference to the dot product",
+        step="whole",
+    )
+    more = " --use_cpu True" if runs[seed]["run"].get("use_cpu") else ""
+    record = {
+        "command": f"python recipes/study.py recipes/studies/{study.name}.yaml --results FOLDER --dataset_name DATA{more}",
+        "environment": runs[seed]["environment"],
+        "note": "Trainings of a study may share their machine: its minutes are upper bounds, the times by turns are not.",
+        "results": results,
+    }
+    return card_text(record, task, Arm.NEURAL, "curves.png")

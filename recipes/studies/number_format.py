@@ -1,0 +1,48 @@
+"""How the figures of a study are written."""
+
+import math
+from typing import Any, NamedTuple
+
+from studies.study_file import Study
+
+
+class Form(NamedTuple):
+    """How a figure is written: accuracies in percent, all with four digits of the baseline's mean."""
+
+    metric: str
+    unit: str
+    factor: float
+    decimals: int
+
+    @property
+    def label(self) -> str:
+        return f"`{self.metric}`,{self.unit}" if self.unit else f"`{self.metric}`"
+
+    def value(self, number: float) -> str:
+        return f"{self.factor * number:.{self.decimals}f}"
+
+    def signed(self, number: float | None) -> str:
+        return "" if number is None else f"{self.factor * number:+.{self.decimals}f}"
+
+    def bounds(self, row: dict[str, Any]) -> str:
+        return "" if row["low"] is None else f"{self.signed(row['low'])} to {self.signed(row['high'])}"
+
+    def with_bounds(self, row: dict[str, Any]) -> str:
+        return (
+            f"{self.signed(row['difference'])} ({self.bounds(row)})"
+            if row["low"] is not None
+            else self.signed(row["difference"])
+        )
+
+
+def form_of(study: Study, rows: list[dict[str, Any]], metric: str) -> Form:
+    """
+    Args:
+        metric: `study.metric`, or one of those that rows have by name.
+    """
+    accuracy = metric.endswith("accuracy")
+    factor = 100.0 if accuracy else 1.0
+    row = next((row for row in rows if row["arm"] == study.baseline), rows[0])
+    size = abs(factor * row["mean" if metric == study.metric else metric])
+    decimals = max(0, 3 - math.floor(math.log10(size))) if size and math.isfinite(size) else 3
+    return Form(metric, " %" if accuracy else "", factor, decimals)

@@ -1,0 +1,153 @@
+"""The report on a study, from the JSON files in its folder alone: its tables, and beside them pictures and a model card."""
+
+import csv
+from pathlib import Path
+from typing import Any
+
+from studies.best_model_card import best_card
+from studies.number_format import form_of
+from studies.pictures import draw_curves, draw_differences
+from studies.results import (
+    Results,
+    best_row,
+    compared_with,
+    difference,
+    load_results,
+    rows_with,
+    summarize,
+    verdict,
+)
+from studies.study_file import Study, load_costs
+from tools.markdown import markdown_table
+from training.arms import Arm
+
+
+CARD = "best_neural_model"
+
+
+def report(study: Study, folder: Path) -> str:
+    """Writes report.md, .csv and .png, curves.png and a model card into the folder, and returns the Markdown of the first.
+
+    Raises:
+        SystemExit: see `load_results`.
+    """
+    found, costs = load_results(study, folder), load_costs(folder)
+    rows = summarize(study, found, costs)
+    text = markdown(study, found, rows, costs["environment"])
+    (folder / "report.md").write_text(text)
+    with (folder / "report.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    draw_differences(study, found, rows, folder / "report.png")
+    draw_curves(study, found, rows, folder / "curves.png")
+    if (card := best_card(study, found, rows)) is not None:
+        (folder / f"{CARD}.md").write_text(card)
+    return text
+
+
+def markdown(study: Study, found: Results, rows: list[dict[str, Any]], where: dict[str, Any]) -> str:
+    """
+    Args:
+        where: the machine and the versions that steps were timed with.
+    """
+    best, form, chosen = best_row(study, rows), form_of(study, rows, study.metric), form_of(study, rows, study.choose_by)
+    parts = [
+        f"# Study: {study.name}",
+        f"{study.dataset}; `{study.recipe}` with `{study.config}` and `{study.flags}`; figure: `{study.metric}` "
+        f"({'lower' if study.lower_is_better else 'higher'} is better). {study.note}".strip(),
+        f"Differences are to `{study.baseline}` with the same seed, data order and dropout rate. Neural models copy the "
+        f"initial weights of `{study.baseline}` for all that both have; a wider dot-product model draws its own. Intervals "
+        "are of 95 %, by Student's t over seeds: of twenty arms without any effect, one is called better or worse on average.",
+        figures(study, rows),
+        f"Best by `{study.choose_by}`: **{best['arm']}** ({chosen.value(best[study.choose_by])}{chosen.unit}); its "
+        f"`{study.metric}` is {form.value(best['mean'])}{form.unit}.",
+        "![Differences to the dot product](report.png)",
+        "![Training loss, as difference to the dot product](curves.png)",
+    ]
+    if len(rows_with(study, rows, Arm.DOT)) > 1:
+        parts += [
+            "Neural arms beside every dot-product arm: difference and interval, in bold where that holds no zero.",
+            beside_all(study, found, rows),
+        ]
+    parts += [
+        f"Steps were timed in one process and by turns, on {where['cpu']}, {where['threads']} thread(s) (GPU: "
+        f"{where['gpu']}), torch {where['torch']}, transformers {where['transformers']}: the ratio to `{study.baseline}` is "
+        "the median over turns, with quartiles. The time of all steps is that times their number. Memory is what training "
+        "takes beyond the weights, at its peak (on a CPU of the whole process: a rough figure). A scorer is counted as dead "
+        "if no unit of its last hidden layer is active for any pair of the examples that were looked at (all layers, heads "
+        "and seeds). Spread is the standard deviation of the network's scores within a row, mean over layers and seeds.",
+        costs_table(study, rows),
+        "Settings:",
+        "\n".join(f"- {arm}: `{fields}`" for arm, fields in study.arms.items()),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def figures(study: Study, rows: list[dict[str, Any]]) -> str:
+    form = form_of(study, rows, study.metric)
+    extra = {name: form_of(study, rows, name) for name in (study.choose_by, *study.also)}
+    return markdown_table(
+        ["arm", "seeds", "mean", "std", "difference", "95 % interval", "", *(each.label for each in extra.values())],
+        [
+            [
+                row["arm"],
+                str(row["seeds"]),
+                form.value(row["mean"]),
+                "" if row["std"] is None else form.value(row["std"]),
+                form.signed(row["difference"]),
+                form.bounds(row),
+                verdict(study, row),
+                *(each.value(row[name]) for name, each in extra.items()),
+            ]
+            for row in rows
+        ],
+    )
+
+
+def beside_all(study: Study, found: Results, rows: list[dict[str, Any]]) -> str:
+    """The neural arms' differences to all dot-product arms."""
+    bases, form = [row["arm"] for row in rows_with(study, rows, Arm.DOT)], form_of(study, rows, study.metric)
+
+    def cell(arm: str, base: str) -> str:
+        text = form.with_bounds(row := difference(study, found, arm, base))
+        return f"**{text}**" if verdict(study, row) in ("better", "worse") else text
+
+    lines = [[row["arm"], *(cell(row["arm"], base) for base in bases)] for row in rows_with(study, rows, Arm.NEURAL)]
+    return markdown_table(["", *bases], lines)
+
+
+def costs_table(study: Study, rows: list[dict[str, Any]]) -> str:
+    def line(row: dict[str, Any]) -> list[str]:
+        dead = [f"{row[name]} of {row['scorers']}" if row["scorers"] else "" for name in ("dead_at_start", "dead_at_end")]
+        return [
+            row["arm"],
+            f"{row['steps']:,}",
+            f"{row['parameters']:,}",
+            f"{row['scorer_parameters']:,}",
+            f"{row['seconds_per_step']:.3f}",
+            f"{row['relative_time']:.2f} ({row['relative_time_low']:.2f} to {row['relative_time_high']:.2f})",
+            f"{row['relative_training_time']:.2f}",
+            f"{row['training_memory'] / 2**20:,.0f}",
+            *dead,
+            "" if row["score_std"] is None else f"{row['score_std']:.2f}",
+        ]
+
+    base = study.baseline
+    header = ["arm", "steps", "parameters", "of scorers", "s / step", f"/ {base}", f"all steps / {base}", "MiB"]
+    return markdown_table([*header, "dead scorers at start", "at end", "spread at end"], [line(row) for row in rows])
+
+
+def summary(study: Study, found: Results, rows: list[dict[str, Any]]) -> str:
+    """The short table, for a README: beside what an arm is `compared_with`, and beside the best dot-product arm."""
+    best, form = best_row(study, rows_with(study, rows, Arm.DOT))["arm"], form_of(study, rows, study.metric)
+    others = [best] if best != study.baseline else []
+    bases = {arm: base for arms in compared_with(study, rows).values() for arm, base in arms.items()}
+    header = [study.dataset, form.label, "difference (95 %)", ""]
+    lines = []
+    for row in rows:
+        own = difference(study, found, row["arm"], bases.get(row["arm"], row["arm"]))
+        beside = [form.with_bounds(difference(study, found, row["arm"], other)) for other in others]
+        cells = [row["arm"], form.value(row["mean"]), form.with_bounds(own), verdict(study, own)]
+        lines.append([*cells, *beside, f"x {row['relative_training_time']:.2f}"])
+    return markdown_table([*header, *(f"to {other} (95 %)" for other in others), "time of all steps"], lines)

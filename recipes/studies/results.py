@@ -1,0 +1,206 @@
+"""What the runs of a study have come to: their records, and each arm's mean, spread and differences."""
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+from scipy.stats import t as student
+
+from studies.study_file import COSTS, SAME_TIME, Study, file_name, is_timed, load_costs
+from training.arms import Arm
+
+
+# Arguments of a run that say where it runs, not what is learned
+OF_THE_MACHINE = {
+    "dataloader_num_workers",
+    "dataloader_persistent_workers",
+    "dataloader_pin_memory",
+    "dataloader_prefetch_factor",
+    "ddp_backend",
+    "ddp_timeout",
+    "local_rank",
+    "use_cpu",
+}
+
+Results = dict[str, dict[int, dict[str, Any]]]  # by arm and seed, of the runs that are finished
+
+
+def load_results(study: Study, folder: Path) -> Results:
+    """
+    Raises:
+        SystemExit: if there are none, they lack a figure, or are of another study than the file now describes.
+    """
+    found: Results = {arm: {} for arm in study.arms}
+    for arm, seed in study.runs():
+        path = folder / file_name(arm, seed)
+        if not path.exists():
+            continue
+        record = json.loads(path.read_text())
+        if record["settings"] != study.settings(arm):
+            raise SystemExit(
+                f"{path} is of a run with {record['settings']}; the study file now asks for {study.settings(arm)}. Restore "
+                "the file, or take another folder for results and runs."
+            )
+        for metric in (study.metric, study.choose_by, *study.also):
+            if metric not in record["metrics"]:
+                raise SystemExit(f"{path} has no {metric!r}; the study can have {', '.join(record['metrics'])}.")
+        found[arm][seed] = record
+    records = [(file_name(arm, seed), each) for arm, runs in found.items() for seed, each in runs.items()]
+    if not records:
+        raise SystemExit(f"{folder} has no finished run of the study {study.name}.")
+    if not is_timed(study, load_costs(folder)):
+        raise SystemExit(f"{folder / COSTS} is not of the study {study.name} as it now is: run the study, or --time_only.")
+    check_alike(records)
+    return found
+
+
+def check_alike(records: list[tuple[str, dict[str, Any]]]) -> None:
+    """Refuses runs that differ in more than their arms and seeds, as by a flag that only some of them were given.
+
+    What an arm asks for, its runs must have had; what arms do not ask for must be the same in all of them.
+    """
+    keys = sorted(set().union(*(record["run"] for _, record in records)) - {"seed", *OF_THE_MACHINE})
+    firsts: dict[tuple[str, str | None], tuple[str, Any]] = {}
+    for name, record in records:
+        run, settings = record["run"], record["settings"]
+        own = record["arm"] if SAME_TIME in settings else None  # whose steps its seeds alone have in common
+        asked = {key for key in settings if key in run} - ({"max_steps"} if own else set())
+        wrong = {key: run[key] for key in sorted(asked) if as_list(run[key]) != as_list(settings[key])}
+        if wrong:
+            raise SystemExit(f"{name} is of a run with {wrong}, for which the study does not ask. Delete it to run it again.")
+        for key in keys:
+            if key in asked:
+                continue
+            group = own if key == "max_steps" else None
+            first, value = firsts.setdefault((key, group), (name, run.get(key)))
+            if run.get(key) != value:
+                raise SystemExit(
+                    f"{name} is of a run with {key} {run.get(key)!r}, {first} of one with {value!r}: they cannot be compared. "
+                    "Delete those that are to be run again."
+                )
+
+
+def as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def differences(study: Study, found: Results, arm: str, base: str) -> list[float]:
+    """Of an arm's figure to that of another with the same seed, where both are finished."""
+    return [
+        each["metrics"][study.metric] - found[base][seed]["metrics"][study.metric]
+        for seed, each in found[arm].items()
+        if seed in found[base]
+    ]
+
+
+def interval(pairs: list[float]) -> tuple[float, float] | None:
+    """95 % interval of the mean of paired differences, by Student's t; None of fewer than two."""
+    if len(pairs) < 2:
+        return None
+    half = float(student.ppf(0.975, len(pairs) - 1)) * statistics.stdev(pairs) / len(pairs) ** 0.5
+    mean = statistics.mean(pairs)
+    return mean - half, mean + half
+
+
+def difference(study: Study, found: Results, arm: str, base: str) -> dict[str, float | None]:
+    """The mean of the paired differences and its interval."""
+    pairs = differences(study, found, arm, base) if arm != base else []
+    low, high = interval(pairs) or (None, None)
+    return {"difference": statistics.mean(pairs) if pairs else None, "low": low, "high": high}
+
+
+def verdict(study: Study, row: dict[str, Any]) -> str:
+    """In a word, of a row or a `difference`; none without an interval."""
+    if row["low"] is None:
+        return ""
+    if row["low"] <= 0 <= row["high"]:
+        return "no difference shown"
+    return "better" if (row["high"] < 0) == study.lower_is_better else "worse"
+
+
+def summarize(study: Study, found: Results, costs: dict[str, Any]) -> list[dict[str, Any]]:
+    """A row per arm that has finished runs.
+
+    Args:
+        costs: of a step of each arm, timed by turns (`load_costs`).
+    """
+    rows = []
+    base = found[study.baseline]
+    for arm, runs in found.items():
+        if not runs:
+            continue
+        values = [each["metrics"][study.metric] for each in runs.values()]
+        first = next(iter(runs.values()))
+        health = [layer for each in runs.values() for layer in each["scorer_health"]["end"]]
+        rows.append(
+            {
+                "arm": arm,
+                "seeds": len(runs),
+                "mean": statistics.mean(values),
+                "std": statistics.stdev(values) if len(values) > 1 else None,
+                **difference(study, found, arm, study.baseline),
+                **{name: mean_of(runs, name) for name in (study.choose_by, *study.also)},
+                "steps": first["steps"],
+                "parameters": first["parameters"],
+                "scorer_parameters": first["scorer_parameters"],
+                "seconds_per_step": costs["seconds_per_step"][arm],
+                "relative_time": costs["ratios"][arm][1],
+                "relative_time_low": costs["ratios"][arm][0],
+                "relative_time_high": costs["ratios"][arm][2],
+                "relative_training_time": relative_steps(first, base) * costs["ratios"][arm][1],
+                # the first records that were made have none
+                "training_memory": max(each.get("training_memory", 0) for each in runs.values()),
+                "scorers": sum(layer["scorers"] for layer in health),
+                "dead_at_start": sum(layer["dead"] for each in runs.values() for layer in each["scorer_health"]["start"]),
+                "dead_at_end": sum(layer["dead"] for layer in health),
+                "score_std": statistics.mean(layer["score_std"] for layer in health) if health else None,
+            }
+        )
+    return rows
+
+
+def relative_steps(record: dict[str, Any], base: dict[int, dict[str, Any]]) -> float:
+    """How many times as many steps as the baseline."""
+    return record["steps"] / next(iter(base.values()))["steps"] if base else 1.0
+
+
+def mean_of(runs: dict[int, dict[str, Any]], metric: str) -> float:
+    return statistics.mean(each["metrics"][metric] for each in runs.values())
+
+
+def best_row(study: Study, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """By `choose_by`, of the arms with as many seeds as any other."""
+    most = max(row["seeds"] for row in rows)
+    complete = [row for row in rows if row["seeds"] == most]
+    return (min if study.lower_is_better else max)(complete, key=lambda row: row[study.choose_by])
+
+
+def counterpart(study: Study, rows: list[dict[str, Any]], arm: str) -> dict[str, Any] | None:
+    """The row of the dot-product arm that differs from a neural one in its attention alone, if there is one."""
+
+    def all_else(name: str) -> dict[str, Any]:
+        return {
+            key: value
+            for key, value in study.settings(name).items()
+            if key != "attention" and not key.startswith(("neural_", "scorer_"))
+        }
+
+    return next((row for row in rows_with(study, rows, Arm.DOT) if all_else(row["arm"]) == all_else(arm)), None)
+
+
+def rows_with(study: Study, rows: list[dict[str, Any]], attention: Arm) -> list[dict[str, Any]]:
+    """The rows of dot-product or of neural arms."""
+    return [row for row in rows if study.attention(row["arm"]) is attention]
+
+
+def compared_with(study: Study, rows: list[dict[str, Any]]) -> dict[str, dict[str, str]]:
+    """By panel of a picture: arms, and the arm that each is compared with. Neural ones are beside the dot product with all
+    else equal: what learning rates and the like do would hide the difference."""
+    neural = {}
+    for row in rows_with(study, rows, Arm.NEURAL):
+        twin = counterpart(study, rows, row["arm"])
+        neural[row["arm"]] = study.baseline if twin is None else twin["arm"]
+    dot = {row["arm"]: study.baseline for row in rows_with(study, rows, Arm.DOT) if row["arm"] != study.baseline}
+    panels = {"neural, less the dot product with all else equal": neural, f"dot product, less {study.baseline}": dot}
+    return {title: arms for title, arms in panels.items() if arms}

@@ -1,0 +1,125 @@
+"""Study files: what `study.py` reads, and how it names what it writes."""
+
+import json
+import re
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, get_origin
+
+import yaml
+
+from tools.command_lines import as_flags
+from training import image_task, text_task
+from training.arms import Arm
+
+
+SCRIPTS = Path(__file__).parents[1]
+COSTS = "costs.json"
+SAME_TIME = "same_time_as"
+RECIPES = {"language_modeling.py": text_task, "image_classification.py": image_task}
+
+
+@dataclass
+class Study:
+    """A study file."""
+
+    name: str
+    recipe: str
+    config: str
+    dataset: str
+    seeds: list[int]
+    baseline: str
+    metric: str
+    choose_by: str
+    arms: dict[str, dict[str, Any]]
+    flags: dict[str, Any]
+    also: list[str] = field(default_factory=list)
+    lower_is_better: bool = True
+    note: str = ""
+
+    @classmethod
+    def load(cls, path: Path) -> "Study":
+        """Raises SystemExit if the file is not there, or lacks or has what a study has not."""
+        try:
+            study = cls(**{"name": path.stem, "flags": {}, **yaml.safe_load(path.read_text())})
+        except (OSError, yaml.YAMLError, TypeError) as error:
+            raise SystemExit(f"{path} is no study: {error}") from None
+        if (fault := study.fault()) is not None:
+            raise SystemExit(f"{path}: {fault}")
+        return study
+
+    def fault(self) -> str | None:
+        """What is wrong with it, if anything."""
+        for each in fields(self):
+            expected: Any = get_origin(each.type) or each.type
+            if not isinstance(value := getattr(self, each.name), expected):
+                return f"`{each.name}` is {value!r}; expected a {expected.__name__}."
+        if self.recipe not in RECIPES:
+            return f"the recipe is {self.recipe!r}; expected {' or '.join(RECIPES)}."
+        if self.baseline not in self.arms:
+            return f"the baseline {self.baseline!r} is none of the arms, {', '.join(self.arms)}."
+        names: dict[str, str] = {}
+        for arm, settings in self.arms.items():
+            if not isinstance(settings, dict) or settings.get("attention") not in list(Arm):
+                return f"the arm {arm!r} must say {' or '.join(f'`attention: {attention}`' for attention in Arm)}."
+            if (same := names.setdefault(file_name(arm, 0), arm)) != arm:
+                return f"the arms {same!r} and {arm!r} would have the same file names."
+            other = settings.get(SAME_TIME)
+            if other is not None and (other not in self.arms or "max_steps" not in self.settings(other)):
+                return (
+                    f"{arm!r} is to take the same time as {other!r}, which must be an arm with `max_steps` (or `flags` must "
+                    "have them), whose number is scaled."
+                )
+        return None
+
+    def runs(self) -> list[tuple[str, int]]:
+        """Seed by seed, so that a study that is stopped early has whole pairs."""
+        return [(arm, seed) for seed in self.seeds for arm in self.arms]
+
+    def settings(self, arm: str) -> dict[str, Any]:
+        """All that is asked of an arm beside the recipe's configuration."""
+        return {**self.flags, **self.arms[arm]}
+
+    def attention(self, arm: str) -> Arm:
+        """What the recipe calls the model of an arm of the study."""
+        return Arm(self.arms[arm]["attention"])
+
+    def timed_as(self, arm: str) -> str:
+        """The first arm whose steps are the same: rates, the scorers' decay and start, and the number of steps change none."""
+
+        def model(name: str) -> dict[str, Any]:
+            unlike = (SAME_TIME, "max_steps", "learning_rate", "neural_init", "scorer_learning_rate", "scorer_weight_decay")
+            return {key: value for key, value in self.settings(name).items() if key not in unlike}
+
+        return next(other for other in self.arms if model(other) == model(arm))
+
+    def words(self, arm: str, steps: int | None = None) -> list[str]:
+        """The recipe's command line for an arm, but for the seed and the folder."""
+        settings = {name: value for name, value in self.settings(arm).items() if name != SAME_TIME}
+        if steps is not None:
+            settings["max_steps"] = steps
+        return [str(SCRIPTS / self.config), *as_flags(settings)]
+
+    def steps_of_same_time(self, ratios: dict[str, float]) -> dict[str, int]:
+        """Of arms that are to take the same time as another: how many steps that is.
+
+        Args:
+            ratios: how many times as long as the baseline's a step takes, by arm.
+        """
+        others = {arm: settings[SAME_TIME] for arm, settings in self.arms.items() if SAME_TIME in settings}
+        return {arm: round(self.settings(other)["max_steps"] * ratios[other] / ratios[arm]) for arm, other in others.items()}
+
+
+def file_name(arm: str, seed: int) -> str:
+    return f"{re.sub(r'[^A-Za-z0-9]+', '-', arm).strip('-')}-{seed}.json"
+
+
+def load_costs(results: Path) -> dict[str, Any]:
+    """What `study.py` has measured of a step of each arm; empty if it has not."""
+    path = results / COSTS
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def is_timed(study: Study, costs: dict[str, Any]) -> bool:
+    """Whether the costs are of the study's arms as the file now describes them."""
+    return costs.get("settings") == {arm: study.settings(arm) for arm in study.arms}

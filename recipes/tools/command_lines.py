@@ -1,0 +1,72 @@
+"""Command lines of the recipes: flags, or one JSON or YAML file, which flags after it override."""
+
+import json
+import sys
+from argparse import ArgumentParser
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import HfArgumentParser
+
+
+def parse_arguments(*types: Any, words: list[str] | None = None, description: str | None = None) -> tuple[Any, ...]:
+    """Parses `words` (default: `sys.argv`) into one instance of each dataclass.
+
+    The first word may be a JSON or YAML file of `name: value`; what follows it are flags, which win.
+
+    Raises:
+        SystemExit: with what is wrong, if the file is missing or malformed, or an argument does not exist or is not valid.
+    """
+    parser = HfArgumentParser(list(types), description=description)
+    try:
+        return parser.parse_args_into_dataclasses(flags_of(words), look_for_args_file=False)
+    except ValueError as error:  # also of `TrainingArguments`, whose values do not fit together
+        raise SystemExit(f"{error} (--help lists all arguments)") from None
+
+
+def unknown_words(types: tuple[Any, ...], words: list[str]) -> list[str]:
+    """What `parse_arguments` would not know of these words. A value that is none exits at once, as there."""
+    return HfArgumentParser(list(types)).parse_known_args(flags_of(words))[1]
+
+
+def value_of_flag(name: str) -> str | None:
+    """The value of one flag, for recipes whose other flags depend on it."""
+    parser = ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument(f"--{name}")
+    return getattr(parser.parse_known_args(flags_of(None))[0], name)
+
+
+def flags_of(words: list[str] | None) -> list[str]:
+    """`words`, or those of `sys.argv`, a configuration file replaced by its flags."""
+    arguments = sys.argv[1:] if words is None else words
+    if arguments and Path(arguments[0]).suffix in (".json", ".yaml", ".yml"):
+        return flags_of_file(Path(arguments[0])) + arguments[1:]
+    return arguments
+
+
+def flags_of_file(path: Path) -> list[str]:
+    try:
+        text = path.read_text()
+    except OSError as error:
+        raise SystemExit(f"Cannot read the configuration {path}: {error.strerror}.") from None
+    try:
+        content = yaml.safe_load(text)  # JSON is YAML
+    except yaml.YAMLError as error:
+        raise SystemExit(f"The configuration {path} is not valid: {error}") from None
+    if not isinstance(content, dict):
+        raise SystemExit(f"The configuration {path} must hold `name: value` pairs; it holds a {type(content).__name__}.")
+    return as_flags(content)
+
+
+def as_flags(content: dict[str, Any]) -> list[str]:
+    """The command line's words for `name: value` pairs."""
+    flags: list[str] = []
+    for name, value in content.items():
+        if value is None:
+            continue
+        flags.append(f"--{name}")
+        values = value if isinstance(value, list) else [value]
+        values = values or ["none"]  # an empty list of layers
+        flags += [json.dumps(item) if isinstance(item, dict) else str(item) for item in values]
+    return flags

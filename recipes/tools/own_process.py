@@ -1,0 +1,25 @@
+"""Measuring in a process that does nothing else."""
+
+import multiprocessing
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any
+
+import torch
+
+
+def in_own_process(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Result of the function in a process that did nothing before, with as many threads.
+
+    Raises:
+        RuntimeError: if the process is killed, as the system does with one that takes all memory.
+    """
+    context = multiprocessing.get_context("forkserver")
+    # what takes seconds to import; the processes are copies of one that did
+    context.set_forkserver_preload(["torch", "hf_neural_attention.models.neural_attention_scorer"])
+    with ProcessPoolExecutor(1, context, torch.set_num_threads, (torch.get_num_threads(),)) as pool:
+        try:
+            return pool.submit(function, *arguments).result()
+        except BrokenProcessPool as error:
+            raise RuntimeError("the process that measured it was killed") from error

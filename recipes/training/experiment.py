@@ -1,0 +1,94 @@
+"""One model or two that differ in their attention alone: how each is built, and with which arguments it is trained."""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
+
+from hf_neural_attention import patch_status
+from hf_neural_attention.analysis import scorer_health
+from training.arms import Arm
+from training.scorer_trainer import ScorerTrainer
+
+
+HEALTH_EXAMPLES = 4
+
+
+@dataclass
+class Experiment:
+    """What the arms share.
+
+    Args:
+        build_model: makes the model of an arm, with its initial weights.
+        evaluate: figures of the trained model, by name.
+        show: returns some Markdown about what the model does; writes into the folder that it gets, or nothing for None.
+        trainer_arguments: further arguments of `Trainer` (data sets, collator, processing class, metrics).
+        settings: every argument of the command line, for `run.json`.
+        scorer_settings: what `ScorerTrainer` takes beside `Trainer`'s arguments.
+    """
+
+    training: TrainingArguments
+    build_model: Callable[[Arm], PreTrainedModel]
+    evaluate: Callable[[Trainer], dict[str, float]]
+    show: Callable[[PreTrainedModel, Path | None], str]
+    trainer_arguments: dict[str, Any]
+    settings: dict[str, Any]
+    scorer_settings: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def folder(self) -> Path:
+        return Path(str(self.training.output_dir))
+
+    def say(self, text: str) -> None:
+        if self.training.should_save:
+            print(text, flush=True)
+
+    def arguments_of(self, arm: Arm, **changes: Any) -> TrainingArguments:
+        """The arm's own `TrainingArguments`: a folder of its own, all else equal but for the `changes`."""
+        return dataclasses.replace(
+            self.training,
+            output_dir=str(self.folder / arm),
+            push_to_hub=False,  # at the end, by `publish`: with the card, and without checkpoints
+            restore_callback_states_from_checkpoint=True,
+            dataloader_pin_memory=self.training.dataloader_pin_memory and torch.accelerator.is_available(),
+            **changes,
+        )
+
+    def initial_model(self, arm: Arm) -> PreTrainedModel:
+        """The arm's model; a neural one takes all weights that it shares with the stock one from that."""
+        model = self.build_model(arm)
+        if arm.is_neural:
+            set_seed(self.training.seed)
+            stock = self.build_model(Arm.DOT).state_dict()
+            missing, unexpected = model.load_state_dict(stock, strict=False)
+            if unexpected or any(".scorer." not in name for name in missing):
+                raise RuntimeError(f"The two models share too little: missing {missing}, unexpected {unexpected}.")
+        return model
+
+    def trainer(self, arm: Arm, model: PreTrainedModel, *callbacks: TrainerCallback, **changes: Any) -> ScorerTrainer:
+        """The arm's trainer; `callbacks` come before those of the experiment, and `changes` are those of `arguments_of`."""
+        given = self.trainer_arguments
+        return ScorerTrainer(
+            model=model,
+            args=self.arguments_of(arm, **changes),
+            **given | {"callbacks": [*callbacks, *given.get("callbacks", [])]},
+            **self.scorer_settings,
+        )
+
+    def first_batch(self, dataset: str, size: int) -> dict[str, torch.Tensor]:
+        """The first examples of one of the data sets, as the trainer would collate them."""
+        data = self.trainer_arguments[dataset]
+        return self.trainer_arguments["data_collator"]([data[index] for index in range(min(size, len(data)))])
+
+    def health(self, trainer: Trainer) -> list[dict[str, Any]]:
+        """Of each layer's scorers, on a few examples of the validation data. By all processes: parameters may be sharded."""
+        model: Any = trainer.model
+        if not patch_status(model):
+            return []
+        batch = self.first_batch("eval_dataset", HEALTH_EXAMPLES)
+        with trainer.accelerator.autocast():
+            return [layer._asdict() for layer in scorer_health(model, **batch)]

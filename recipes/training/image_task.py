@@ -1,0 +1,132 @@
+"""The task of classifying images, whatever the model: how images are trained on, measured, shown, and described on a card."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from datasets import Dataset
+from matplotlib.figure import Figure
+from transformers import (
+    BaseImageProcessor,
+    EvalPrediction,
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    default_data_collator,
+)
+
+from hf_neural_attention.metrics import Accuracy
+from training.augmentation import AugmentedImages, CountEpochs
+from training.images import EMBEDDED, ImageArguments, LabelledImages, with_pixels
+from training.prepared_data import PreparedData
+from training.reporting import Task
+
+
+TASK = "image classification"
+PIPELINE_TAG = "image-classification"
+GRID_ROWS, GRID_COLUMNS = 3, 8
+
+
+def prepare(
+    image: ImageArguments,
+    images: LabelledImages,
+    processor: BaseImageProcessor,
+    training: TrainingArguments,
+    callbacks: list[TrainerCallback],
+) -> PreparedData:
+    """Images with their pixels, and what is measured on the held-out splits."""
+    training.remove_unused_columns = False  # pixel values are computed from columns that the model does not take
+    seed = training.seed if training.data_seed is None else training.data_seed
+    training_images = AugmentedImages(images.splits["train"], processor, image.augmentation, image.image_size, seed)
+    held_out = {split: with_pixels(images.splits[split], processor, image.image_size) for split in ("validation", "test")}
+    counts = ", ".join(f"{split} {data.num_rows:,}" for split, data in images.splits.items())
+    print(f"Images: {counts}; labels {len(images.labels)}")
+    return PreparedData(
+        evaluate=lambda trainer: final_figures(trainer, held_out),
+        show=lambda model, folder: draw_predictions(model, folder, images, processor, image),
+        trainer_arguments={
+            "train_dataset": training_images,
+            "eval_dataset": held_out["validation"],
+            "data_collator": default_data_collator,
+            "processing_class": processor,
+            "compute_metrics": compute_accuracy,
+            "callbacks": [CountEpochs(training_images), *callbacks],
+        },
+        task=describe_task(images, image),
+    )
+
+
+def compute_accuracy(prediction: EvalPrediction) -> dict[str, float]:
+    predictions = np.argmax(prediction.predictions, axis=-1)
+    return Accuracy(keep_in_memory=True).compute(predictions=predictions, references=prediction.label_ids)
+
+
+def final_figures(trainer: Trainer, datasets: dict[str, Dataset]) -> dict[str, float]:
+    """Loss and accuracy of the trained model on each held-out split."""
+    figures: dict[str, float] = {}
+    for split in ("validation", "test"):
+        scores = trainer.evaluate(datasets[split], metric_key_prefix=split)
+        figures |= {f"{split}_{name}": scores[f"{split}_{name}"] for name in ("loss", "accuracy")}
+    return figures
+
+
+@torch.no_grad()
+def draw_predictions(
+    model: PreTrainedModel, folder: Path | None, images: LabelledImages, processor: BaseImageProcessor, image: ImageArguments
+) -> str:
+    """Draws test images with what the model takes them for (`predictions.png`) and returns a line of Markdown."""
+    test = images.splits["test"]
+    count = min(GRID_ROWS * GRID_COLUMNS, test.num_rows)
+    # spread over the split, since some data sets come sorted by class
+    chosen = test.select(np.linspace(0, test.num_rows - 1, count, dtype=int))
+    pixels = with_pixels(chosen, processor, image.image_size)[:]["pixel_values"]
+    guesses = model(pixel_values=pixels.to(model.device)).logits.argmax(-1).tolist()
+    right = sum(guess == label for guess, label in zip(guesses, chosen["label"], strict=True))
+    summary = f"Of {count} test images spread over the split, it names {right} correctly (`predictions.png` beside the model)."
+    if folder is None:
+        return summary
+    figure = Figure(figsize=(1.5 * GRID_COLUMNS, 1.8 * GRID_ROWS), layout="constrained")
+    axes = figure.subplots(GRID_ROWS, GRID_COLUMNS)
+    for axis in axes.flat:
+        axis.axis("off")
+    for axis, example, guess in zip(axes.flat, chosen, guesses, strict=False):
+        hit = guess == example["label"]
+        axis.imshow(example["image"].convert("RGB"))
+        title = images.labels[guess] if hit else f"{images.labels[guess]}\n(not {images.labels[example['label']]})"
+        axis.set_title(title, fontsize=8, color="black" if hit else "tab:red")
+    figure.savefig(folder / "predictions.png", dpi=120)
+    print(f"Predictions: {right} of {count} right, see {folder / 'predictions.png'}")
+    return summary
+
+
+def describe_task(images: LabelledImages, image: ImageArguments) -> Task:
+    """What cards and tables say beside the figures."""
+    counts = ", ".join(f"{split} {data.num_rows:,}" for split, data in images.splits.items())
+
+    name = "scikit-learn digits" if image.dataset_name == EMBEDDED else image.dataset_name
+    return Task(
+        name=TASK,
+        pipeline_tag=PIPELINE_TAG,
+        dataset=Path(name).name if Path(name).exists() else name,
+        hub_dataset=None if image.dataset_name == EMBEDDED or Path(name).exists() else name,
+        main_metric="test_accuracy",
+        is_accuracy=True,
+        metrics={
+            f"{split}_{metric}": f"{split} {metric}" for split in ("validation", "test") for metric in ("accuracy", "loss")
+        },
+        loading=how_to_load,
+        notes=(
+            f"Images: {counts}; {len(images.labels)} classes. Augmentation `{image.augmentation}`. The last model is "
+            "evaluated, none was chosen by its accuracy. ViT is pre-norm; the paper's own models are post-norm."
+        ),
+    )
+
+
+def how_to_load(folder: str) -> str:
+    """Code for cards."""
+    return (
+        "from transformers import pipeline\n\n"
+        f'classify = pipeline("image-classification", model="{folder}")\n'
+        'print(classify("image.png"))'
+    )

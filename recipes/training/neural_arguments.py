@@ -1,0 +1,80 @@
+"""Arguments of every recipe that trains: which attention, the `neural_*` fields of a config, and where a card goes."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from training.arms import Arm
+
+
+BOTH = "both"
+
+
+@dataclass
+class NeuralArguments:
+    """Which attention to train, and the `neural_*` fields of the config."""
+
+    attention: str = field(
+        default=BOTH,
+        metadata={
+            "help": "neural, dot (the stock model), or both: one after the other from the same initial weights, with the same "
+            "seed and data order, and compared at the end.",
+            "choices": [*(arm.value for arm in Arm), BOTH],
+        },
+    )
+    neural_layers: list[str] | None = field(
+        default=None, metadata={"help": "Layers with Neural Attention: indices, all, or none. Default: 0."}
+    )
+    neural_proj_dim: int | None = field(default=None, metadata={"help": "Default: max(2, head_dim // 32), the paper's."})
+    neural_hidden_dims: list[int] | None = field(default=None, metadata={"help": "Two sizes. Default: the paper's."})
+    neural_mode: str | None = field(
+        default=None, metadata={"help": "replace (the paper's) or residual. Default: replace, or for patching residual."}
+    )
+    neural_per_head: bool | None = field(
+        default=None, metadata={"help": "A scorer for each head instead of each layer. Default: False."}
+    )
+    neural_init: str | None = field(default=None, metadata={"help": "mirrored (default) or paper."})
+    scorer_learning_rate: float | None = field(
+        default=None, metadata={"help": "Of the scorers' weights. Default: that of all others."}
+    )
+    scorer_weight_decay: float | None = field(
+        default=None, metadata={"help": "Of the scorers' weights (not their biases). Default: that of all others."}
+    )
+    card: str | None = field(
+        default=None,
+        metadata={"help": "Also write the model card there, e.g. model_cards/models/NAME: NAME.md, NAME.json and NAME.png."},
+    )
+    card_note: str | None = field(
+        default=None, metadata={"help": "A sentence for the card, for instance what else the machine was doing."}
+    )
+
+    @property
+    def arms(self) -> tuple[Arm, ...]:
+        """In the order in which they are trained."""
+        return tuple(Arm) if self.attention == BOTH else (Arm(self.attention),)
+
+    def config_fields(self) -> dict[str, Any]:
+        """The fields of a `Neural*Config` that are given; others keep the config's default, or the checkpoint's value."""
+        fields = {
+            "neural_layers": self.layers(),
+            "neural_proj_dim": self.neural_proj_dim,
+            "neural_hidden_dims": self.neural_hidden_dims,
+            "neural_mode": self.neural_mode,
+            "neural_per_head": self.neural_per_head,
+            "neural_init": self.neural_init,
+        }
+        return {name: value for name, value in fields.items() if value is not None}
+
+    def scorer_settings(self) -> dict[str, float | None]:
+        """What `ScorerTrainer` takes."""
+        return {"scorer_learning_rate": self.scorer_learning_rate, "scorer_weight_decay": self.scorer_weight_decay}
+
+    def layers(self) -> list[int] | str | None:
+        words = self.neural_layers
+        if words is None or words == ["none"]:
+            return None if words is None else []
+        if words == ["all"]:
+            return "all"
+        try:
+            return [int(word) for word in words]
+        except ValueError:
+            raise SystemExit(f"--neural_layers is {words}; expected indices of layers, all, or none.") from None

@@ -1,0 +1,47 @@
+"""What a recipe makes of its data, whatever the model."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, Trainer, TrainingArguments
+
+from training.arms import Arm
+from training.experiment import Experiment
+from training.neural_arguments import NeuralArguments
+from training.reporting import Task
+from training.run_folder import settings_of
+
+
+@dataclass
+class PreparedData:
+    """Data, the figures that are taken on it, and how they are called. The fields are those of `Experiment`."""
+
+    evaluate: Callable[[Trainer], dict[str, float]]
+    show: Callable[[PreTrainedModel, Path | None], str]
+    trainer_arguments: dict[str, Any]
+    task: Task
+    fingerprint: str = ""  # of data that `settings` do not pin down
+
+    def experiment(
+        self,
+        build_model: Callable[[Arm], PreTrainedModel],
+        training: TrainingArguments,
+        neural: NeuralArguments,
+        *others: Any,
+    ) -> Experiment:
+        """Models trained on it.
+
+        Args:
+            others: dataclasses of further arguments, recorded with the run.
+        """
+        return Experiment(
+            training=training,
+            build_model=build_model,
+            evaluate=self.evaluate,
+            show=self.show,
+            trainer_arguments=self.trainer_arguments,
+            settings=settings_of(*others, neural, training) | ({"train_tokens": self.fingerprint} if self.fingerprint else {}),
+            scorer_settings=neural.scorer_settings(),
+        )

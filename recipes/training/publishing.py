@@ -1,0 +1,39 @@
+"""Uploads what a run has trained: each arm's folder, with the code of a neural model beside it."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from transformers import TrainingArguments
+from transformers.utils import CONFIG_NAME
+
+import hf_neural_attention
+from hf_neural_attention.export import add_code, auto_classes
+from hf_neural_attention.uploading import upload
+from training.arms import Arm
+from training.run_folder import RESULTS
+
+
+# Checkpoints to resume from, and Trainer's arguments, which are a pickle
+LEFT_OUT = ["checkpoint-*", "checkpoint-*/**", "training_args.bin"]
+
+
+def publish(folder: Path, arms: Iterable[Arm], training: TrainingArguments) -> None:
+    """One repository per arm, `HUB_MODEL_ID-ARM`; the name of the run's folder where no `--hub_model_id` is given.
+
+    Raises:
+        SystemExit: if an upload fails. The folders are whole, and the message says how to go on.
+    """
+    for arm in arms:
+        # read, not loaded: no Auto class knows the model type of a patched model without a class of its own
+        config = json.loads((folder / arm / CONFIG_NAME).read_text())
+        architecture = config["architectures"][0]
+        if architecture in hf_neural_attention.__all__:
+            add_code(folder / arm, auto_classes(config["model_type"], architecture))
+        name = f"{training.hub_model_id or folder.resolve().name}-{arm}"
+        try:
+            message, private = f"Upload the {arm} model", training.hub_private_repo
+            upload(folder / arm, name, training.hub_token, private, message, ignore_patterns=LEFT_OUT)
+        except RuntimeError as error:
+            raise SystemExit(f"{error}") from None
+        print(f"Uploaded: {name}, {json.loads((folder / arm / RESULTS).read_text())['steps']} steps")

@@ -1,0 +1,203 @@
+"""Tables, pictures and model cards from the results of a run, and from nothing else."""
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from matplotlib.figure import Figure
+
+from hf_neural_attention.export import CITATION
+from tools.json_files import write_json
+from tools.markdown import markdown_table
+from tools.provenance import command_line, environment
+from training.arms import Arm
+
+
+Results = dict[Arm, dict[str, Any]]
+
+
+@dataclass
+class Task:
+    """What a recipe's cards say beside the figures."""
+
+    name: str  # "language modelling"
+    pipeline_tag: str
+    dataset: str  # as people call it
+    hub_dataset: str | None  # its name on the Hub, if it came from there
+    main_metric: str  # of the table, for the sentence that compares
+    is_accuracy: bool  # higher is better, and differences are in points; otherwise lower is better, in percent
+    metrics: dict[str, str]  # name -> what it is
+    loading: Callable[[str], str]  # folder -> code that loads and uses the model
+    notes: str
+    neural_loading: Callable[[str], str] | None = None  # where it is not that of the stock model
+    picture: str = "Training and evaluation loss"  # what the card's picture shows
+    step: str = "forward and backward"  # what of a step was timed
+
+
+def comparison_table(results: Results, task: Task) -> str:
+    """Markdown: a row per figure, a column per arm, and the ratio where there are two."""
+    arms = list(results)
+    header = ["", *(arm.label for arm in arms)] + ([f"{arms[1]} / {arms[0]}"] if len(arms) == 2 else [])
+    rows: list[list[str]] = []
+
+    def add(label: str, values: list[float], form: Callable[[float], str]) -> None:
+        ratio = f"{values[1] / values[0]:.3f}" if len(values) == 2 and values[0] else ""
+        rows.append([label, *map(form, values), *([ratio] if len(values) == 2 else [])])
+
+    for name, meaning in task.metrics.items():
+        if all(name in results[arm]["metrics"] for arm in arms):
+            add(meaning, [results[arm]["metrics"][name] for arm in arms], lambda value: f"{value:.4g}")
+    add("parameters", [results[arm]["parameters"] for arm in arms], lambda value: f"{value:,}")
+    add("of which scorers", [results[arm]["scorer_parameters"] for arm in arms], lambda value: f"{value:,}")
+    add("training steps", [results[arm]["steps"] for arm in arms], lambda value: f"{value:,}")
+    if len(arms) > 1:
+        label = f"seconds per step, {task.step}, timed by turns"
+        add(label, [results[arm]["seconds_in_turn"] for arm in arms], lambda value: f"{value:.3f}")
+    add("training minutes", [results[arm]["train_seconds"] / 60 for arm in arms], lambda value: f"{value:.1f}")
+    return markdown_table(header, rows)
+
+
+def verdict(results: Results, task: Task) -> str:
+    """One sentence on the main metric, whatever it says, and how far one run carries."""
+    if len(results) < 2:
+        return "One model was trained; nothing is compared."
+    dot, neural = (results[arm]["metrics"][task.main_metric] for arm in (Arm.DOT, Arm.NEURAL))
+    if task.is_accuracy:
+        size, amount = abs(neural - dot), f"{abs(neural - dot) * 100:.1f} points"
+    else:
+        size, amount = abs(neural - dot) / dot, f"{abs(neural - dot) / dot:.1%}"
+    if size < 0.0005:
+        word = "the same (to one in a thousand)"
+    else:
+        word = f"{amount} {'higher' if neural > dot else 'lower'}"
+        word += " (better)" if (neural > dot) == task.is_accuracy else " (worse)"
+    time_ratio = results[Arm.NEURAL]["seconds_in_turn"] / results[Arm.DOT]["seconds_in_turn"]
+    return (
+        f"{task.metrics[task.main_metric].capitalize()} is {word} with Neural Attention, compared with the dot "
+        f"product; a training step took {time_ratio:.2f} times as long. This is one run of each with one seed: it shows "
+        "neither the spread between seeds nor what happens at other sizes."
+    )
+
+
+def draw_comparison(results: Results, path: Path) -> None:
+    """Training and evaluation loss of each arm against the step."""
+    titles = {"loss": "training loss", "eval_loss": "evaluation loss"}
+    logged = [key for key in titles if any(key in entry for result in results.values() for entry in result["history"])]
+    shown = logged or ["loss"]
+    size = (5 * len(shown), 4)
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(1, len(shown), sharey=True, squeeze=False)
+    for axis, key in zip(axes[0], shown, strict=True):
+        for arm, result in results.items():
+            points = [(entry["step"], entry[key]) for entry in result["history"] if key in entry]
+            if points:
+                axis.plot(*zip(*points, strict=True), label=arm.label, color=arm.color, marker="." if len(points) < 50 else "")
+        axis.set(title=titles[key], xlabel="step")
+        axis.grid(alpha=0.3)
+    axes[0, 0].set_ylabel("nats")
+    if logged:
+        axes[0, 0].legend()
+    figure.savefig(path, dpi=120)
+
+
+def report(results: Results, task: Task, folder: Path, card: str | None = None, note: str | None = None) -> None:
+    """Prints the table, writes it with a picture, and writes a model card into each arm's folder, and to `card`."""
+    table = comparison_table(results, task)
+    print(f"\n{table}\n\n{verdict(results, task)}\n")
+    (folder / "comparison.md").write_text(f"{table}\n\n{verdict(results, task)}\n")
+    draw_comparison(results, folder / "comparison.png")
+    record = {"command": command_line(), "environment": environment(), "note": note or "", "results": results}
+    write_json(folder / "comparison.json", record)
+    for arm in results:
+        shutil.copy(folder / "comparison.png", folder / arm / "comparison.png")
+        (folder / arm / "README.md").write_text(card_text(record, task, arm, "comparison.png"))
+    print(f"Models: {', '.join(str(folder / arm) for arm in results)}. Table and picture: {folder / 'comparison.md'}, .png")
+    if card is not None:
+        Path(card).parent.mkdir(parents=True, exist_ok=True)
+        write_json(Path(f"{card}.json"), record)
+        shutil.copy(folder / "comparison.png", f"{card}.png")
+        arm = list(results)[-1]
+        Path(f"{card}.md").write_text(card_text(record, task, arm, Path(f"{card}.png").name))
+        print(f"Model card: {card}.md")
+
+
+def last_loss(result: dict[str, Any]) -> str:
+    losses = [entry["loss"] for entry in result["history"] if "loss" in entry]
+    return f"{losses[-1]:.3f}" if losses else "not logged"
+
+
+def card_text(record: dict[str, Any], task: Task, arm: Arm, picture: str) -> str:
+    """A model card with metadata, figures, the exact command and the limits; of a record, also as its JSON has it."""
+    results = {Arm(name): each for name, each in record["results"].items()}
+    result = results[arm]
+    metadata = {
+        "license": "apache-2.0",
+        "library_name": "transformers",
+        "pipeline_tag": task.pipeline_tag,
+        "tags": ["neural-attention"] if arm.is_neural else [],
+        **({"datasets": [task.hub_dataset]} if task.hub_dataset else {}),
+    }
+    config = {name: value for name, value in result["config"].items() if name not in ("architectures", "id2label", "label2id")}
+    where = record["environment"]
+    fairness = (
+        "Both models had the same seed, data order, dropout rate and initial weights of all that they share."
+        if len(results) > 1
+        else ""
+    )
+    loading = (arm.is_neural and task.neural_loading) or task.loading
+    package = "import hf_neural_attention  # makes the model type known to the Auto classes\n" if arm.is_neural else ""
+    return f"""---
+{yaml.safe_dump(metadata, sort_keys=False).strip()}
+---
+
+# {task.name.capitalize()} on {task.dataset}: {arm.kind}
+
+Trained by `hf_neural_attention`. Neural Attention (DiGiugno and Mahmood, arXiv 2502.17206) scores a query against a key with
+a small network instead of a dot product.
+
+## Figures
+
+{comparison_table(results, task)}
+
+{verdict(results, task)}
+
+![{task.picture}]({picture})
+
+{task.notes}
+
+## How it was made
+
+```
+{record["command"]}
+```
+
+On {where["cpu"]} (GPU: {where["gpu"]}), {where["processes"]} process(es) of {where["threads"]} thread(s), Python
+{where["python"]}, torch {where["torch"]}, transformers {where["transformers"]}. {record["note"]} {result["steps"]:,} steps
+({result["epochs"]:.2f} epochs) in {result["train_seconds"] / 60:.1f} minutes; the last training loss was {last_loss(result)}.
+{fairness}
+
+Config (what differs from the defaults): `{config}`
+
+## What it does
+
+{result["sample"]}
+
+## Use
+
+```python
+{package}{loading("FOLDER")}
+```
+
+## Limits
+
+A small model trained for a comparison, not for use: its output is not to be relied on. Figures are of one run.
+
+## Citation
+
+```bibtex
+{CITATION}
+```
+"""

@@ -1,0 +1,77 @@
+"""The folder of a run: what is being run in it, and which arguments may differ when it goes on.
+
+output_dir/run.json               what is being run; another run is refused the same folder
+output_dir/stages.json            figures from before the training, of `patch_and_finetune.py`
+output_dir/ARM/checkpoint-*       to resume from
+output_dir/ARM/                   the model as last saved, its tokenizer or image processor, its model card
+output_dir/ARM/results.json       figures and history
+output_dir/comparison.*           table and picture, where there are two arms
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainingArguments
+
+from tools.json_files import write_json
+
+
+RESULTS = "results.json"
+STAGES = "stages.json"
+
+# Arguments that may change between the parts of one run: they do not change what is learned, unless the best checkpoint is
+# kept (`load_best_model_at_end`). When it is evaluated does, since that draws from the generator that dropout uses.
+FREE_ARGUMENTS = {
+    "attention",
+    "card",
+    "card_note",
+    "disable_tqdm",
+    "hub_model_id",
+    "hub_private_repo",
+    "hub_token",
+    "logging_steps",
+    "output_dir",
+    "per_device_eval_batch_size",
+    "push_to_hub",
+    "resume_from_checkpoint",
+    "save_steps",
+    "save_strategy",
+    "save_total_limit",
+}
+
+
+def claim_folder(folder: Path, settings: dict[str, Any]) -> None:
+    """Records a run in its folder, and refuses a folder that holds another.
+
+    Raises:
+        SystemExit: naming what differs, if the folder holds a run with other settings or files of something else.
+    """
+    settings = {name: value for name, value in settings.items() if name not in FREE_ARGUMENTS}
+    record = folder / "run.json"
+    begun = any(any(folder.glob(pattern)) for pattern in ("*/checkpoint-*", f"*/{RESULTS}", STAGES))
+    if record.exists() and begun:
+        earlier = json.loads(record.read_text())
+        names = sorted({*settings, *earlier} - FREE_ARGUMENTS)
+        different = [name for name in names if settings.get(name) != earlier.get(name)]
+        if different:
+            lines = [f"  {name}: {earlier.get(name)!r} there, {settings.get(name)!r} now" for name in different]
+            raise SystemExit(
+                f"{folder} holds another run:\n" + "\n".join(lines) + "\nChoose another --output_dir, or delete that folder."
+            )
+    elif not record.exists() and folder.is_dir() and any(folder.iterdir()):
+        raise SystemExit(f"{folder} holds files that are no run of this recipe. Choose another --output_dir, or empty it.")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(record, settings)
+    except OSError as error:
+        raise SystemExit(f"--output_dir {folder} cannot be written to: {error.strerror}.") from None
+
+
+def settings_of(*arguments: Any) -> dict[str, Any]:
+    """Every argument by name, as JSON can hold it."""
+    settings: dict[str, Any] = {}
+    for group in arguments:
+        settings |= group.to_dict() if isinstance(group, TrainingArguments) else dataclasses.asdict(group)
+    return json.loads(json.dumps(settings, default=str))

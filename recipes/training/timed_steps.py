@@ -1,0 +1,36 @@
+"""Steps of training to be timed by turns."""
+
+from typing import Any
+
+import torch
+from accelerate.utils import send_to_device
+
+from tools.timing_by_turns import Runner
+from training.arms import Arm
+from training.experiment import Experiment
+
+
+def training_step(experiment: Experiment, arm: Arm, whole: bool = False, fewest_calls: int = 1) -> Runner:
+    """A step of what an arm trains, over the same batch each time.
+
+    Args:
+        whole: with clipping and the optimiser; otherwise forward and backward alone.
+    """
+    training = experiment.training
+    model: Any = experiment.initial_model(arm)
+    trainer = experiment.trainer(arm, model)
+    model.to(training.device).train()  # which Trainer leaves to what shards models, if there is such a thing
+    optimizer = trainer.create_optimizer() if whole else None
+    batch = send_to_device(experiment.first_batch("train_dataset", training.per_device_train_batch_size), training.device)
+
+    def step(_: Any) -> None:
+        with trainer.accelerator.autocast():
+            loss = model(**batch).loss
+        loss.backward()
+        if optimizer is not None:
+            if training.max_grad_norm:
+                torch.nn.utils.clip_grad_norm_(model.parameters(), training.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+
+    return Runner(step, fewest_calls=fewest_calls, device=training.device.type)

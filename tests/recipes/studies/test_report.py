@@ -1,0 +1,158 @@
+"""A report says what the files of a study's runs say, and refuses runs that cannot be compared."""
+
+import json
+
+import pytest
+
+from studies.report import CARD, report, summary
+from studies.results import compared_with, difference, interval, load_results, summarize, verdict
+from studies.study_file import COSTS, file_name
+from tests.helpers.study_records import change_run, costs_of, make_study, record_of, write_results
+
+
+def test_figures_by_hand(tmp_path):
+    study = make_study()
+    write_results(study, tmp_path, {"dot": [1.0, 2.0, 3.0], "first layer": [0.5, 1.4, 2.6]})
+    text = report(study, tmp_path)
+    rows = {row["arm"]: row for row in summarize(study, load_results(study, tmp_path), costs_of(study))}
+    row = rows["first layer"]
+    assert row["mean"] == pytest.approx(1.5) and row["difference"] == pytest.approx(-0.5) and row["seeds"] == 3
+    # differences -0.5, -0.6, -0.4: standard deviation 0.1, t 4.303
+    assert (row["low"], row["high"]) == pytest.approx((-0.5 - 4.303 * 0.1 / 3**0.5, -0.5 + 4.303 * 0.1 / 3**0.5), abs=1e-3)
+    assert verdict(study, row) == "better" and verdict(make_study(lower_is_better=False), row) == "worse"
+    assert verdict(study, {**row, "high": 0.1}) == "no difference shown" and verdict(study, rows["dot"]) == ""
+    assert row["seconds_per_step"] == 3.0 and row["relative_time"] == 1.5 and "unfinished" not in rows
+    assert row["relative_training_time"] == 1.5
+    assert (row["v"], row["w"]) == (pytest.approx(2.5), 7.0) and rows["dot"]["scorers"] == 0
+    assert (row["scorers"], row["dead_at_start"], row["dead_at_end"], row["score_std"]) == (24, 3, 6, 0.5)
+    assert "| first layer | 3 | 1.500 | 1.054 | -0.500 | -0.748 to -0.252 | better | 2.500 | 7.000 |" in text
+    assert "Best by `v`: **first layer** (2.500); its `m` is 1.500." in text
+    assert "| 3.000 | 1.50 (1.40 to 1.60) | 1.50 | 1 | 3 of 24 | 6 of 24 | 0.50 |" in text
+    assert "Neural arms beside every" not in text
+
+
+def test_neural_arms_beside_the_other_dot_product_arms(tmp_path):
+    study = make_study(note="Of a part.")
+    write_results(study, tmp_path, {"dot": [1.0, 2.0, 3.0], "first layer": [0.5, 1.4, 2.6], "longer": [0.4, 1.4, 2.7]})
+    text, found = report(study, tmp_path), load_results(study, tmp_path)
+    rows = summarize(study, found, costs_of(study))
+    assert difference(study, found, "first layer", "longer")["difference"] == pytest.approx(0.0)
+    assert "| | dot | longer |" in text.replace("|  |", "| |") and "Of a part." in text
+    assert "| first layer | **-0.500 (-0.748 to -0.252)** | " in text and "Of a part." in (tmp_path / f"{CARD}.md").read_text()
+    short = summary(study, found, rows)
+    assert "| to longer (95 %) |" in short and "| longer | 1.500 | -0.500 (" in short and short.endswith("| x 1.50 |")
+    assert "*longer* 1.500, to which it is " in (tmp_path / f"{CARD}.md").read_text()
+
+
+def test_a_report_is_made_of_files_alone(tmp_path):
+    study = make_study()
+    write_results(study, tmp_path, {"dot": [1.0, 2.0, 3.0], "first layer": [0.5, 1.4, 2.6]})
+    report(study, tmp_path)
+    names = ("report.md", "report.csv", "report.png", "curves.png", f"{CARD}.md")
+    before = {name: (tmp_path / name).read_bytes() for name in names}
+    report(study, tmp_path)
+    assert before == {name: (tmp_path / name).read_bytes() for name in names}
+    card = before[f"{CARD}.md"].decode()
+    # the best run by v, 0.5, and the baseline of its seed
+    assert "| v | 1 | 0.5 | 0.500 |" in card and "sample of seed 0" in card and "*first layer*" in card
+    assert "Digits" in card and "beside *dot* of that seed (over all seeds: better). Its `m` over 3 seeds is 1.500; " in card
+    assert "*dot* 2.000, to which it is -0.500" in card
+    assert "| seconds per step, whole, timed by turns | 2.000 | 3.000 | 1.500 |" in card and "Both models had" in card
+
+
+def test_the_best_neural_run_stands_beside_the_dot_product_with_all_else_equal(tmp_path):
+    arms = {"dot": {"attention": "dot"}, "first layer": {"attention": "neural", "neural_proj_dim": 4, "learning_rate": 1}}
+    twin = arms | {"longer": {"attention": "dot", "learning_rate": 1}}
+    for given, values in ((twin, {"longer": [1.9, 2.0, 2.1]}), (arms, {})):
+        study = make_study(arms=given, also=[], flags={})
+        folder = tmp_path / str(len(given))
+        write_results(study, folder, {"dot": [1.0, 2.0, 3.0], "first layer": [0.5, 1.4, 2.6], **values})
+        for path in folder.glob("first-layer-*.json"):
+            change_run(path, learning_rate=1)
+        for path in folder.glob("longer-*.json"):
+            change_run(path, learning_rate=1, max_steps=10)
+        report(study, folder)
+        card = (folder / f"{CARD}.md").read_text()
+        assert ("beside *longer* of that seed" in card and "| m | 1.9 | 0.5 |" in card) == (given is twin)
+        assert ("Both models had" in card) == (given is twin) and ("nothing is compared" in card) == (given is arms)
+        assert "*dot* 2.000, to which it is -0.500" in card
+        found = load_results(study, folder)
+        rows = summarize(study, found, costs_of(study))
+        assert compared_with(study, rows)["neural, less the dot product with all else equal"] == {
+            "first layer": "longer" if given is twin else "dot"
+        }
+        assert ("| first layer | 1.500 | -0.500 (-2.870 to +1.870) |" in summary(study, found, rows)) == (given is twin)
+
+
+def test_accuracies_are_written_in_percent_and_points(tmp_path):
+    study = make_study(metric="test_accuracy", choose_by="test_accuracy", also=[], lower_is_better=False)
+    write_results(study, tmp_path, {})
+    for arm, figures in {"dot": [0.31, 0.32, 0.33], "first layer": [0.33, 0.35, 0.34]}.items():
+        for seed, value in enumerate(figures):
+            record = record_of(study, arm, seed, value) | {"metrics": {"test_accuracy": value}}
+            (tmp_path / file_name(arm, seed)).write_text(json.dumps(record))
+    text, found = report(study, tmp_path), load_results(study, tmp_path)
+    assert "| first layer | 3 | 34.00 | 1.00 | +2.00 | -0.48 to +4.48 | no difference shown | 34.00 |" in text
+    short = summary(study, found, summarize(study, found, costs_of(study)))
+    assert "| Digits | `test_accuracy`, % |" in short and "| first layer | 34.00 | +2.00 (-0.48 to +4.48) |" in short
+
+
+def test_results_of_another_study_are_refused(tmp_path):
+    write_results(make_study(), tmp_path, {"dot": [1.0], "first layer": [2.0]})
+    with pytest.raises(SystemExit, match=r"dot-0.json is of a run with .*'max_steps': 10.* now asks for .*'max_steps': 11"):
+        report(make_study(flags={"max_steps": 11}), tmp_path)
+    costs = costs_of(make_study())
+    costs["settings"]["longer"]["same_time_as"] = "dot"
+    (tmp_path / COSTS).write_text(json.dumps(costs))
+    with pytest.raises(SystemExit, match=r"costs.json is not of the study n as it now is: run the study, or --time_only"):
+        report(make_study(), tmp_path)
+    write_results(make_study(metric="accuracy"), tmp_path, {})
+    with pytest.raises(SystemExit, match=r"dot-0.json has no 'accuracy'; the study can have m, v, w\."):
+        report(make_study(metric="accuracy"), tmp_path)
+
+
+def test_runs_that_cannot_be_compared_are_refused(tmp_path):
+    study = make_study()
+    write_results(study, tmp_path, {"dot": [1.0], "first layer": [2.0], "longer": [1.0]})
+    report(study, tmp_path)
+    path = tmp_path / file_name("first layer", 0)
+    change_run(path, learning_rate=0.2)
+    with pytest.raises(
+        SystemExit, match=r"first-layer-0.json is of a run with learning_rate 0.2, dot-0.json of one with 0.1: they cannot be"
+    ):
+        report(study, tmp_path)
+    change_run(path, learning_rate=0.1, max_steps=9)
+    with pytest.raises(
+        SystemExit, match=r"first-layer-0.json is of a run with \{'max_steps': 9\}, for which the study does not"
+    ):
+        report(study, tmp_path)
+
+
+def test_runs_of_arms_that_leave_a_setting_to_the_recipe_have_it_alike(tmp_path):
+    # though another arm has it as its own
+    arms = make_study().arms | {"unfinished": {"attention": "neural", "learning_rate": 3}}
+    study = make_study(arms=arms)
+    write_results(study, tmp_path, {"dot": [1.0, 1.0], "first layer": [2.0], "longer": [1.0, 1.0], "unfinished": [1.0]})
+    change_run(tmp_path / "unfinished-0.json", learning_rate=3)
+    report(study, tmp_path)
+    change_run(tmp_path / "dot-1.json", learning_rate=3)
+    with pytest.raises(SystemExit, match=r"dot-1.json is of a run with learning_rate 3, dot-0.json of one with 0.1"):
+        report(study, tmp_path)
+    change_run(tmp_path / "dot-1.json", learning_rate=0.1)
+    change_run(tmp_path / "longer-1.json", max_steps=77)
+    with pytest.raises(SystemExit, match=r"longer-1.json is of a run with max_steps 77, longer-0.json of one with 15"):
+        report(study, tmp_path)
+
+
+def test_an_arm_with_fewer_seeds_is_not_the_best(tmp_path):
+    study = make_study()
+    write_results(study, tmp_path, {"dot": [1.0, 2.0], "first layer": [0.5]})
+    assert "Best by `v`: **dot**" in report(study, tmp_path)
+
+
+def test_pairs_are_of_the_same_seed(tmp_path):
+    study = make_study()
+    write_results(study, tmp_path, {"dot": [1.0], "first layer": [2.0, 9.0]})
+    rows = summarize(study, load_results(study, tmp_path), costs_of(study))
+    assert rows[1]["difference"] == 1.0 and rows[1]["low"] is None and rows[1]["mean"] == 5.5
+    assert interval([1.0]) is None

@@ -1,0 +1,71 @@
+"""Study files: what they say, and what is wrong with those that are none."""
+
+import pytest
+
+import study as script
+from studies.report import report
+from studies.study_file import Study, file_name
+from tests.helpers.running import RECIPES
+from tests.helpers.study_records import SECONDS, costs_of, make_study
+
+
+def test_as_many_steps_as_take_the_same_time(tmp_path):
+    study = make_study()
+    ratios = {arm: seconds / SECONDS["dot"] for arm, seconds in SECONDS.items()}
+    assert study.steps_of_same_time(ratios) == {"longer": 15}
+    twice = make_study(arms={**study.arms, "first layer": {**study.arms["first layer"], "max_steps": 20}})
+    assert twice.steps_of_same_time(ratios) == {"longer": 30}
+    # another timing changes none, unless the study asks for something else
+    costs = costs_of(study) | {"steps": {"longer": 77, "gone": 5}}
+    assert script.steps_that_stay(study, costs) == {"longer": 77} and script.steps_that_stay(twice, costs) == {}
+    words = study.words("longer", 15)
+    assert words[1:3] == ["--max_steps", "15"] and "same_time_as" not in " ".join(words)
+    assert study.timed_as("longer") == "dot" and study.timed_as("first layer") == "first layer"
+    # the second is the first with another optimiser for its scorers
+    for other in ({"scorer_weight_decay": 0.0}, {"learning_rate": 1.0}, {"max_steps": 5}, {"neural_init": "paper"}):
+        assert make_study(arms={**study.arms, "b": {"attention": "neural", **other}}).timed_as("b") == "first layer"
+    assert make_study(arms={**study.arms, "b": {"attention": "neural", "neural_proj_dim": 4}}).timed_as("b") == "b"
+
+
+def test_studies_that_are_none(tmp_path):
+    path = tmp_path / "s.yaml"
+    with pytest.raises(SystemExit, match="is no study"):
+        Study.load(path)
+    path.write_text("recipe: x\ncolour: blue")
+    with pytest.raises(SystemExit, match=r"is no study.*colour"):
+        Study.load(path)
+    given = "recipe: language_modeling.py, config: y, dataset: d, seeds: [0], baseline: a, metric: m, choose_by: m"
+    path.write_text(f"{{{given}, arms: {{a: {{attention: dot}}, b: {{attention: dot, same_time_as: c}}}}}}")
+    with pytest.raises(SystemExit, match="'b' is to take the same time as 'c', which must be an arm"):
+        Study.load(path)
+    path.write_text(f"{{{given}, arms: {{a: }}}}")
+    with pytest.raises(SystemExit, match="'a' must say `attention: dot` or `attention: neural`"):
+        Study.load(path)
+    path.write_text(f"{{{given}, arms: {{a: {{attention: dot}}}}}}".replace("[0]", "3"))
+    with pytest.raises(SystemExit, match="`seeds` is 3; expected a list"):
+        Study.load(path)
+    path.write_text(f"{{{given}, arms: {{b: {{attention: dot}}}}}}")
+    with pytest.raises(SystemExit, match="baseline 'a' is none of the arms, b"):
+        Study.load(path)
+    path.write_text(f"{{{given}, arms: {{a: {{attention: both}}}}}}")
+    with pytest.raises(SystemExit, match="'a' must say `attention: dot` or `attention: neural`"):
+        Study.load(path)
+    path.write_text(f"{{{given}, arms: {{a: {{attention: dot}}, a.: {{attention: dot}}}}}}")
+    with pytest.raises(SystemExit, match=r"'a' and 'a\.' would have the same file names"):
+        Study.load(path)
+    path.write_text(f"{{{given}, arms: }}")
+    with pytest.raises(SystemExit, match="`arms` is None; expected a dict"):
+        Study.load(path)
+    path.write_text(f"{{{given}, arms: {{}}}}".replace("recipe: language_modeling.py", "recipe: quantize.py"))
+    with pytest.raises(SystemExit, match=r"the recipe is 'quantize\.py'; expected language_modeling\.py or"):
+        Study.load(path)
+    with pytest.raises(SystemExit, match="no finished run"):
+        report(make_study(), tmp_path)
+
+
+@pytest.mark.parametrize("path", sorted((RECIPES / "studies").glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_studies_are_studies_of_recipes(path):
+    study = Study.load(path)
+    assert (RECIPES / study.recipe).exists() and (RECIPES / study.config).exists() and len(study.seeds) >= 3
+    names = [file_name(arm, seed) for arm, seed in study.runs()]
+    assert len(set(names)) == len(names)

@@ -1,0 +1,22 @@
+"""The arms of a comparison, by the names that files and command lines have for them."""
+
+import json
+
+import pytest
+
+from training.arms import Arm
+from training.neural_arguments import NeuralArguments
+
+
+def test_an_arm_is_its_name_wherever_names_are_kept():
+    assert [f"{arm}" for arm in Arm] == ["dot", "neural"] and Arm("neural") is Arm.NEURAL
+    assert json.loads(json.dumps({Arm.DOT: Arm.NEURAL})) == {"dot": "neural"} == {Arm.DOT: Arm.NEURAL}
+    assert [arm.is_neural for arm in Arm] == [False, True]
+    assert len({arm.label for arm in Arm} | {arm.color for arm in Arm} | {arm.kind for arm in Arm}) == 6
+
+
+@pytest.mark.parametrize(
+    ("attention", "arms"), (("both", (Arm.DOT, Arm.NEURAL)), ("dot", (Arm.DOT,)), ("neural", (Arm.NEURAL,)))
+)
+def test_what_the_command_line_asks_for(attention, arms):
+    assert NeuralArguments(attention=attention).arms == arms

@@ -1,0 +1,94 @@
+"""Images: where they come from, what the model gets of them, and what is refused."""
+
+import pickle
+
+import pytest
+from datasets import ClassLabel, Dataset, Features, Image, Value
+from transformers import ViTImageProcessorPil
+
+from tests.helpers.pictures import random_pictures
+from training.images import ImageArguments, load_images, make_pixels, with_pixels
+
+
+def write_parquet(folder, names=("cat", "dog"), labels=("label",), **counts):
+    folder.mkdir(exist_ok=True)
+    features = Features(
+        {"img": Image(), **{label: ClassLabel(names=list(names)) for label in labels}, "note": Value("string")}
+    )
+    for split, count in counts.items():
+        columns = {label: [index % len(names) for index in range(count)] for label in labels}
+        data = Dataset.from_dict({"img": random_pictures(count), **columns, "note": ["x"] * count}, features=features)
+        data.to_parquet(str(folder / f"{split}.parquet"))
+    return str(folder)
+
+
+def test_the_embedded_digits():
+    images = load_images(ImageArguments(), seed=0)
+    assert images.labels == list("0123456789")
+    counts = {split: data.num_rows for split, data in images.splits.items()}
+    assert sum(counts.values()) == 1797 and counts["test"] == 360
+    assert set(images.splits["validation"]["label"]) == set(range(10))
+    assert images.splits["train"][0]["image"].size == (8, 8)
+
+
+def test_parquet_files_get_standard_columns_and_a_validation_split_of_their_own(tmp_path):
+    folder = write_parquet(tmp_path, train=40, test=6)
+    images = load_images(ImageArguments(dataset_name=folder), seed=0)
+    assert {split: data.num_rows for split, data in images.splits.items()} == {"train": 36, "validation": 4, "test": 6}
+    assert images.splits["test"].column_names == ["image", "label"]
+    again = load_images(ImageArguments(dataset_name=folder), seed=0)
+    assert again.splits["validation"]["label"] == images.splits["validation"]["label"]
+
+
+def test_parquet_files_in_parts_as_on_the_hub(tmp_path):
+    write_parquet(tmp_path, **{"train-00000-of-00002": 20, "train-00001-of-00002": 20, "test-00000-of-00001": 6})
+    images = load_images(ImageArguments(dataset_name=str(tmp_path)), seed=0)
+    assert {split: data.num_rows for split, data in images.splits.items()} == {"train": 36, "validation": 4, "test": 6}
+
+
+def test_an_empty_folder_is_refused(tmp_path):
+    with pytest.raises(SystemExit, match=r"has no train\.parquet and no train/CLASS"):
+        load_images(ImageArguments(dataset_name=str(tmp_path)), seed=0)
+
+
+def test_a_folder_of_images(tmp_path):
+    for index, image in enumerate(random_pictures(40)):
+        part = tmp_path / ("train" if index < 30 else "test") / ("cat" if index % 2 else "dog")
+        part.mkdir(parents=True, exist_ok=True)
+        image.save(part / f"{index}.png")
+    images = load_images(ImageArguments(dataset_name=str(tmp_path)), seed=0)
+    assert images.labels == ["cat", "dog"]
+    assert images.splits["train"].num_rows == 27 and images.splits["test"].num_rows == 10
+
+
+def test_limits_draw_from_the_whole_split(tmp_path):
+    folder = write_parquet(tmp_path, train=40, test=40)
+    images = load_images(ImageArguments(dataset_name=folder, max_train_samples=10, max_eval_samples=8), seed=0)
+    assert images.splits["train"].num_rows == 10 and images.splits["test"].num_rows == 8
+    assert set(images.splits["test"]["label"]) == {0, 1}
+
+
+def test_what_does_not_fit_is_refused(tmp_path):
+    with pytest.raises(SystemExit, match=r"is no folder\. Expected a folder with train\.parquet"):
+        load_images(ImageArguments(dataset_name=str(tmp_path / "nowhere")), seed=0)
+    two = write_parquet(tmp_path / "two", labels=("fine", "coarse"), train=20)
+    with pytest.raises(
+        SystemExit, match=r"2 columns of type ClassLabel \(fine, coarse\). Choose one with --label_column_name"
+    ):
+        load_images(ImageArguments(dataset_name=two), seed=0)
+    assert load_images(ImageArguments(dataset_name=two, label_column_name="fine"), seed=0).labels == ["cat", "dog"]
+    with pytest.raises(SystemExit, match="no column 'note' of type ClassLabel; it has: fine, coarse"):
+        load_images(ImageArguments(dataset_name=two, label_column_name="note"), seed=0)
+    untrained = write_parquet(tmp_path / "untrained", test=20)
+    with pytest.raises(SystemExit, match="has no split train; it has test"):
+        load_images(ImageArguments(dataset_name=untrained), seed=0)
+
+
+def test_pixels_are_what_the_model_takes(tmp_path):
+    images = load_images(ImageArguments(dataset_name=write_parquet(tmp_path, train=20)), seed=0)
+    processor = ViTImageProcessorPil(size={"height": 16, "width": 16})
+    batch = with_pixels(images.splits["train"], processor, 16)[:3]
+    assert batch["pixel_values"].shape == (3, 3, 16, 16)
+    assert -1.0 <= batch["pixel_values"].min() < batch["pixel_values"].max() <= 1.0
+    assert batch["labels"] == images.splits["train"]["label"][:3]
+    pickle.dumps(make_pixels)  # data loader workers that are spawned get it so

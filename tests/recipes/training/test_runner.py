@@ -1,0 +1,269 @@
+"""What makes a comparison fair, and what makes a run safe to stop."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import TrainerCallback, TrainingArguments, ViTImageProcessorPil, default_data_collator
+
+from hf_neural_attention import NeuralGPT2LMHeadModel, patch
+from training.arms import Arm
+from training.augmentation import AugmentedImages, CountEpochs
+from training.experiment import Experiment
+from training.images import ImageArguments, load_images
+from training.model_families import GPT2, VIT
+from training.run_folder import claim_folder, settings_of
+from training.runner import StepClock, run
+from training.text import cut_into_blocks
+from training.text_task import collate as collate_blocks
+
+
+SIZES = {"vocab_size": 50, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 8, "bos_token_id": 1, "eos_token_id": 2}
+BLOCK = 8  # tokens of an example to train on
+
+
+class Recorder(TrainerCallback):
+    """Notes what each arm starts from and sees."""
+
+    def __init__(self):
+        self.starts, self.batches = [], []
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self.starts.append({name: value.clone() for name, value in model.state_dict().items()})
+
+
+class Killed(TrainerCallback):
+    """Ends the process's training abruptly, as an outage would, once."""
+
+    def __init__(self, at_step):
+        self.at_step = at_step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.at_step:
+            self.at_step = None
+            raise KeyboardInterrupt
+
+
+def build_model(arm):
+    return GPT2[arm].model(GPT2[arm].config(**SIZES))
+
+
+def make_experiment(folder, *callbacks, seen=None, **settings):
+    tokens = torch.randint(0, 50, (400,), generator=torch.Generator().manual_seed(0)).numpy()
+
+    def collate(examples):
+        batch = collate_blocks(examples)
+        if seen is not None and batch["input_ids"].shape[1] == BLOCK:
+            seen.append(batch["input_ids"])
+        return batch
+
+    training = TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=5,
+        num_train_epochs=2,
+        learning_rate=1e-2,
+        save_steps=4,
+        logging_steps=1,
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+    )
+    return Experiment(
+        training=training,
+        build_model=build_model,
+        evaluate=lambda trainer: {"figure": 1.0},
+        show=lambda model, path: "a sample",
+        trainer_arguments={
+            "train_dataset": cut_into_blocks(tokens, BLOCK),
+            "eval_dataset": cut_into_blocks(tokens, BLOCK // 2),
+            "data_collator": collate,
+            "callbacks": list(callbacks),
+        },
+        settings={"seed": 42, **settings},
+    )
+
+
+def test_both_arms_start_from_the_same_weights_and_see_the_same_data(tmp_path):
+    recorder, seen = Recorder(), []
+    results = run(make_experiment(tmp_path, recorder, seen=seen), tuple(Arm))
+    dot, neural = recorder.starts
+    assert all(torch.equal(neural[name], value) for name, value in dot.items())
+    assert all(".scorer." in name for name in set(neural) - set(dot)) and len(neural) > len(dot)
+    half = 20  # after both, one more batch for each is collated to time the two by turns
+    assert len(seen) == 42 and all(map(torch.equal, seen[:half], seen[half:-2]))
+    assert not torch.equal(seen[0], seen[1])
+    assert results[Arm.NEURAL]["parameters"] - results[Arm.DOT]["parameters"] == results[Arm.NEURAL]["scorer_parameters"] > 0
+    losses = [[entry["loss"] for entry in results[arm]["history"] if "loss" in entry] for arm in Arm]
+    assert losses[0] != losses[1]
+    assert all(0 < results[arm]["seconds_in_turn"] < 5 for arm in Arm)
+    assert results[Arm.DOT]["scorer_health"] == {"start": [], "end": []} and results[Arm.DOT]["training_memory"] >= 0
+    start, end = (results[Arm.NEURAL]["scorer_health"][when][0] for when in ("start", "end"))
+    assert start["dead"] == 0 and start["score_std"] != end["score_std"]
+
+
+def test_an_interrupted_run_ends_as_an_uninterrupted_one(tmp_path):
+    whole = run(make_experiment(tmp_path / "whole"), (Arm.NEURAL,))[Arm.NEURAL]
+    with pytest.raises(KeyboardInterrupt):
+        run(make_experiment(tmp_path / "parts", Killed(at_step=10)), (Arm.NEURAL,))
+    parts = run(make_experiment(tmp_path / "parts"), (Arm.NEURAL,))[Arm.NEURAL]
+    losses = [[entry["loss"] for entry in run["history"] if "loss" in entry] for run in (whole, parts)]
+    assert losses[0] == losses[1] and len(losses[0]) == 20
+    one, two = (NeuralGPT2LMHeadModel.from_pretrained(tmp_path / name / "neural") for name in ("whole", "parts"))
+    assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), two.state_dict().values(), strict=True))
+    assert parts["steps"] == 20 and parts["train_seconds"] > 0
+    assert one.config.use_cache  # Trainer had switched it off
+
+
+@pytest.mark.parametrize("kind", ("dot", "neural", "patched"))
+def test_an_interrupted_run_of_a_vit_too(tmp_path, kind):
+    # whose checkpoints name weights as old versions did, unless told not to
+    sizes = {"image_size": 8, "patch_size": 4, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes |= {"num_labels": 10, "hidden_dropout_prob": 0.1}
+    digits = load_images(ImageArguments(max_train_samples=20), seed=0).splits["train"]
+    processor = ViTImageProcessorPil(size={"height": 8, "width": 8})
+
+    def build(arm):
+        classes = VIT[Arm.NEURAL if kind == "neural" else Arm.DOT]
+        model = classes.model(classes.config(**sizes))
+        return patch(model, "all", mode="replace") if kind == "patched" else model
+
+    def experiment(name, *callbacks):
+        data = AugmentedImages(digits, processor, "paper", 8, seed=0)
+        made = make_experiment(tmp_path / name, CountEpochs(data), *callbacks)
+        made.build_model = build
+        made.trainer_arguments |= {"train_dataset": data, "eval_dataset": data, "data_collator": default_data_collator}
+        return made
+
+    whole = run(experiment("whole"), (Arm.DOT,))[Arm.DOT]
+    with pytest.raises(KeyboardInterrupt):
+        run(experiment("parts", Killed(at_step=6)), (Arm.DOT,))
+    parts = run(experiment("parts"), (Arm.DOT,))[Arm.DOT]
+    losses = [[entry["loss"] for entry in run["history"] if "loss" in entry] for run in (whole, parts)]
+    assert losses[0] == losses[1] and len(losses[0]) == 8
+    states = [load_file(tmp_path / name / "dot/model.safetensors") for name in ("whole", "parts")]
+    assert states[0].keys() == states[1].keys() and all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    assert any("encoder.layer.0" in name for name in states[0]) == (kind != "patched")  # the last one as stock models do
+
+
+def test_a_finished_arm_is_not_trained_again(tmp_path, capsys):
+    first = run(make_experiment(tmp_path), (Arm.DOT,))
+    recorder = Recorder()
+    again = run(make_experiment(tmp_path, recorder), (Arm.DOT,))
+    assert not recorder.starts and "finished before" in capsys.readouterr().out
+    assert json.loads(json.dumps(first)) == again
+
+
+def test_a_folder_with_another_run_is_refused_and_left_alone(tmp_path):
+    claim_folder(tmp_path / "run", {"seed": 0})
+    claim_folder(tmp_path / "run", {"seed": 1, "logging_steps": 5})  # a start that came to nothing holds no folder
+    (tmp_path / "run/dot/checkpoint-4").mkdir(parents=True)
+    claim_folder(tmp_path / "run", {"seed": 1, "logging_steps": 7})  # changes nothing that is learned
+    before = (tmp_path / "run/run.json").read_text()
+    with pytest.raises(SystemExit, match="holds another run:\n  seed: 1 there, 2 now\nChoose another --output_dir"):
+        claim_folder(tmp_path / "run", {"seed": 2})
+    assert (tmp_path / "run/run.json").read_text() == before
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/thesis.txt").write_text("precious")
+    with pytest.raises(SystemExit, match="holds files that are no run of this recipe"):
+        claim_folder(tmp_path / "other", {"seed": 1})
+
+
+def test_models_that_cannot_be_built_are_said_plainly(tmp_path):
+    def refuse(arm):
+        raise ValueError("`neural_proj_dim` is 0; it must be at least 1.")
+
+    experiment = make_experiment(tmp_path)
+    experiment.build_model = refuse
+    with pytest.raises(SystemExit, match="The dot model cannot be built: `neural_proj_dim` is 0"):
+        run(experiment, (Arm.DOT,))
+
+
+@pytest.mark.parametrize(("argument", "value"), [("resume_from_checkpoint", "there")])
+def test_arguments_that_would_be_ignored_are_refused(tmp_path, argument, value):
+    experiment = make_experiment(tmp_path)
+    setattr(experiment.training, argument, value)
+    with pytest.raises(SystemExit, match=f"--{argument}"):
+        run(experiment, (Arm.DOT,))
+
+
+def test_settings_are_json_and_hold_every_argument(tmp_path):
+    settings = settings_of(TrainingArguments(str(tmp_path), report_to="none", learning_rate=0.5))
+    assert settings["learning_rate"] == 0.5 and json.loads(json.dumps(settings)) == settings
+
+
+def test_the_clock_goes_on_from_a_checkpoint():
+    state = StepClock(seconds=3.5).state()
+    assert StepClock(**state["args"]).seconds == 3.5
+
+
+FILES = ("model.safetensors", "config.json", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_a_damaged_checkpoint_is_said_and_the_one_before_is_used(tmp_path, capsys, file):
+    whole = run(make_experiment(tmp_path / "whole"), (Arm.DOT,))[Arm.DOT]
+    with pytest.raises(KeyboardInterrupt):
+        run(make_experiment(tmp_path / "parts", Killed(at_step=10)), (Arm.DOT,))
+    damaged = tmp_path / "parts/dot/checkpoint-8" / file
+    damaged.write_bytes(damaged.read_bytes()[: damaged.stat().st_size // 2])
+    parts = run(make_experiment(tmp_path / "parts"), (Arm.DOT,))[Arm.DOT]
+    said = capsys.readouterr().out
+    assert f"checkpoint-8 is damaged ({file}" in said and "resuming from" in said and "checkpoint-4\n" in said
+    losses = [[entry["loss"] for entry in run["history"] if "loss" in entry] for run in (whole, parts)]
+    assert losses[0] == losses[1] and len(losses[0]) == 20
+
+
+def test_with_no_checkpoint_left_it_starts_again(tmp_path, capsys):
+    with pytest.raises(KeyboardInterrupt):
+        run(make_experiment(tmp_path, Killed(at_step=6)), (Arm.DOT,))
+    (tmp_path / "dot/checkpoint-4/trainer_state.json").unlink()
+    assert run(make_experiment(tmp_path), (Arm.DOT,))[Arm.DOT]["steps"] == 20
+    said = capsys.readouterr().out
+    assert "trainer_state.json is missing: it was not finished" in said and said.count("training from the start") == 2
+
+
+def test_a_full_disk_is_said_and_the_run_goes_on_later(tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    whole = run(make_experiment(tmp_path / "whole"), (Arm.DOT,))[Arm.DOT]
+    with monkeypatch.context() as patched:
+        patched.setattr("transformers.trainer.Trainer._save_rng_state", full)  # in the midst of a checkpoint
+        with pytest.raises(SystemExit, match=r"No space left on device\nThe same command goes on"):
+            run(make_experiment(tmp_path / "parts"), (Arm.DOT,))
+    parts = run(make_experiment(tmp_path / "parts"), (Arm.DOT,))[Arm.DOT]
+    losses = [[entry["loss"] for entry in run["history"] if "loss" in entry] for run in (whole, parts)]
+    assert losses[0] == losses[1]
+
+
+def test_a_folder_that_cannot_be_written_to(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit, match="cannot be written to: Not a directory"):
+        run(make_experiment(tmp_path / "file" / "run"), (Arm.DOT,))
+
+
+@pytest.mark.parametrize("of_all, of_scorers", ((0.1, 0.0), (0.0, 0.1)))
+def test_scorers_may_have_an_optimiser_of_their_own(of_all, of_scorers, tmp_path):
+    groups = {}
+
+    class Look(TrainerCallback):
+        def on_step_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
+            names = {id(parameter): name for name, parameter in model.named_parameters()}
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    groups[names[id(parameter)]] = (group["initial_lr"], group["weight_decay"])
+
+    experiment = make_experiment(tmp_path, Look())
+    experiment.training.weight_decay = of_all
+    experiment.scorer_settings = {"scorer_learning_rate": 1e-3, "scorer_weight_decay": of_scorers}
+    run(experiment, (Arm.NEURAL,))
+    scorer = "transformer.h.0.attn.scorer."
+    assert groups[f"{scorer}linear1.weight"] == (1e-3, of_scorers) and groups[f"{scorer}linear1.bias"] == (1e-3, 0.0)
+    assert groups["transformer.h.0.attn.c_attn.weight"] == (1e-2, of_all) and groups["transformer.h.0.ln_1.bias"] == (
+        1e-2,
+        0.0,
+    )
+    assert f"{scorer}linear3.bias" not in groups  # frozen
+    parameters = [name for name, each in build_model(Arm.NEURAL).named_parameters() if each.requires_grad]
+    assert sorted(groups) == sorted(parameters)

@@ -1,0 +1,127 @@
+"""Text: where it comes from, how it is tokenized and cut, and what is refused."""
+
+import numpy as np
+import pytest
+from datasets import Dataset
+from transformers import AutoTokenizer
+
+from training.text import TextArguments, cut_into_blocks, load_text, load_tokenizer, tokenize
+
+
+LINES = [f"line {index} of the text .\n" for index in range(40)]
+
+
+def write_folder(folder, **files):
+    folder.mkdir(exist_ok=True)
+    for name, lines in files.items():
+        (folder / name.replace("_", ".")).write_text("".join(lines))
+    return str(folder)
+
+
+def test_the_embedded_text_has_three_disjoint_splits():
+    splits = load_text(TextArguments())
+    assert set(splits) == {"train", "validation", "test"}
+    texts = [text for split in splits.values() for text in split["text"]]
+    assert len(texts) == len(set(texts)) > 70
+    assert sum(map(len, splits["train"]["text"])) > 300_000
+
+
+@pytest.mark.parametrize("name", ["valid_txt", "validation_txt", "val_txt"])
+def test_a_folder_of_text_keeps_its_line_breaks(tmp_path, name):
+    folder = write_folder(tmp_path / "data", train_txt=LINES, test_txt=LINES[:5], **{name: LINES[:3]})
+    splits = load_text(TextArguments(dataset_name=folder))
+    assert {split: data.num_rows for split, data in splits.items()} == {"train": 40, "validation": 3, "test": 5}
+    assert splits["train"]["text"][0] == LINES[0]
+
+
+def test_one_file_is_split_at_its_end(tmp_path):
+    write_folder(tmp_path, all_txt=LINES)
+    splits = load_text(TextArguments(dataset_name=str(tmp_path / "all.txt")))
+    assert [line for split in ("train", "validation", "test") for line in splits[split]["text"]] == LINES
+    assert splits["test"].num_rows == 2
+
+
+@pytest.mark.parametrize("kind", ["parquet", "json", "csv"])
+def test_tables_of_text_with_a_column_of_another_name(tmp_path, kind):
+    data = Dataset.from_dict({"body": LINES, "number": range(40)})
+    getattr(data, f"to_{kind}")(str(tmp_path / f"train.{kind}"))
+    assert load_text(TextArguments(dataset_name=str(tmp_path), text_column_name="body"))["train"]["body"][1] == LINES[1]
+    with pytest.raises(SystemExit, match=r"no column 'text'; it has body, number\. Choose one with --text_column_name"):
+        load_text(TextArguments(dataset_name=str(tmp_path)))
+
+
+def test_what_is_not_there_is_refused(tmp_path):
+    with pytest.raises(SystemExit, match="There is no file or folder"):
+        load_text(TextArguments(dataset_name=str(tmp_path / "nowhere")))
+    with pytest.raises(SystemExit, match=r"has no training text: expected one of train\.txt"):
+        load_text(TextArguments(dataset_name=write_folder(tmp_path / "a", test_txt=LINES)))
+    with pytest.raises(SystemExit, match="different formats"):
+        load_text(TextArguments(dataset_name=write_folder(tmp_path / "b", train_txt=LINES, test_csv=LINES)))
+    (tmp_path / "picture.png").write_bytes(b"")
+    with pytest.raises(SystemExit, match="is none of"):
+        load_text(TextArguments(dataset_name=str(tmp_path / "picture.png")))
+
+
+def test_a_tokenizer_is_trained_and_loses_nothing():
+    arguments = TextArguments(vocab_size=400)
+    splits = load_text(arguments)
+    tokenizer = load_tokenizer(arguments, None, splits)
+    assert len(tokenizer) == 400
+    text = splits["test"]["text"][0]
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+
+
+def test_bare_vocabularies_load(tmp_path):
+    tokenizer = load_tokenizer(TextArguments(vocab_size=300), None, load_text(TextArguments()))
+    tokenizer.save_pretrained(tmp_path / "whole")
+    assert load_tokenizer(TextArguments(tokenizer_name=str(tmp_path / "whole")), None, {}).get_vocab() == tokenizer.get_vocab()
+    (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "Line", "line"]))
+    cased = load_tokenizer(TextArguments(tokenizer_name=str(tmp_path)), None, {})
+    assert cased("Line line", add_special_tokens=False)["input_ids"] == [5, 6]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SystemExit, match="has no tokenizer"):
+        load_tokenizer(TextArguments(tokenizer_name=str(tmp_path / "empty")), None, {})
+    with pytest.raises(SystemExit, match="The tokenizer no/where cannot be loaded: "):
+        load_tokenizer(TextArguments(tokenizer_name="no/where"), None, {})
+
+
+def test_a_bert_tokenizer_adds_nothing_that_a_gpt2_is_not_trained_with(tmp_path):
+    (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "##b"]))
+    tokenizer = load_tokenizer(TextArguments(tokenizer_name=str(tmp_path)), None, {})
+    tokenizer.save_pretrained(tmp_path / "saved")  # as beside the model
+    for each in (tokenizer, AutoTokenizer.from_pretrained(tmp_path / "saved")):
+        assert dict(each("ab a")) == {"input_ids": [5, 6, 5], "attention_mask": [1, 1, 1]}
+        assert each.decode([5, 6, 5]) == "ab a" and each.mask_token == "[MASK]"
+    assert dict(load_tokenizer(TextArguments(tokenizer_name=str(tmp_path / "saved")), None, {})("a"))["input_ids"] == [5]
+
+
+def test_tokens_in_order_and_words_with_line_ends():
+    arguments = TextArguments(vocab_size=300)
+    tokenizer = load_tokenizer(arguments, None, load_text(arguments))
+    text = tokenize(Dataset.from_dict({"text": LINES}), "text", tokenizer)
+    assert tokenizer.decode(text.tokens) == "".join(LINES)
+    assert text.tokens_per_word() == len(text.tokens) / (40 * (6 + 1))
+
+
+def test_line_ends_are_no_words_to_a_tokenizer_that_drops_them(tmp_path):
+    (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "b"]))
+    tokenizer = load_tokenizer(TextArguments(tokenizer_name=str(tmp_path)), None, {})
+    text = tokenize(Dataset.from_dict({"text": ["a b\n", "a\n"]}), "text", tokenizer)
+    assert (text.tokens.tolist(), text.tokens_per_word()) == ([5, 6, 5], 1.0)
+
+
+def test_tokens_per_word_of_a_part_are_those_of_that_part(tmp_path):
+    (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "##b"]))
+    tokenizer = load_tokenizer(TextArguments(tokenizer_name=str(tmp_path)), None, {})
+    text = tokenize(Dataset.from_dict({"text": ["a a a", "", "abbb"]}), "text", tokenizer)
+    assert [text.tokens_per_word(limit) for limit in (3, 7, None)] == [1.0, 7 / 4, 7 / 4]
+    assert text.tokens_per_word(5) == 5 / 3.5  # half of the last text
+    assert text.tokens_per_word(0) is None
+
+
+def test_blocks_hold_all_tokens_but_the_last_few():
+    blocks = cut_into_blocks(np.arange(23), 5)
+    assert blocks["input_ids"][:].flatten().tolist() == list(range(20))
+    assert cut_into_blocks(np.arange(23), 5, limit=2).num_rows == 2
+    with pytest.raises(SystemExit, match="23 tokens, less than one block of --block_size 24"):
+        cut_into_blocks(np.arange(23), 24)
