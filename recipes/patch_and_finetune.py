@@ -19,8 +19,10 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from huggingface_hub.errors import StrictDataclassError
 from torch.utils.data import DataLoader
 from transformers import (
+    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
     AutoConfig,
     AutoImageProcessor,
     AutoModelForCausalLM,
@@ -194,9 +196,9 @@ def main() -> None:
     name = value_of_flag("model_name_or_path")
     try:
         config: Any = None if name is None else AutoConfig.from_pretrained(name)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, StrictDataclassError) as error:
         raise SystemExit(f"--model_name_or_path {name} is no stock checkpoint: {error}") from None
-    is_image = type(config) in AutoModelForImageClassification._model_mapping
+    is_image = type(config) in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
     checkpoint, arguments, neural, training = parse_arguments(
         CheckpointArguments,
         ImageArguments if is_image else TextArguments,

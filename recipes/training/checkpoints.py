@@ -6,6 +6,7 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PreTrainedConfig
 
@@ -22,7 +23,7 @@ def load_checkpoint_config(name: str, family: ModelFamily, neural: NeuralArgumen
     """
     try:
         config = AutoConfig.from_pretrained(name)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, StrictDataclassError) as error:
         raise SystemExit(f"--model_name_or_path {name} is no checkpoint: {error}") from None
     stock_type = family[Arm.DOT].config.model_type
     if config.model_type not in {classes.config.model_type for classes in family.values()}:

@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import TrainerCallback, set_seed
 from transformers.trainer_callback import ExportableState
 
@@ -80,7 +81,7 @@ def run_arm(experiment: Experiment, arm: Arm) -> dict[str, Any]:
     set_seed(experiment.training.seed)
     try:
         model = experiment.initial_model(arm)
-    except ValueError as error:
+    except (ValueError, StrictDataclassError) as error:
         raise SystemExit(f"The {arm} model cannot be built: {error}") from None
     parameters = {name: parameter.numel() for name, parameter in model.named_parameters()}  # before they are sharded
     use_cache = getattr(model.config, "use_cache", None)
