@@ -1,7 +1,5 @@
 """Makes the models known to Transformers' Auto classes."""
 
-from contextlib import suppress
-
 from transformers import (
     MODEL_FOR_IMAGE_MAPPING,
     TOKENIZER_MAPPING,
@@ -64,6 +62,4 @@ def register_auto_classes() -> None:
         from transformers import ViTImageProcessor
 
         processors["torchvision"] = ViTImageProcessor
-    # up to Transformers 5.17 it is a stand-in without torchvision, and loads no image processor of any model
-    with suppress(ImportError):
-        AutoImageProcessor.register(NeuralViTConfig, image_processor_classes=processors, exist_ok=True)
+    AutoImageProcessor.register(NeuralViTConfig, image_processor_classes=processors, exist_ok=True)

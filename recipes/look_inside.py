@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import PIL.Image
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from matplotlib.figure import Figure
 from transformers import AutoImageProcessor, AutoTokenizer
 
@@ -125,7 +126,7 @@ def main() -> None:
             "surface": draw_surfaces(model, inputs, arguments.head),
             "health": draw_health(health),
         }
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, StrictDataclassError) as error:
         raise SystemExit(str(error)) from None
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     for name, figure in pictures.items():

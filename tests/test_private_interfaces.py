@@ -68,7 +68,7 @@ def test_it_is_where_it_was(interface: PrivateInterface):
 
 
 def test_a_moved_one_fails_with_a_sentence():
-    gone = PrivateInterface("_gone", "transformers:PreTrainedModel._gone", "It was there.", "transformers 5.16")
+    gone = PrivateInterface("_gone", "transformers:PreTrainedModel._gone", "It was there.", "transformers 5.18")
     with pytest.raises(pytest.fail.Exception, match=r"has no transformers\.PreTrainedModel\._gone, which hf_neural_attention"):
         test_it_is_where_it_was(gone)
 
