@@ -1,18 +1,38 @@
-"""What the README tells people to type works as it stands there."""
+"""What the README and the pages of docs/ tell people to type works as it stands there, and what they link to exists."""
 
+import ast
 import re
 from pathlib import Path
 
 import pytest
 from transformers import GPT2Config, GPT2LMHeadModel, GPT2Tokenizer
 
-from hf_neural_attention import NeuralGPT2Config, NeuralGPT2LMHeadModel
+import hf_neural_attention
+from hf_neural_attention import NeuralGPT2Config, NeuralGPT2LMHeadModel, analysis
 
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-SECTIONS = re.findall(r"^## (\w[\w ]*)\n(.*?)(?=^## |\Z)", README, re.MULTILINE | re.DOTALL)
-BLOCKS = [(heading, code) for heading, text in SECTIONS for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL)]
+GUIDES = {path.stem: path.read_text() for path in sorted((ROOT / "docs").glob("*.md"))}
+FENCE = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
+
+
+def python_blocks() -> list[tuple[str, str, str]]:
+    """Page, heading and code of each block."""
+    found = []
+    for page, text in {"README": README, **GUIDES}.items():
+        for section in re.split(r"^(?=#+ )", text, flags=re.MULTILINE):
+            heading = section.partition("\n")[0].lstrip("# ")
+            found += [(page, heading, code) for code in re.findall(r"```python\n(.*?)```", section, re.DOTALL)]
+    return found
+
+
+BLOCKS = python_blocks()
+# An export takes more than ten seconds
+CASES = [
+    pytest.param(*block, id=", ".join(block[:2]), marks=[pytest.mark.slow] if "exporters" in block[2] else [])
+    for block in BLOCKS
+]
 
 
 @pytest.fixture
@@ -28,36 +48,45 @@ def in_a_folder_with_models(tmp_path, monkeypatch):
     tokenizer.save_pretrained("openai-community/gpt2")
 
 
-def test_every_section_that_shows_code_is_found():
-    assert [heading for heading, _ in BLOCKS] == [
-        "Load",
-        "Train",
-        "Patch",
-        "Patch",
-        "Publish",
-        "How it works",
-        "Speed",
-        "Look inside",
-    ]
+def check(page: str, heading: str, scope: dict, printed: str) -> None:
+    """What a block is there to show."""
+    match page, heading:
+        case "README" | "patching", "Patch a model" | "How do I patch a model that I have?":
+            assert "transformer.h.1.attn" in printed
+            assert not any("scorer" in name for name, _ in scope["model"].named_parameters())
+        case "patching", "How do I replace the dot product without losing what the model knows?":
+            assert any("scorer" in name for name, _ in scope["model"].named_parameters())
+        case "patching", "How do I use peft with it?":
+            trained = [name for name, each in scope["model"].named_parameters() if each.requires_grad and "scorer" in name]
+            assert trained and Path("runs/patch/neural_patch.json").exists()
+        case "README", "Train a model":
+            assert Path("runs/readme/model/config.json").exists()
+        case "training", "Try it in a few minutes":
+            assert printed.startswith("The import statement")
+        case "training", "Train with `Trainer`" if "output" in scope:
+            assert scope["output"].shape == (1, 12, 100, 64)
+        case "speed-and-backends", "How much smaller is the cache?":
+            assert scope["tokens"].shape == (1, 8) and scope["same"].tolist() == scope["tokens"].tolist()
+        case "looking-inside", "Watch scorers while they train":
+            assert any(name.endswith("attn/score_std") for name in scope["trainer"].state.log_history[0])
 
 
-@pytest.mark.parametrize(("heading", "code"), BLOCKS, ids=[heading for heading, _ in BLOCKS])
-def test_the_blocks_run_as_written(heading, code, in_a_folder_with_models, capsys):
-    scope = {}
-    exec(compile(code, f"README, {heading}", "exec"), scope)
-    if heading == "Load":
-        assert capsys.readouterr().out.startswith("The import statement")
-    if heading == "Patch":
-        assert "transformer.h.1.attn" in capsys.readouterr().out
-        assert any("scorer" in name for name, _ in scope["model"].named_parameters()) == ("load_patch" in scope)
-    if heading == "Speed":
-        assert scope["tokens"].shape == (1, 8)
-    if heading == "How it works":
-        assert scope["output"].shape == (1, 12, 100, 64)
+def test_every_page_with_code_is_found():
+    pages = {page for page, _, _ in BLOCKS}
+    assert pages == {"README", "looking-inside", "patching", "publishing-and-export", "speed-and-backends", "training"}
+
+
+# Transformers' exporters use what torch deprecates, as in test_export_formats.py
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize(("page", "heading", "code"), CASES)
+def test_the_blocks_run_as_written(page, heading, code, in_a_folder_with_models, capsys):
+    scope: dict = {}
+    exec(compile(code, f"{page}, {heading}", "exec"), scope)
+    check(page, heading, scope, capsys.readouterr().out)
 
 
 def test_a_patched_checkpoint_computes_what_it_computed(in_a_folder_with_models):
-    (call,) = re.findall(r"^`(NeuralGPT2LMHeadModel\.from_pretrained\(.*\))`", README, re.MULTILINE)
+    (call,) = re.findall(r"^`(NeuralGPT2LMHeadModel\.from_pretrained\(.*\))`", GUIDES["patching"], re.MULTILINE)
     model = eval(call)
     stock = GPT2LMHeadModel.from_pretrained("openai-community/gpt2").eval()
     inputs = stock.dummy_inputs["input_ids"] % stock.config.vocab_size
@@ -66,15 +95,56 @@ def test_a_patched_checkpoint_computes_what_it_computed(in_a_folder_with_models)
     assert len([name for name, _ in model.named_parameters() if name.endswith("scorer.linear1.weight")]) == 2
 
 
+def test_the_readme_is_short():
+    assert len(README.splitlines()) <= 250
+
+
+def anchors_of(text: str) -> set[str]:
+    """Names by which GitHub, and the site, refer to headings."""
+    headings = re.findall(r"^#+ (.+)$", FENCE.sub("", text), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
+
+
 def test_commands_and_files_that_documents_name_exist():
-    for document in ("README.md", "recipes/README.md", "model_cards/README.md", "CONTRIBUTING.md"):
-        text = (ROOT / document).read_text()
-        for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", text):
-            assert ((ROOT / document).parent / target).exists(), f"{document} links to {target}"
-        for name in re.findall(r"(?:recipes|model_cards|assets)/[\w./-]+\.(?:py|yaml|md|png)", text):
-            assert (ROOT / name).exists(), f"{document} names {name}"
+    documents = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "recipes/README.md")]
+    documents += [ROOT / "hf_neural_attention/ops/README.md", *(ROOT / "docs").rglob("*.md")]
+    for document in documents:
+        text = document.read_text()
+        name = document.relative_to(ROOT)
+        for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)(?:#([^)]*))?\)", text):
+            file = document.parent / target if target else document
+            assert file.exists(), f"{name} links to {target}"
+            assert not anchor or anchor in anchors_of(file.read_text()), f"{name} links to {target}#{anchor}"
+        for file in re.findall(r"\b(?:recipes|model_cards|assets|tests|docs)/[\w./-]+\.(?:py|yaml|md|png|css)\b", text):
+            assert (ROOT / file).exists(), f"{name} names {file}"
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     assert set(re.findall(r"`?make ([a-z-]+)", README)) <= targets
+
+
+def test_the_readme_leads_to_every_guide():
+    assert set(re.findall(r"\]\(docs/([\w-]+)\.md\)", README)) == GUIDES.keys()
+
+
+def test_messages_that_troubleshooting_quotes_are_those_of_the_code():
+    literals = []
+    for path in (ROOT / "hf_neural_attention").rglob("*.py"):
+        nodes = ast.walk(ast.parse(path.read_text()))
+        literals += [node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    quotes = re.findall(r"^> .*(?:\n> .*)*", GUIDES["troubleshooting"], re.MULTILINE)
+    assert len(quotes) > 15
+    for quote in quotes:
+        text = re.sub(r"\n> ", " ", quote.removeprefix("> "))
+        for part in filter(None, re.split(r"\s*…\s*", text)):
+            assert any(part in literal for literal in literals), part
+
+
+def test_every_public_name_has_its_place_in_the_reference():
+    pages = "\n".join(path.read_text() for path in (ROOT / "docs/api").glob("*.md"))
+    places = re.findall(r"^::: ([\w.]+)$", pages, re.MULTILINE)
+    assert len(set(places)) == len(places)
+    wanted = {f"hf_neural_attention.{name}" for name in hf_neural_attention.__all__ if name != "__version__"}
+    wanted |= {f"hf_neural_attention.analysis.{name}" for name in analysis.__all__}
+    assert wanted <= set(places)
 
 
 def test_ci_runs_the_readmes_test_command():

@@ -147,7 +147,7 @@ def test_committed_reports_are_those_of_the_committed_runs(path, tmp_path):
         assert (copy / name).read_text() == (folder / name).read_text()
     found = load_results(study, folder)
     rows = summarize(study, found, load_costs(folder))
-    assert summary(study, found, rows) in (RECIPES.parent / "README.md").read_text()
+    assert summary(study, found, rows) in (RECIPES.parent / "docs" / "results.md").read_text()
     for name in ("report.png", "curves.png"):
         assert (copy / name).stat().st_size > 10_000 and (folder / name).exists()
     # the control has as many parameters as the largest scorers bring, and not many more
