@@ -11,7 +11,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist work
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test test-fast lint format types build clean
+.PHONY: help quickstart test test-fast lint format types docs build clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -44,9 +44,14 @@ format: $(STAMP) ## Fix style and formatting where that can be done by machine
 types: $(STAMP) ## Check types
 	$(BIN)/mypy
 
+# The variable silences a notice about the end of Material for MkDocs in 2027: what is printed then is a fault
+docs: $(STAMP) ## Build the documents as a site into site/, and check their links
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "Open site/index.html, or serve it with its search: $(PYTHON) -m http.server --directory site"
+
 build: $(STAMP) ## Build sdist and wheel into dist/
 	$(BIN)/python -m build --no-isolation
 
 clean: ## Remove .venv, caches and built files (trained models in runs/ stay)
-	rm -rf .venv build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis *.egg-info
+	rm -rf .venv build dist site .pytest_cache .ruff_cache .mypy_cache .hypothesis *.egg-info
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

@@ -75,7 +75,9 @@ def test_sdist_holds_what_a_clone_needs(distributions):
     with tarfile.open(distributions / f"{prefix}.tar.gz") as archive:
         names = {name.removeprefix(f"{prefix}/") for name in archive.getnames()}
     files = {"CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "LICENSE", "Makefile", "README.md", "constraints.txt"}
-    assert files | package_files() | {".ci/run", "pyproject.toml", "tests/conftest.py"} <= names
+    assert (
+        files | package_files() | {".ci/run", "docs/results.md", "mkdocs.yml", "pyproject.toml", "tests/conftest.py"} <= names
+    )
     unwanted = ("runs/", ".venv/", "build/", "dist/", ".git/")
     assert not [name for name in names if name.startswith(unwanted) or "__pycache__" in name]
 
