@@ -7,31 +7,62 @@ BIN := .venv/bin
 STAMP := .venv/installed
 
 # Each test process gets one core; together they use $(WORKERS)
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
+TESTS = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
+INSTALL := python -m pip install -q --disable-pip-version-check
+
+# Slow tests of what depends on versions most: models that bring their code to the Hub, and formats of other libraries
+VERSION_TESTS := tests/test_export.py tests/models/test_flat_folder.py tests/test_export_formats.py tests/recipes/test_quantize.py
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test test-fast lint format types docs build clean
+.PHONY: help quickstart test test-fast test-versions test-oldest test-newest coverage lint format types docs build release clean
 
 help: ## Show this list
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 22
 	@echo
 	@echo "  Variables: PYTHON=$(PYTHON) makes .venv, WORKERS=$(WORKERS) test processes"
 
 # The pins choose torch as well: without them pip would take whatever build is newest
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/$(INSTALL) -c constraints.txt -e '.[dev]'
 	@touch $@
 
 quickstart: $(STAMP) ## Train a small GPT-2 with Neural Attention and one with the dot product, and compare them
 	$(BIN)/python recipes/language_modeling.py recipes/configs/quickstart.yaml
 
 test: $(STAMP) ## Run all tests
-	$(PYTEST)
+	$(TESTS)
 
 test-fast: $(STAMP) ## Run the tests that are not marked slow
-	$(PYTEST) -m "not slow"
+	$(TESTS) -m "not slow"
+
+# Old libraries call what others have deprecated since: there, and only there, deprecations are no errors
+test-oldest: BIN := .venv-oldest/bin
+test-oldest: .venv-oldest/installed
+	$(TESTS) --allow-deprecations -m "not slow"
+	$(TESTS) --allow-deprecations -m slow $(VERSION_TESTS)
+
+.venv-oldest/installed: pyproject.toml constraints-oldest.txt
+	$(PYTHON) -m venv --clear .venv-oldest
+	.venv-oldest/bin/$(INSTALL) -c constraints-oldest.txt -e '.[dev]'
+	@touch $@
+
+# What is newest changes by the day, so this environment is made anew. torch is the pinned one: pip offers newer ones as CUDA
+# builds only
+test-newest: BIN := .venv-newest/bin
+test-newest:
+	$(PYTHON) -m venv --clear .venv-newest
+	grep '^torch==' constraints.txt > .venv-newest/constraints.txt
+	$(BIN)/$(INSTALL) -c .venv-newest/constraints.txt -e '.[dev]'
+	$(TESTS) -m "not slow"
+	$(TESTS) -m slow $(VERSION_TESTS)
+
+test-versions: test-oldest test-newest ## Run the fast tests with the oldest and with the newest versions of all libraries
+	@.venv-newest/bin/python -m tests.helpers.packages
+
+coverage: $(STAMP) ## Run the fast tests and list the lines that none of them ran
+	$(TESTS) -m "not slow" --cov --cov-report=term-missing:skip-covered
 
 lint: $(STAMP) ## Check style and formatting
 	$(BIN)/ruff check .
@@ -52,6 +83,10 @@ docs: $(STAMP) ## Build the documents as a site into site/, and check their link
 build: $(STAMP) ## Build sdist and wheel into dist/
 	$(BIN)/python -m build --no-isolation
 
+release: lint types ## Do everything of a release but the upload, for which it prints the commands
+	.ci/release
+
 clean: ## Remove .venv, caches and built files (trained models in runs/ stay)
-	rm -rf .venv build dist site .pytest_cache .ruff_cache .mypy_cache .hypothesis *.egg-info
+	rm -rf .venv .venv-oldest .venv-newest .coverage .coverage.* build dist site
+	rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis *.egg-info
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

@@ -3,7 +3,7 @@
 Importing this package registers its models with the Auto classes.
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 from .diagnostics import explain
 from .export import export_to_hub

@@ -3,7 +3,6 @@
 import os
 import re
 import subprocess
-import tomllib
 from importlib.metadata import distribution
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 from hf_neural_attention import __version__
+from tests.helpers.packages import OLDEST, PINNED, pins, project, requirements
 
 
 ROOT = Path(__file__).parents[1]
@@ -25,27 +25,6 @@ MACHINE_PATH = re.compile(r"(?<![\w.:/-])/(?:home|Users|root|work|opt|mnt|srv)/\
 
 def read(name: str) -> str:
     return (ROOT / name).read_text(encoding="utf-8")
-
-
-def project() -> dict:
-    return tomllib.loads(read("pyproject.toml"))["project"]
-
-
-def requirements() -> list[Requirement]:
-    """Everything that pyproject.toml names, but for its own extras."""
-    extras = project()["optional-dependencies"].values()
-    lines = [*project()["dependencies"], *(line for extra in extras for line in extra)]
-    return [requirement for requirement in map(Requirement, lines) if requirement.name != project()["name"]]
-
-
-def pins() -> dict[str, str]:
-    """Version of each package that constraints.txt names."""
-    lines = [line for line in read("constraints.txt").splitlines() if line and not line.startswith("#")]
-    assert all(re.fullmatch(r"[\w.-]+==[\w.]+", line) for line in lines), "pins are exact and for any platform"
-    pairs = [line.split("==") for line in lines]
-    names = [canonicalize_name(name) for name, _ in pairs]
-    assert len(set(names)) == len(names), "a package is pinned twice"
-    return dict(zip(names, (version for _, version in pairs), strict=True))
 
 
 def documented_variables() -> set[str]:
@@ -79,8 +58,20 @@ def test_license_is_complete_and_ours():
 
 
 @pytest.mark.parametrize("requirement", requirements(), ids=str)
-def test_constraints_satisfy_pyproject(requirement):
-    assert requirement.specifier.contains(pins()[canonicalize_name(requirement.name)])
+@pytest.mark.parametrize("file", (PINNED, OLDEST))
+def test_constraints_satisfy_pyproject(file: str, requirement: Requirement):
+    assert requirement.specifier.contains(pins(file)[canonicalize_name(requirement.name)])
+
+
+@pytest.mark.parametrize("requirement", requirements(), ids=str)
+def test_lower_bounds_are_what_the_oldest_environment_runs(requirement: Requirement):
+    (bound,) = [each.version for each in requirement.specifier if each.operator in (">=", "==")]
+    oldest = pins(OLDEST)[canonicalize_name(requirement.name)]
+    assert f"{oldest}.".startswith(f"{bound}."), "a bound that no test runs is a guess"
+
+
+def test_torch_is_the_same_in_both_constraints():
+    assert pins(OLDEST)["torch"] == pins(PINNED)["torch"], "other versions come as CUDA builds only, and are not tested"
 
 
 def test_oldest_python_runs_every_dependency():

@@ -23,6 +23,7 @@ from tests.helpers.neural_models import (
     one_and_all_layers,
     scorers,
 )
+from tests.helpers.versions import CHECKPOINTING
 
 
 ALL = {"neural_layers": "all", "neural_proj_dim": 4}
@@ -44,12 +45,12 @@ def test_gradient_checkpointing_changes_no_gradient(family: Family, implementati
     scorers(model)[0].register_forward_hook(lambda *arguments: calls.append(None))
     for reentrant in (None, False, True):
         if reentrant is not None:
-            model.activation_checkpointing_enable({"use_reentrant": reentrant})
+            getattr(model, f"{CHECKPOINTING}_enable")({"use_reentrant": reentrant})
             # the reentrant variant wants an input that requires a gradient
             model.enable_input_require_grads()
         torch.manual_seed(5)
         results.append(backward(model, **inputs))
-        model.activation_checkpointing_disable()
+        getattr(model, f"{CHECKPOINTING}_disable")()
     plain, *checkpointed = results
     assert any("scorer" in name for name in plain)
     assert len(calls) == 1 + 2 + 2, "checkpointed layers run again in backward"
@@ -227,7 +228,7 @@ def test_trainer(family: Family, checkpointing: bool, tmp_path):
         save_steps=2,
         logging_steps=1,
         disable_tqdm=True,
-        activation_checkpointing=checkpointing,
+        **{CHECKPOINTING: checkpointing},
     )
     trainer = Trainer(model, arguments, train_dataset=rows_of(family), eval_dataset=rows_of(family, 2))
     result = trainer.train()

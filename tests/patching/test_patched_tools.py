@@ -16,6 +16,7 @@ from hf_neural_attention.patching import PatchError
 from tests.helpers.comparing import assert_far, assert_near, assert_same_gradients, assert_same_state, backward, run
 from tests.helpers.neural_models import eager_and_sdpa, liven, scorers
 from tests.helpers.stock_models import FAMILIES, Family
+from tests.helpers.versions import CHECKPOINTING
 
 
 GPT2, LLAMA, MISTRAL, BERT, T5, VIT = (FAMILIES[name] for name in ("gpt2", "llama", "mistral", "bert", "t5", "vit"))
@@ -98,7 +99,7 @@ def test_gradient_checkpointing_changes_no_gradient(family: Family, mode: str):
     expected = backward(model, **inputs)
     assert all(any(f"{name}.scorer.linear1.weight" == each for each in expected) for name in family.layers)
     scorers(model)[0].register_forward_hook(lambda *arguments: calls.append(None))
-    model.activation_checkpointing_enable()
+    getattr(model, f"{CHECKPOINTING}_enable")()
     assert_same_gradients(backward(model, **inputs), expected)
     assert len(calls) == 2
 
