@@ -12,63 +12,20 @@ from ..models.neural_attention_blockwise import without_autocast
 from ..models.neural_attention_masking import dropout_threshold
 from ..models.neural_attention_reference import ScorerWeights, first_layer_of_key, first_layer_of_query
 from .native_build import BuildError, load_library
+from .native_interface import (
+    ELEMENT_TYPES,
+    PARAMETERS,
+    TOKENS,
+    BackwardResult,
+    ForwardResult,
+    Pointer,
+    Problem,
+    describe_tensor,
+)
 
-
-Int = ctypes.c_int64
-Pointer = ctypes.c_void_p
-
-ELEMENT_TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3, torch.bool: 4}
 
 # Microseconds of work. For less, waking a thread costs more than it gives
 PAIRS_PER_THREAD = 4096
-
-# What is differentiated, in the order of the operators' arguments
-TOKENS = ("query", "key", "value")
-PARAMETERS = ("query_weight", "query_bias", "key_weight", "key_bias", "weight2", "bias2", "weight3")
-
-
-class Tensor(ctypes.Structure):
-    """`Tensor` of native/problem.h."""
-
-    _fields_ = [("data", Pointer), ("strides", Int * 4), ("type", Int)]
-
-
-class Problem(ctypes.Structure):
-    """`Problem` of native/problem.h."""
-
-    _fields_ = [
-        *((name, Int) for name in ("batch", "heads", "kv_heads", "queries", "keys", "head_dim", "value_dim")),
-        *((name, Int) for name in ("hidden1", "hidden2")),
-        *((name, Int) for name in ("weight_sets", "keys_projected", "is_causal", "residual", "num_threads")),
-        *((name, Int) for name in ("drop_below", "has_dropout", "seed")),
-        ("residual_scale", ctypes.c_double),
-        *((name, Tensor) for name in ("query", "key", "value", "mask")),
-        *((name, Pointer) for name in PARAMETERS),
-    ]  # fmt: skip
-
-
-class ForwardResult(ctypes.Structure):
-    """`ForwardResult` of native/forward.h."""
-
-    _fields_ = [("output", Tensor), ("softmax", Pointer)]
-
-
-class BackwardResult(ctypes.Structure):
-    """`BackwardResult` of native/query_blocks.h."""
-
-    _fields_ = [
-        ("output", Tensor),
-        ("grad_output", Tensor),
-        ("softmax", Pointer),
-        *((f"grad_{name}", Tensor) for name in TOKENS),
-        *((f"grad_{name}", Pointer) for name in (*PARAMETERS, "mask")),
-    ]
-
-
-def describe(tensor: torch.Tensor | None) -> Tensor:
-    if tensor is None:
-        return Tensor()
-    return Tensor(tensor.data_ptr(), (Int * 4)(*tensor.stride()), ELEMENT_TYPES[tensor.dtype])
 
 
 def num_threads_for(num_pairs: int) -> int:
@@ -126,10 +83,10 @@ def describe_problem(
         has_dropout=dropout_seed is not None,
         seed=0 if dropout_seed is None else int(dropout_seed),
         residual_scale=residual_scale or 0.0,
-        query=describe(query),
-        key=describe(key),
-        value=describe(value),
-        mask=describe(mask),
+        query=describe_tensor(query),
+        key=describe_tensor(key),
+        value=describe_tensor(value),
+        mask=describe_tensor(mask),
     )
     for name, parameter in zip(PARAMETERS, parameters, strict=True):
         setattr(problem, name, None if parameter is None else parameter.data_ptr())
@@ -175,7 +132,7 @@ def native_forward(
         attn_mask, dropout_seed, dropout_p, is_causal, residual_scale,
     )  # fmt: skip
     features = weight2.new_empty(library.working_memory(ctypes.byref(problem)))
-    result = ForwardResult(describe(output), softmax.data_ptr())
+    result = ForwardResult(describe_tensor(output), softmax.data_ptr())
     library.forward(ctypes.byref(problem), Pointer(features.data_ptr()), ctypes.byref(result))
     del keep
     return output, softmax
@@ -226,9 +183,11 @@ def native_backward(
         return [gradient.zero_() for gradient in gradients]
     library = library_for(weight2.dtype)
     problem, keep = describe_problem(*tensors, dropout_seed, dropout_p, is_causal, residual_scale)
-    result = BackwardResult(output=describe(output), grad_output=describe(grad_output), softmax=softmax.data_ptr())
+    result = BackwardResult(
+        output=describe_tensor(output), grad_output=describe_tensor(grad_output), softmax=softmax.data_ptr()
+    )
     for name, gradient in zip(TOKENS, gradients, strict=False):
-        setattr(result, f"grad_{name}", describe(gradient))
+        setattr(result, f"grad_{name}", describe_tensor(gradient))
     for name, gradient in zip(PARAMETERS, gradients[len(TOKENS) :], strict=False):
         setattr(result, f"grad_{name}", gradient.data_ptr() if gradient.numel() else None)
     of_pairs = None
