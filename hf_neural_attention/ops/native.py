@@ -5,6 +5,7 @@ Arithmetic is in float32 (float64 for float64 inputs); float32, bfloat16 and flo
 """
 
 import ctypes
+from typing import NamedTuple
 
 import torch
 
@@ -12,63 +13,52 @@ from ..models.neural_attention_blockwise import without_autocast
 from ..models.neural_attention_masking import dropout_threshold
 from ..models.neural_attention_reference import ScorerWeights, first_layer_of_key, first_layer_of_query
 from .native_build import BuildError, load_library
+from .native_interface import (
+    ELEMENT_TYPES,
+    PARAMETERS,
+    TOKENS,
+    BackwardResult,
+    ForwardResult,
+    Pointer,
+    Problem,
+    describe_tensor,
+)
+from .operators import Tensors, define_operators
 
-
-Int = ctypes.c_int64
-Pointer = ctypes.c_void_p
-
-ELEMENT_TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3, torch.bool: 4}
 
 # Microseconds of work. For less, waking a thread costs more than it gives
 PAIRS_PER_THREAD = 4096
 
-# What is differentiated, in the order of the operators' arguments
-TOKENS = ("query", "key", "value")
-PARAMETERS = ("query_weight", "query_bias", "key_weight", "key_bias", "weight2", "bias2", "weight3")
 
+class NativeArguments(NamedTuple):
+    """What the kernels are called with: the list of the operators' arguments.
 
-class Tensor(ctypes.Structure):
-    """`Tensor` of native/problem.h."""
+    All weights are in float32, or all in float64; the kernels compute in that. They have a leading dimension `H` where every
+    query head has its own.
+    """
 
-    _fields_ = [("data", Pointer), ("strides", Int * 4), ("type", Int)]
+    # of any floating dtype and strides
+    query: torch.Tensor  # [B, H, Tq, D]
+    key: torch.Tensor  # [B, Hkv, Tk, D]; projected, [B, Hkv or H, Tk, h1]
+    value: torch.Tensor  # [B, Hkv, Tk, Dv]
+    # the first layer by token: `first_layer_of_query` and `first_layer_of_key`
+    query_weight: torch.Tensor  # [H, h1, D] or [h1, D]
+    query_bias: torch.Tensor  # [H, h1] or [h1]
+    key_weight: torch.Tensor | None  # None: keys are projected
+    key_bias: torch.Tensor | None
+    # the layers by pair
+    weight2: torch.Tensor  # [H, h2, h1] or [h2, h1]
+    bias2: torch.Tensor  # [H, h2] or [h2]
+    weight3: torch.Tensor  # [H, h2] or [h2]
+    attn_mask: torch.Tensor | None  # four dimensions that broadcast to [B, H, Tq, Tk]
+    dropout_seed: torch.Tensor | None  # [1], int64
+    dropout_p: float
+    is_causal: bool
+    residual_scale: float | None  # None: the scores are the network's alone
 
-
-class Problem(ctypes.Structure):
-    """`Problem` of native/problem.h."""
-
-    _fields_ = [
-        *((name, Int) for name in ("batch", "heads", "kv_heads", "queries", "keys", "head_dim", "value_dim")),
-        *((name, Int) for name in ("hidden1", "hidden2")),
-        *((name, Int) for name in ("weight_sets", "keys_projected", "is_causal", "residual", "num_threads")),
-        *((name, Int) for name in ("drop_below", "has_dropout", "seed")),
-        ("residual_scale", ctypes.c_double),
-        *((name, Tensor) for name in ("query", "key", "value", "mask")),
-        *((name, Pointer) for name in PARAMETERS),
-    ]  # fmt: skip
-
-
-class ForwardResult(ctypes.Structure):
-    """`ForwardResult` of native/forward.h."""
-
-    _fields_ = [("output", Tensor), ("softmax", Pointer)]
-
-
-class BackwardResult(ctypes.Structure):
-    """`BackwardResult` of native/query_blocks.h."""
-
-    _fields_ = [
-        ("output", Tensor),
-        ("grad_output", Tensor),
-        ("softmax", Pointer),
-        *((f"grad_{name}", Tensor) for name in TOKENS),
-        *((f"grad_{name}", Pointer) for name in (*PARAMETERS, "mask")),
-    ]
-
-
-def describe(tensor: torch.Tensor | None) -> Tensor:
-    if tensor is None:
-        return Tensor()
-    return Tensor(tensor.data_ptr(), (Int * 4)(*tensor.stride()), ELEMENT_TYPES[tensor.dtype])
+    @property
+    def is_empty(self) -> bool:
+        return self.query.numel() == 0 or self.value.numel() == 0
 
 
 def num_threads_for(num_pairs: int) -> int:
@@ -83,201 +73,110 @@ def library_for(dtype: torch.dtype) -> ctypes.CDLL:
     return library
 
 
-def describe_problem(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    query_weight: torch.Tensor,
-    query_bias: torch.Tensor,
-    key_weight: torch.Tensor | None,
-    key_bias: torch.Tensor | None,
-    weight2: torch.Tensor,
-    bias2: torch.Tensor,
-    weight3: torch.Tensor,
-    attn_mask: torch.Tensor | None,
-    dropout_seed: torch.Tensor | None,
-    dropout_p: float,
-    is_causal: bool,
-    residual_scale: float | None,
-) -> tuple[Problem, list[torch.Tensor | None]]:
+def describe_problem(arguments: NativeArguments) -> tuple[Problem, list[torch.Tensor | None]]:
     """The arguments as the kernels take them, and the tensors that must outlive the call."""
+    query, key, value, weight2 = arguments.query, arguments.key, arguments.value, arguments.weight2
     batch, heads, queries, head_dim = query.shape
-    mask = None if attn_mask is None else attn_mask.expand(batch, heads, queries, key.shape[2])
-    parameters = [
-        None if tensor is None else tensor.contiguous()
-        for tensor in (query_weight, query_bias, key_weight, key_bias, weight2, bias2, weight3)
-    ]
+    keys = key.shape[2]
+    mask = None if arguments.attn_mask is None else arguments.attn_mask.expand(batch, heads, queries, keys)
     problem = Problem(
         batch=batch,
         heads=heads,
         kv_heads=value.shape[1],
         queries=queries,
-        keys=key.shape[2],
+        keys=keys,
         head_dim=head_dim,
         value_dim=value.shape[3],
         hidden1=weight2.shape[-1],
         hidden2=weight2.shape[-2],
         weight_sets=heads if weight2.dim() == 3 else 1,
-        keys_projected=key_weight is None,
-        is_causal=is_causal,
-        residual=residual_scale is not None,
-        num_threads=num_threads_for(batch * heads * queries * key.shape[2]),
-        drop_below=dropout_threshold(dropout_p),
-        has_dropout=dropout_seed is not None,
-        seed=0 if dropout_seed is None else int(dropout_seed),
-        residual_scale=residual_scale or 0.0,
-        query=describe(query),
-        key=describe(key),
-        value=describe(value),
-        mask=describe(mask),
+        keys_projected=arguments.key_weight is None,
+        is_causal=arguments.is_causal,
+        residual=arguments.residual_scale is not None,
+        num_threads=num_threads_for(batch * heads * queries * keys),
+        drop_below=dropout_threshold(arguments.dropout_p),
+        has_dropout=arguments.dropout_seed is not None,
+        seed=0 if arguments.dropout_seed is None else int(arguments.dropout_seed),
+        residual_scale=arguments.residual_scale or 0.0,
+        query=describe_tensor(query),
+        key=describe_tensor(key),
+        value=describe_tensor(value),
+        mask=describe_tensor(mask),
     )
-    for name, parameter in zip(PARAMETERS, parameters, strict=True):
-        setattr(problem, name, None if parameter is None else parameter.data_ptr())
-    return problem, [*parameters, mask]
+    given = {name: getattr(arguments, name) for name in PARAMETERS}
+    parameters = {name: tensor.contiguous() for name, tensor in given.items() if tensor is not None}
+    for name, parameter in parameters.items():
+        setattr(problem, name, parameter.data_ptr())
+    return problem, [mask, *parameters.values()]
 
 
-def is_empty(query: torch.Tensor, value: torch.Tensor) -> bool:
-    return query.numel() == 0 or value.numel() == 0
-
-
-@torch.library.custom_op("hf_neural_attention::native_forward", mutates_args=(), device_types="cpu")
-def native_forward(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    query_weight: torch.Tensor,
-    query_bias: torch.Tensor,
-    key_weight: torch.Tensor | None,
-    key_bias: torch.Tensor | None,
-    weight2: torch.Tensor,
-    bias2: torch.Tensor,
-    weight3: torch.Tensor,
-    attn_mask: torch.Tensor | None,
-    dropout_seed: torch.Tensor | None,
-    dropout_p: float,
-    is_causal: bool,
-    residual_scale: float | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def allocate_outputs(arguments: NativeArguments) -> tuple[torch.Tensor, torch.Tensor]:
     """Output `[B, H, Tq, Dv]` in the query's dtype; and what the softmax of each row was, `[B, H, Tq, 2]`, in the weights'
     dtype: pivot `m` and `1 / sum(2^(score - m))`, with scores in units of log2(e).
 
-    `query`, `key` and `value` may have any floating dtype and strides. The weights, in float32 or float64, are those of the
-    first layer by token (`first_layer_of_query`, `first_layer_of_key`; None for projected keys) and of the layers by pair.
-    `attn_mask` has four dimensions. The output lies in memory as `[B, Tq, H, Dv]`, which is what attention modules turn it
-    into.
+    The output lies in memory as `[B, Tq, H, Dv]`, which is what attention modules turn it into.
     """
-    output, softmax = allocate_outputs(query, value, weight2.dtype)
-    if is_empty(query, value):
-        return output.zero_(), softmax.zero_()
-    library = library_for(weight2.dtype)
-    problem, keep = describe_problem(
-        query, key, value, query_weight, query_bias, key_weight, key_bias, weight2, bias2, weight3,
-        attn_mask, dropout_seed, dropout_p, is_causal, residual_scale,
-    )  # fmt: skip
-    features = weight2.new_empty(library.working_memory(ctypes.byref(problem)))
-    result = ForwardResult(describe(output), softmax.data_ptr())
+    batch, heads, queries, _ = arguments.query.shape
+    output = arguments.query.new_empty(batch, queries, heads, arguments.value.shape[-1]).transpose(1, 2)
+    return output, arguments.weight2.new_empty(batch, heads, queries, 2)
+
+
+def run_forward(arguments: NativeArguments, output: torch.Tensor, softmax: torch.Tensor) -> None:
+    if arguments.is_empty:
+        output.zero_()
+        softmax.zero_()
+        return
+    library = library_for(arguments.weight2.dtype)
+    problem, keep = describe_problem(arguments)
+    features = arguments.weight2.new_empty(library.working_memory(ctypes.byref(problem)))
+    result = ForwardResult(describe_tensor(output), softmax.data_ptr())
     library.forward(ctypes.byref(problem), Pointer(features.data_ptr()), ctypes.byref(result))
     del keep
-    return output, softmax
 
 
-def allocate_outputs(
-    query: torch.Tensor, value: torch.Tensor, softmax_dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor]:
-    batch, heads, queries, _ = query.shape
-    output = query.new_empty(batch, queries, heads, value.shape[-1]).transpose(1, 2)
-    return output, query.new_empty(batch, heads, queries, 2, dtype=softmax_dtype)
+def allocate_gradient(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    # kernels write to those of parameters as they lie in memory
+    return torch.empty_like(tensor) if name in TOKENS else tensor.new_empty(tensor.shape)
 
 
-@native_forward.register_fake
-def _(query, key, value, query_weight, query_bias, key_weight, key_bias, weight2, *_):
-    return allocate_outputs(query, value, weight2.dtype)
-
-
-@torch.library.custom_op("hf_neural_attention::native_backward", mutates_args=(), device_types="cpu")
-def native_backward(
-    grad_output: torch.Tensor,
-    output: torch.Tensor,
-    softmax: torch.Tensor,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    query_weight: torch.Tensor,
-    query_bias: torch.Tensor,
-    key_weight: torch.Tensor | None,
-    key_bias: torch.Tensor | None,
-    weight2: torch.Tensor,
-    bias2: torch.Tensor,
-    weight3: torch.Tensor,
-    attn_mask: torch.Tensor | None,
-    dropout_seed: torch.Tensor | None,
-    dropout_p: float,
-    is_causal: bool,
-    residual_scale: float | None,
-    mask_needs_grad: bool,
-) -> list[torch.Tensor]:
-    """Gradients of `TOKENS`, `PARAMETERS` and the mask, each of its input's shape and dtype; empty for inputs that are None.
-
-    A caller that asks for the gradient of a mask pays for every pair.
-    """
-    tensors = (query, key, value, query_weight, query_bias, key_weight, key_bias, weight2, bias2, weight3, attn_mask)
-    gradients = allocate_gradients(tensors, mask_needs_grad)
-    if is_empty(query, value):
-        return [gradient.zero_() for gradient in gradients]
-    library = library_for(weight2.dtype)
-    problem, keep = describe_problem(*tensors, dropout_seed, dropout_p, is_causal, residual_scale)
-    result = BackwardResult(output=describe(output), grad_output=describe(grad_output), softmax=softmax.data_ptr())
-    for name, gradient in zip(TOKENS, gradients, strict=False):
-        setattr(result, f"grad_{name}", describe(gradient))
-    for name, gradient in zip(PARAMETERS, gradients[len(TOKENS) :], strict=False):
-        setattr(result, f"grad_{name}", gradient.data_ptr() if gradient.numel() else None)
+def run_backward(
+    arguments: NativeArguments, grad_output: torch.Tensor, output: torch.Tensor, softmax: torch.Tensor, gradients: Tensors
+) -> None:
+    """A caller that asks for the gradient of a mask pays for every pair."""
+    if arguments.is_empty:
+        for gradient in gradients.values():
+            gradient.zero_()
+        return
+    library = library_for(arguments.weight2.dtype)
+    problem, keep = describe_problem(arguments)
+    result = BackwardResult(
+        output=describe_tensor(output), grad_output=describe_tensor(grad_output), softmax=softmax.data_ptr()
+    )
+    for name in TOKENS:
+        setattr(result, f"grad_{name}", describe_tensor(gradients[name]))
+    for name in PARAMETERS:
+        if name in gradients:
+            setattr(result, f"grad_{name}", gradients[name].data_ptr())
     of_pairs = None
-    if mask_needs_grad:
+    if "attn_mask" in gradients:
         # the kernel never writes to the pairs that a mask leaves out
-        of_pairs = weight2.new_zeros(*query.shape[:3], key.shape[2])
+        of_pairs = arguments.weight2.new_zeros(*arguments.query.shape[:3], arguments.key.shape[2])
         result.grad_mask = of_pairs.data_ptr()
     library.backward(ctypes.byref(problem), ctypes.byref(result))
     del keep
-    if of_pairs is not None and attn_mask is not None:
-        gradients[-1].copy_(of_pairs.sum_to_size(attn_mask.shape))
-    return gradients
+    if of_pairs is not None:
+        gradients["attn_mask"].copy_(of_pairs.sum_to_size(gradients["attn_mask"].shape))
 
 
-def allocate_gradients(tensors: tuple[torch.Tensor | None, ...], mask_needs_grad: bool) -> list[torch.Tensor]:
-    *inputs, attn_mask = tensors
-    query = tensors[0]
-    assert query is not None
-    kept = [*inputs, attn_mask if mask_needs_grad else None]
-    tokens = [query.new_empty(0) if tensor is None else torch.empty_like(tensor) for tensor in kept[: len(TOKENS)]]
-    # kernels write to the others as they lie in memory
-    rest = kept[len(TOKENS) :]
-    return tokens + [query.new_empty(0) if tensor is None else tensor.new_empty(tensor.shape) for tensor in rest]
-
-
-@native_backward.register_fake
-def _(grad_output, output, softmax, query, key, value, query_weight, query_bias, key_weight, key_bias, weight2, bias2, weight3,
-      attn_mask, dropout_seed, dropout_p, is_causal, residual_scale, mask_needs_grad):  # fmt: skip
-    tensors = (query, key, value, query_weight, query_bias, key_weight, key_bias, weight2, bias2, weight3, attn_mask)
-    return allocate_gradients(tensors, mask_needs_grad)
-
-
-def setup_context(ctx, inputs, output):
-    *tensors, ctx.dropout_p, ctx.is_causal, ctx.residual_scale = inputs
-    ctx.mask_needs_grad = tensors[10] is not None and ctx.needs_input_grad[10]
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(*output, *tensors)
-
-
-def backward(ctx, grad_output, _):
-    output, softmax, *tensors = ctx.saved_tensors
-    gradients = native_backward(
-        grad_output, output, softmax, *tensors, ctx.dropout_p, ctx.is_causal, ctx.residual_scale, ctx.mask_needs_grad
-    )
-    present = [*(tensor is not None for tensor in tensors[:10]), ctx.mask_needs_grad]
-    return (*(gradient if here else None for gradient, here in zip(gradients, present, strict=True)), *[None] * 4)
-
-
-native_forward.register_autograd(backward, setup_context=setup_context)
+native_forward, native_backward = define_operators(
+    "native",
+    NativeArguments,
+    allocate_outputs=allocate_outputs,
+    run_forward=run_forward,
+    allocate_gradient=allocate_gradient,
+    run_backward=run_backward,
+    device_types="cpu",
+)
 
 
 def native_attention(
@@ -309,11 +208,24 @@ def native_attention(
         if attn_mask is not None and attn_mask.dtype not in ELEMENT_TYPES:
             attn_mask = attn_mask.float()
         weights = weights.to(torch.promote_types(query.dtype, torch.float32))
-        output, _ = native_forward(
-            *(query, key, value),
-            *first_layer_of_query(weights),
-            *((None, None) if keys_projected else first_layer_of_key(weights)),
-            *(weights.weight2, weights.bias2, weights.weight3.squeeze(-2)),
-            *(attn_mask, dropout_seed, dropout_p, is_causal, residual_scale),
+        query_weight, query_bias = first_layer_of_query(weights)
+        key_weight, key_bias = (None, None) if keys_projected else first_layer_of_key(weights)
+        arguments = NativeArguments(
+            query=query,
+            key=key,
+            value=value,
+            query_weight=query_weight,
+            query_bias=query_bias,
+            key_weight=key_weight,
+            key_bias=key_bias,
+            weight2=weights.weight2,
+            bias2=weights.bias2,
+            weight3=weights.weight3.squeeze(-2),
+            attn_mask=attn_mask,
+            dropout_seed=dropout_seed,
+            dropout_p=dropout_p,
+            is_causal=is_causal,
+            residual_scale=residual_scale,
         )
+        output, _ = native_forward(*arguments)
     return output

@@ -3,7 +3,7 @@
 pip installs pure Python. The library goes into a cache of the user's, under a name made of everything that it depends on:
 sources, flags, compiler, torch, CPU, kind of number. So several versions, machines with one home and processes that start
 together do not disturb each other. Its checksum lies beside it, and what does not match or does not load is compiled anew: to
-load half a library would end the process.
+load half a library would end the process. What loads must agree with `native_interface` before it is used.
 """
 
 import ctypes
@@ -21,6 +21,8 @@ from typing import Any
 
 import torch
 from filelock import FileLock
+
+from .native_interface import declare_functions
 
 
 logger = logging.getLogger(__name__)
@@ -225,7 +227,10 @@ def load_library(dtype: torch.dtype) -> ctypes.CDLL | BuildError:
         return error
     except OSError as error:
         return BuildError(f"{error}: set HF_NEURAL_ATTENTION_CACHE to a folder that can be written to")
-    library.working_memory.restype = ctypes.c_int64
-    for function in (library.forward, library.backward):
-        function.restype = None
+    if difference := declare_functions(library, dtype):
+        return BuildError(
+            f"the compiled kernel and Python do not agree ({difference}), so nothing is computed with it: the package's files "
+            "are damaged, or of several versions. Install hf_neural_attention again and delete "
+            f"{path}, which is then compiled anew"
+        )
     return library

@@ -10,13 +10,14 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from ..models.neural_attention_blockwise import without_autocast
 from ..models.neural_attention_masking import dropout_threshold
 from ..models.neural_attention_reference import ScorerWeights, apply_linear, expand_heads, first_layer_of_query, key_features
+from .operators import Tensors, define_operators
 from .triton_blocks import Blocks, choose_blocks, kernel_constants
 
 
@@ -69,61 +70,69 @@ def strides(tensor: torch.Tensor | None) -> tuple[int, ...]:
     return (0, 0, 0, 0) if tensor is None else tensor.stride()
 
 
+class TritonArguments(NamedTuple):
+    """What the kernels are called with: the list of the operators' arguments.
+
+    Tensors are in the query's dtype, but where it says float32: those are in what the kernels compute in, which is float64
+    for float64 queries.
+    """
+
+    u: torch.Tensor  # [B, H, Tq, h1], float32
+    w: torch.Tensor  # [B, Hkv, Tk, h1], float32
+    value: torch.Tensor  # [B, Hkv, Tk, Dv]
+    weight2: torch.Tensor  # [1 or H, h2, h1], float32
+    bias2: torch.Tensor  # [1 or H, h2], float32
+    weight3: torch.Tensor  # [1 or H, 1, h2], float32
+    query: torch.Tensor | None  # [B, H, Tq, D], scaled; None: the scores are the network's alone
+    key: torch.Tensor | None  # [B, Hkv, Tk, D]
+    attn_mask: torch.Tensor | None  # four dimensions that broadcast to [B, H, Tq, Tk]; bool or float
+    dropout_seed: torch.Tensor | None  # [1], int64
+    dropout_p: float
+    is_causal: bool
+
+
 class Problem:
     """What the three kernels have in common: their inputs, sizes and constants."""
 
-    def __init__(
-        self,
-        u: torch.Tensor,
-        w: torch.Tensor,
-        value: torch.Tensor,
-        weight2: torch.Tensor,
-        bias2: torch.Tensor,
-        weight3: torch.Tensor,
-        query: torch.Tensor | None,
-        key: torch.Tensor | None,
-        attn_mask: torch.Tensor | None,
-        dropout_seed: torch.Tensor | None,
-        dropout_p: float,
-        is_causal: bool,
-    ):
-        self.batch, self.heads, self.queries, first = u.shape
+    def __init__(self, arguments: TritonArguments):
+        value, query, weight2 = arguments.value, arguments.query, arguments.weight2
+        self.batch, self.heads, self.queries, first = arguments.u.shape
         self.kv_heads, self.keys, self.value_dim = value.shape[1:]
         self.head_dim = 0 if query is None else query.shape[-1]
         self.hidden = first, weight2.shape[-2]
         self.itemsize = value.element_size()
-        self.device = u.device
+        self.device = arguments.u.device
         mask = kind = None
-        if attn_mask is not None:
-            mask = attn_mask.expand(self.batch, self.heads, self.queries, self.keys)
+        if arguments.attn_mask is not None:
+            mask = arguments.attn_mask.expand(self.batch, self.heads, self.queries, self.keys)
             kind = "bool" if mask.dtype == torch.bool else "float"
             mask = mask.view(torch.uint8) if kind == "bool" else mask
             if max(mask.stride()[2:]) > MAX_MASK_STRIDE:
                 mask = mask.contiguous()
         self.inputs = {
-            "p_u": u,
-            "p_w": w,
+            "p_u": arguments.u,
+            "p_w": arguments.w,
             "p_v": value,
             "p_weight2": weight2.contiguous(),
-            "p_bias2": bias2.contiguous(),
-            "p_weight3": weight3.contiguous(),
+            "p_bias2": arguments.bias2.contiguous(),
+            "p_weight3": arguments.weight3.contiguous(),
             "p_q": query,
-            "p_k": key,
+            "p_k": arguments.key,
             "p_mask": mask,
-            "p_seed": dropout_seed,
+            "p_seed": arguments.dropout_seed,
         }
         self.sizes = {
             **{f"s_{name}": strides(self.inputs[f"p_{name}"]) for name in ("u", "w", "v", "q", "k", "mask")},
             "num_bh": self.batch * self.heads,
             "num_heads": self.heads,
             "groups": self.heads // self.kv_heads,
-            "threshold": dropout_threshold(dropout_p),
+            "threshold": dropout_threshold(arguments.dropout_p),
             "T_q": self.queries,
             "T_k": self.keys,
         }
         self.flags = {
             "PER_HEAD": weight2.shape[0] > 1,
-            "IS_CAUSAL": is_causal,
+            "IS_CAUSAL": arguments.is_causal,
             "MASK": {None: 0, "bool": 1, "float": 2}[kind],
             "WIDEN": value.dtype == torch.bfloat16 and value.device.type != "cuda",
         }
@@ -139,83 +148,58 @@ class Problem:
             )
 
 
-@torch.library.custom_op("hf_neural_attention::triton_forward", mutates_args=())
-def triton_forward(
-    u: torch.Tensor,
-    w: torch.Tensor,
-    value: torch.Tensor,
-    weight2: torch.Tensor,
-    bias2: torch.Tensor,
-    weight3: torch.Tensor,
-    query: torch.Tensor | None,
-    key: torch.Tensor | None,
-    attn_mask: torch.Tensor | None,
-    dropout_seed: torch.Tensor | None,
-    dropout_p: float,
-    is_causal: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def allocate_outputs(arguments: TritonArguments) -> tuple[torch.Tensor, torch.Tensor]:
     """Output `[B, H, Tq, Dv]` in the value's dtype, and `[2, B, H, Tq]`, what backward must know of each softmax.
 
     That is the largest score of each row and the sum of `exp(score - largest)`; one number for both, their logarithm, would
-    lose the sum beside a mask of the lowest float32 number. `u`, the weights `[1 or H, ...]` and `w` are in float32 (float64
-    for float64 values), value, query (scaled) and key in one dtype; `w`, value and key have `Hkv` heads; `attn_mask` has four
-    dimensions.
+    lose the sum beside a mask of the lowest float32 number.
     """
-    problem = Problem(u, w, value, weight2, bias2, weight3, query, key, attn_mask, dropout_seed, dropout_p, is_causal)
-    output = value.new_empty(*u.shape[:3], value.shape[-1])
-    statistics = u.new_empty(2, *u.shape[:3])
-    if problem.keys == 0:
-        return output.zero_(), statistics.zero_()
-    if output.numel() == 0:
-        return output, statistics
+    rows = arguments.u.shape[:3]
+    return arguments.value.new_empty(*rows, arguments.value.shape[-1]), arguments.u.new_empty(2, *rows)
+
+
+def run_forward(arguments: TritonArguments, output: torch.Tensor, statistics: torch.Tensor) -> None:
+    problem = Problem(arguments)
+    if problem.keys == 0 or output.numel() == 0:
+        output.zero_()
+        statistics.zero_()
+        return
     from .triton_forward import neural_attention_fwd_kernel
 
     blocks = problem.blocks("forward")
     num_programs = problem.batch * problem.heads * -(-problem.queries // blocks.queries)
     problem.launch("forward", neural_attention_fwd_kernel, blocks, num_programs, p_o=output, p_stats=statistics)
-    return output, statistics
 
 
-@triton_forward.register_fake
-def _(u, w, value, weight2, bias2, weight3, query, key, attn_mask, dropout_seed, dropout_p, is_causal):
-    return value.new_empty(*u.shape[:3], value.shape[-1]), u.new_empty(2, *u.shape[:3])
+def allocate_gradient(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.new_empty(tensor.shape)
 
 
-@torch.library.custom_op("hf_neural_attention::triton_backward", mutates_args=())
-def triton_backward(
-    grad_output: torch.Tensor,
-    output: torch.Tensor,
-    statistics: torch.Tensor,
-    u: torch.Tensor,
-    w: torch.Tensor,
-    value: torch.Tensor,
-    weight2: torch.Tensor,
-    bias2: torch.Tensor,
-    weight3: torch.Tensor,
-    query: torch.Tensor | None,
-    key: torch.Tensor | None,
-    attn_mask: torch.Tensor | None,
-    dropout_seed: torch.Tensor | None,
-    dropout_p: float,
-    is_causal: bool,
-    mask_needs_grad: bool,
-) -> list[torch.Tensor]:
-    """Gradients of u, w, value, weight2, bias2, weight3, query, key and attn_mask; empty tensors for those not asked."""
-    gradients = allocate_gradients(u, w, value, weight2, bias2, weight3, query, key, attn_mask, mask_needs_grad)
-    grad_u, grad_w, grad_value, grad_weight2, grad_bias2, grad_weight3, grad_query, grad_key, grad_mask = gradients
-    problem = Problem(u, w, value, weight2, bias2, weight3, query, key, attn_mask, dropout_seed, dropout_p, is_causal)
+def run_backward(
+    arguments: TritonArguments, grad_output: torch.Tensor, output: torch.Tensor, statistics: torch.Tensor, gradients: Tensors
+) -> None:
+    problem = Problem(arguments)
     if problem.keys == 0 or output.numel() == 0:
-        return [gradient.zero_() for gradient in gradients]
+        for gradient in gradients.values():
+            gradient.zero_()
+        return
     from .triton_backward import neural_attention_bwd_key_kernel, neural_attention_bwd_query_kernel
 
+    u, weight2, bias2, weight3 = arguments.u, arguments.weight2, arguments.bias2, arguments.weight3
     blocks = problem.blocks("query")
     num_blocks = -(-problem.queries // blocks.queries)
     first, second = problem.hidden
     sums = u.new_empty(problem.batch, problem.heads, num_blocks, second, first + 1)
-    # a caller that asks for the gradient of a mask pays for every pair; blocks that causality skips stay zero
-    full_mask = u.new_zeros(problem.batch, problem.heads, problem.queries, problem.keys) if mask_needs_grad else None
-    rows = {"p_stats": statistics, "p_do": grad_output, "p_delta": torch.empty_like(statistics[0])}
-    common = {**rows, "s_do": grad_output.stride()}
+    full_mask = None
+    if "attn_mask" in gradients:
+        # a caller that asks for the gradient of a mask pays for every pair; blocks that causality skips stay zero
+        full_mask = u.new_zeros(problem.batch, problem.heads, problem.queries, problem.keys)
+    common = {
+        "p_stats": statistics,
+        "p_do": grad_output,
+        "p_delta": torch.empty_like(statistics[0]),
+        "s_do": grad_output.stride(),
+    }
     problem.launch(
         "query",
         neural_attention_bwd_query_kernel,
@@ -223,8 +207,8 @@ def triton_backward(
         problem.batch * problem.heads * num_blocks,
         **common,
         p_o=output,
-        p_du=grad_u,
-        p_dq=None if query is None else grad_query,
+        p_du=gradients["u"],
+        p_dq=gradients.get("query"),
         p_dmask=full_mask,
         p_dweights=sums,
     )
@@ -235,65 +219,30 @@ def triton_backward(
         blocks,
         problem.batch * problem.kv_heads * -(-problem.keys // blocks.keys),
         **common,
-        p_dw=grad_w,
-        p_dv=grad_value,
-        p_dk=None if key is None else grad_key,
+        p_dw=gradients["w"],
+        p_dv=gradients["value"],
+        p_dk=gradients.get("key"),
     )
     total = sums.sum(dim=(0, 2))
     if weight2.shape[0] == 1:
         total = total.sum(dim=0, keepdim=True)
     # sums over pairs of open * ds * [hidden1, 1]: the layers' weights are the same for all pairs and come in here
     open_hidden1, opened = total[..., :first], total[..., first]
-    torch.mul(weight3.mT, open_hidden1, out=grad_weight2)
-    torch.mul(weight3.squeeze(-2), opened, out=grad_bias2)
-    grad_weight3.copy_(((weight2 * open_hidden1).sum(dim=-1) + bias2 * opened).unsqueeze(-2))
-    if full_mask is not None and attn_mask is not None:
-        grad_mask.copy_(full_mask.sum_to_size(attn_mask.shape))
-    return gradients
+    torch.mul(weight3.mT, open_hidden1, out=gradients["weight2"])
+    torch.mul(weight3.squeeze(-2), opened, out=gradients["bias2"])
+    gradients["weight3"].copy_(((weight2 * open_hidden1).sum(dim=-1) + bias2 * opened).unsqueeze(-2))
+    if full_mask is not None:
+        gradients["attn_mask"].copy_(full_mask.sum_to_size(gradients["attn_mask"].shape))
 
 
-@triton_backward.register_fake
-def _(
-    grad_output,
-    output,
-    statistics,
-    u,
-    w,
-    value,
-    weight2,
-    bias2,
-    weight3,
-    query,
-    key,
-    attn_mask,
-    dropout_seed,
-    dropout_p,
-    is_causal,
-    mask_needs_grad,
-):
-    return allocate_gradients(u, w, value, weight2, bias2, weight3, query, key, attn_mask, mask_needs_grad)
-
-
-def allocate_gradients(u, w, value, weight2, bias2, weight3, query, key, attn_mask, mask_needs_grad):
-    wanted = [u, w, value, weight2, bias2, weight3, query, key, attn_mask if mask_needs_grad else None]
-    return [u.new_empty(0) if tensor is None else tensor.new_empty(tensor.shape) for tensor in wanted]
-
-
-def setup_context(ctx, inputs, output):
-    *tensors, ctx.dropout_p, ctx.is_causal = inputs
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(*output, *tensors)
-
-
-def backward(ctx, grad_output, _):
-    output, statistics, *tensors = ctx.saved_tensors
-    mask_needs_grad = tensors[8] is not None and ctx.needs_input_grad[8]
-    gradients = triton_backward(grad_output, output, statistics, *tensors, ctx.dropout_p, ctx.is_causal, mask_needs_grad)
-    present = [tensor is not None for tensor in tensors[:8]] + [mask_needs_grad]
-    return (*(gradient if asked else None for gradient, asked in zip(gradients, present, strict=True)), None, None, None)
-
-
-triton_forward.register_autograd(backward, setup_context=setup_context)
+triton_forward, triton_backward = define_operators(
+    "triton",
+    TritonArguments,
+    allocate_outputs=allocate_outputs,
+    run_forward=run_forward,
+    allocate_gradient=allocate_gradient,
+    run_backward=run_backward,
+)
 
 
 def triton_attention(
@@ -327,24 +276,26 @@ def triton_attention(
     num_heads = query.shape[1]
     with without_autocast(query):
         weights = weights.to(dtype)
-        u = apply_linear(query.to(dtype), *first_layer_of_query(weights))
         layers = [weights.weight2, weights.bias2, weights.weight3]
         if weights.per_head:
             # keys have features of their own for every query head, so values come with them
             key, value = expand_heads(key, num_heads), expand_heads(value, num_heads)
         else:
             layers = [layer.unsqueeze(0) for layer in layers]
-        w = key.to(dtype) if keys_projected else key_features(key, weights)
-        output, _ = triton_forward(
-            u,
-            w,
-            value.to(query.dtype),
-            *layers,
-            None if residual_scale is None else query * residual_scale,
-            None if residual_scale is None else key.to(query.dtype),
-            attn_mask,
-            dropout_seed,
-            dropout_p,
-            is_causal,
+        weight2, bias2, weight3 = layers
+        arguments = TritonArguments(
+            u=apply_linear(query.to(dtype), *first_layer_of_query(weights)),
+            w=key.to(dtype) if keys_projected else key_features(key, weights),
+            value=value.to(query.dtype),
+            weight2=weight2,
+            bias2=bias2,
+            weight3=weight3,
+            query=None if residual_scale is None else query * residual_scale,
+            key=None if residual_scale is None else key.to(query.dtype),
+            attn_mask=attn_mask,
+            dropout_seed=dropout_seed,
+            dropout_p=dropout_p,
+            is_causal=is_causal,
         )
+        output, _ = triton_forward(*arguments)
     return output

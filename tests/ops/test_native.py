@@ -11,15 +11,17 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
+from hf_neural_attention.functional import neural_attention
+from hf_neural_attention.models.neural_attention_backends import BACKENDS
 from hf_neural_attention.models.neural_attention_masking import draw_dropout_seed, dropout_multiplier
-from hf_neural_attention.ops import BACKENDS, Inputs, neural_attention
+from hf_neural_attention.models.neural_attention_pytorch import Inputs
 from hf_neural_attention.ops import native as backend
 from tests.helpers.numerics import assert_equals_oracle, assert_no_worse_than_reference, literal_attention, run_with_gradients
+from tests.helpers.operators import check_operators
 from tests.ops.test_neural_attention import Case, compare_with_oracle, with_projected_keys
 
 
@@ -238,35 +240,12 @@ def test_mixed_dtypes():
     torch.testing.assert_close(output, blockwise)
 
 
-class Recorder:
-    """Takes the place of an operator and keeps what it was called with."""
-
-    def __init__(self, operator: Any):
-        self.operator, self.arguments = operator, ()
-
-    def __call__(self, *arguments):
-        self.arguments = arguments
-        return self.operator(*arguments)
-
-
 @pytest.mark.parametrize("case", [Case(), Case(mode="residual", per_head=True, heads=4, kv_heads=2, mask="float")], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
-def test_operators_are_registered_as_torch_wants_them(case: Case, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
-    forward, backward = Recorder(backend.native_forward), Recorder(backend.native_backward)
-    monkeypatch.setattr(backend, "native_forward", forward)
-    monkeypatch.setattr(backend, "native_backward", backward)
+def test_operators_are_registered_as_torch_wants_them(case: Case, dtype: torch.dtype):
     tensors, scorer = case.draw()
-    run_with_gradients(native, tensors, scorer, dtype, dropout_p=0.25 if case.mask else 0.0, is_causal=True)
-    calls = [(recorder.operator, recorder.arguments) for recorder in (forward, backward)]
-    monkeypatch.undo()
-    for operator, arguments in calls:
-        leaves = [
-            argument.detach().requires_grad_(argument.requires_grad and operator is not backend.native_backward)
-            if isinstance(argument, torch.Tensor)
-            else argument
-            for argument in arguments
-        ]
-        torch.library.opcheck(operator, tuple(leaves))
+    options = {"dropout_p": 0.25 if case.mask else 0.0, "is_causal": True}
+    check_operators(backend, "native", native, tensors, scorer, dtype, **options)
 
 
 @pytest.mark.parametrize(

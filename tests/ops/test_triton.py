@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from hf_neural_attention.functional import neural_attention
 from hf_neural_attention.models.neural_attention_masking import draw_dropout_seed
 from hf_neural_attention.models.neural_attention_scorer import NeuralScorer
-from hf_neural_attention.ops import neural_attention
 from hf_neural_attention.ops import triton as backend
 from hf_neural_attention.ops.triton_blocks import Blocks, choose_blocks, needed_bytes, padded
 from tests.helpers.numerics import assert_equals_oracle, assert_no_worse_than_reference, literal_attention, run_with_gradients

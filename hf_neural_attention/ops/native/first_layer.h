@@ -2,7 +2,7 @@
 #pragma once
 
 #include "matmul.h"
-#include "problem.h"
+#include "tensors.h"
 
 class FirstLayer {
  public:

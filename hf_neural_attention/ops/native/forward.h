@@ -136,11 +136,6 @@ static Real exp_scores_exactly(const PairNetwork& net, const QueryRow& row, cons
   return sum_lanes(total);
 }
 
-struct ForwardResult {
-  Tensor output;  // [B, H, Tq, Dv]
-  Real* softmax;  // [B, H, Tq, 2]: pivot and 1 / sum of 2^(score - pivot), 0 for empty rows
-};
-
 template <int R2>
 class Forward {
  public:

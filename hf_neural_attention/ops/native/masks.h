@@ -3,7 +3,7 @@
 
 #include <limits>
 
-#include "problem.h"
+#include "tensors.h"
 
 // Keys are taken in tiles of this many: a multiple of the 128 columns that dropout draws together
 constexpr int64_t KEY_TILE = 128;

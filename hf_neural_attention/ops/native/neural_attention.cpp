@@ -15,6 +15,11 @@ static void for_block_of_units(const Problem& problem, F&& f) {
 
 extern "C" {
 
+const char* describe_interface() {
+  static const std::string text = description_of_interface();
+  return text.c_str();
+}
+
 // Numbers (of Real) that the forward pass wants as working memory
 int64_t working_memory(const Problem* problem) { return feature_numbers(*problem); }
 

@@ -5,22 +5,6 @@
 
 constexpr int64_t BACKWARD_QUERIES = 32;
 
-struct BackwardResult {
-  Tensor output, grad_output;   // [B, H, Tq, Dv]
-  const Real* softmax;          // [B, H, Tq, 2], as ForwardResult has it
-  Tensor grad_query;            // [B, H, Tq, D]
-  Tensor grad_key;              // [B, Hkv, Tk, D], or [B, Hw, Tk, h1] where keys come projected
-  Tensor grad_value;            // [B, Hkv, Tk, Dv]
-  Real* grad_query_weight;      // [weight_sets, h1, D], contiguous, as all that follows
-  Real* grad_query_bias;        // [weight_sets, h1]
-  Real* grad_key_weight;        // [weight_sets, h1, D], or null where keys come projected
-  Real* grad_key_bias;          // [weight_sets, h1], or null
-  Real* grad_weight2;           // [weight_sets, h2, h1]
-  Real* grad_bias2;             // [weight_sets, h2]
-  Real* grad_weight3;           // [weight_sets, h2]
-  Real* grad_mask;              // [B, H, Tq, Tk], zeros, or null
-};
-
 struct QueryBlock {
   Real *minus_u, *bias2;          // [h1, n], and the second layer's bias with the query's share [h2, n]
   Real *pivot, *inverse, *delta;  // [n]: of the softmax, and grad_output . output

@@ -5,7 +5,7 @@
 // two operations per unit of the second. Scores come in units of log2(e), for exp2.
 #pragma once
 
-#include "problem.h"
+#include "tensors.h"
 
 // The scorer's layers that act on pairs, laid out for the kernels: the second layer padded to a multiple of its block with
 // units that are always zero

@@ -1,53 +1,9 @@
-// What Python hands over (native.py mirrors these structures with ctypes), and how its tensors are read.
+// How tensors are read and written, whatever their type and strides, and the kernels' own memory.
 #pragma once
 
 #include <limits>
 
-#include "simd.h"
-
-enum ElementType : int64_t { FLOAT32 = 0, FLOAT64 = 1, BFLOAT16 = 2, FLOAT16 = 3, BOOL = 4 };
-
-// A 4-dimensional tensor; strides count elements. `data` is null where there is none.
-struct Tensor {
-  const char* data;
-  int64_t strides[4];
-  int64_t type;
-
-  INLINE int64_t element_size() const { return type == FLOAT64 ? 8 : type == FLOAT32 ? 4 : type == BOOL ? 1 : 2; }
-  INLINE const char* at(int64_t i, int64_t j, int64_t k) const {
-    return data + (i * strides[0] + j * strides[1] + k * strides[2]) * element_size();
-  }
-  // No conversion, and no gaps within a row
-  INLINE bool is_plain() const { return type == (sizeof(Real) == 8 ? FLOAT64 : FLOAT32) && strides[3] == 1; }
-};
-
-struct Problem {
-  int64_t batch, heads, kv_heads, queries, keys, head_dim, value_dim, hidden1, hidden2;
-  int64_t weight_sets;      // 1, or `heads` where the weights are per head
-  int64_t keys_projected;   // `key` holds w, [B, Hw, Tk, h1]
-  int64_t is_causal;
-  int64_t residual;         // scores have scale * q.k added
-  int64_t num_threads;
-  int64_t drop_below;       // of the 65,536 values of a pair's random number
-  int64_t has_dropout;
-  int64_t seed;
-  double residual_scale;
-  Tensor query, key, value, mask;
-  // The first layer of the scorer by itself, u = A q + a and w = C k + c, and the layers that act on pairs. Contiguous.
-  const Real* query_weight;  // A [weight_sets, h1, D]
-  const Real* query_bias;    // a [weight_sets, h1]
-  const Real* key_weight;    // C
-  const Real* key_bias;      // c
-  const Real* weight2;       // [weight_sets, h2, h1]
-  const Real* bias2;         // [weight_sets, h2]
-  const Real* weight3;       // [weight_sets, h2]
-
-  INLINE int64_t key_width() const { return keys_projected ? hidden1 : head_dim; }
-  // The heads that w has: every query head its own where the weights are per head
-  INLINE int64_t feature_heads() const { return weight_sets == 1 ? kv_heads : heads; }
-  INLINE int64_t feature_head(int64_t head) const { return weight_sets == 1 ? head / (heads / kv_heads) : head; }
-  INLINE int64_t weight_set(int64_t head) const { return weight_sets == 1 ? 0 : head; }
-};
+#include "interface.h"
 
 INLINE float float_from_bits(uint32_t bits) {
   float x;

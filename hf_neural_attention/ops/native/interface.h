@@ -1,0 +1,144 @@
+// What Python and the kernels hand each other. native_interface.py mirrors it with ctypes, and compares `describe_interface`
+// with its own description when a library is loaded.
+#pragma once
+
+#include <cstddef>
+#include <string>
+
+#include "simd.h"
+
+// Goes up where the meaning of a field, or the arguments of a function, change while all fields stay as they are
+constexpr int INTERFACE_VERSION = 1;
+
+enum ElementType : int64_t { FLOAT32 = 0, FLOAT64 = 1, BFLOAT16 = 2, FLOAT16 = 3, BOOL = 4 };
+
+// A 4-dimensional tensor; strides count elements. `data` is null where there is none.
+struct Tensor {
+  const char* data;
+  int64_t strides[4];
+  int64_t type;
+
+  INLINE int64_t element_size() const { return type == FLOAT64 ? 8 : type == FLOAT32 ? 4 : type == BOOL ? 1 : 2; }
+  INLINE const char* at(int64_t i, int64_t j, int64_t k) const {
+    return data + (i * strides[0] + j * strides[1] + k * strides[2]) * element_size();
+  }
+  // No conversion, and no gaps within a row
+  INLINE bool is_plain() const { return type == (sizeof(Real) == 8 ? FLOAT64 : FLOAT32) && strides[3] == 1; }
+};
+
+struct Problem {
+  int64_t batch, heads, kv_heads, queries, keys, head_dim, value_dim, hidden1, hidden2;
+  int64_t weight_sets;      // 1, or `heads` where the weights are per head
+  int64_t keys_projected;   // `key` holds w, [B, Hw, Tk, h1]
+  int64_t is_causal;
+  int64_t residual;         // scores have scale * q.k added
+  int64_t num_threads;
+  int64_t drop_below;       // of the 65,536 values of a pair's random number
+  int64_t has_dropout;
+  int64_t seed;
+  double residual_scale;
+  Tensor query, key, value, mask;
+  // The first layer of the scorer by itself, u = A q + a and w = C k + c, and the layers that act on pairs. Contiguous.
+  const Real* query_weight;  // A [weight_sets, h1, D]
+  const Real* query_bias;    // a [weight_sets, h1]
+  const Real* key_weight;    // C
+  const Real* key_bias;      // c
+  const Real* weight2;       // [weight_sets, h2, h1]
+  const Real* bias2;         // [weight_sets, h2]
+  const Real* weight3;       // [weight_sets, h2]
+
+  INLINE int64_t key_width() const { return keys_projected ? hidden1 : head_dim; }
+  // The heads that w has: every query head its own where the weights are per head
+  INLINE int64_t feature_heads() const { return weight_sets == 1 ? kv_heads : heads; }
+  INLINE int64_t feature_head(int64_t head) const { return weight_sets == 1 ? head / (heads / kv_heads) : head; }
+  INLINE int64_t weight_set(int64_t head) const { return weight_sets == 1 ? 0 : head; }
+};
+
+struct ForwardResult {
+  Tensor output;  // [B, H, Tq, Dv]
+  Real* softmax;  // [B, H, Tq, 2]: pivot and 1 / sum of 2^(score - pivot), 0 for empty rows
+};
+
+struct BackwardResult {
+  Tensor output, grad_output;   // [B, H, Tq, Dv]
+  const Real* softmax;          // [B, H, Tq, 2], as ForwardResult has it
+  Tensor grad_query;            // [B, H, Tq, D]
+  Tensor grad_key;              // [B, Hkv, Tk, D], or [B, Hw, Tk, h1] where keys come projected
+  Tensor grad_value;            // [B, Hkv, Tk, Dv]
+  Real* grad_query_weight;      // [weight_sets, h1, D], contiguous, as all that follows
+  Real* grad_query_bias;        // [weight_sets, h1]
+  Real* grad_key_weight;        // [weight_sets, h1, D], or null where keys come projected
+  Real* grad_key_bias;          // [weight_sets, h1], or null
+  Real* grad_weight2;           // [weight_sets, h2, h1]
+  Real* grad_bias2;             // [weight_sets, h2]
+  Real* grad_weight3;           // [weight_sets, h2]
+  Real* grad_mask;              // [B, H, Tq, Tk], zeros, or null
+};
+
+template <class T>
+constexpr const char* TYPE_NAME = nullptr;
+template <class T>
+constexpr const char* TYPE_NAME<T*> = "pointer";
+template <>
+constexpr const char* TYPE_NAME<int64_t> = "int64";
+template <>
+constexpr const char* TYPE_NAME<int64_t[4]> = "int64[4]";
+template <>
+constexpr const char* TYPE_NAME<double> = "float64";
+template <>
+constexpr const char* TYPE_NAME<Tensor> = "Tensor";
+
+struct Field {
+  const char *name, *type;
+  size_t offset, size;
+};
+
+#define FIELD(structure, field) \
+  { #structure "." #field, TYPE_NAME<decltype(structure::field)>, offsetof(structure, field), sizeof(structure::field) }
+
+constexpr Field FIELDS[] = {
+    FIELD(Tensor, data), FIELD(Tensor, strides), FIELD(Tensor, type),
+
+    FIELD(Problem, batch), FIELD(Problem, heads), FIELD(Problem, kv_heads), FIELD(Problem, queries), FIELD(Problem, keys),
+    FIELD(Problem, head_dim), FIELD(Problem, value_dim), FIELD(Problem, hidden1), FIELD(Problem, hidden2),
+    FIELD(Problem, weight_sets), FIELD(Problem, keys_projected), FIELD(Problem, is_causal), FIELD(Problem, residual),
+    FIELD(Problem, num_threads), FIELD(Problem, drop_below), FIELD(Problem, has_dropout), FIELD(Problem, seed),
+    FIELD(Problem, residual_scale), FIELD(Problem, query), FIELD(Problem, key), FIELD(Problem, value), FIELD(Problem, mask),
+    FIELD(Problem, query_weight), FIELD(Problem, query_bias), FIELD(Problem, key_weight), FIELD(Problem, key_bias),
+    FIELD(Problem, weight2), FIELD(Problem, bias2), FIELD(Problem, weight3),
+
+    FIELD(ForwardResult, output), FIELD(ForwardResult, softmax),
+
+    FIELD(BackwardResult, output), FIELD(BackwardResult, grad_output), FIELD(BackwardResult, softmax),
+    FIELD(BackwardResult, grad_query), FIELD(BackwardResult, grad_key), FIELD(BackwardResult, grad_value),
+    FIELD(BackwardResult, grad_query_weight), FIELD(BackwardResult, grad_query_bias), FIELD(BackwardResult, grad_key_weight),
+    FIELD(BackwardResult, grad_key_bias), FIELD(BackwardResult, grad_weight2), FIELD(BackwardResult, grad_bias2),
+    FIELD(BackwardResult, grad_weight3), FIELD(BackwardResult, grad_mask),
+};
+
+#undef FIELD
+
+constexpr size_t size_of_known_fields() {
+  size_t total = 0;
+  for (const Field& field : FIELDS) total += field.type ? field.size : 0;
+  return total;
+}
+static_assert(size_of_known_fields() == sizeof(Tensor) + sizeof(Problem) + sizeof(ForwardResult) + sizeof(BackwardResult),
+              "FIELDS must list every field of every structure, and TYPE_NAME know its type");
+
+// A line for each thing that both sides must see alike: its name, a colon, and what it is
+static std::string description_of_interface() {
+  std::string text = "INTERFACE_VERSION: " + std::to_string(INTERFACE_VERSION) + "\n";
+  const auto add = [&](const std::string& name, const std::string& what) { text += name + ": " + what + "\n"; };
+  add("Real", sizeof(Real) == 8 ? "float64" : "float32");
+  const std::pair<const char*, ElementType> elements[] = {
+      {"float32", FLOAT32}, {"float64", FLOAT64}, {"bfloat16", BFLOAT16}, {"float16", FLOAT16}, {"bool", BOOL}};
+  for (const auto& element : elements) add(std::string("ElementType.") + element.first, std::to_string(element.second));
+  for (const Field& field : FIELDS) add(field.name, std::string(field.type) + " at byte " + std::to_string(field.offset));
+  const std::pair<const char*, size_t> structures[] = {{"Tensor", sizeof(Tensor)},
+                                                       {"Problem", sizeof(Problem)},
+                                                       {"ForwardResult", sizeof(ForwardResult)},
+                                                       {"BackwardResult", sizeof(BackwardResult)}};
+  for (const auto& structure : structures) add(structure.first, std::to_string(structure.second) + " bytes");
+  return text;
+}
