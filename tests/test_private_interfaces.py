@@ -13,8 +13,8 @@ from hf_neural_attention.private_interfaces import PRIVATE_INTERFACES, PrivateIn
 
 
 PACKAGE = Path(hf_neural_attention.__file__).parent
-# public for all their underscore: methods of named tuples, what `evaluate` asks a metric for, an unnamed parameter
-PUBLIC = {"_", "_asdict", "_fields", "_replace", "_info", "_compute"}
+# public for all their underscore: methods of named tuples, fields of ctypes, what `evaluate` asks a metric for, an unnamed function
+PUBLIC = {"_", "_asdict", "_fields", "_replace", "_fields_", "_info", "_compute"}
 OWN = {"_neural_cache"}
 
 
@@ -22,13 +22,15 @@ def private_names() -> dict[str, str]:
     """Names with a leading underscore that sources use of something else's, and where."""
     found: dict[str, str] = {}
     for path in set(PACKAGE.rglob("*.py")) - {PACKAGE / "private_interfaces.py"}:
-        for node in ast.walk(ast.parse(path.read_text())):
+        tree = ast.parse(path.read_text())
+        endings = {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in node.values}
+        for node in ast.walk(tree):
             names = []
             if isinstance(node, ast.Attribute):
                 names = [node.attr]
             elif isinstance(node, ast.FunctionDef):  # overrides one
                 names = [node.name]
-            elif isinstance(node, ast.Constant) and isinstance(node.value, str):  # of `getattr`
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in endings:  # of `getattr`
                 names = [node.value] if re.fullmatch(r"_[a-z]\w+", node.value) else []
             elif isinstance(node, ast.ImportFrom) and re.search(r"(^|\.)_[a-z]", node.module or ""):
                 names = [str(node.module)]

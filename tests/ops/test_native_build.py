@@ -200,18 +200,24 @@ def test_a_killed_compilation_leaves_nothing_behind(build: Build):
     assert len(build.compilations()) == 2
 
 
+def replace(path: Path, content: bytes) -> None:
+    # by another file: the first one stays mapped into this process, which trying it out after linking has done
+    path.unlink()
+    path.write_bytes(content)
+
+
 def cut(library: Path, checksum: Path) -> None:
-    os.truncate(library, library.stat().st_size // 2)
+    replace(library, library.read_bytes()[: library.stat().st_size // 2])
 
 
 def empty(library: Path, checksum: Path) -> None:
-    os.truncate(library, 0)
+    replace(library, b"")
 
 
 def flip(library: Path, checksum: Path) -> None:
     content = bytearray(library.read_bytes())
     content[len(content) // 2] ^= 1
-    library.write_bytes(content)
+    replace(library, bytes(content))
 
 
 def without_checksum(library: Path, checksum: Path) -> None:
@@ -223,7 +229,7 @@ def spoil_checksum(library: Path, checksum: Path) -> None:
 
 
 def does_not_load(library: Path, checksum: Path) -> None:
-    library.write_bytes(b"no library")
+    replace(library, b"no library")
     checksum.write_text(native_build.checksum(library))
 
 
