@@ -13,7 +13,7 @@ from hf_neural_attention.private_interfaces import PRIVATE_INTERFACES, PrivateIn
 
 
 PACKAGE = Path(hf_neural_attention.__file__).parent
-# public for all their underscore: methods of named tuples, fields of ctypes, what `evaluate` asks a metric for, an unnamed function
+# public for all their underscore: of named tuples and ctypes, what `evaluate` asks a metric for, an unnamed function
 PUBLIC = {"_", "_asdict", "_fields", "_replace", "_fields_", "_info", "_compute"}
 OWN = {"_neural_cache"}
 
