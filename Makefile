@@ -15,7 +15,8 @@ VERSION_TESTS := tests/test_export.py tests/models/test_flat_folder.py tests/tes
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test test-fast test-versions test-oldest test-newest coverage lint format types docs build release clean
+.PHONY: help quickstart test test-triton test-fast test-versions test-oldest test-newest coverage lint format types docs build
+.PHONY: release clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 22
@@ -31,8 +32,11 @@ $(STAMP): pyproject.toml constraints.txt
 quickstart: $(STAMP) ## Train a small GPT-2 with Neural Attention and one with the dot product, and compare them
 	$(BIN)/python recipes/language_modeling.py recipes/configs/quickstart.yaml
 
-test: $(STAMP) ## Run all tests
+test: $(STAMP) ## Run all tests but those of `make test-triton`
 	$(TESTS)
+
+test-triton: $(STAMP) ## Run the tests of the Triton kernels on the CPU, in Triton's interpreter
+	TRITON_INTERPRET=1 $(TESTS) -m interpreter tests/ops
 
 test-fast: $(STAMP) ## Run the tests that are not marked slow
 	$(TESTS) -m "not slow"

@@ -1,8 +1,8 @@
 """The native CPU kernel, beyond what `test_neural_attention.py` asks of every backend: the borders of its tiles, blocks and
 vectors, numbers far from 1, threads, memory, and its operators.
 
-`HF_NEURAL_ATTENTION_CXXFLAGS` compiles other paths for older processors: the tests marked `portable` and those of every
-backend then run in a process of their own.
+`HF_NEURAL_ATTENTION_CXXFLAGS` compiles other paths for older processors. What these change has the mark `instruction_set`,
+here and in the tests of every backend, and runs again in a process of its own.
 """
 
 import math
@@ -32,6 +32,8 @@ pytestmark = [
     pytest.mark.skipif(WHY_NOT is not None, reason=f"no native kernel: {WHY_NOT}"),
     pytest.mark.usefixtures("poisoned_memory"),
 ]
+# What one quick run for an older processor asks
+portable = pytest.mark.instruction_set(quick=True)
 
 
 def native(*args, **arguments) -> torch.Tensor:
@@ -39,7 +41,7 @@ def native(*args, **arguments) -> torch.Tensor:
 
 
 # Blocks are of 32 and 64 queries, tiles of 64 and 128 keys, vectors of 2 to 16 numbers
-PORTABLE_CASES = {
+CASES = {
     **{f"{length} tokens": Case(batch=1, queries=length, is_causal=True) for length in (63, 64, 65, 127, 128, 129)},
     "129 queries, 63 keys": Case(batch=1, queries=129, keys=63, mask="float", mask_shape=(1, 129, 63)),
     "63 queries, 200 keys": Case(batch=1, queries=63, keys=200, is_causal=True, mask="bool"),
@@ -56,23 +58,26 @@ PORTABLE_CASES = {
         mode="residual", scale=0.3, is_causal=True, mask="float", mask_shape=(2, 1, 130, 140),
     ),
 }  # fmt: skip
-CASES = {
+LONG_CASES = {
     "a thousand tokens": Case(batch=1, heads=1, queries=1000, proj_dim=2, is_causal=True),
     "proj_dim 32": Case(batch=1, queries=130, head_dim=128, proj_dim=32),
     "groups of 4": Case(heads=8, kv_heads=2, queries=65, keys=130, mask="bool", mask_shape=(2, 1, 1, 130)),
 }
 
 
-@pytest.mark.parametrize("name", PORTABLE_CASES)
-def test_portable_borders_of_tiles_blocks_and_vectors(name: str):
-    compare_with_oracle(PORTABLE_CASES[name], "native")
-
-
+@portable
 @pytest.mark.parametrize("name", CASES)
 def test_borders_of_tiles_blocks_and_vectors(name: str):
     compare_with_oracle(CASES[name], "native")
 
 
+@pytest.mark.instruction_set
+@pytest.mark.parametrize("name", LONG_CASES)
+def test_borders_of_tiles_blocks_and_vectors_in_long_cases(name: str):
+    compare_with_oracle(LONG_CASES[name], "native")
+
+
+@pytest.mark.instruction_set
 @pytest.mark.parametrize("case", [Case(heads=4, kv_heads=2), Case(heads=4, kv_heads=2, per_head=True)], ids=str)
 def test_decoding_with_projected_keys(case: Case):
     case = replace(case, queries=1, keys=300, mask="bool", mask_shape=(2, 1, 1, 300))
@@ -81,8 +86,9 @@ def test_decoding_with_projected_keys(case: Case):
     assert_equals_oracle(run_with_gradients(with_projected_keys, tensors, scorer, torch.float64, backend="native"), exact)
 
 
+@portable
 @pytest.mark.parametrize("offset", [0, 100])
-def test_portable_dropout_across_tiles(offset: int):
+def test_dropout_across_tiles(offset: int):
     tensors, scorer = Case(queries=70, keys=300, head_dim=12, mask="bool").draw()
     tensors["attn_mask"][..., :offset] = False
     torch.manual_seed(5)
@@ -105,9 +111,10 @@ def window(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
     return (queries - keys).abs() < 20
 
 
+@portable
 @pytest.mark.parametrize("mask", [left_padded, documents, window])
 @pytest.mark.parametrize("kind", ["bool", "float"])
-def test_portable_tiles_that_a_mask_empties(mask, kind: str):
+def test_tiles_that_a_mask_empties(mask, kind: str):
     tensors, scorer = Case(batch=1, queries=300).draw()
     attends = mask(torch.arange(300)[:, None], torch.arange(300))
     attends = attends[:1] if mask is left_padded else attends
@@ -141,23 +148,26 @@ def where_nan(name: str, dtype: torch.dtype) -> torch.Tensor:
     return native(**tensors, scorer=scorer.to(dtype), is_causal=True).isnan().squeeze()
 
 
+@portable
 @floats
-def test_portable_nan_in_nan_out(dtype: torch.dtype):
+def test_nan_in_nan_out(dtype: torch.dtype):
     assert where_nan("query", dtype).all(dim=1).nonzero().tolist() == [[43]]
     assert where_nan("key", dtype)[43:].all()
     in_value = where_nan("value", dtype)
     assert in_value[43:, 3].all() and not in_value[:, :3].any()
 
 
+@portable
 @floats
-def test_portable_nan_of_a_later_key_stays_there(dtype: torch.dtype):
+def test_nan_of_a_later_key_stays_there(dtype: torch.dtype):
     assert not where_nan("key", dtype)[:43].any()
 
 
+@portable
 @pytest.mark.parametrize(
     "name", ["q_proj.bias", "k_proj.weight", "linear1.weight", "linear2.weight", "linear2.bias", "linear3.weight"]
 )
-def test_portable_nan_in_weights(name: str):
+def test_nan_in_weights(name: str):
     tensors, scorer = Case(queries=20, hidden_dims=(4, 3)).draw()
     scorer.get_parameter(name).data.fill_(torch.nan)
     assert native(**tensors, scorer=scorer).isnan().all()
@@ -180,8 +190,9 @@ def compare_outputs_in_float32(case: Case, factor: float = 1.0, **changes: torch
     assert_no_worse_than_reference(ours, literal, exact, torch.float32)
 
 
+@portable
 @pytest.mark.parametrize("factor", [1e-6, 1e2, 1e3, 1e4])
-def test_portable_scores_of_any_size(factor: float):
+def test_scores_of_any_size(factor: float):
     case = Case(batch=1, queries=70, head_dim=16, mode="residual", is_causal=True)
     tensors, scorer = case.draw()
     scorer.linear3.weight.data *= factor
@@ -198,7 +209,8 @@ def test_portable_scores_of_any_size(factor: float):
     compare_outputs_in_float32(case, factor)
 
 
-def test_portable_backward_has_forward_s_weights_far_from_zero():
+@portable
+def test_backward_has_forward_s_weights_far_from_zero():
     # a softmax does not see an offset of all scores, so nothing holds it down in training; rows move their pivots then
     tensors, scorer = Case(batch=1, heads=8, queries=140, head_dim=64, proj_dim=16).draw()
     scorer.reset_parameters()
@@ -211,9 +223,10 @@ def test_portable_backward_has_forward_s_weights_far_from_zero():
     assert (output - 1).abs().max() < 1e-6 and (gradient.sum(2) - 1).abs().max() < 1e-6
 
 
+@portable
 @pytest.mark.parametrize("added", [torch.finfo(torch.float32).min, -1e9, -1e4, 1e4, 1e9, 1e30])
 @pytest.mark.parametrize("masked", [100, 140])
-def test_portable_masks_of_large_numbers(masked: int, added: float):
+def test_masks_of_large_numbers(masked: int, added: float):
     case, attn_mask = Case(batch=1, queries=140), torch.zeros(2, 1, 140)
     attn_mask[1, :, :masked] = added  # of one head
     tensors, scorer = case.draw()
@@ -356,31 +369,32 @@ def test_memory_of_forward_and_backward_grows_with_the_length_alone(heads: int, 
     assert int(run("-c", MEMORY, str(heads))) < most
 
 
-# After -march=native, so that they hold
-OLDER_PROCESSORS = {"AVX2": "-march=x86-64-v3", "SSE2": "-march=x86-64"}
 newer_here = pytest.mark.skipif(
     torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"), reason="needs an x86 processor with AVX2"
 )
 
 
-def run_compiled_with(flags: str, cache: Path, selection: str) -> None:
+def run_compiled_with(flags: str, cache: Path, marks: str) -> None:
+    """In a process of its own, what has such marks. The flags come after -march=native, so that they hold."""
     files = [Path(__file__), Path(__file__).with_name("test_neural_attention.py")]
-    options = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-k", selection]
+    options = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", marks]
     variables = {"HF_NEURAL_ATTENTION_CXXFLAGS": flags, "HF_NEURAL_ATTENTION_CACHE": str(cache)}
     assert " passed" in run("-m", "pytest", *options, *files, **variables)
 
 
 @newer_here
 def test_on_older_processors(tmp_path: Path):
-    flags = f"{OLDER_PROCESSORS['AVX2']} -O1"  # sooner compiled
-    run_compiled_with(flags, tmp_path, "portable")
+    run_compiled_with("-march=x86-64-v3 -O1", tmp_path, "instruction_set(quick=True)")  # sooner compiled
 
 
 @newer_here
 @pytest.mark.slow
-@pytest.mark.parametrize("name", OLDER_PROCESSORS)
-def test_everything_on_older_processors(name: str, tmp_path: Path):
-    # a vector's lanes are its partial sums: with four of them and no FMA, float32 is not as accurate as torch's own sums
-    accuracy = " and not same_dtype" if name == "SSE2" else ""
-    selection = f"((native]{accuracy}) or portable or borders or decoding) and not older"
-    run_compiled_with(OLDER_PROCESSORS[name], tmp_path, selection)
+@pytest.mark.parametrize(
+    ("flags", "marks"),
+    [
+        pytest.param("-march=x86-64-v3", "instruction_set", id="AVX2"),
+        pytest.param("-march=x86-64", 'instruction_set and not instruction_set(needs="AVX2")', id="SSE2"),
+    ],
+)
+def test_everything_on_older_processors(flags: str, marks: str, tmp_path: Path):
+    run_compiled_with(flags, tmp_path, marks)

@@ -1,7 +1,7 @@
 """Every backend against the authors' formula, forward and every gradient."""
 
 import functools
-import os
+import itertools
 from dataclasses import dataclass, replace
 
 import pytest
@@ -24,7 +24,10 @@ from tests.helpers.numerics import (
 
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
-every_backend = pytest.mark.parametrize("backend", CPU_BACKENDS)
+# What other processes run with another kernel is chosen by mark: Triton's cases in its interpreter (`make test-triton`), the
+# native ones for older processors (test_native.py)
+MARKS = {"native": pytest.mark.instruction_set, "triton": pytest.mark.interpreter}
+every_backend = pytest.mark.parametrize("backend", [pytest.param(name, marks=MARKS.get(name, ())) for name in CPU_BACKENDS])
 
 
 @dataclass(frozen=True)
@@ -168,28 +171,28 @@ LOW_PRECISION = {
     # rows with one large weight, where the gradient of the softmax is a difference of nearly equal numbers
     "sharp": Case(queries=31, head_dim=32, mode="residual", scale=2.0),
 }
-# Of a median whose draws differ a hundredfold: with nine, one in a hundred was beyond the bound by chance. The interpreter
-# of Triton takes seconds for each.
-DRAWS = 15 if os.environ.get("TRITON_INTERPRET") == "1" else 41
+# Of a median whose draws differ a hundredfold: with nine, one in a hundred was beyond the bound by chance
+DRAWS = 41
+# The interpreter takes seconds for each
+TRITON_DRAWS = 15
 
 
 @functools.cache
-def low_precision_draws(name: str, dtype: torch.dtype, autocast: bool) -> list[tuple]:
+def low_precision_draw(seed: int, name: str, dtype: torch.dtype, autocast: bool) -> tuple:
     """Inputs, scorer, the exact results, and those of the formula in `dtype`, all from numbers that `dtype` can hold."""
-    case, draws = LOW_PRECISION[name], []
-    for seed in range(DRAWS):
-        torch.manual_seed(seed)
-        tensors, scorer = case.draw()
-        tensors = {key: tensor.to(dtype) if tensor.is_floating_point() else tensor for key, tensor in tensors.items()}
-        scorer = scorer.to(dtype)
-        exact = run_with_gradients(literal_attention, tensors, scorer, torch.float64, **case.options)
-        literal = run_with_gradients(literal_attention, tensors, scorer, dtype, autocast, **case.options)
-        draws.append((tensors, scorer, exact, literal))
-    return draws
+    case = LOW_PRECISION[name]
+    torch.manual_seed(seed)
+    tensors, scorer = case.draw()
+    tensors = {key: tensor.to(dtype) if tensor.is_floating_point() else tensor for key, tensor in tensors.items()}
+    scorer = scorer.to(dtype)
+    exact = run_with_gradients(literal_attention, tensors, scorer, torch.float64, **case.options)
+    literal = run_with_gradients(literal_attention, tensors, scorer, dtype, autocast, **case.options)
+    return tensors, scorer, exact, literal
 
 
 def compare_with_same_dtype(name: str, dtype: torch.dtype, backend: str, autocast: bool = False) -> None:
-    draws = low_precision_draws(name, dtype, autocast)
+    count = TRITON_DRAWS if backend == "triton" else DRAWS
+    draws = [low_precision_draw(seed, name, dtype, autocast) for seed in range(count)]
     ours = [
         run_with_gradients(neural_attention, tensors, scorer, dtype, autocast, **LOW_PRECISION[name].options, backend=backend)
         for tensors, scorer, _, _ in draws
@@ -199,18 +202,35 @@ def compare_with_same_dtype(name: str, dtype: torch.dtype, backend: str, autocas
     assert_no_worse_than_reference(ours, literal, exact, torch.bfloat16 if autocast else dtype)
 
 
-@every_backend
-@pytest.mark.parametrize("name", LOW_PRECISION)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_no_worse_than_the_formula_in_the_same_dtype(dtype: torch.dtype, name: str, backend: str):
+def same_dtype_marks(backend: str, dtype: torch.dtype, name: str) -> list[pytest.MarkDecorator]:
+    if backend == "native":
+        # a vector's lanes are its partial sums: four of them, without FMA, are not as accurate as torch's own in float32
+        return [pytest.mark.instruction_set(needs="AVX2")]
     if (backend, dtype, name) == ("triton", torch.float32, "sharp"):
-        # found 2.1 times beyond the rule (gradient of the values)
-        pytest.xfail("the key kernel's products are transposed: a weight near one is not forward's to the last bit")
+        # gradient of the values; on other processors NumPy, which multiplies in the interpreter, is far within the rule
+        reason = "found 2.1 times beyond it on one: the key kernel's products are transposed, so weights near one differ"
+        return [MARKS[backend], pytest.mark.xfail(reason=reason, raises=AssertionError)]
+    return [MARKS[backend]] if backend in MARKS else []
+
+
+# dtype: which products the kernels take and how blocks are cut; name: which network, and what is added to its score
+SAME_DTYPE = [
+    pytest.param(dtype, name, backend, marks=same_dtype_marks(backend, dtype, name))
+    for dtype, name, backend in itertools.product((torch.float32, torch.bfloat16, torch.float16), LOW_PRECISION, CPU_BACKENDS)
+]
+AUTOCAST = [
+    pytest.param(name, backend, marks=MARKS.get(backend, ()))
+    for name, backend in itertools.product(LOW_PRECISION, CPU_BACKENDS)
+    if backend != "triton" or name == "replace"  # its kernels are called outside of autocast, which one case shows
+]
+
+
+@pytest.mark.parametrize(("dtype", "name", "backend"), SAME_DTYPE, ids=str)
+def test_no_worse_than_the_formula_in_the_same_dtype(dtype: torch.dtype, name: str, backend: str):
     compare_with_same_dtype(name, dtype, backend)
 
 
-@every_backend
-@pytest.mark.parametrize("name", LOW_PRECISION)
+@pytest.mark.parametrize(("name", "backend"), AUTOCAST)
 def test_no_worse_than_the_formula_under_autocast(name: str, backend: str):
     compare_with_same_dtype(name, torch.float32, backend, autocast=True)
 

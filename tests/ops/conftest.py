@@ -1,0 +1,37 @@
+"""Shared by the tests of the operation."""
+
+import importlib.util
+import os
+from collections.abc import Iterator
+
+import pytest
+
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None
+
+
+@pytest.fixture(scope="session", autouse=INTERPRETED)
+def quick_interpreter() -> Iterator[None]:
+    """Triton's interpreter readies its language once per launch and device function, instead of at every call of one.
+
+    That is two thirds of its time. It computes the same: whatever a call readies stays so until the launch ends.
+    """
+    from triton.runtime import interpreter
+
+    readied: set = set()
+    launch = interpreter.GridExecutor.__call__
+
+    def start(self, *arguments, **options):
+        readied.clear()
+        return launch(self, *arguments, **options)
+
+    def call(self, *arguments, **options):
+        if self.fn not in readied:
+            interpreter._patch_lang(self.fn)
+            readied.add(self.fn)
+        return self.rewrite()(*arguments, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter.GridExecutor, "__call__", start)
+        patch.setattr(interpreter.InterpretedFunction, "__call__", call)
+        yield
