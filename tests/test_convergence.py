@@ -1,0 +1,93 @@
+"""Training by every backend follows the curve that the reference left in `convergence_curves.json`, and arrives.
+
+A training repeats every operation hundreds of times on weights that it made itself: a gradient that is a little wrong shows,
+where a comparison of one step with its tolerance does not. Triton's interpreter, which is slower by a factor of a thousand,
+is left out.
+"""
+
+import json
+
+import pytest
+import torch
+
+from hf_neural_attention.ops import BACKENDS
+from tests.helpers.converging import COMMAND, CURVES, MODES, STEPS, TASKS, train
+from tests.helpers.numerics import CPU_BACKENDS
+
+
+# The departure of a run is one draw from what rounding can do, and the stored bound the largest of 16 draws: a backend
+# rounds otherwise than the reference at every operation, where those 16 did so once per step
+FACTOR = 4
+# The curve is stored in float32, whose numbers from 2 to 4 are 2.4e-7 apart; the mean of a loss is rounded a few times
+RESOLUTION = 2e-6
+# What is left of the loss of guessing after training. Without attention nothing better than guessing can be had
+LEFT = 0.05
+
+# the reference made the curves
+BACKENDS_TO_TRAIN = [name for name in CPU_BACKENDS if name not in ("reference", "triton")]
+
+every_case = pytest.mark.parametrize(("name", "mode"), [(name, mode) for name in TASKS for mode in MODES])
+
+
+def stored(name: str, mode: str) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """The reference's losses and the bound on a departure from them, both `[STEPS]`; and bfloat16's largest departure."""
+    content = json.loads(CURVES.read_text())
+    assert content["command"] == COMMAND
+    curve = content["curves"][f"{name} {mode}"]
+    losses, rounding = (torch.tensor(curve[key], dtype=torch.float64) for key in ("loss", "rounding"))
+    assert len(losses) == len(rounding) == STEPS
+    return losses, RESOLUTION + FACTOR * rounding, curve["bfloat16"]
+
+
+def excess(losses: torch.Tensor, expected: torch.Tensor, bound: torch.Tensor) -> float:
+    """Largest departure in units of the bound: at most 1 for a curve that follows the other."""
+    return ((losses - expected).abs() / bound).max().item()
+
+
+def assert_arrives(losses: torch.Tensor, guessing: float) -> None:
+    assert losses[0] > 0.9 * guessing, "it begins with guessing, or worse"
+    assert losses[-10:].mean() < LEFT * guessing, "it does not learn"
+
+
+@every_case
+def test_the_stored_curve_arrives_and_its_bound_means_something(name: str, mode: str):
+    losses, bound, rough = stored(name, mode)
+    assert_arrives(losses, TASKS[name].guessing)
+    # a hundredth of what there is to lose, at most
+    assert bound.max() < 0.01 * TASKS[name].guessing
+    assert rough < 0.05 * TASKS[name].guessing
+
+
+@every_case
+@pytest.mark.parametrize("backend", BACKENDS_TO_TRAIN)
+def test_training_follows_the_curve_of_the_reference(name: str, mode: str, backend: str):
+    task, (expected, bound, _) = TASKS[name], stored(name, mode)
+    losses = train(task, mode, backend)
+    assert_arrives(losses, task.guessing)
+    assert excess(losses, expected, bound) <= 1
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_training_in_bfloat16_goes_no_further_from_it_than_the_reference_does(mode: str):
+    """By the 2x rule: twice as far as the reference goes in bfloat16, at most."""
+    task, (expected, _, rough) = TASKS["GPT2"], stored("GPT2", mode)
+    losses = train(task, mode, BACKENDS_TO_TRAIN[0], bfloat16=True)
+    assert_arrives(losses, task.guessing)
+    assert (losses - expected).abs().max() <= 2 * rough
+    assert (losses - expected).abs().max() > 1e-5, "nothing was in bfloat16"
+
+
+@pytest.mark.parametrize("wrong", ("scores", "gradient"))
+def test_a_backend_that_is_a_little_wrong_leaves_the_curve(wrong: str, monkeypatch: pytest.MonkeyPatch):
+    right = BACKENDS["reference"].run
+
+    def run(query, key, value, weights, **options):
+        if wrong == "scores":  # a hundredth too large
+            weights = weights._replace(weight3=1.01 * weights.weight3)
+        else:  # a hundredth of the keys' is missing
+            key = 0.99 * key + 0.01 * key.detach()
+        return right(query, key, value, weights, **options)
+
+    monkeypatch.setitem(BACKENDS, "reference", BACKENDS["reference"]._replace(run=run))
+    expected, bound, _ = stored("GPT2", "residual")
+    assert excess(train(TASKS["GPT2"], "residual", "reference"), expected, bound) > 10
