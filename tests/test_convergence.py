@@ -10,7 +10,7 @@ import json
 import pytest
 import torch
 
-from hf_neural_attention.ops import BACKENDS
+from hf_neural_attention.models.neural_attention_backends import BACKENDS
 from tests.helpers.converging import COMMAND, CURVES, MODES, STEPS, TASKS, train
 from tests.helpers.numerics import CPU_BACKENDS
 
