@@ -74,6 +74,19 @@ def test_torch_is_the_same_in_both_constraints():
     assert pins(OLDEST)["torch"] == pins(PINNED)["torch"], "other versions come as CUDA builds only, and are not tested"
 
 
+@pytest.mark.parametrize("document", ("README.md", "docs/versions.md"))
+def test_tables_of_versions_are_those_of_the_constraints(document: str):
+    rows = re.findall(r"^ *\| ([\w-]+) \| ([\d.]+) \| ([\d.]+) \| [\d.]+ \|$", read(document), flags=re.MULTILINE)
+    assert {"torch", "transformers"} <= {name.lower() for name, *_ in rows}
+    for name, oldest, pinned in rows:
+        name = canonicalize_name(name)
+        assert (oldest, pinned) == (pins(OLDEST)[name], pins(PINNED)[name]), f"{document}: {name}"
+    if document == "docs/versions.md":
+        tools = {"griffelib", "latex2mathml", "markdown", "mkdocs", "mkdocs-material", "mkdocstrings", "mkdocstrings-python"}
+        needed = {canonicalize_name(requirement.name) for requirement in requirements(tools=False)}
+        assert needed - tools <= {canonicalize_name(name) for name, *_ in rows}
+
+
 def test_oldest_python_runs_every_dependency():
     oldest = project()["requires-python"].removeprefix(">=")
     for requirement in requirements():
