@@ -11,14 +11,14 @@ from typing import Any
 from griffe import Class, Extension, Object
 
 
-# With the lines that go on, further in
+# Takes along the lines that go on, which are further in
 SEVERAL = re.compile(
     r"^(?P<indent> +)(?P<names>\w+(?:, \w+)+)(?P<rest>(?: \(.*?\))?: .*(?:\n(?P=indent) +.*)*)$", re.MULTILINE
 )
 TYPE = re.compile(r"^ +\w+ \(.*?\): ", re.MULTILINE)
 RETURNED_TYPE = re.compile(r"(?<=^Returns:\n)    `[^:\n]*(?=: )", re.MULTILINE)
 COMMENT = re.compile(r"#\s*(.+)$")
-# A field needs some text to be listed
+# Stands in for the text that a field needs to be listed
 NOTHING = "&#8203;"
 
 

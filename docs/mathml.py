@@ -11,7 +11,7 @@ from markdown.inlinepatterns import InlineProcessor
 
 
 INLINE = r"\$`([^`]+)`\$"
-# Before code spans, whose priority is 190
+# Comes before code spans, whose priority is 190
 PRIORITY = 195
 
 
@@ -24,7 +24,7 @@ def mathml(latex: str, display: str) -> str:
     Raises:
         ValueError: if a command is not known here; it would be shown as it is written.
     """
-    # latex2mathml knows this one by its other name
+    # renames this one, which latex2mathml knows by its other name
     converted = convert(latex.replace("{aligned}", "{split}"), display=display)
     if "\\" in converted or "&<" in converted:
         raise ValueError(f"latex2mathml does not know all commands of this formula; write it with others: {latex}")

@@ -35,8 +35,8 @@ VARIABLES = (
 )
 
 
-# The largest difference, in parts of the largest number of a result, that rounding explains: float32's are near 1e-6, and
-# a pair whose ReLU opens on one side only moves a gradient by a thousand times that
+# Allows what rounding explains, in parts of the largest number of a result: float32 differs by about 1e-6, and a pair whose
+# ReLU opens on one side only moves a gradient by a thousand times that
 TOLERANCE = 1e-3
 # Crosses the borders of every backend's blocks without taking long in an interpreter
 LENGTH, HEAD_DIM = 150, 64
@@ -98,11 +98,11 @@ def health(backend: str, device: str, expected: dict[str, torch.Tensor]) -> tupl
         return True, f"unavailable: {reason}"
     try:
         ours, seconds = results(backend, device)
-    except Exception as error:  # noqa: BLE001, whatever it is, the other backends are to be tried as well
+    except Exception as error:  # noqa: BLE001, reports it, whatever it is, so that the other backends are tried as well
         return False, f"FAILS: {type(error).__name__}: {error}"
     errors = {name: ((ours[name] - exact).abs().max() / exact.abs().max()).item() for name, exact in expected.items()}
     worst = max(errors, key=lambda name: float("inf") if errors[name] != errors[name] else errors[name])
-    is_right = errors[worst] <= TOLERANCE  # false for NaN
+    is_right = errors[worst] <= TOLERANCE  # is false for NaN
     line = f"largest relative error {errors[worst]:.1e} ({worst}), {1000 * seconds:.1f} ms forward and backward"
     return is_right, f"{'ok' if is_right else 'WRONG'}: {line}"
 

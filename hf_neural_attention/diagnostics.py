@@ -103,10 +103,10 @@ def explain_layer(name: str, attention: nn.Module, scorer: Any, backend: str | N
     """Of one layer of a model: as `neural_attention_forward` runs it."""
     device, dtype = place_of(attention)
     inputs = Inputs(device.type, dtype, scorer.head_dim)
-    # a view of the model's config, whose own implementation says in which form weights and masks are wanted
+    # looks behind the view, since the model's own config says in which form weights and masks are wanted
     config = getattr(getattr(attention, "config", None), "base", None)
     if getattr(config, "_attn_implementation", None) == "eager" and not lacks_weights(scorer, inputs):
-        asked_backend(backend)  # an unknown name is an error under every implementation
+        asked_backend(backend)  # raises for an unknown name, which is an error under every implementation
         reason = (
             'attn_implementation="eager" returns the attention weights, which only the reference holds: '
             '`model.set_attn_implementation("sdpa")` makes the fused backends available'
@@ -121,7 +121,7 @@ def explain_choice(name: str, scorer: Any, inputs: Inputs, backend: str | None) 
     if lacks_weights(scorer, inputs):
         reason = f"the scorer's weights are on the meta device, without numbers, and the tokens on {inputs.device_type!r}"
         return LayerBackend(name, None, False, reason, notes)
-    # a model from the Hub, whose code was imported when this package was not to be had, brings copies of two backends
+    # finds models from the Hub whose code was imported where this package was missing, and so brings copies of two backends
     if not backends_of(scorer).keys() >= BACKENDS.keys():
         reason = f"its code, {type(scorer).__module__}, does not use this package's backends but copies of two"
         return LayerBackend(name, "blockwise", False, reason, notes)

@@ -109,9 +109,9 @@ def export_to_hub(
             card(title, architecture, auto_map, pipeline, figures, dataset, license, description, remote_code)
         )
         folder.mkdir(exist_ok=True)
-        # the config last: without it, a folder is no model
+        # moves the config last, since a folder without it is no model
         for path in sorted(draft.iterdir(), key=lambda path: path.name == CONFIG_NAME):
-            if path.is_dir():  # a tokenizer's further chat templates
+            if path.is_dir():  # holds a tokenizer's further chat templates
                 shutil.copytree(path, folder / path.name, dirs_exist_ok=True)
             else:
                 path.replace(folder / path.name)

@@ -18,7 +18,7 @@ from .models.neural_attention_masking import mask_scores
 from .models.neural_attention_reference import expand_heads
 
 
-# Classes that count a model's parameters when they are put around it. By name: not every build of torch has them
+# Classes that count a model's parameters when put around it, by name, since not every build of torch has them
 SHARDING_CLASSES = ("DistributedDataParallel", "FullyShardedDataParallel", "DeepSpeedEngine", "FSDPModule")
 
 # Modules that are put around a layer, and show in the names of modules but not in a state dict
@@ -53,7 +53,7 @@ def neural_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, Any]]:
         return
     found: list[str] = []
     for name, module in model.named_modules(remove_duplicate=False):
-        # what is wrapped has been found with its wrapper
+        # skips what is wrapped, which has been found with its wrapper
         if is_scorer(module) and not any(name.startswith(f"{outer}.") for outer in found):
             found.append(name)
             parent, _, child = name.rpartition(".")
@@ -88,7 +88,7 @@ def place_of(module: Any, model: nn.Module | None = None) -> tuple[torch.device,
     if device.type == "meta":
         places = [getattr(hook, "execution_device", None) for child in module.modules() for hook in hooks_of(child)]
         device = next((torch.device(place) for place in places if place is not None), device)
-    # quantised weights are of dtypes that nothing is computed in
+    # leaves out quantised weights, since nothing is computed in their dtypes
     dtypes = [parameter.dtype for parameter in parameters if parameter.is_floating_point() and parameter.dtype.itemsize > 1]
     return device, dtypes[0] if dtypes else torch.get_default_dtype()
 

@@ -34,7 +34,7 @@ from .models.modeling_neural_vit import NeuralViTForImageClassification, NeuralV
 # model type -> the stock model type of the family
 FAMILIES = {"neural_gpt2": "gpt2", "neural_vit": "vit"}
 
-# Wherever a stock model of a family stands, ours does
+# Puts our models wherever a stock model of their family stands
 MODELS_OF_AUTO_CLASSES = {
     AutoModel: (NeuralGPT2Model, NeuralViTModel),
     AutoModelForCausalLM: (NeuralGPT2LMHeadModel,),
@@ -54,7 +54,7 @@ def register_auto_classes() -> None:
     for auto, models in MODELS_OF_AUTO_CLASSES.items():
         for model in models:
             auto.register(model.config_class, model, exist_ok=True)
-    # the table of image models without a head has no Auto class
+    # registers here, since the table of image models without a head has no Auto class
     MODEL_FOR_IMAGE_MAPPING.register(NeuralViTConfig, NeuralViTModel, exist_ok=True)  # type: ignore[arg-type]
     AutoTokenizer.register(NeuralGPT2Config, TOKENIZER_MAPPING[GPT2Config], exist_ok=True)
     processors: dict[str, type] = {"pil": ViTImageProcessorPil}

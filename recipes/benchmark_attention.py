@@ -28,7 +28,7 @@ from tools.provenance import command_line, environment
 from tools.timing_by_turns import Spread, ratio_of
 
 
-# What the axes of a call are where the command line does not say
+# Sets the axes of a call where the command line does not
 SWEEPS: dict[str, dict[str, list]] = {
     "quick": {"length": [256, 1024], "phase": ["forward", "both"]},
     "lengths": {"length": [256, 512, 1024, 2048, 4096, 8192, 16384], "phase": ["forward", "both"], "proj_dim": [2, 16]},
@@ -50,7 +50,7 @@ LIMITS_HELP = {
 CHOICES = {"phase": PHASES, "dtype": tuple(DTYPES), "mask": MASKS, "mode": MODES, "scorer": SCORERS}
 AXES = [field for field in dataclasses.fields(Case) if field.name != "device"]
 CACHED_TOKENS = (1024, 4096)
-SCORER_AXES = ("proj_dim", "mode", "scorer")  # which dot products do not see
+SCORER_AXES = ("proj_dim", "mode", "scorer")  # axes that dot products do not see
 
 
 def truth(word: str) -> bool:
@@ -212,7 +212,7 @@ def main(words: list[str] | None = None) -> None:
             record["rows"].append(row)
             lines.append(table_row(show(row) for show in columns.values()))
             print(lines[-1], flush=True)
-    finally:  # what is there is kept if something goes wrong after many minutes
+    finally:  # keeps what is there if something goes wrong after many minutes
         if arguments.output and record["rows"]:
             write_files(arguments.output, record, "\n".join([f"# Benchmark: {arguments.preset}", "", *lines, ""]), axes)
 

@@ -93,7 +93,7 @@ def compile_kernel(
     source = ASTSource(function, signature, values, hints)
     options = {"num_warps": blocks.warps, "num_stages": blocks.stages}
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="TRITON_DEFAULT_FP_FUSION")  # kernels write their fused products out
+        warnings.filterwarnings("ignore", message="TRITON_DEFAULT_FP_FUSION")  # ignores it: kernels write fused products out
         compiled = triton.compile(source, GPUTarget(target.backend, target.arch, target.warp_size), options)
     return compiled, blocks
 

@@ -91,7 +91,7 @@ def operations(experiment: Experiment) -> float:
     """Of the matrix products of a training step of the dot-product model, two for each multiplication with its addition;
     counted on the CPU."""
     model: Any = experiment.initial_model(Arm.DOT)
-    model.set_attn_implementation("eager")  # whose products are counted
+    model.set_attn_implementation("eager")  # picks the one whose products are counted
     size = experiment.training.per_device_train_batch_size
     with FlopCounterMode(display=False) as counter:
         model(**experiment.first_batch("train_dataset", size)).loss.backward()
@@ -105,7 +105,7 @@ def total_steps(experiment: Experiment) -> tuple[int, int]:
     per_epoch = math.ceil(batches / training.gradient_accumulation_steps)
     steps = training.max_steps if training.max_steps > 0 else math.ceil(training.num_train_epochs * per_epoch)
     between = training.eval_steps or training.logging_steps
-    between = between if between >= 1 else math.ceil(between * steps)  # a share of the run, as for Trainer
+    between = between if between >= 1 else math.ceil(between * steps)  # takes a share of the run, as Trainer does
     every = {"steps": between, "epoch": per_epoch, "no": math.inf}
     return steps, int(steps / every[IntervalStrategy(training.eval_strategy).value])
 

@@ -116,7 +116,7 @@ def least_error_of_embeddings(target: torch.Tensor, width: int) -> float:
 
 
 def measure() -> list[dict[str, Any]]:
-    query = key = torch.linspace(-1, 1, GRID)[:, None] + 1e-3  # no ties
+    query = key = torch.linspace(-1, 1, GRID)[:, None] + 1e-3  # avoids ties
     targets = torch.stack([function(query, key.T) for function in FUNCTIONS.values()])
     rows = []
     for width in WIDTHS:

@@ -58,9 +58,9 @@ class HalveLearningRate(TrainerCallback):
         self.after_epoch = after_epoch
 
     def on_step_begin(self, args, state, control, lr_scheduler=None, optimizer=None, **kwargs):
-        schedule = getattr(lr_scheduler, "scheduler", lr_scheduler)  # accelerate wraps it
+        schedule = getattr(lr_scheduler, "scheduler", lr_scheduler)  # looks inside accelerate's wrapper
         first_rates = [group["initial_lr"] for group in optimizer.param_groups]
-        # a checkpoint holds both, so a resumed run knows whether it was done
+        # compares rates that a checkpoint holds, so that a resumed run knows whether it was done
         if state.epoch >= self.after_epoch and schedule.base_lrs == first_rates:
             schedule.base_lrs = [rate / 2 for rate in first_rates]
             for group in optimizer.param_groups:

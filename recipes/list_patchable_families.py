@@ -81,7 +81,7 @@ def model_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
     for mapping in sorted(mappings, key=lambda mapping: mapping is not modeling_auto.MODEL_MAPPING):
         try:
             found = mapping[type(config)]
-        except (KeyError, ValueError):  # a name without a class is an oversight in some families
+        except (KeyError, ValueError):  # skips a name without a class, an oversight in some families
             continue
         return found[0] if isinstance(found, list | tuple) else found
     return None
@@ -99,7 +99,7 @@ def shrink(config: PreTrainedConfig, limits: dict[str, int]) -> PreTrainedConfig
             changes[name] = min(value, limit)
         elif type(value) is int and re.search(r"_token_(id|index)$", name) and value >= VOCABULARY:
             changes[name] = 100 + len(changes) % (VOCABULARY - 100)
-        elif isinstance(value, list) and len(value) == depth:  # one entry per layer, of each kind if there are few
+        elif isinstance(value, list) and len(value) == depth:  # keeps one entry per layer, of each kind if there are few
             kinds = sorted(set(map(str, value)), key=lambda kind: ("attention" not in kind or "linear" in kind, kind))
             changes[name] = (kinds * NUM_LAYERS)[:NUM_LAYERS] if isinstance(value[0], str) else value[:NUM_LAYERS]
     rope = fields.get("rope_parameters")
@@ -124,7 +124,7 @@ def small_models(model_types: list[str]) -> Iterator[PreTrainedModel]:
             try:
                 config = shrink(AutoConfig.for_model(model_type), limits)
                 wanted = model_class(config)
-                if wanted is None:  # a part of others
+                if wanted is None:  # leaves a type that is a part of others
                     break
                 with torch.device("meta"):
                     numbers = sum(parameter.numel() for parameter in wanted(config).parameters())
@@ -132,7 +132,7 @@ def small_models(model_types: list[str]) -> Iterator[PreTrainedModel]:
                     reasons.append(f"{model_type}: {numbers:,} parameters")
                     continue
                 yield draw(wanted(config)).eval()
-            except Exception as error:  # noqa: BLE001, any config may object in its own way
+            except Exception as error:  # noqa: BLE001, goes on, since any config may object in its own way
                 reasons.append(f"{model_type}: {one_line(error)}")
     raise RuntimeError("; ".join(dict.fromkeys(reasons)) or "no Auto class has a model of it")
 
@@ -151,7 +151,7 @@ def draw(model: PreTrainedModel) -> PreTrainedModel:
 def outputs_of(model: nn.Module, inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
     """Every number that a model returns for random numbers; models that mask at random mask the same each time."""
     torch.manual_seed(0)
-    # equal tokens would get equal answers from any attention
+    # avoids equal tokens, which would get equal answers from any attention
     inputs = {name: torch.randn_like(tensor) if tensor.is_floating_point() else tensor for name, tensor in inputs.items()}
     leaves = tree_leaves(list(dict(model(**inputs)).values()))
     return [leaf.clone() for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()]
@@ -167,7 +167,7 @@ def runnable_part(model: PreTrainedModel) -> tuple[str, PreTrainedModel, dict[st
             try:
                 if outputs_of(part, inputs):
                     return name, part, inputs
-            except Exception as error:  # noqa: BLE001, whatever a model says to inputs that it was not made for
+            except Exception as error:  # noqa: BLE001, catches whatever a model says to inputs that it was not made for
                 reason = one_line(error)
     raise RuntimeError(f"no run on generic inputs: {reason}")
 
@@ -203,7 +203,7 @@ def examine(model: PreTrainedModel) -> dict[str, Any]:
     names = [layer.layer for layer in plan.layers]
     record |= {"patched_layers": len(names), "stacks": sorted({stack_name(name) for name in names})}
     expected = outputs_of(part, inputs)
-    with recording(model, {name: [] for name in names}):  # their attention gives zeros
+    with recording(model, {name: [] for name in names}):  # makes their attention give zeros
         if max(map(relative, outputs_of(part, inputs), expected)) < 1e-5:
             raise RuntimeError("the outputs of its small random model do not depend on attention")
     for implementation in ("as built", "eager"):
@@ -242,7 +242,7 @@ def try_family(model_types: list[str]) -> dict[str, Any]:
         for model in small_models(model_types):
             try:
                 return examine(model)
-            except Exception as error:  # noqa: BLE001, the next model of the family may do better
+            except Exception as error:  # noqa: BLE001, goes on, since the next model of the family may do better
                 reasons.append(f"{type(model).__name__}: {one_line(error)}")
     except RuntimeError as error:
         reasons = reasons or [str(error)]
@@ -314,7 +314,7 @@ def main() -> None:
     for name in arguments.families or known:
         results[name] = try_family(known[name])
         print(f"{name}: {results[name]['status']} {results[name].get('reason', '')}", flush=True)
-        if path:  # each time, so that a run that is stopped can go on with the other families
+        if path:  # writes each time, so that a run that is stopped can go on with the other families
             command = " ".join(word for word in command_line().split() if word not in known)
             record = {"command": command, "environment": environment()}
             record["families"] = dict(sorted((before | results).items()))

@@ -32,7 +32,7 @@ def measure(init: str, proj_dim: int, head_dim: int, seeds: int, length: int) ->
         query, key = torch.randn(2, 1, 1, length, head_dim)
         deviations[seed] = reference_scores(query, key, scorer.weights()).std()
     low, median, high = deviations.quantile(torch.tensor([0.05, 0.5, 0.95])).tolist()
-    # equal scores differ by rounding alone
+    # counts as dead what differs by rounding alone, as equal scores do
     return {"dead": (deviations < 1e-6).float().mean().item(), "std_5%": low, "std_median": median, "std_95%": high}
 
 

@@ -137,7 +137,7 @@ def measure_stages(experiment: Experiment, checkpoint: CheckpointArguments, stag
     is_residual = any(layer.mode == "residual" for layer in patch_status(model))
     if is_residual or checkpoint.calibration_steps < 1 or "calibrated" in stages:
         return
-    if "calibration" in stages:  # and the model has been loaded with what it came to
+    if "calibration" in stages:  # only measures, since the model has been loaded with the calibrated scorers
         return measure("calibrated", model)
     arguments = experiment.trainer_arguments
     loader = DataLoader(
@@ -159,7 +159,7 @@ def measure_stages(experiment: Experiment, checkpoint: CheckpointArguments, stag
     if experiment.training.should_save:
         save_patch(model, experiment.folder / CALIBRATED)
         write_json(experiment.folder / STAGES, stages)
-    PartialState().wait_for_everyone()  # what the first process has saved, the others load
+    PartialState().wait_for_everyone()  # waits, since the others load what the first process has saved
     measure("calibrated", model)
 
 
@@ -224,7 +224,7 @@ def main() -> None:
     if Arm.NEURAL in neural.arms:
         try:
             measure_stages(experiment, checkpoint, stages)
-        except ValueError as error:  # what `patch` refuses, for instance
+        except ValueError as error:  # catches what `patch` refuses, for instance
             raise SystemExit(f"{name} cannot be patched: {error}") from None
 
     def describe(results: Results) -> None:

@@ -43,7 +43,7 @@ def main() -> None:
     splits = load_text(text)
     tokenizer = load_tokenizer(text, arguments.model_name_or_path, splits)
     test = tokenize(splits["test"], text.text_column_name, tokenizer)
-    # the head is tied to the embeddings, which stay as they are
+    # keeps the head, since it is tied to the embeddings, which stay as they are
     kept = ["lm_head", *([r".*\.scorer"] if arguments.keep_scorers else [])]
     settings = {"float32": None, "int8": BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=kept)}
     rows: list[dict[str, Any]] = []

@@ -104,7 +104,7 @@ def time_arms(study: Study, results: Path, more: list[str]) -> None:
             results.mkdir(parents=True, exist_ok=True)
             write_json(results / COSTS, record)
     if torch.distributed.is_initialized():
-        torch.distributed.barrier()  # until the file is there
+        torch.distributed.barrier()  # waits until the file is there
         torch.distributed.destroy_process_group()
 
 
@@ -131,7 +131,7 @@ def run(study: Study, arm: str, seed: int, launcher: list[str], folder: Path, re
     if subprocess.run(command, check=False).returncode:
         raise SystemExit(f"The run of {arm!r} with seed {seed} failed: {shlex.join(command)}\nRun the study again to go on.")
     finished = json.loads((output / study.attention(arm) / RESULTS).read_text())
-    where = json.loads((output / "comparison.json").read_text())["environment"]  # of the run's own processes
+    where = json.loads((output / "comparison.json").read_text())["environment"]  # reads that of the run's own processes
     asked = settings_of_run(json.loads((output / "run.json").read_text())) | {"processes": where["processes"]}
     record = {"study": study.name, "arm": arm, "seed": seed, "settings": study.settings(arm)}
     record |= {**finished, "run": asked, "environment": where}
@@ -164,7 +164,7 @@ def main() -> None:
     for name, given, known in (("arms", arguments.arms, study.arms), ("seeds", arguments.seeds, study.seeds)):
         if unknown := set(given or ()) - set(known):
             raise SystemExit(f"--{name} {' '.join(map(str, unknown))}: the study has {', '.join(map(str, known))}.")
-    if arguments.time_only:  # perhaps one of several processes
+    if arguments.time_only:  # does nothing else, since it may be one of several processes
         return time_arms(study, results, more)
     if not arguments.report_only:
         check_words(study, more)

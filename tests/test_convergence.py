@@ -15,15 +15,15 @@ from tests.helpers.converging import COMMAND, CURVES, MODES, STEPS, TASKS, train
 from tests.helpers.numerics import CPU_BACKENDS
 
 
-# The departure of a run is one draw from what rounding can do, and the stored bound the largest of 16 draws: a backend
+# Widens the stored bound, the largest of 16 draws, since a run is one more draw from what rounding can do, and a backend
 # rounds otherwise than the reference at every operation, where those 16 did so once per step
 FACTOR = 4
-# The curve is stored in float32, whose numbers from 2 to 4 are 2.4e-7 apart; the mean of a loss is rounded a few times
+# Allows for float32, which stores the curve: its numbers from 2 to 4 are 2.4e-7 apart; a mean loss is rounded a few times
 RESOLUTION = 2e-6
-# What is left of the loss of guessing after training. Without attention nothing better than guessing can be had
+# Bounds what training leaves of the loss of guessing, which no model without attention can better
 LEFT = 0.05
 
-# the reference made the curves
+# leaves out the reference, which made the curves
 BACKENDS_TO_TRAIN = [name for name in CPU_BACKENDS if name not in ("reference", "triton")]
 
 every_case = pytest.mark.parametrize(("name", "mode"), [(name, mode) for name in TASKS for mode in MODES])
@@ -53,7 +53,7 @@ def assert_arrives(losses: torch.Tensor, guessing: float) -> None:
 def test_the_stored_curve_arrives_and_its_bound_means_something(name: str, mode: str):
     losses, bound, rough = stored(name, mode)
     assert_arrives(losses, TASKS[name].guessing)
-    # a hundredth of what there is to lose, at most
+    # allows a hundredth of what there is to lose, at most
     assert bound.max() < 0.01 * TASKS[name].guessing
     assert rough < 0.05 * TASKS[name].guessing
 
@@ -82,9 +82,9 @@ def test_a_backend_that_is_a_little_wrong_leaves_the_curve(wrong: str, monkeypat
     right = BACKENDS["reference"].run
 
     def run(query, key, value, weights, **options):
-        if wrong == "scores":  # a hundredth too large
+        if wrong == "scores":  # makes scores a hundredth too large
             weights = weights._replace(weight3=1.01 * weights.weight3)
-        else:  # a hundredth of the keys' is missing
+        else:  # drops a hundredth of the keys' gradient
             key = 0.99 * key + 0.01 * key.detach()
         return right(query, key, value, weights, **options)
 

@@ -90,7 +90,7 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     for name, backend in list(BACKENDS.items()):
         monkeypatch.setitem(BACKENDS, name, backend._replace(run=recording(name, backend.run)))
-    literal = neural_attention_functional.reference_attention  # what returns attention weights
+    literal = neural_attention_functional.reference_attention  # records this function too, which returns attention weights
     monkeypatch.setattr(neural_attention_functional, "reference_attention", recording("reference", literal))
     return found
 

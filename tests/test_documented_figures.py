@@ -65,7 +65,7 @@ def difference(study: str, arm: str, other: str) -> tuple[str, str, str]:
 
 SLOW = "all layers, 16, a quarter of the rate"
 SLOW_DOT = "dot, a quarter of the rate"
-# What the first cells of a row say, then the study and the two arms
+# Lists what the first cells of a row say, then the study and the two arms
 COMPARED = [
     ("the dot product, all else equal", "2,112", "5e-4", "images-longer", "all layers, 16", "dot"),
     ("the dot product, all else equal", "500", "1e-3", "images", "all layers, 16", "dot"),
@@ -242,7 +242,7 @@ def test_patched_checkpoints():
         ("patched-gpt2-wikitext2", "test_perplexity_stride", "{:.1f}"),
         ("patched-vit-cifar10", "test_accuracy", "{:.1%}"),
     ):
-        # the JSON has the last stages only
+        # reads the card, since the JSON has the last stages only
         card = (CARDS / f"models/{name}.md").read_text()
         last_cells = [
             re.findall(rf"^\| {stage} \|.*\| ([\d.]+) \|$", card, re.MULTILINE)

@@ -30,7 +30,7 @@ ROOT = Path(__file__).parents[1]
 
 GPT2 = {"vocab_size": 300, "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64, "initializer_range": 0.2}
 VIT = {"image_size": 16, "patch_size": 4, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-# the backend that the package and copies of the code have in common
+# fixes the backend that the package and copies of the code have in common
 BACKEND = {"HF_NEURAL_ATTENTION_BACKEND": "blockwise"}
 
 INPUTS = {
@@ -98,7 +98,7 @@ def script(code: str, folder: Path, **environment: str) -> str:
     own = {"HF_MODULES_CACHE": str(folder / "modules"), **BACKEND, **environment}
     command = [sys.executable]
     if code.startswith(NOT_INSTALLED):
-        # an environment with all that is installed but for this package, whose source is no part of site-packages
+        # leaves out this package alone, whose source is no part of site-packages
         command += ["-S"]
         own["PYTHONPATH"] = sysconfig.get_path("purelib")
     command += ["-c", code]
@@ -111,7 +111,7 @@ def script(code: str, folder: Path, **environment: str) -> str:
 @pytest.mark.parametrize("family", ("gpt2", "vit"))
 def test_it_loads_in_every_way(family: str, tmp_path: Path):
     model, processor = make(family)
-    model.config.use_cache = False  # as Trainer leaves it
+    model.config.use_cache = False  # sets it as Trainer leaves it
     assert export_to_hub(model, tmp_path / "model", processor) == tmp_path / "model"
     assert model.config.use_cache is False
     for code in (SAVE, WITHOUT, UNTRUSTED, PIPELINE[family]):

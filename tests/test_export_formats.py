@@ -21,7 +21,7 @@ from hf_neural_attention import (
 if not hasattr(base, "ExportedModel"):
     pytest.skip("Transformers exports models that can be called, saved and loaded from 5.23 on", allow_module_level=True)
 
-# torch's and Transformers' exporters use what torch deprecates
+# ignores what torch has deprecated, since its own and Transformers' exporters use it
 pytestmark = [pytest.mark.filterwarnings(f"ignore::{kind}") for kind in ("FutureWarning", "DeprecationWarning")]
 
 EXPORTERS: dict[str, Any] = {"torch.export": (DynamoExporter, DynamoConfig), "ONNX": (OnnxExporter, OnnxConfig)}
@@ -45,7 +45,7 @@ def gpt2(mode: str) -> Any:
     model = NeuralGPT2LMHeadModel(NeuralGPT2Config(**sizes, **fields)).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name.endswith("linear3.weight"):  # zero at birth in residual mode
+            if name.endswith("linear3.weight"):  # draws it anew, since it is zero at birth in residual mode
                 parameter.normal_()
     return model
 
@@ -77,7 +77,7 @@ def test_gpt2_with_its_cache(kind: str, tmp_path: Path):
     exported = export(kind, model, inputs, tmp_path)
     ids = torch.randint(3, 98, (3, 13))
     mask = torch.ones_like(ids)
-    mask[1, :4] = 0  # padded on the left
+    mask[1, :4] = 0  # pads on the left
     expected = model(ids, attention_mask=mask).logits
     cache = model(ids[:, :10], attention_mask=mask[:, :10], use_cache=True).past_key_values
     assert_near(exported(input_ids=ids[:, 10:], attention_mask=mask, past_key_values=cache).logits, expected[:, 10:])

@@ -14,7 +14,7 @@ WORKFLOWS = sorted((GITHUB / "workflows").glob("*.yml"))
 FORMS = [path for path in sorted((GITHUB / "ISSUE_TEMPLATE").glob("*.yml")) if path.name != "config.yml"]
 REPORT = "python -m hf_neural_attention"
 
-# of an issue form: what GitHub takes at the top, and in the attributes of each kind of field
+# lists what GitHub takes in an issue form: at the top, and in the attributes of each kind of field
 TOP_KEYS = {"name", "description", "title", "labels", "assignees", "projects", "type", "body"}
 ATTRIBUTES = {
     "markdown": {"value"},
@@ -52,7 +52,7 @@ def test_there_is_a_workflow_and_a_form_for_each_purpose():
 def test_workflows_have_what_github_needs(path: Path):
     content = read(path)
     assert content["name"] == path.stem
-    events = content[True]  # YAML reads the key `on` so
+    events = content[True]  # looks up True, as which YAML reads the key `on`
     assert {"push", "pull_request"} <= set(events) or {"schedule", "pull_request"} <= set(events)
     assert content["permissions"] == {"contents": "read"}
     for job in content["jobs"].values():
@@ -72,7 +72,7 @@ def test_workflows_run_targets_that_exist(path: Path):
 
 @every_workflow
 def test_workflows_take_the_cpu_build_of_torch(path: Path):
-    # without it pip takes a CUDA build, some gigabytes of it, on machines that have no GPU
+    # keeps pip from taking a CUDA build, some gigabytes of it, on machines that have no GPU
     assert read(path)["env"]["PIP_EXTRA_INDEX_URL"].endswith("/whl/cpu")
 
 

@@ -13,7 +13,7 @@ from hf_neural_attention.private_interfaces import PRIVATE_INTERFACES, PrivateIn
 
 
 PACKAGE = Path(hf_neural_attention.__file__).parent
-# public for all their underscore: of named tuples and ctypes, what `evaluate` asks a metric for, an unnamed function
+# lists names public despite the underscore: of named tuples and ctypes, what `evaluate` asks a metric for, an unnamed function
 PUBLIC = {"_", "_asdict", "_fields", "_replace", "_fields_", "_info", "_compute"}
 OWN = {"_neural_cache"}
 
@@ -95,7 +95,7 @@ def test_no_import_goes_round_in_a_circle():
     for path in PACKAGE.rglob("*.py"):
         parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
         names[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
-    # the package itself, which imports them all, is looked up by name where its public names are wanted
+    # leaves out the package itself, which imports them all and is looked up by name where its public names are wanted
     edges = {name: (imports_of(path) & names.keys()) - {"hf_neural_attention"} for name, path in names.items()}
     left = dict(edges)
     while ends := [name for name, used in left.items() if not used & left.keys()]:

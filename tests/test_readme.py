@@ -28,7 +28,7 @@ def python_blocks() -> list[tuple[str, str, str]]:
 
 
 BLOCKS = python_blocks()
-# An export takes more than ten seconds
+# Marks exports as slow, since one takes more than ten seconds
 CASES = [
     pytest.param(*block, id=", ".join(block[:2]), marks=[pytest.mark.slow] if "exporters" in block[2] else [])
     for block in BLOCKS
@@ -76,7 +76,7 @@ def test_every_page_with_code_is_found():
     assert pages == {"README", "looking-inside", "patching", "publishing-and-export", "speed-and-backends", "training"}
 
 
-# Transformers' exporters use what torch deprecates, as in test_export_formats.py
+# Ignores what torch has deprecated, since Transformers' exporters use it, as in test_export_formats.py
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 @pytest.mark.parametrize(("page", "heading", "code"), CASES)
 def test_the_blocks_run_as_written(page, heading, code, in_a_folder_with_models, capsys):

@@ -156,7 +156,7 @@ print({{name for name, module in adapted.named_modules() if hasattr(module, "lor
     assert run_python(code) == "{'base_model.model.transformer.h.0.attn.c_attn'}"
 
 
-# each must leave both the stock and the neural classes where they belong
+# must leave both the stock and the neural classes where they belong, in each order
 ORDERS = {
     "Auto classes first": """
 from transformers import AutoConfig, AutoTokenizer, AutoImageProcessor, AutoModel, pipeline

@@ -24,7 +24,7 @@ class Checkout:
             (folder / name).parent.mkdir(exist_ok=True)
             shutil.copy(ROOT / name, folder / name)
         shutil.copytree(ROOT / "hf_neural_attention", folder / "hf_neural_attention")
-        # the interpreter of these tests: it takes the package from the folder that it is started in
+        # wraps the interpreter of these tests, to take the package from the folder that it is started in
         python = folder / ".venv" / "bin" / "python"
         python.parent.mkdir(parents=True)
         python.write_text(f'#!/bin/sh\nPYTHONPATH=. exec "{sys.executable}" "$@"\n')

@@ -19,7 +19,7 @@ from tests.helpers.packages import OLDEST, PINNED, pins, project, requirements
 ROOT = Path(__file__).parents[1]
 
 ENVIRONMENT_VARIABLE = re.compile(r"""(?:environ(?:\.get|\.setdefault|\.pop)?|getenv)\s*[\[(]\s*["'](\w+)["']""")
-# the folders below which people and machines keep their own files
+# finds paths below folders where people and machines keep their own files
 MACHINE_PATH = re.compile(r"(?<![\w.:/-])/(?:home|Users|root|work|opt|mnt|srv)/\w|\b[A-Z]:\\Users\\")
 
 
@@ -92,7 +92,7 @@ def test_oldest_python_runs_every_dependency():
     for requirement in requirements():
         try:
             needed = distribution(requirement.name).metadata["Requires-Python"]
-        except ModuleNotFoundError:  # an extra that is not installed
+        except ModuleNotFoundError:  # skips an extra that is not installed
             continue
         assert needed is None or SpecifierSet(needed).contains(f"{oldest}.0"), f"{requirement.name} needs Python {needed}"
 
@@ -130,7 +130,7 @@ def test_no_path_of_a_machine():
             continue
         try:
             lines = path.read_text(encoding="utf-8").splitlines()
-        except UnicodeDecodeError:  # a picture
+        except UnicodeDecodeError:  # skips pictures
             continue
         found += [f"{name}:{number}: {line}" for number, line in enumerate(lines, 1) if MACHINE_PATH.search(line)]
     assert not found, "\n".join(found)

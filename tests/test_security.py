@@ -18,7 +18,7 @@ from tests.helpers.neural_models import GPT2
 ROOT = Path(__file__).parents[1]
 SOURCES = [*(ROOT / "hf_neural_attention").rglob("*.py"), *(ROOT / "recipes").rglob("*.py")]
 
-# modules that unpickle, and functions that run or unpickle what they are given
+# lists modules that unpickle, and functions that run or unpickle what they are given
 MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 FUNCTIONS = {"eval", "exec", "compile", "torch.load", "torch.hub.load", "np.load", "numpy.load", "os.system", "os.popen"}
 FUNCTIONS |= {"yaml.load", "yaml.full_load", "yaml.unsafe_load"}
@@ -96,7 +96,7 @@ def test_code_in_a_repository_runs_where_it_is_trusted_only(hostile, trusted: bo
         timeout=300,
         check=False,
     )
-    # an inequality beside the equality: a mark that nothing can leave would prove nothing
+    # checks the mark both ways, since one that nothing can leave would prove nothing
     assert (done.returncode == 0) == trusted, done.stderr[-3000:]
     assert mark.exists() == trusted
     assert trusted or "trust_remote_code" in done.stderr

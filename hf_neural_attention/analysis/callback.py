@@ -29,7 +29,7 @@ class ScorerHealthCallback(TrainerCallback):
     def __init__(self, inputs: Mapping[str, Any], every: int = 1):
         self.inputs, self.every = dict(inputs), every
         self.logs = 0
-        self.dead: dict[str, int] = {}  # by layer, of what has been warned of
+        self.dead: dict[str, int] = {}  # layer -> number of dead scorers that it has warned of
 
     def on_log(self, args, state, control, model=None, logs=None, **kwargs):
         self.logs += 1
@@ -39,7 +39,7 @@ class ScorerHealthCallback(TrainerCallback):
             figures = {
                 f"scorer/{layer.layer}/{name}": getattr(layer, name) for name in ("active_units", "score_std", "entropy")
             }
-            logs.update(figures)  # for the callbacks that come after
+            logs.update(figures)  # shows them to the callbacks that come after
             state.log_history[-1].update(figures)
             if layer.dead > self.dead.get(layer.layer, 0):
                 self.dead[layer.layer] = layer.dead

@@ -76,5 +76,5 @@ def draw_health(health: ScorerHealth, axes: Any = None) -> list[Any]:
     both[1].set(title="entropy of attention", xlabel="nats")
     both[1].legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2)
     for ax in both:
-        ax.set_ylim(len(names) - 0.5, -0.5)  # the first layer on top, also where axes share theirs
+        ax.set_ylim(len(names) - 0.5, -0.5)  # puts the first layer on top, also where axes share theirs
     return both

@@ -79,7 +79,7 @@ def health_in_float32(scorer: Any, call: Call) -> LayerHealth:
             scores = scores + query @ call.key.transpose(-1, -2) * call.scaling
         scores = call.masked_rows(scores, rows)
         seen = scores > float("-inf")
-        counted = seen.sum(-1) > 1  # rows with a choice
+        counted = seen.sum(-1) > 1  # counts only rows with a choice
         active_pairs = active_pairs + ((active > 0) & seen.unsqueeze(-1)).sum((0, 2, 3))
         number = seen.sum(-1).clamp_min(1)
         mean = (network * seen).sum(-1) / number

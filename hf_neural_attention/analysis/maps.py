@@ -26,7 +26,7 @@ def attention_maps(model: Any, **inputs: Any) -> tuple[torch.Tensor, ...]:
         ValueError: if the model gives no attention weights.
     """
     base: Any = unwrap(model)
-    parts = [part for part in base.modules() if isinstance(part, PreTrainedModel)]  # which may run different ones
+    parts = [part for part in base.modules() if isinstance(part, PreTrainedModel)]  # lists all: their settings may differ
     before = [(part, part.config._attn_implementation) for part in parts]
     with left_as_it_was(base) as device:
         inputs = tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), inputs)

@@ -27,7 +27,7 @@ def watch(model: Any, inputs: Mapping[str, Any], look: Callable[[Any, Call], Any
 
     def look_and_go_on(module: Any, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
         if module not in seen:
-            # here, where a sharded model has its weights together
+            # looks here, where a sharded model has its weights together
             seen[module] = look(module.scorer, call_of(module, *args, **kwargs))
         return neural_attention_forward(module, *args, **kwargs)
 

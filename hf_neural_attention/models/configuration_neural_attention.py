@@ -7,7 +7,7 @@ from typing import Any, Literal
 from huggingface_hub.dataclasses import validated_field
 
 
-# Of the neural fields and the scorers' weights. Raised when code of the last version would misread what is saved.
+# Counts formats of the neural fields and scorers' weights: goes up when code of the last version would misread what is saved
 FORMAT_VERSION = 1
 
 MODES = ("replace", "residual")
@@ -100,7 +100,7 @@ class NeuralAttentionConfigMixin:
         if self.neural_layers is None:
             self.neural_layers = [0]
         super().__post_init__(**kwargs)
-        # the config.json of a stock checkpoint leaves its own model type on the instance
+        # removes the model type that the config.json of a stock checkpoint leaves on the instance
         self.__dict__.pop("model_type", None)
 
     def validate_neural_layers(self) -> None:
@@ -113,10 +113,10 @@ class NeuralAttentionConfigMixin:
         return resolve_layers(self.neural_layers, self.num_hidden_layers)
 
     def to_dict(self) -> dict[str, Any]:
-        # peft asks for a model's config in this way before it looks up what to adapt in it
+        # tells peft here, since it asks for a model's config in this way before it looks up what to adapt in it
         let_peft_adapt(self.model_type, self.model_type.removeprefix("neural_"))
         return super().to_dict()
 
     def to_diff_dict(self) -> dict[str, Any]:
-        # also where it is the default: a later version will have another
+        # writes it even where it is the default, since a later version will have another
         return super().to_diff_dict() | {"neural_format_version": self.neural_format_version}

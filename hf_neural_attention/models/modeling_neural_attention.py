@@ -15,7 +15,7 @@ from .neural_attention_scorer import NeuralScorer
 class NeuralPreTrainedModelMixin:
     """Comes before the stock `*PreTrainedModel` among the bases of a family's `Neural*PreTrainedModel`."""
 
-    # Their masks are read by kernels that compute dot products
+    # Turns these off, since their masks are read by kernels that compute dot products
     _supports_flash_attn = False
     _supports_flex_attn = False
     _supports_context_parallel = False
@@ -25,19 +25,19 @@ class NeuralPreTrainedModelMixin:
         return super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)
 
     def _init_weights(self, module: nn.Module) -> None:
-        # comes after the scorer's own layers, and so overrides what the stock rule (std 0.02) did to them
+        # runs after the scorer's own layers, and so overrides what the stock rule (std 0.02) did to them
         if isinstance(module, NeuralScorer):
             module.reset_parameters()
         else:
             super()._init_weights(module)
 
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
-        # For models outside `transformers.` the stock method passes over modules without direct parameters, and with them
-        # the scaled initialisation of GPT-2's c_proj. It guards code that writes parameters in place, which ours never does.
+        # Says False, since for models outside `transformers.` the stock method skips modules without direct parameters, and so
+        # the scaled initialisation of GPT-2's c_proj. That guards code that writes parameters in place, which ours never does.
         super()._initialize_weights(module, is_custom_code=False)
 
-    # `generate` checks the name of a cache while it puts its settings together, and makes the cache when it knows the length.
-    # Stock models with caches of their own override the same two methods.
+    # Overrides two methods, as stock models with caches of their own do, since `generate` checks the name of a cache while it
+    # puts its settings together, and makes the cache when it knows the length.
 
     def _prepare_generation_config(
         self, generation_config: GenerationConfig | None, *args, **kwargs
@@ -45,12 +45,12 @@ class NeuralPreTrainedModelMixin:
         wanted = kwargs.get("cache_implementation") in NEURAL_CACHES
         if wanted:
             stock = NEURAL_CACHES[kwargs.pop("cache_implementation")]
-            if stock is not None and generation_config is None:  # arguments beside a whole config are deprecated
+            if stock is not None and generation_config is None:  # avoids arguments beside a whole config, which are deprecated
                 kwargs["cache_implementation"] = stock
         prepared, model_kwargs = super()._prepare_generation_config(generation_config, *args, **kwargs)
         if wanted:
             prepared.cache_implementation = stock
-        # always set: an assistant gets a copy of the settings of the model that it assists
+        # sets it in any case, since an assistant gets a copy of the settings of the model that it assists
         prepared._neural_cache = wanted
         return prepared, model_kwargs
 
@@ -62,7 +62,7 @@ class NeuralPreTrainedModelMixin:
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         if wanted and model_kwargs.get("past_key_values") is not None:
             model_kwargs["past_key_values"] = replace_cache(model_kwargs["past_key_values"], self)
-        # not by class: the cache may come from the installed package, and this file from the Hub
+        # asks for the method, not the class, since the cache may come from the installed package, and this file from the Hub
         given = getattr(given, "self_attention_cache", given)
         if hasattr(given, "check_model"):
             given.check_model(self)
@@ -102,7 +102,7 @@ class NeuralHeadMixin:
     base_model_arguments: dict = {}
 
     def __init__(self, config):
-        # the stock constructor hard-codes its base model, which is replaced below: do not spend time on its weights
+        # spends no time on the weights of the base model that the stock constructor hard-codes, since it is replaced below
         with initialization.no_init_weights():
             super().__init__(config)
         setattr(self, self.base_model_prefix, self.base_model_class(config, **self.base_model_arguments))

@@ -44,8 +44,8 @@ class NeuralGPT2LMHeadModel(NeuralGPT2HeadModel, GPT2LMHeadModel):
 
     def __init__(self, config: NeuralGPT2Config):
         super().__init__(config)
-        # The one stock GPT-2 ends up with as well, but after a warning that no compiled graph can hold. A `loss_type` would
-        # say so too, but by it Trainer counts tokens otherwise than for stock GPT-2.
+        # Sets what stock GPT-2 ends up with too, but after a warning that no compiled graph can hold. Sets no `loss_type`,
+        # which would do as well, since by it Trainer counts tokens otherwise than for stock GPT-2.
         self.loss_function = ForCausalLMLoss
 
 
@@ -65,8 +65,8 @@ class NeuralGPT2ForQuestionAnswering(NeuralGPT2HeadModel, GPT2ForQuestionAnsweri
     """`GPT2ForQuestionAnswering` with Neural Attention. Args: config (`NeuralGPT2Config`)."""
 
 
-# Names the class where `Trainer` looks up whether to shift labels that it smooths, and serving what a model is for: neither
-# sees what is registered with the Auto classes
+# Names the class where `Trainer` looks up whether to shift labels that it smooths, and where serving looks up what a model is
+# for, since neither sees what is registered with the Auto classes
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[NeuralGPT2Config.model_type] = NeuralGPT2LMHeadModel.__name__
 
 

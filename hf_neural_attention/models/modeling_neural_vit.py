@@ -46,8 +46,8 @@ class NeuralViTForMaskedImageModeling(NeuralViTHeadModel, ViTForMaskedImageModel
     base_model_arguments = {"add_pooling_layer": False, "use_mask_token": True}
 
 
-# ViT's names on disk differ from its live names, and Transformers translates them by class name, for its own classes only.
-# These are its rules for "ViTModel", but for "attention." before q, k and v: the scorer's q_proj and k_proj stay as they are.
+# Repeats the rules of Transformers for "ViTModel", since it translates names on disk to live names by class name, for its own
+# classes only. Adds "attention." before q, k and v, so that the scorer's q_proj and k_proj stay as they are.
 DISK_TO_LIVE_NAMES = {
     r"encoder\.layer\.": "layers.",
     "attention.attention.query": "attention.q_proj",

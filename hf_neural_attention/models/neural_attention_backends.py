@@ -12,7 +12,7 @@ from .neural_attention_reference import ScorerWeights
 
 
 try:
-    # the installed package has fused kernels, and ways to ask for a backend from outside
+    # takes fused kernels, and ways to ask for a backend from outside, from the installed package
     from hf_neural_attention.ops import FUSED_BACKENDS, asked_backend
 except ImportError:
     FUSED_BACKENDS, asked_backend = {}, None  # type: ignore[assignment]
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 AUTO = "auto"
 
-# The fastest first: "auto" takes the first that nothing speaks against
+# Puts the fastest first, since "auto" takes the first that nothing speaks against
 BACKENDS = FUSED_BACKENDS | PYTORCH_BACKENDS
 
 
@@ -62,7 +62,7 @@ def choose_backend(name: str | None, inputs: Inputs) -> Choice:
             break
         reasons[candidate] = reason
     else:
-        raise ValueError(f"Neural Attention cannot run: {reason}.")  # the reference's, who can do whatever can be done
+        raise ValueError(f"Neural Attention cannot run: {reason}.")  # names the reference's, which can do whatever can be done
     if inputs.device_type == "cpu" and "native" in reasons and not inputs.exporting:
         warn_once(
             "Neural Attention's native CPU kernel is not available, the blockwise PyTorch backend runs instead (same results, "
@@ -85,7 +85,7 @@ def check_devices(query: torch.Tensor, **others: torch.Tensor | None) -> None:
 
 @torch.compiler.assume_constant_result
 def choose_name(name: str | None, device_type: str, dtype: torch.dtype, head_dim: int) -> str:
-    # a constant to torch.compile, which could not trace a compiler's run
+    # makes the name a constant to torch.compile, which could not trace a compiler's run
     return choose_backend(name, Inputs(device_type, dtype, head_dim)).name
 
 
@@ -101,7 +101,7 @@ def run_backend(
     if only_plain_operators():
         chosen = choose_backend(name, Inputs(query.device.type, query.dtype, exporting=True)).name
     else:
-        # numbers also to torch.compile with dynamic shapes, which compiles anew for heads of other sizes
+        # makes sizes numbers also to torch.compile with dynamic shapes, which compiles anew for heads of other sizes
         head_dim = max(operator.index(query.shape[-1]), operator.index(value.shape[-1]))
         chosen = choose_name(name, query.device.type, query.dtype, head_dim)
     return BACKENDS[chosen].run(query, key, value, weights, **arguments)

@@ -22,13 +22,13 @@ from .neural_attention_reference import ScorerWeights, apply_linear, expand_head
 BLOCK_NUMBERS = 1 << 20
 MAX_BLOCK_QUERIES = 64
 
-# Copies of this file from several models on the Hub each register operators of their own: one name would void the first's
+# Gives each copy of this file, from several models on the Hub, its own operators, as one name would void the first's
 NAMESPACE = "hf_neural_attention" if __name__.startswith("hf_neural_attention.") else __name__.replace(".", "_")
 
 
 def without_autocast(tensor: torch.Tensor) -> AbstractContextManager:
     if tensor.device.type == "meta":
-        return nullcontext()  # autocast does not know it
+        return nullcontext()  # does nothing, since autocast does not know this device
     return torch.autocast(device_type=tensor.device.type, enabled=False)
 
 
@@ -65,7 +65,7 @@ def cut_into_blocks(
     pairs = max(BLOCK_NUMBERS // width, 1)
     rows = max(1, min(num_queries, MAX_BLOCK_QUERIES, pairs // max(num_keys, 1)))
     heads = max(1, min(num_heads, pairs // max(rows * num_keys, 1)))
-    # several examples at a time only with all their heads
+    # takes several examples at a time only with all their heads
     examples = max(1, min(batch, pairs // max(rows * num_keys * num_heads, 1))) if heads == num_heads else 1
     for b in range(0, batch, examples):
         for h in range(0, num_heads, heads):
@@ -234,7 +234,7 @@ def blockwise_backward(
                 grad_scores *= dropout
             block.keys_of(grad_value).add_(dropped.transpose(-1, -2) @ grad_out)
             grad_scores *= probabilities
-            # from these very numbers, not `grad_output * output`, so that rounding cancels where a row has one large weight
+            # sums these very numbers, not `grad_output * output`, so that rounding cancels where a row has one large weight
             grad_scores.addcmul_(probabilities, grad_scores.sum(dim=-1, keepdim=True), value=-1.0)
 
             if query is not None and key is not None:

@@ -22,8 +22,8 @@ from transformers.cache_utils import (
 from .neural_attention_interface import AttentionModule
 
 
-# What `generate(cache_implementation=...)` of our models takes, and the stock implementation that each stands in for. Not
-# "dynamic", which is the default, but which assistants choke on if it is named.
+# Maps what `generate(cache_implementation=...)` of our models takes to the stock implementation that it stands in for. Does
+# not name "dynamic", the default, since assistants choke on it if it is named.
 NEURAL_CACHES: dict[str, str | None] = {"neural": None, "neural_static": "static"}
 
 
@@ -79,16 +79,16 @@ class ProjectedKeys(CacheLayerMixin):
         return super().update(self.project(key_states), value_states, *args, **kwargs)  # type: ignore[safe-super]
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        # `update` has projected them, `early_initialization` has not; cached layers have `h1 < head_dim`
+        # projects for `early_initialization`; `update` has done it, which the size tells: cached layers have `h1 < head_dim`
         if key_states.shape[-1] != self.source.scorer.hidden_dims[0]:
             key_states = self.project(key_states)
-        # The stock classes give values the dtype and heads of the keys, which are not theirs here: no memory for those
+        # Allocates no values here, since the stock classes give them the dtype and heads of the keys, which are not theirs
         super().lazy_initialization(key_states, value_states[..., :0])  # type: ignore[safe-super]
         if isinstance(self, StaticLayer):
             batch, heads, _, self.v_head_dim = value_states.shape
             self.values = value_states.new_zeros(batch, heads, self.max_cache_len, self.v_head_dim)
             if not torch.compiler.is_compiling():
-                torch._dynamo.mark_static_address(self.values)  # as the stock class does: CUDA graphs need it
+                torch._dynamo.mark_static_address(self.values)  # follows the stock class, since CUDA graphs need it
         else:
             self.values = value_states.new_empty(0)
 
@@ -119,7 +119,7 @@ def project_layer(layer: Any, attention: AttentionModule) -> Any:
     if kind is StaticLayer:
         return StaticProjectedKeyLayer(attention, max_cache_len=layer.max_cache_len)
     if kind is StaticSlidingWindowLayer:
-        # what it calls its length is the smaller of window and length
+        # reads both from what this class calls its length, which is the smaller of window and length
         window = layer.max_cache_len
         return StaticSlidingProjectedKeyLayer(attention, max_cache_len=window, sliding_window=window)
     return layer
@@ -132,11 +132,11 @@ def neural_attentions(model: Any) -> dict[int, AttentionModule]:
     found: dict[int, AttentionModule] = {}
     for module in model.modules():
         index, scorer = getattr(module, "layer_idx", None), getattr(module, "scorer", None)
-        # by what it can do, not by its class, of which every model from the Hub that brings its code has one of its own
+        # asks what it can do, not its class, since every model from the Hub that brings its code has a class of its own
         if not isinstance(index, int) or not hasattr(scorer, "project_keys"):
             continue
         if not getattr(module, "is_causal", True):
-            continue  # cross-attention, which has a cache of its own, or an encoder
+            continue  # skips cross-attention, which has a cache of its own, and encoders
         if index in found:
             raise ValueError(f"Two neural attention modules of this {type(model).__name__} say that they are layer {index}.")
         found[index] = module
@@ -148,7 +148,7 @@ def saves_memory(attention: AttentionModule, dtype: torch.dtype) -> bool:
     scorer = attention.scorer
     if scorer.mode == "residual":
         return False
-    # weights per head project a key for each query head that shares it
+    # counts a key once for each query head that shares it, since weights per head project it for each
     repeats = 1 if scorer.num_heads is None else getattr(attention, "num_key_value_groups", 1)
     projected = repeats * scorer.hidden_dims[0] * torch.promote_types(dtype, torch.float32).itemsize
     return projected < scorer.head_dim * dtype.itemsize
@@ -197,7 +197,7 @@ class NeuralCache(Cache):
         stock = DynamicCache(config=config) if max_cache_len is None else StaticCache(config, max_cache_len)
         layers = list(stock.layers)
         dtype = getattr(model, "dtype", torch.float32)
-        # where layers reuse the keys of another, they would get them as that one's scorer sees them
+        # leaves keys whole where layers reuse those of another, since they would get them as that one's scorer sees them
         if not getattr(config.get_text_config(decoder=True), "kv_sharing_modes", None):
             for index, attention in neural_attentions(model).items():
                 if saves_memory(attention, dtype):
@@ -211,7 +211,7 @@ class NeuralCache(Cache):
         super().__init__(
             layers=layers,
             offloading=offloading,
-            offload_only_non_sliding=max_cache_len is not None,  # the stock classes' defaults
+            offload_only_non_sliding=max_cache_len is not None,  # keeps the stock classes' defaults
         )
 
     def update(

@@ -50,7 +50,7 @@ def scorer_attention(
     if need_weights:
         return reference_attention(query, key, value, weights, **arguments)
     output = run_backend(backend, query, key, value, weights, **arguments)
-    if weights.bias3.requires_grad:  # frozen at birth, but peft and others thaw it: DDP stops at a gradient that is None
+    if weights.bias3.requires_grad:  # gives it a gradient if peft or others thaw it, since DDP stops at one of None
         output = output + 0.0 * weights.bias3.sum().to(output.dtype)
     return output, None
 

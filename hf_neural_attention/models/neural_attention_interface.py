@@ -16,7 +16,7 @@ from .neural_attention_scorer import NeuralScorer
 
 ATTENTION_NAME = "neural_attention"
 
-# A stock attention module: any `nn.Module`, whose annotations leave no room for attributes like `config`
+# Stands for any stock attention module, since annotations of `nn.Module` leave no room for attributes like `config`
 AttentionModule: TypeAlias = Any
 
 # The stock implementations whose masks `normalize_mask` understands
@@ -45,7 +45,7 @@ class NeuralConfigView:
         return ATTENTION_NAME
 
     def __getattr__(self, name: str) -> Any:
-        if name == "base":  # not there yet while unpickling
+        if name == "base":  # avoids endless recursion while unpickling, when it is not there yet
             raise AttributeError(name)
         return getattr(self.base, name)
 
@@ -128,7 +128,7 @@ def normalize_mask(
         raise ValueError(
             f"Neural Attention got a mask of dtype {attention_mask.dtype}; expected bool (True attends) or float (added)."
         )
-    attention_mask = attention_mask[..., :num_keys]  # static caches may come with masks for more keys
+    attention_mask = attention_mask[..., :num_keys]  # cuts it, since static caches may come with masks for more keys
     if attention_mask.dtype != torch.bool:
         lowest = torch.finfo(attention_mask.dtype).min
         attention_mask = attention_mask.masked_fill(attention_mask <= lowest, float("-inf"))
@@ -154,7 +154,7 @@ def mask_of_call(
 ) -> tuple[torch.Tensor | None, bool, int]:
     """`normalize_mask` of what an attention module hands to its attention function, biases included."""
     implementation = module.config.base._attn_implementation
-    if implementation not in SUPPORTED_IMPLEMENTATIONS:  # a stock model does not refuse it when it is set
+    if implementation not in SUPPORTED_IMPLEMENTATIONS:  # refuses it here, since a stock model does not when it is set
         check_implementation(implementation, f"A model with a neural {type(module).__name__}")
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
@@ -191,7 +191,7 @@ def neural_attention_forward(
         ValueError: if the module has no scorer, an argument asks for what a score network cannot do, or the model has been
             set to an implementation with masks of another kind.
     """
-    # not by the class of its config: of several copies of this file, each from a model on the Hub, the last one serves all
+    # ignores the class of its config, since of several copies of this file, each from a model on the Hub, the last serves all
     if not hasattr(module, "scorer"):
         check_implementation(ATTENTION_NAME, type(module).__name__)
     for name, feature in UNSUPPORTED_ARGUMENTS.items():
@@ -214,6 +214,6 @@ def neural_attention_forward(
 
 
 AttentionInterface.register(ATTENTION_NAME, neural_attention_forward)
-# Never used by a neural layer, whose mask follows the model's own implementation. Without an entry, a model set to this
-# name as a whole would lose its causal mask before the error above.
+# Keeps the causal mask of a model set to this name as a whole, which it would lose before the error above. No neural layer
+# uses the entry, since its mask follows the model's own implementation.
 AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)

@@ -13,7 +13,7 @@ PHILOX_KEY_INCREMENTS = (0x9E3779B9, 0xBB67AE85)
 PHILOX_ROUNDS = 10
 LOW_32_BITS = 0xFFFFFFFF
 
-# One Philox call gives four 32-bit words, so eight 16-bit numbers: enough for eight keys, 16 columns apart, so that a
+# Puts the eight keys that one Philox call serves (by four 32-bit words, so eight 16-bit numbers) 16 columns apart, so that a
 # vector of 16 lanes needs no shuffle.
 LANES = 16
 COLUMNS_PER_GROUP = 8 * LANES
@@ -33,7 +33,7 @@ def philox(counter: tuple[torch.Tensor, ...], key: tuple[torch.Tensor, torch.Ten
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(PHILOX_ROUNDS):
-        # int64 products wrap around, which leaves all 64 bits of the unsigned product in place
+        # lets int64 products wrap around, which leaves all 64 bits of the unsigned product in place
         product0, product1 = c0 * PHILOX_MULTIPLIERS[0], c2 * PHILOX_MULTIPLIERS[1]
         c0 = ((product1 >> 32) & LOW_32_BITS) ^ c1 ^ k0
         c2 = ((product0 >> 32) & LOW_32_BITS) ^ c3 ^ k1

@@ -9,7 +9,7 @@ from .neural_attention_blockwise import blockwise_attention
 from .neural_attention_reference import ScorerWeights, reference_attention
 
 
-# Those that torch can compute in; to it, 8 bits and fewer are floating point as well
+# Leaves out 8 bits and fewer, which torch calls floating point as well, but cannot compute in
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -62,7 +62,7 @@ def against_blockwise(inputs: Inputs) -> str | None:
     return "an exported graph may only hold PyTorch's own operators" if inputs.exporting else against_reference(inputs)
 
 
-# The faster first
+# Puts the faster first
 PYTORCH_BACKENDS = {
     "blockwise": Backend(blockwise_attention, against_blockwise, is_fused=False),
     "reference": Backend(run_reference, against_reference, is_fused=False),

@@ -123,7 +123,7 @@ def reference_scores(
     hidden = relu(apply_linear(hidden, weights.weight2, weights.bias2))
     scores = apply_linear(hidden, weights.weight3, weights.bias3).squeeze(-1)
     if residual_scale is not None:
-        # scaled after the product, as stock "eager" attention does: the two are equal to the bit while the network is zero
+        # scales after the product, as stock "eager" does, so that the two are equal to the bit while the network is zero
         scores = scores + query @ key.transpose(-1, -2) * residual_scale
     return scores
 
@@ -155,10 +155,10 @@ def reference_attention(
     num_heads = query.shape[1]
     key, value = expand_heads(key, num_heads), expand_heads(value, num_heads)
     scores = reference_scores(query, key, weights, residual_scale=residual_scale, keys_projected=keys_projected)
-    # masks and the softmax in float32 at least: a mask's lowest float32 number is -inf in half precision
+    # computes masks and the softmax in float32 at least, since a mask's lowest float32 number is -inf in half precision
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     batch, _, num_queries, num_keys = scores.shape
-    # tril, not causal_pairs: an exported graph keeps its lengths dynamic
+    # calls tril, not causal_pairs, so that an exported graph keeps its lengths dynamic
     causal = torch.ones(num_queries, num_keys, dtype=torch.bool, device=scores.device).tril() if is_causal else None
     probabilities = softmax_or_zero(mask_scores(scores, attn_mask, causal)).to(query.dtype)
     if dropout_seed is not None:
@@ -173,4 +173,4 @@ def reference_attention(
             dtype=query.dtype,
         )
     output = probabilities @ value.to(query.dtype)
-    return output.to(query.dtype), probabilities  # autocast makes the product smaller
+    return output.to(query.dtype), probabilities  # undoes autocast, which gives the product a smaller dtype

@@ -16,7 +16,7 @@ from .neural_attention_reference import ScorerWeights, expand_heads, key_feature
 
 try:
     from accelerate.utils import align_module_device
-except ImportError:  # nothing is offloaded without it
+except ImportError:  # does nothing then, since nothing is offloaded without accelerate
     align_module_device = nullcontext
 
 
@@ -111,7 +111,7 @@ class NeuralScorer(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draws new weights by `self.init`. Weights that `from_pretrained` has just loaded are left as they are."""
-        # here, since `from_pretrained` makes all that it loads trainable, and a parameter that never gets a gradient stops DDP
+        # freezes it here, since `from_pretrained` makes everything trainable, and DDP stops at a parameter without a gradient
         self.linear3.bias.requires_grad_(False)
         if self.linear1.weight.is_meta:
             return
@@ -190,13 +190,13 @@ class NeuralScorer(nn.Module):
 
 def effective_weights(layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """Weight `[out, in]` and bias `[out]` of a linear layer, plain, per head (leading dimension H), or wrapped."""
-    # torch's pruning computes the weight in a hook, before each call
+    # passes over layers with hooks, since torch's pruning computes the weight in one, before each call
     if type(layer) in (nn.Linear, PerHeadLinear) and not layer._forward_pre_hooks:
         # brings in what accelerate keeps on the CPU or on disk
         with align_module_device(layer) if layer.weight.is_meta else nullcontext():
             return layer.weight, layer.bias
     base = layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
-    stored = base.bias() if callable(base.bias) else base.bias  # a method of torch's dynamically quantised layers
+    stored = base.bias() if callable(base.bias) else base.bias  # calls the method of torch's dynamically quantised layers
     dtype = stored.dtype if stored.is_floating_point() else torch.float32
     inputs = torch.eye(base.in_features, device=stored.device, dtype=dtype)
     bias = layer(torch.zeros_like(inputs[:1]))[0]
@@ -234,7 +234,7 @@ def mirrored_weights(head_dim: int, proj_dim: int, first: int, second: int) -> S
       arc-cosine kernel of order 1): no sample is needed.
     - biases: zero. `linear2`'s therefore gets a zero gradient at the very start, as it moves all scores of a row together.
     """
-    # whatever torch's defaults are: it has no QR decomposition in half precision, nor float64 on every device
+    # overrides torch's defaults, since it has no QR decomposition in half precision, nor float64 on every device
     where: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
     q_weight, k_weight = (nn.init.orthogonal_(torch.empty(proj_dim, head_dim, **where)) for _ in range(2))
     halves = torch.randn(2, (first + 1) // 2, proj_dim, **where)
@@ -245,7 +245,7 @@ def mirrored_weights(head_dim: int, proj_dim: int, first: int, second: int) -> S
     weight2 = weight2 / weight2.norm(dim=-1, keepdim=True)
     weight3 = torch.randn(1, second, **where)
     if first == 1:
-        weight3 = weight3.abs()  # equal columns of linear2 would cancel
+        weight3 = weight3.abs()  # avoids that equal units of linear2 cancel
 
     mixed = torch.cat((weight1[:, :proj_dim] @ q_weight, weight1[:, proj_dim:] @ k_weight), dim=-1)
     coefficients = (weight3 @ weight2).squeeze(0)

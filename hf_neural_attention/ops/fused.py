@@ -40,7 +40,7 @@ def against_triton(inputs: Inputs) -> str | None:
     return unavailable_reason(inputs.device_type, inputs.dtype, inputs.head_dim)
 
 
-# The faster first
+# Puts the faster first
 FUSED_BACKENDS = {
     "native": Backend(run_native, against_native, is_fused=True),
     "triton": Backend(run_triton, against_triton, is_fused=True),

@@ -26,7 +26,7 @@ from .native_interface import (
 from .operators import Tensors, define_operators
 
 
-# Microseconds of work. For less, waking a thread costs more than it gives
+# Makes microseconds of work, since for less, waking a thread costs more than it gives
 PAIRS_PER_THREAD = 4096
 
 
@@ -135,7 +135,7 @@ def run_forward(arguments: NativeArguments, output: torch.Tensor, softmax: torch
 
 
 def allocate_gradient(name: str, tensor: torch.Tensor) -> torch.Tensor:
-    # kernels write to those of parameters as they lie in memory
+    # makes those of parameters contiguous, since kernels write to them as they lie in memory
     return torch.empty_like(tensor) if name in TOKENS else tensor.new_empty(tensor.shape)
 
 
@@ -159,7 +159,7 @@ def run_backward(
             setattr(result, f"grad_{name}", gradients[name].data_ptr())
     of_pairs = None
     if "attn_mask" in gradients:
-        # the kernel never writes to the pairs that a mask leaves out
+        # starts from zeros, since the kernel never writes to the pairs that a mask leaves out
         of_pairs = arguments.weight2.new_zeros(*arguments.query.shape[:3], arguments.key.shape[2])
         result.grad_mask = of_pairs.data_ptr()
     library.backward(ctypes.byref(problem), ctypes.byref(result))
@@ -203,7 +203,7 @@ def native_attention(
         RuntimeError: if the kernel cannot be compiled here.
     """
     with without_autocast(query):
-        # what else there is (8 bits, say) is converted first
+        # converts the dtypes that kernels do not read (8 bits, say)
         key, value = (tensor if tensor.dtype in ELEMENT_TYPES else tensor.float() for tensor in (key, value))
         if attn_mask is not None and attn_mask.dtype not in ELEMENT_TYPES:
             attn_mask = attn_mask.float()

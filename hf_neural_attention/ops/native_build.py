@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 SOURCES = Path(__file__).parent / "native"
 MAIN_SOURCE = "neural_attention.cpp"
 COMPILERS = ("c++", "g++", "clang++")
-# Infinities and NaN keep their meaning (no -ffast-math): a NaN in an input must come out
+# Keeps the meaning of infinities and NaN (no -ffast-math), since a NaN in an input must come out
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-w")
 ARCHITECTURE_FLAGS = (("-march=native",), ("-mcpu=native",), ())
 OPENMP_FLAGS = (("-fopenmp",), ("-Xpreprocessor", "-fopenmp"), ())
@@ -55,7 +55,7 @@ def cache_folder() -> Path:
     base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
     try:
         return (Path(folder) if folder else base / "hf_neural_attention").expanduser().absolute()
-    except RuntimeError:  # containers that run under a number without a name
+    except RuntimeError:  # happens in containers that run under a user number without a name
         raise BuildError("the user has no home: set HF_NEURAL_ATTENTION_CACHE to a folder that can be written to") from None
 
 
@@ -139,7 +139,7 @@ def compile_library(compiler: list[str], dtype: torch.dtype, target: Path) -> No
         BuildError: if the compiler fails whatever the flags.
         OSError: if the folder cannot be written to.
     """
-    for leftover in target.parent.glob(f"{target.stem}-*"):  # of a process that was killed
+    for leftover in target.parent.glob(f"{target.stem}-*"):  # removes those of a process that was killed
         shutil.rmtree(leftover, ignore_errors=True)
     kind = ("-DNEURAL_ATTENTION_FLOAT64",) if dtype == torch.float64 else ()
     problems = []
@@ -164,8 +164,8 @@ def compile_library(compiler: list[str], dtype: torch.dtype, target: Path) -> No
 def link(compiler: list[str], compiled: Path, linked: Path, openmp: tuple[str, ...]) -> str | None:
     """Makes a library that loads here; None if that went well, else what is wrong."""
     shared = ("-dynamiclib", "-undefined", "dynamic_lookup") if platform.system() == "Darwin" else ("-shared",)
-    # First without OpenMP's library: its names are then found in the one that torch has loaded, so that one set of threads
-    # serves both instead of two that wait for each other by spinning
+    # Tries without OpenMP's library first: its names are then found in the one that torch has loaded, so that one set of
+    # threads serves both instead of two that wait for each other by spinning
     for libraries in dict.fromkeys(((), openmp[-1:])):
         problem = run([*compiler, *shared, str(compiled), "-o", str(linked), *libraries])
         if problem is not None:
@@ -218,7 +218,7 @@ def load_library(dtype: torch.dtype) -> ctypes.CDLL | BuildError:
         if library is None:
             path.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(f"{path}.lock"):
-                library = open_library(path)  # another process may just have made it
+                library = open_library(path)  # looks again, since another process may just have made it
                 if library is None:
                     logger.warning("Compiling the native kernel for %s, once, into %s (some seconds).", dtype, path.parent)
                     compile_library(compiler, dtype, path)

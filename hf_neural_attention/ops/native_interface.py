@@ -91,7 +91,7 @@ def declare_functions(library: ctypes.CDLL, dtype: torch.dtype) -> str | None:
         getattr(library, name).restype = kind
     lines = library.describe_interface().decode(errors="replace").splitlines()
     theirs, ours = dict(line.partition(": ")[::2] for line in lines), describe_interface(dtype)
-    # in the library's order: what follows a field that was put in has moved with it
+    # goes by the library's order, since what follows a field that was put in has moved with it
     for name in (*theirs, *ours):
         if theirs.get(name) != ours.get(name):
             there, here = (facts.get(name, "unknown") for facts in (theirs, ours))

@@ -27,7 +27,7 @@ MAX_HEAD_DIM = 256
 # Shared memory of the interpreter's imaginary device, in bytes: that of an H100
 INTERPRETER_SHARED_BYTES = 232448
 
-# Between neighbours in a mask: kernels count pairs of a block in 32 bits
+# Limits the elements between neighbours in a mask, since kernels count pairs of a block in 32 bits
 MAX_MASK_STRIDE = 1 << 23
 
 
@@ -47,7 +47,7 @@ def unavailable_reason(device_type: str, dtype: torch.dtype, head_dim: int = 0) 
         return f"its heads have at most {MAX_HEAD_DIM} numbers, not {head_dim}"
     if os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y"):
         return None
-    if device_type != "cuda":  # which is also what torch calls AMD's devices
+    if device_type != "cuda":  # lets AMD's devices pass too, which torch also calls "cuda"
         return f"it runs on GPUs, and the tensors are on {device_type!r} (TRITON_INTERPRET=1 is for its tests)"
     if dtype == torch.float64:
         return "it computes in float64 in its interpreter only"
@@ -192,7 +192,7 @@ def run_backward(
     sums = u.new_empty(problem.batch, problem.heads, num_blocks, second, first + 1)
     full_mask = None
     if "attn_mask" in gradients:
-        # a caller that asks for the gradient of a mask pays for every pair; blocks that causality skips stay zero
+        # pays for every pair only if a caller asks for the gradient of a mask; blocks that causality skips stay zero
         full_mask = u.new_zeros(problem.batch, problem.heads, problem.queries, problem.keys)
     common = {
         "p_stats": statistics,
@@ -226,7 +226,7 @@ def run_backward(
     total = sums.sum(dim=(0, 2))
     if weight2.shape[0] == 1:
         total = total.sum(dim=0, keepdim=True)
-    # sums over pairs of open * ds * [hidden1, 1]: the layers' weights are the same for all pairs and come in here
+    # multiplies sums over pairs of open * ds * [hidden1, 1] by the layers' weights, since these are the same for all pairs
     open_hidden1, opened = total[..., :first], total[..., first]
     torch.mul(weight3.mT, open_hidden1, out=gradients["weight2"])
     torch.mul(weight3.squeeze(-2), opened, out=gradients["bias2"])
@@ -278,7 +278,7 @@ def triton_attention(
         weights = weights.to(dtype)
         layers = [weights.weight2, weights.bias2, weights.weight3]
         if weights.per_head:
-            # keys have features of their own for every query head, so values come with them
+            # expands values too, since keys have features of their own for every query head, and values come with them
             key, value = expand_heads(key, num_heads), expand_heads(value, num_heads)
         else:
             layers = [layer.unsqueeze(0) for layer in layers]

@@ -3,7 +3,7 @@
 from typing import Any, NamedTuple
 
 
-# Up to this many weights in the second layer, the network is unrolled; above, a loop counts the units of the first layer
+# Limits the weights in the second layer for a network to be unrolled; above, a loop counts the units of the first layer
 MAX_UNROLLED_WEIGHTS = 16
 # Units of the second layer that are held at once: each is a tile in registers
 MAX_UNITS = 8
@@ -92,7 +92,7 @@ def kernel_constants(
     """The `tl.constexpr` arguments of a kernel, `flags` among them."""
     first, second = hidden
     unrolled = is_unrolled(hidden)
-    # units of the second layer in as few parts as can be, of nearly equal size
+    # cuts the units of the second layer into as few parts as can be, of nearly equal size
     units = second if unrolled else -(-second // -(-second // MAX_UNITS))
     constants = {
         "D": head_dim,
@@ -108,6 +108,6 @@ def kernel_constants(
         **flags,
     }
     if kernel != "forward":
-        # a column more than there are units, for the gradient of the bias
+        # counts a column more than there are units, for the gradient of the bias
         constants |= {"H1_PADDED": 1 << first.bit_length(), "H2_PADDED": 1 << (second - 1).bit_length()}
     return constants

@@ -18,7 +18,7 @@ from .triton_kernels import (
 )
 
 
-# lengths and numbers that change from call to call make no new kernels
+# avoids new kernels for lengths and numbers that change from call to call
 @triton.jit(do_not_specialize=["num_bh", "threshold", "T_q", "T_k"])
 def neural_attention_fwd_kernel(
     p_u,  # [B, H, Tq, H1]
@@ -64,7 +64,7 @@ def neural_attention_fwd_kernel(
     DTYPE: tl.constexpr = p_u.dtype.element_ty
     num_blocks = tl.cdiv(T_q, BLOCK_M)
     program = tl.program_id(0)
-    # causal blocks differ in length: the longest ones start first
+    # starts the longest blocks first, since causal blocks differ in length
     first_query = (num_blocks - 1 - program % num_blocks) * BLOCK_M
     b_h = program // num_blocks
     batch, head = (b_h // num_heads).to(tl.int64), (b_h % num_heads).to(tl.int64)
@@ -102,7 +102,7 @@ def neural_attention_fwd_kernel(
                 b_scores = matmul(b_q, tl.trans(b_k), b_scores, WIDEN)
             b_scores = tl.where(m_pairs, b_scores + b_added, float("-inf"))
             b_new_max = tl.maximum(b_max, tl.max(b_scores, 1))
-            # finite also for rows that have nothing to attend to yet
+            # stays finite also for rows that have nothing to attend to yet
             b_pivot = tl.where(b_new_max == float("-inf"), 0.0, b_new_max)
             b_p = tl.exp(b_scores - b_pivot[:, None])
             b_shrink = tl.exp(b_max - b_pivot)

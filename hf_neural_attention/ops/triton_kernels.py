@@ -20,7 +20,7 @@ FLOAT_MASK = tl.constexpr(2)
 
 @triton.jit
 def relu(x):
-    # NaN stays NaN, as in PyTorch
+    # keeps NaN as NaN, as in PyTorch
     return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
 
 
@@ -29,7 +29,7 @@ def matmul(b_left, b_right, b_sum, WIDEN: tl.constexpr):
     """`b_left @ b_right + b_sum` in `b_sum`'s dtype. `WIDEN`: for the interpreter, whose products of bfloat16 are wrong."""
     if WIDEN:
         b_left, b_right = b_left.to(tl.float32), b_right.to(tl.float32)
-    # never TF32: float32 inputs are multiplied as such
+    # avoids TF32, so that float32 inputs are multiplied as such
     return tl.dot(b_left, b_right, b_sum, input_precision="ieee", out_dtype=b_sum.dtype)
 
 
@@ -137,7 +137,7 @@ def load_mask(p_mask, first_query, o_queries, first_key, o_keys, m_pairs, s_mask
     """What is added to the scores (a tile, or 0.0) and the pairs that the mask leaves."""
     b_added = 0.0
     if MASK != NO_MASK:
-        # one address of 64 bits for the tile, and 32 bits for each pair from there
+        # takes one address of 64 bits for the tile, and 32 bits for each pair from there
         p_tile = p_mask + tl.cast(first_query, tl.int64) * s_mask[2] + tl.cast(first_key, tl.int64) * s_mask[3]
         o_pairs = (o_queries - first_query) * s_mask[2] + (o_keys - first_key) * s_mask[3]
         b_mask = tl.load(p_tile + o_pairs, mask=m_pairs, other=0)

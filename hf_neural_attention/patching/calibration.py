@@ -140,7 +140,7 @@ def calibrate_layer(name: str, module: Any, calls: list[Call], steps: int, learn
     kept = range(3, len(calls), 4) or range(1, len(calls))[-1:]
     fitted = [call for index, call in enumerate(calls) if index not in kept]
     held_out = [calls[index] for index in kept] or fitted
-    # in float32 whatever the model's dtype is: steps this small would be lost in bfloat16
+    # fits in float32 whatever the model's dtype is, since steps this small would be lost in bfloat16
     scorer = copy.deepcopy(module.scorer).float().requires_grad_()
     scorer.linear3.bias.requires_grad_(False)
     before = mean_divergence(scorer, held_out)
@@ -155,7 +155,7 @@ def calibrate_layer(name: str, module: Any, calls: list[Call], steps: int, learn
 @torch.enable_grad()
 def fit(scorer: Any, calls: list[Call], steps: int, learning_rate: float, bar: tqdm) -> None:
     """Minimises the divergence over random queries of the calls in turn."""
-    # imports peft, if that is there, and what that imports: seconds that not every user should wait
+    # imports here, since this brings in peft, if it is installed: seconds that not every user should wait
     from transformers import get_cosine_schedule_with_warmup
 
     parameters = [parameter for parameter in scorer.parameters() if parameter.requires_grad]
@@ -195,14 +195,14 @@ def divergence(scorer: Any, call: Call, rows: torch.Tensor) -> torch.Tensor:
     query = call.query[:, :, rows]
     target = call.masked_rows(query @ call.key.transpose(-1, -2) * call.scaling, rows)
     if scorer is None:
-        # what a mask adds, biases of positions included, is no part of the scores
+        # keeps what the mask adds, biases of positions included, since it is no part of the scores
         scores = call.masked_rows(torch.zeros_like(target), rows)
     else:
         weights = scorer.weights()
-        keys = key_features(call.key, weights)  # once per key, not once per pair
+        keys = key_features(call.key, weights)  # projects once per key, not once per pair
         scores = call.masked_rows(reference_scores(query, keys, weights, keys_projected=True), rows)
     seen = (target > float("-inf")).any(-1)
-    # finite, since 0 * -inf is NaN; far enough to be zero after the softmax
+    # clamps to a finite number, since 0 * -inf is NaN; it is low enough to be zero after the softmax
     lowest = torch.finfo(target.dtype).min / 2
     target, scores = (log_softmax(each.clamp_min(lowest), dim=-1)[seen].clamp_min(-1e4) for each in (target, scores))
     return kl_div(scores, target, reduction="sum", log_target=True) / max(1, len(target))

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 
-# Lengths differ, so that cross-attention shows: it has other keys than queries
+# Differ, so that cross-attention shows: it has other keys than queries
 NUM_TOKENS = 7
 NUM_DECODER_TOKENS = 5
 NUM_ENCODER_STATES = 6
@@ -25,7 +25,7 @@ def first_of(config: Any, *names: str, default: Any = None) -> Any:
 
 
 def tokens(length: int) -> list[torch.Tensor]:
-    return [torch.arange(3, 3 + length).unsqueeze(0)]  # the first ones are often special
+    return [torch.arange(3, 3 + length).unsqueeze(0)]  # skips the first ones, which are often special
 
 
 def states(config: Any, length: int, *names: str) -> list[torch.Tensor]:
@@ -56,7 +56,7 @@ def waveforms(config: Any) -> list[torch.Tensor]:
 def spectrograms(config: Any) -> list[torch.Tensor]:
     bins = first_of(config, "num_mel_bins", "feature_projection_input_dim", "input_feat_per_channel", "input_dim", default=80)
     positions = first_of(config, "max_source_positions", default=1500)
-    # Whisper takes bins first, and twice as many frames as it has positions
+    # offers both orders: Whisper takes bins first, and twice as many frames as it has positions
     spectrogram = torch.zeros(1, first_of(config, "max_length", default=2 * positions), bins)
     return [torch.zeros(1, bins, 2 * positions), spectrogram]
 
@@ -94,7 +94,7 @@ def possible_inputs(model: nn.Module, device: torch.device, dtype: torch.dtype) 
     }
     main = getattr(model, "main_input_name", "input_ids")
     wanted = required | {"input_ids", "decoder_input_ids"} | set([main] if isinstance(main, str) else main)
-    if first_of(config, "image_token_id", "image_token_index") is None:  # else images stand for tokens of the text
+    if first_of(config, "image_token_id", "image_token_index") is None:  # leaves out images that stand for tokens of the text
         wanted |= {"pixel_values"}
     if getattr(config, "add_cross_attention", False):
         wanted |= {"encoder_hidden_states"}

@@ -14,7 +14,7 @@ from .probing import AttentionCall
 Predicate: TypeAlias = Callable[[str, nn.Module], bool]
 Layers: TypeAlias = str | Iterable[int] | Iterable[str] | Predicate
 
-# In names of modules of cross-attention: BERT's, GPT-2's, T5's, BART's
+# Matches names of cross-attention modules: BERT's, GPT-2's, T5's, BART's
 CROSS_ATTENTION = r"cross|enc_?dec_?att|encoder_attn"
 
 

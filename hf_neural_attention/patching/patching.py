@@ -29,8 +29,8 @@ from .reports import PatchedLayer, PatchPlan, PatchStatus
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
-# Arguments of attention functions that stock ones take no notice of, or that `neural_attention_forward` honours. All
-# others are refused: they may change the scores.
+# Arguments that stock attention functions ignore or `neural_attention_forward` honours. All others are refused, since they
+# may change the scores.
 KNOWN_ARGUMENTS = {
     "cu_seq_lens_k",
     "cu_seq_lens_q",
@@ -47,7 +47,7 @@ KNOWN_ARGUMENTS = {
     "position_ids",
     "return_dict",
     "scaling",
-    "sliding_window",  # it is in the mask
+    "sliding_window",  # is part of the mask already
     "use_cache",
 }
 

@@ -83,11 +83,11 @@ def save_patched(model: Any, own: Any, *args: Any, **kwargs: Any) -> Any:
         own: what the instance had in place of its class's method before it was patched, or None.
     """
     save = partial(type(model).save_pretrained, model) if own is None else own
-    # a part of it was patched, and has been unpatched by itself; or it has adapters of Transformers' own, and saves only those
+    # saves as usual if a patched part was unpatched by itself, or if Transformers' own adapters are all that is saved
     if not patched_modules(model) or getattr(model, "_hf_peft_config_loaded", False):
         return save(*args, **kwargs)
     check_without_adapters(model)
-    # names as they are: the rules that give old checkpoints' names back would also take parts of a scorer for theirs
+    # keeps names as they are: the rules that restore old checkpoints' names would also take parts of a scorer for theirs
     kwargs.setdefault("save_original_format", False)
     stock = model.config
     model.config = ConfigToSave(stock, record_of(model))
@@ -157,7 +157,7 @@ def from_pretrained(pretrained_model_name_or_path: Any, *, model_class: Any = No
     advice = "Give that class as `model_class`."
     base = transformers_class(record, where, advice) if model_class is None else model_class
     content["model_type"] = record["base_model"]["model_type"]
-    # of these, a config would take what is meant for the model
+    # keeps these from the config, which would take what is meant for the model
     options |= {name: kwargs[name] for name in ("dtype", "torch_dtype", "quantization_config") if name in kwargs}
     fields = {name: value for name, value in kwargs.items() if name not in options}
     config, fields = base.config_class.from_dict(content, return_unused_kwargs=True, **fields)
@@ -167,10 +167,10 @@ def from_pretrained(pretrained_model_name_or_path: Any, *, model_class: Any = No
         pretrained_model_name_or_path, config=config, output_loading_info=True, **options, **fields
     )
     check_complete(info, where)
-    if type(model) is loader:  # not where FSDP has put a class of its own in its place
+    if type(model) is loader:  # skips a model that FSDP has given a class of its own
         model.__class__ = base
     for module in patched_modules(model).values():
-        module.scorer.linear3.bias.requires_grad_(False)  # loading makes everything trainable
+        module.scorer.linear3.bias.requires_grad_(False)  # freezes it again, since loading makes everything trainable
     hook_saving(model)
     return (model, info) if with_info else model
 
@@ -192,5 +192,5 @@ def patched_class(base: Any, record: dict[str, Any], where: str) -> Any:
                 raise PatchError(f"config.json of {where} has a patch for {name!r}, and {base.__name__} no such module.")
             attach_scorer(modules[name], scorer)
 
-    # of the same name: Transformers looks up by it what to rename in old checkpoints
+    # keeps the name, by which Transformers looks up what to rename in old checkpoints
     return type(base.__name__, (base,), {"__init__": __init__, "__module__": base.__module__})

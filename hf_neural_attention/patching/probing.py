@@ -54,7 +54,7 @@ def recording(model: nn.Module, calls: Mapping[str, list[AttentionCall]]) -> Ite
     def record(module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any = None, **arguments: Any):
         lists[module].append(observed_call(query, key, value, mask, arguments))
         batch, num_heads, num_queries, _ = query.shape
-        # models use the weights only where their implementation returns them
+        # returns weights only where the implementation does, since models use them only there
         returns_weights = module.config.base._attn_implementation == "eager"
         weights = query.new_zeros(batch, num_heads, num_queries, key.shape[2]) if returns_weights else None
         return value.new_zeros(batch, num_queries, num_heads, value.shape[-1]), weights
@@ -77,13 +77,13 @@ def probe(
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     try:
         without_numbers = skeleton(model, mode)
-    except Exception as error:  # noqa: BLE001, whatever cannot be copied, the model itself can run
+    except Exception as error:  # noqa: BLE001, goes on after any error, since the model itself can run what cannot be copied
         failures = {type(model).__name__: describe(error)}
     else:
         with mode:
             shapes = tree_map_only(torch.Tensor, lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype), example_inputs)
         failures = run_parts(without_numbers, names, mode, torch.device("cpu"), shapes)
-    # without weights anywhere, there is nothing to run
+    # leaves out a model without weights anywhere, since it cannot run
     has_weights = any(hasattr(module, "_hf_hook") for module in model.modules()) or not all(
         parameter.is_meta for parameter in model.parameters()
     )
@@ -100,18 +100,18 @@ def skeleton(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
         for tensor in (*model.parameters(), *model.buffers()):
             empty = torch.empty(tensor.shape, dtype=tensor.dtype)
             memo[id(tensor)] = nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
-    # accelerate's hooks hold weights
+    # leaves out accelerate's hooks, since they hold weights
     memo |= {id(module._hf_hook): None for module in model.modules() if hasattr(module, "_hf_hook")}
     copied = copy.deepcopy(model, memo).eval()
     for module in copied.modules():
-        # hooks belong to the model's owner, not to a copy
+        # removes hooks, which belong to the model's owner, not to a copy
         module._forward_hooks.clear()
         module._forward_pre_hooks.clear()
         if hasattr(module, "_hf_hook"):
             del module._hf_hook
             vars(module)["forward"] = module._old_forward
         if isinstance(module, PreTrainedModel) and getattr(module.config, "_experts_implementation", None) is not None:
-            module.set_experts_implementation("batched_mm")  # the only one that does not look at numbers
+            module.set_experts_implementation("batched_mm")  # picks the only one that does not look at numbers
     return copied
 
 
@@ -157,7 +157,7 @@ def attempt(model: nn.Module, candidates: Iterable[Mapping[str, Any]], failures:
     for number, inputs in enumerate(candidates):
         try:
             model(**inputs)
-        except Exception as error:  # noqa: BLE001, whatever a model says to inputs that it was not made for
+        except Exception as error:  # noqa: BLE001, catches whatever a model says to inputs that it was not made for
             reason = reason if number else describe(error)
         else:
             return

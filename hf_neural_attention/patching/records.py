@@ -20,7 +20,7 @@ from ..models.neural_attention_scorer import NeuralScorer
 from .errors import PatchError
 
 
-# Raised when a reader of the last version would misunderstand what is written
+# Goes up when a reader of the last version would misunderstand what is written
 FORMAT_VERSION = 1
 
 

@@ -66,7 +66,7 @@ def save_patch(
     for name, module in patched_modules(unwrap(model)).items():
         check_plain(name, module.scorer)
     if state_dict is not None and not is_main_process:
-        return  # where it is gathered, it is empty on the other processes
+        return  # stops here, since a gathered `state_dict` is empty on the other processes
     own = weights_of({name: module.scorer for name, module in patched_modules(unwrap(model)).items()})
     weights = {
         key: whole_tensor(key, tensor if state_dict is None else found_in(state_dict, key)) for key, tensor in own.items()
@@ -78,7 +78,7 @@ def save_patch(
             raise PatchError(f"{key} is here in part: it is sharded. Give the whole `state_dict=`.")
     folder = Path(save_directory)
     folder.mkdir(parents=True, exist_ok=True)
-    # each file in one step: a killed process leaves the old one or the new one
+    # replaces each file in one step, so that a killed process leaves the old one or the new one
     save_file(weights, folder / f"{WEIGHTS}.draft", metadata={"format": "pt"})
     (folder / f"{RECORD}.draft").write_text(json.dumps(record, indent=2) + "\n")
     for file in (WEIGHTS, RECORD):
@@ -104,7 +104,7 @@ def empty_scorers(record: Mapping[str, Any], where: str) -> dict[str, NeuralScor
 
 
 def found_in(state_dict: Mapping[str, torch.Tensor], key: str) -> torch.Tensor:
-    # peft and torch.compile put something before the names
+    # allows a prefix, since peft and torch.compile put something before the names
     matches = [key] if key in state_dict else [name for name in state_dict if name.endswith(f".{key}")]
     if len(matches) != 1:
         raise PatchError(f"`state_dict` has no {key!r}; it must be the whole state dict of the patched model.")

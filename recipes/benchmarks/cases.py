@@ -21,8 +21,8 @@ SCORERS = ("initial", "paper", "random")
 DOT_PRODUCTS = ("eager", "sdpa")
 PROVIDERS = ("literal", *DOT_PRODUCTS, *BACKENDS)
 
-# What the ReLUs see is rounded to grids so coarse that it has no rounding error in float32, in whatever order it is summed:
-# otherwise a few of the millions of pairs open a ReLU in one provider and not in the other, and gradients differ by that
+# Rounds what the ReLUs see to grids so coarse that float32 sums it without rounding error in any order: otherwise a few of the
+# millions of pairs open a ReLU in one provider and not in the other, and gradients differ by that
 INPUT_GRID, PROJECTION_GRID, NETWORK_GRID = 1 / 4, 1 / 32, 1 / 16
 
 PADDED_SHARE = 1 / 8  # of the keys, at the end
@@ -63,7 +63,7 @@ class Case:
 
     @property
     def is_causal(self) -> bool:
-        return self.causal and self.phase != "decode"  # the last token sees all
+        return self.causal and self.phase != "decode"  # leaves out decode, whose token is the last and sees all
 
     @property
     def has_gradients(self) -> bool:
@@ -206,7 +206,7 @@ def attend_step_by_step(
         scores = network if scores is None else scores + network
     assert scores is not None
     if case.is_causal and provider == "literal":
-        # of full size, and applied twice, as the released code does
+        # builds it in full size and applies it twice, as the released code does
         later = torch.ones_like(scores).triu_(1).bool()
         scores = scores.masked_fill(later, float("-inf")).masked_fill(later, float("-inf"))
     elif case.is_causal:
@@ -314,11 +314,11 @@ def pair_bytes(entry: Entry) -> int:
     provider, case = entry
     itemsize = DTYPES[case.dtype].itemsize
     if provider in ("literal", "reference"):
-        # the two repeated projections, their concatenation and linear1's output; backward adds two gradients
+        # counts the two repeated projections, their concatenation and linear1's output; backward adds two gradients
         numbers = 5 * case.proj_dim + (4 * case.proj_dim if case.has_gradients else 0) + 3
     elif provider == "eager" or (provider == "sdpa" and case.dropout > 0):
         numbers = 8 if case.has_gradients else 4
     else:
         numbers = 0
-    random_bytes = 80 if provider == "reference" and case.dropout > 0 else 0  # Philox in int64
+    random_bytes = 80 if provider == "reference" and case.dropout > 0 else 0  # counts the bytes of Philox in int64, for a pair
     return case.num_pairs * (numbers * itemsize + random_bytes)

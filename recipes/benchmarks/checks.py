@@ -32,13 +32,13 @@ from hf_neural_attention.models.neural_attention_reference import reference_scor
 
 DROPOUT_SEED = 7
 
-# Numbers `pairs * 2 proj_dim` that the reference works through: in all, beyond which a part of the queries is checked, and in
-# one block, which bounds its memory
+# Bound the numbers, `pairs * 2 proj_dim`, that the reference works through: in all (with more, it checks only a part of the
+# queries) and in one block (to bound its memory)
 CHECKED_NUMBERS = 1 << 27
 BLOCK_NUMBERS = 1 << 24
 ROWS_TOGETHER = 16
 
-# Results and gradients of one token each; the others are of weights, and sums over all pairs
+# Names the results and gradients of one token each; the others are of weights, and sums over all pairs
 PER_TOKEN = ("output", "query", "key", "value", "hidden")
 
 Results = dict[str, torch.Tensor]
@@ -69,10 +69,10 @@ def check_by_rule(ours: Results, same: Results, exact: Results, dtype: torch.dty
     ours_errors, same_errors = errors(ours, exact), errors(same, exact)
     for name, error in ours_errors.items():
         roundings = torch.finfo(dtype).eps + math.sqrt(terms[name]) * torch.finfo(torch.float32).eps
-        # the terms of a bias are those of its weight, and may cancel out
+        # looks at the weight too, since the terms of a bias are those of its weight, and may cancel out
         largest = max(exact[place].abs().max().item() for place in (name, name.replace(".bias", ".weight")))
         allowed = 2 * same_errors[name] + roundings * largest
-        if not error <= allowed:  # NaN is not
+        if not error <= allowed:  # refuses NaN too
             return Check(False, f"does not match the reference (error of {name} {error:.3g}, allowed {allowed:.3g}; {note})")
     return Check(True, note)
 
@@ -148,7 +148,7 @@ def reference_results(provider: str, case: Case, inputs: CallInputs, dtype: torc
 
     def attend_example(example: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         parts = query[None].split([len(block) for block in blocks], dim=2)
-        # computed again for backward: a block's pairs are all that is held
+        # computes again for backward, so that only a block's pairs are held
         outputs = [
             checkpoint(attend_block, example, block, part, key[None], value[None], use_reentrant=False)
             for block, part in zip(blocks, parts, strict=True)
@@ -200,7 +200,7 @@ class Checker:
     def check(self, entry: Entry) -> Check:
         provider, case = entry
         if case.phase == "backward":
-            case = replace(case, phase="both")  # the same results
+            case = replace(case, phase="both")  # shares the check, since the results are the same
         place = Entry(provider, case)
         if place not in self.checks:
             self.checks[place] = self.run_check(provider, case)

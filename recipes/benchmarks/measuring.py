@@ -63,12 +63,12 @@ def own_peak_bytes(entry: Entry) -> int:
     """`peak_bytes` of this very process."""
     provider, case = entry
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(-3, 1 << 16)  # M_MMAP_THRESHOLD: larger tensors go back to the system when they are freed
+        libc.mallopt(-3, 1 << 16)  # sets M_MMAP_THRESHOLD, in bytes: larger tensors go back to the system when freed
     if case.phase == "backward":
         case = replace(case, phase="both")
     small = replace(case, length=16)
     warm_up = make_runner(Entry(provider, small), draw_inputs(small))
-    warm_up.run(warm_up.prepare())  # libraries and threads are not counted
+    warm_up.run(warm_up.prepare())  # keeps libraries and threads from being counted
     runner = make_runner(Entry(provider, case), draw_inputs(case))
     with peak_memory(case.device) as peak:
         runner.run(None)

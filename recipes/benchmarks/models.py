@@ -21,7 +21,7 @@ STOCK = "stock, SDPA"
 ATTENTIONS: dict[str, Any] = {STOCK: None, "neural_layers=[0]": [0], 'neural_layers="all"': "all"}
 NEW_TOKENS = 16
 
-# By name: from a model and the tokens that there must be room for
+# Makes a cache of that name from a model and the number of tokens that there must be room for
 CACHES: dict[str, Callable[[Any, int], Any]] = {
     "DynamicCache": lambda model, room: DynamicCache(config=model.config),
     "StaticCache": lambda model, room: StaticCache(model.config, room),
@@ -92,7 +92,7 @@ def check_step(model: Any, batch: dict[str, Any]) -> Check:
     model = copy.deepcopy(model).train()
     set_dropout(model, 0.0)
     ours = step_results(model, batch)
-    model.activation_checkpointing_enable()  # the reference holds all pairs of a layer
+    model.activation_checkpointing_enable()  # saves memory, since the reference holds all pairs of a layer
     same = step_results(model, batch, "reference")
     widened = {name: value.double() if name == "pixel_values" else value for name, value in batch.items()}
     exact = step_results(model.double(), widened, "reference")
@@ -183,7 +183,7 @@ def shorten(cache: Any, length: int) -> None:
     """Forgets all but the first `length` tokens."""
     excess = int(cache.get_seq_length()) - length
     for layer in cache.layers:
-        if hasattr(layer, "cumulative_length"):  # of fixed size; what comes next is written over the rest
+        if hasattr(layer, "cumulative_length"):  # keeps a cache of fixed size: what comes next is written over the rest
             layer.cumulative_length.sub_(excess)
         else:
             layer.crop(-excess)
@@ -207,7 +207,7 @@ def measure_decoding(
     First, all caches of a model must lead to the same tokens, which are those of the blockwise backend with a DynamicCache.
     """
     room = cached_tokens + NEW_TOKENS
-    # With tied embeddings a random model repeats the token before, which would agree with anything; nor may it end early
+    # Unties embeddings, since a tied random model repeats the token before, which agrees with anything; nor may it end early
     fields = {"n_positions": room, "tie_word_embeddings": False, "eos_token_id": None, "bos_token_id": None, **fields}
     models = build_models(GPT2_124M, attentions, device, **fields)
     prompt = torch.randint(models[STOCK].config.vocab_size, (1, cached_tokens)).to(device)

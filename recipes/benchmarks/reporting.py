@@ -116,7 +116,7 @@ def draw_lengths(rows: list[Row], axes: list[str], path: Path) -> None:
                 across, up = zip(*points, strict=True) if points else ((), ())
                 panel.plot(across, up, label=label, color=COLORS[provider], linestyle=style, marker=".")
             panel.set_xscale("log", base=2)
-            if panel.lines and any(len(line.get_xdata()) for line in panel.lines):  # memory is not always measured
+            if panel.lines and any(len(line.get_xdata()) for line in panel.lines):  # skips memory where it is not measured
                 panel.set_yscale("log")
             panel.set_xticks(lengths, [f"{length:,}" for length in lengths], rotation=45)
             panel.grid(alpha=0.3)

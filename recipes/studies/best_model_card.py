@@ -21,7 +21,7 @@ def best_card(study: Study, found: Results, rows: list[dict[str, Any]]) -> str |
     results = {Arm.NEURAL: runs[seed] | {"seconds_in_turn": row["seconds_per_step"]}}
     words = f"of its runs the best (seed {seed})"
     if base is not None and seed in found[base["arm"]]:
-        # in the ratio that was measured turn by turn, which is not that of two medians
+        # derives it from the ratio that was measured turn by turn, which is not that of two medians
         seconds = row["seconds_per_step"] * base["relative_time"] / row["relative_time"]
         results = {Arm.DOT: found[base["arm"]][seed] | {"seconds_in_turn": seconds}, **results}
         beside = verdict(study, difference(study, found, row["arm"], base["arm"])) or "too few seeds to compare"

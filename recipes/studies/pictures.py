@@ -65,7 +65,7 @@ def losses(result: dict[str, Any]) -> dict[int, float]:
 
 
 def save(figure: Figure, path: Path) -> None:
-    figure.savefig(path, dpi=120, metadata={"Software": None})  # a version that would make equal pictures differ
+    figure.savefig(path, dpi=120, metadata={"Software": None})  # leaves out a version that would make equal pictures differ
 
 
 def panels_of(titles: list[str], heights: list[int], size: tuple[float, float]) -> tuple[Figure, list[Any]]:

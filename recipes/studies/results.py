@@ -64,7 +64,7 @@ def check_alike(records: list[tuple[str, dict[str, Any]]]) -> None:
     firsts: dict[tuple[str, str | None], tuple[str, Any]] = {}
     for name, record in records:
         run, settings = record["run"], record["settings"]
-        own = record["arm"] if SAME_TIME in settings else None  # whose steps its seeds alone have in common
+        own = record["arm"] if SAME_TIME in settings else None  # marks steps that only an arm's seeds have in common
         asked = {key for key in settings if key in run} - ({"max_steps"} if own else set())
         wrong = {key: run[key] for key in sorted(asked) if as_list(run[key]) != as_list(settings[key])}
         if wrong:
@@ -149,7 +149,7 @@ def summarize(study: Study, found: Results, costs: dict[str, Any]) -> list[dict[
                 "relative_time_low": costs["ratios"][arm][0],
                 "relative_time_high": costs["ratios"][arm][2],
                 "relative_training_time": relative_steps(first, base) * costs["ratios"][arm][1],
-                # the first records that were made have none
+                # takes 0 where there is none, as in the first records that were made
                 "training_memory": max(each.get("training_memory", 0) for each in runs.values()),
                 "scorers": sum(layer["scorers"] for layer in health),
                 "dead_at_start": sum(layer["dead"] for each in runs.values() for layer in each["scorer_health"]["start"]),

@@ -21,7 +21,7 @@ def parse_arguments(*types: Any, words: list[str] | None = None, description: st
     parser = HfArgumentParser(list(types), description=description)
     try:
         return parser.parse_args_into_dataclasses(flags_of(words), look_for_args_file=False)
-    except ValueError as error:  # also of `TrainingArguments`, whose values do not fit together
+    except ValueError as error:  # comes also from `TrainingArguments` whose values do not fit together
         raise SystemExit(f"{error} (--help lists all arguments)") from None
 
 
@@ -51,7 +51,7 @@ def flags_of_file(path: Path) -> list[str]:
     except OSError as error:
         raise SystemExit(f"Cannot read the configuration {path}: {error.strerror}.") from None
     try:
-        content = yaml.safe_load(text)  # JSON is YAML
+        content = yaml.safe_load(text)  # reads JSON too, which is YAML
     except yaml.YAMLError as error:
         raise SystemExit(f"The configuration {path} is not valid: {error}") from None
     if not isinstance(content, dict):
@@ -67,6 +67,6 @@ def as_flags(content: dict[str, Any]) -> list[str]:
             continue
         flags.append(f"--{name}")
         values = value if isinstance(value, list) else [value]
-        values = values or ["none"]  # an empty list of layers
+        values = values or ["none"]  # stands for an empty list of layers
         flags += [json.dumps(item) if isinstance(item, dict) else str(item) for item in values]
     return flags

@@ -16,7 +16,7 @@ def in_own_process(function: Callable[..., Any], *arguments: Any) -> Any:
         RuntimeError: if the process is killed, as the system does with one that takes all memory.
     """
     context = multiprocessing.get_context("forkserver")
-    # what takes seconds to import; the processes are copies of one that did
+    # imports once what takes seconds to import, since the processes are copies of one that did
     context.set_forkserver_preload(["torch", "hf_neural_attention.models.neural_attention_scorer"])
     with ProcessPoolExecutor(1, context, torch.set_num_threads, (torch.get_num_threads(),)) as pool:
         try:

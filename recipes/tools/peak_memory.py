@@ -51,7 +51,7 @@ def peak_memory(device: str) -> Iterator[Peak]:
 
 def reset_high_water_mark() -> int:
     """Lets `high_water_mark` begin anew where that can be done; returns what it then is, in bytes."""
-    psutil.heap_trim()  # what is free inside the process would hide what is taken next
+    psutil.heap_trim()  # gives back what is free inside the process, which would hide what is taken next
     if not CLEAR.exists():
         return high_water_mark()
     CLEAR.write_text("5")

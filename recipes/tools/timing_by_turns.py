@@ -45,7 +45,7 @@ class Runner:
     prepare: Callable[[], Any] = field(default=lambda: None)
     fewest_calls: int = 1  # in one sample
     most_calls: int = 200
-    device: str = "cpu"  # the type of the one that computes
+    device: str = "cpu"  # type of the device that computes
 
 
 def synchronize(device: str) -> None:

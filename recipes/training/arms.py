@@ -13,7 +13,7 @@ class Arm(StrEnum):
     DOT = "dot", "dot product", "the dot-product baseline", "tab:gray"
     NEURAL = "neural", "neural attention", "a model with Neural Attention", "tab:blue"
 
-    # defaults are for type checkers alone, which take looking an arm up for making one
+    # gives defaults for type checkers alone, which take looking an arm up for making one
     def __new__(cls, value: str, label: str = "", kind: str = "", color: str = "") -> "Arm":
         arm = str.__new__(cls, value)
         arm._value_ = value

@@ -32,7 +32,7 @@ class AugmentedImages(torch.utils.data.Dataset[dict[str, Any]]):
         self.augmentation = augmentation
         self.size = size
         self.seed = seed
-        self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # by workers that outlive an epoch
+        self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # shares it with workers that outlive an epoch
 
     def __len__(self) -> int:
         return len(self.data)

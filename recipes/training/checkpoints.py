@@ -50,7 +50,7 @@ def last_whole_checkpoint(folder: Path, say: Callable[[str], None] = print) -> s
 
 def what_is_damaged(checkpoint: Path) -> str | None:
     """What of a checkpoint cannot be read, or None."""
-    # Trainer writes it last
+    # looks for what Trainer writes last
     if not (checkpoint / "trainer_state.json").exists():
         return "trainer_state.json is missing: it was not finished"
     for path in sorted(checkpoint.rglob("*")):

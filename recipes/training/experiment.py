@@ -52,7 +52,7 @@ class Experiment:
         return dataclasses.replace(
             self.training,
             output_dir=str(self.folder / arm),
-            push_to_hub=False,  # at the end, by `publish`: with the card, and without checkpoints
+            push_to_hub=False,  # leaves it to `publish` at the end: with the card, and without checkpoints
             restore_callback_states_from_checkpoint=True,
             dataloader_pin_memory=self.training.dataloader_pin_memory and torch.accelerator.is_available(),
             **changes,

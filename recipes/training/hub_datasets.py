@@ -18,5 +18,5 @@ def load_hub_dataset(name: str, config: str | None) -> DatasetDict:
             f"{name} is no file or folder here, and cannot be had from the Hub: {error} Check the name; without a network, "
             "give --dataset_name a local folder."
         ) from None
-    except ValueError as error:  # what `datasets` raises for a configuration that is missing or unknown
+    except ValueError as error:  # comes from `datasets` for a configuration that is missing or unknown
         raise SystemExit(f"{name}: {error} Choose one with --dataset_config_name.") from None

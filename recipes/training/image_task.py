@@ -36,7 +36,7 @@ def prepare(
     callbacks: list[TrainerCallback],
 ) -> PreparedData:
     """Images with their pixels, and what is measured on the held-out splits."""
-    training.remove_unused_columns = False  # pixel values are computed from columns that the model does not take
+    training.remove_unused_columns = False  # keeps columns that the model does not take: pixel values come from them
     seed = training.seed if training.data_seed is None else training.data_seed
     training_images = AugmentedImages(images.splits["train"], processor, image.augmentation, image.image_size, seed)
     held_out = {split: with_pixels(images.splits[split], processor, image.image_size) for split in ("validation", "test")}
@@ -78,7 +78,7 @@ def draw_predictions(
     """Draws test images with what the model takes them for (`predictions.png`) and returns a line of Markdown."""
     test = images.splits["test"]
     count = min(GRID_ROWS * GRID_COLUMNS, test.num_rows)
-    # spread over the split, since some data sets come sorted by class
+    # spreads them over the split, since some data sets come sorted by class
     chosen = test.select(np.linspace(0, test.num_rows - 1, count, dtype=int))
     pixels = with_pixels(chosen, processor, image.image_size)[:]["pixel_values"]
     guesses = model(pixel_values=pixels.to(model.device)).logits.argmax(-1).tolist()

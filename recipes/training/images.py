@@ -79,7 +79,7 @@ def load_images(arguments: ImageArguments, seed: int) -> LabelledImages:
     for split, data in splits.items():
         limit = limits.get(split, arguments.max_eval_samples)
         if limit is not None and limit < data.num_rows:
-            # drawn, since some data sets come sorted by class
+            # draws them, since some data sets come sorted by class
             splits[split] = data.shuffle(seed=seed).select(range(limit))
     return LabelledImages(splits, labels)
 
@@ -91,7 +91,7 @@ def load_splits(arguments: ImageArguments) -> DatasetDict:
     path = Path(name)
     if path.is_dir():
         files: dict[str, list[str]] = {}
-        for file in sorted(path.glob("*.parquet")):  # train.parquet, or train-00000-of-00001.parquet as on the Hub
+        for file in sorted(path.glob("*.parquet")):  # takes train.parquet, or train-00000-of-00001.parquet as on the Hub
             files.setdefault(file.stem.split("-")[0], []).append(str(file))
         try:
             splits = load_dataset("parquet", data_files=files) if files else load_dataset("imagefolder", data_dir=name)

@@ -44,7 +44,7 @@ def perplexity(
     starts = list(range(0, max(len(tokens) - (window - stride), 1), stride))
     whole = [start for start in starts if start + window <= len(tokens)]
     batches = [whole[:1]] + [whole[i : i + batch_size] for i in range(1, len(whole), batch_size)]
-    batches += [[start] for start in starts if start + window > len(tokens)]  # the last, shorter window
+    batches += [[start] for start in starts if start + window > len(tokens)]  # adds the last, shorter window by itself
     metric = Perplexity(keep_in_memory=True)
     was_training = model.training
     model.eval()
@@ -52,7 +52,7 @@ def perplexity(
         [batch for batch in batches if batch], desc=f"perplexity, stride {stride}", leave=False, disable=not progress
     ):
         inputs = torch.from_numpy(np.stack([tokens[start : start + window] for start in batch])).to(device, torch.int64)
-        # the first window is scored whole; others skip what the window before has scored
+        # scores the first window whole; others skip what the window before has scored
         scored = inputs.shape[1] - 1 if batch[0] == 0 or stride == window else inputs.shape[1] - (window - stride)
         if scored < 1:
             continue

@@ -25,7 +25,7 @@ def publish(folder: Path, arms: Iterable[Arm], training: TrainingArguments) -> N
         SystemExit: if an upload fails. The folders are whole, and the message says how to go on.
     """
     for arm in arms:
-        # read, not loaded: no Auto class knows the model type of a patched model without a class of its own
+        # reads rather than loads it: no Auto class knows the model type of a patched model without a class of its own
         config = json.loads((folder / arm / CONFIG_NAME).read_text())
         architecture = config["architectures"][0]
         if architecture in hf_neural_attention.__all__:

@@ -62,7 +62,7 @@ def run(experiment: Experiment, arms: tuple[Arm, ...]) -> Results:
         claim_folder(experiment.folder, experiment.settings)
     try:
         results = {arm: run_arm(experiment, arm) for arm in arms}
-    except OSError as error:  # a disk that is full, for instance
+    except OSError as error:  # catches a full disk, for instance
         raise SystemExit(
             f"{error}\nThe same command goes on from the last checkpoint in {experiment.folder} that is whole."
         ) from error
@@ -83,7 +83,7 @@ def run_arm(experiment: Experiment, arm: Arm) -> dict[str, Any]:
         model = experiment.initial_model(arm)
     except (ValueError, StrictDataclassError) as error:
         raise SystemExit(f"The {arm} model cannot be built: {error}") from None
-    parameters = {name: parameter.numel() for name, parameter in model.named_parameters()}  # before they are sharded
+    parameters = {name: parameter.numel() for name, parameter in model.named_parameters()}  # counts before they are sharded
     use_cache = getattr(model.config, "use_cache", None)
     trainer = experiment.trainer(arm, model, StepClock())
     health = {"start": experiment.health(trainer)}
@@ -91,11 +91,11 @@ def run_arm(experiment: Experiment, arm: Arm) -> dict[str, Any]:
     experiment.say(f"{arm}: {'resuming from ' + checkpoint if checkpoint else 'training from the start'}")
     with checkpoints_as_they_are(model), peak_memory(experiment.training.device.type) as memory:
         trainer.train(resume_from_checkpoint=checkpoint)
-    # resuming puts another clock in the place of ours
+    # looks it up, since resuming puts another clock in the place of ours
     clock = next(callback for callback in trainer.callback_handler.callbacks if isinstance(callback, StepClock))
 
     if use_cache is not None:
-        model.config.use_cache = use_cache  # Trainer switches it off, and a saved model would generate without a cache
+        model.config.use_cache = use_cache  # restores what Trainer switches off, or a saved model generates without a cache
     elif hasattr(model.config, "use_cache"):
         del model.config.use_cache
     trainer.save_model()
@@ -114,7 +114,7 @@ def run_arm(experiment: Experiment, arm: Arm) -> dict[str, Any]:
         "config": model.config.to_diff_dict(),
         "history": trainer.state.log_history,
     }
-    # by all processes: parameters may be sharded among them
+    # runs on all processes, since parameters may be sharded among them
     results["sample"] = experiment.show(model.eval(), folder if trainer.args.should_save else None)
     if trainer.args.should_save:
         write_json(folder / RESULTS, results)

@@ -28,7 +28,7 @@ class ScorerTrainer(Trainer):
             return optimizer
         chosen: Any = self.model if model is None else model
         scorers = {id(parameter): name for name, parameter in chosen.named_parameters() if ".scorer." in name}
-        decayed = set(self.get_decay_parameter_names(chosen))  # what has no weight decay, biases, gets none
+        decayed = set(self.get_decay_parameter_names(chosen))  # leaves out biases, which get no weight decay
         for group in list(optimizer.param_groups):
             own = [parameter for parameter in group["params"] if id(parameter) in scorers]
             if own:

@@ -115,7 +115,7 @@ def embedded_text(column: str) -> DatasetDict:
     """Python's language reference, every tenth topic held out for validation and the next one for test."""
     from pydoc_data.topics import topics
 
-    texts = list(dict.fromkeys(topics[name] for name in sorted(topics)))  # some stand there under two names
+    texts = list(dict.fromkeys(topics[name] for name in sorted(topics)))  # drops copies: some stand there under two names
     held_out = {"validation": texts[5::10], "test": texts[6::10]}
     train = [text for index, text in enumerate(texts) if index % 10 not in (5, 6)]
     return DatasetDict({split: Dataset.from_dict({column: part}) for split, part in {"train": train, **held_out}.items()})
@@ -187,7 +187,7 @@ def tokenize(split: Dataset, column: str, tokenizer: PreTrainedTokenizerBase) ->
     for batch in split.select_columns(column).iter(1000):
         texts = batch[column]
         num_words += [len(text.split()) + (text.count("\n") if keeps_lines else 0) for text in texts]
-        # no special tokens and no warning about length: the row is cut into blocks afterwards
+        # adds no special tokens and does not warn about length, since the row is cut into blocks afterwards
         ids = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
         num_tokens += map(len, ids)
         parts.append(np.fromiter(chain.from_iterable(ids), dtype=np.int32))

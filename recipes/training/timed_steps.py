@@ -19,7 +19,7 @@ def training_step(experiment: Experiment, arm: Arm, whole: bool = False, fewest_
     training = experiment.training
     model: Any = experiment.initial_model(arm)
     trainer = experiment.trainer(arm, model)
-    model.to(training.device).train()  # which Trainer leaves to what shards models, if there is such a thing
+    model.to(training.device).train()  # moves it, since Trainer leaves that to what shards models, if there is such a thing
     optimizer = trainer.create_optimizer() if whole else None
     batch = send_to_device(experiment.first_batch("train_dataset", training.per_device_train_batch_size), training.device)
 

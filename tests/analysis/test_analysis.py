@@ -91,11 +91,11 @@ def test_health_by_hand(monkeypatch):
     query, key = torch.randn(2, 1, 2, length, 8)
     weights = scorer(query, key, key, is_causal=True, need_weights=True)[1]
     health = health_of_layer(scorer, Call(query, key, None, True, 0.3))
-    rows = weights[:, :, 1:]  # the first has no choice
+    rows = weights[:, :, 1:]  # leaves out the first query, which has no choice
     assert health.entropy == pytest.approx(torch.special.entr(rows).sum(-1).mean().item(), rel=1e-4)
     assert health.uniform_entropy == pytest.approx(sum(math.log(n) for n in range(2, 7)) / 5)
     assert health.active_units == health.active_pairs == 1.0 and not health.dead and health.score_std > 0.1
-    monkeypatch.setattr("hf_neural_attention.analysis.health.NUMBERS_AT_ONCE", 1)  # one query at a time
+    monkeypatch.setattr("hf_neural_attention.analysis.health.NUMBERS_AT_ONCE", 1)  # takes one query at a time
     again = health_of_layer(scorer, Call(query, key, None, True, 0.3))
     assert again[:5] == health[:5] and again[5:] == pytest.approx(health[5:], rel=1e-5)
 
@@ -167,7 +167,7 @@ def test_the_callback_logs_and_warns_once(tmp_path, caplog):
     logged = [entry for entry in trainer.state.log_history if "scorer/transformer.h.0.attn/entropy" in entry]
     assert logged and logged[0]["scorer/transformer.h.2.attn/score_std"] == 0.0
     assert caplog.text.count("The scorer of transformer.h.2.attn seems dead") == 1 and "transformer.h.0" not in caplog.text
-    # training is what it is without the callback, whose forward draws no random numbers and leaves modes alone
+    # compares with training without the callback, whose forward must draw no random numbers and leave modes alone
     assert_same_state(trainer.model, train_watched(tmp_path).model)
 
 
@@ -179,7 +179,7 @@ def test_what_is_put_behind_the_callback_sees_its_figures(tmp_path):
         def on_log(self, args, state, control, logs=None, **kwargs):
             self.seen.append(dict(logs))
 
-    def first(callback: Any, trainer: Any) -> None:  # as its docstring has it
+    def first(callback: Any, trainer: Any) -> None:  # repeats what the callback's docstring recommends
         callbacks = trainer.callback_handler.callbacks
         callbacks.insert(0, callbacks.pop(callbacks.index(callback)))
 
@@ -208,7 +208,7 @@ def test_health_is_that_of_the_weights_that_the_model_has(mode: str, masked: boo
     inputs = FAMILIES["llama"].inputs()
     if masked:
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-        inputs["attention_mask"][0, :5] = 0  # padding on the left
+        inputs["attention_mask"][0, :5] = 0  # pads on the left
     health = analysis.scorer_health(model, **inputs)
     for layer, weights in zip(health, analysis.attention_maps(model, **inputs), strict=True):
         chosen = (weights > 0).sum(-1) > 1

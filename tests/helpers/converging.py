@@ -24,7 +24,7 @@ COMMAND = "python -m tests.helpers.converging"
 
 STEPS = 200
 MODES = ("replace", "residual")
-# Rounding of 16 trainings, each its own
+# Counts trainings, each with rounding errors of its own
 PERTURBATIONS = 16
 
 
@@ -45,7 +45,7 @@ class Task(NamedTuple):
 def copying(generator: torch.Generator, batch: int = 16, length: int = 4, symbols: int = 16) -> dict[str, torch.Tensor]:
     """`length` random symbols, then the same again; only the second time counts. Longer ones are learned by leaving a plateau,
     which multiplies rounding errors by a hundred thousand."""
-    half = torch.randint(3, 3 + symbols, (batch, length), generator=generator)  # after the special tokens
+    half = torch.randint(3, 3 + symbols, (batch, length), generator=generator)  # begins after the special tokens
     return {"input_ids": half.repeat(1, 2), "labels": torch.cat([torch.full_like(half, -100), half], 1)}
 
 
@@ -82,7 +82,7 @@ def train(task: Task, mode: str, backend: str, bfloat16: bool = False, perturbat
         perturbation: seed of a rounding error of one unit in the last place in every weight before every step.
     """
     model = task.model(mode)
-    # an epsilon above rounding errors: where a gradient is exactly zero, Adam would turn them into whole steps
+    # sets epsilon above rounding errors, which Adam would turn into whole steps where a gradient is exactly zero
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, eps=1e-4, weight_decay=0.0)
     data = torch.Generator().manual_seed(1)
     noise = None if perturbation is None else torch.Generator().manual_seed(perturbation)
@@ -107,7 +107,7 @@ def measure(task: Task, mode: str) -> dict[str, Any]:
     departures = (runs - curve).abs().amax(0).cummax(0).values
     rough = (train(task, mode, "reference", bfloat16=True) - curve).abs().max().item()
     return {
-        "loss": [float(f"{loss:.9g}") for loss in curve.tolist()],  # whole float32 numbers
+        "loss": [float(f"{loss:.9g}") for loss in curve.tolist()],  # keeps the whole float32 number
         "rounding": [float(f"{departure:.2g}") for departure in departures.tolist()],
         "bfloat16": float(f"{rough:.2g}"),
     }

@@ -8,7 +8,7 @@ from tests.helpers.neural_models import GPT2
 
 
 NEW_TOKENS = 8
-# With tied embeddings a random model repeats the token before, which would agree with anything; nor may it end early
+# Unties embeddings, since a random model with tied ones repeats the token before and agrees with anything; lets none end early
 TALKATIVE = {"tie_word_embeddings": False, "eos_token_id": None}
 
 

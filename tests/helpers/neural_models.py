@@ -12,7 +12,7 @@ import hf_neural_attention
 from hf_neural_attention import NeuralScorer
 
 
-# Weights of standard deviation 0.2 instead of 0.02: attention then shows in the logits of such tiny models
+# Draws weights of standard deviation 0.2 instead of 0.02, so that attention shows in the logits of such tiny models
 GPT2_FIELDS = {
     "vocab_size": 99,
     "n_positions": 64,

@@ -13,7 +13,7 @@ from hf_neural_attention.models.neural_attention_backends import BACKENDS
 from hf_neural_attention.models.neural_attention_pytorch import Inputs
 
 
-# what can run here: without a C++ compiler the native kernel's tests drop out (tests/ops/test_native.py says so)
+# lists what can run here: without a C++ compiler the native kernel's tests drop out (tests/ops/test_native.py says so)
 CPU_BACKENDS = [name for name in BACKENDS if BACKENDS[name].reason_against(Inputs("cpu", torch.float64)) is None]
 
 Tensors = dict[str, torch.Tensor]
@@ -75,7 +75,7 @@ def randomize(scorer: nn.Module) -> None:
     for name, parameter in scorer.named_parameters():
         fan_in = parameter.shape[-1] if name.endswith("weight") else 1
         nn.init.normal_(parameter, std=(0.5 if name.endswith("bias") else 1.5) / math.sqrt(fan_in))
-    scorer.linear2.bias.abs_()  # a second hidden layer of one unit is not dead either
+    scorer.linear2.bias.abs_()  # keeps a second hidden layer of a single unit from being dead
     scorer.linear3.weight.copy_(scorer.linear3.weight.abs().clamp_min(0.5) * scorer.linear3.weight.sign())
 
 

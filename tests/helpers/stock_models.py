@@ -8,7 +8,7 @@ import transformers
 from transformers import AutoConfig
 
 
-# Weights of standard deviation 0.2: attention then shows in the outputs of such tiny models
+# Draws weights of standard deviation 0.2, so that attention shows in the outputs of such tiny models
 SIZES = {
     "hidden_size": 32,
     "num_hidden_layers": 3,

@@ -3,7 +3,7 @@
 from transformers import PreTrainedModel
 
 
-# Before 5.23: methods of models, with `_enable` or `_disable` after it, and a field of `TrainingArguments`
+# Names as before 5.23, where it must: model methods, with `_enable` or `_disable` after it, and a field of `TrainingArguments`
 CHECKPOINTING = (
     "activation_checkpointing" if hasattr(PreTrainedModel, "activation_checkpointing_enable") else "gradient_checkpointing"
 )

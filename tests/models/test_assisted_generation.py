@@ -25,7 +25,7 @@ def test_assistants(implementation: str, assistant_is_neural: bool, fields: dict
     model, inputs = neural(attn_implementation=implementation, **fields), one_prompt()
     expected = generate(model, inputs)
     make = neural if assistant_is_neural else stock_model
-    # one that knows little, and one that is always right
+    # takes an assistant that knows little, and one that is always right
     for assistant in (make(n_layer=1), use(model, implementation)):
         assert torch.equal(generate(model, inputs, assistant_model=assistant), expected)
 
@@ -41,7 +41,7 @@ def test_sampling_with_an_assistant(implementation: str):
 @all_variants
 def test_prompt_lookup(implementation: str, fields: dict):
     model, inputs = neural(attn_implementation=implementation, **fields), one_prompt()
-    # a prompt that repeats itself, so that there is something to look up
+    # repeats the prompt, so that there is something to look up
     inputs = {name: torch.cat((tensor, tensor), dim=1) for name, tensor in inputs.items()}
     assert torch.equal(generate(model, inputs, prompt_lookup_num_tokens=3), generate(model, inputs))
 

@@ -22,7 +22,7 @@ from tests.helpers.neural_models import eager_and_sdpa
 
 
 ALL = {"neural_layers": "all", "neural_proj_dim": 4}
-NARROW = {"neural_layers": "all"}  # two float32 numbers per key: fewer bytes than a key of 8 bfloat16 numbers has
+NARROW = {"neural_layers": "all"}  # makes two float32 numbers per key, which take fewer bytes than a key of 8 bfloat16 numbers
 VARIANTS = {
     "all layers": ALL,
     "one layer": {**ALL, "neural_layers": [0]},
@@ -37,7 +37,7 @@ STRATEGIES = {
     "sampled beam": {"do_sample": True, "num_beams": 2},
     "several": {"do_sample": True, "num_return_sequences": 2},
 }
-LENGTH = 40  # of caches of fixed size; more than any test needs
+LENGTH = 40  # sizes caches of fixed size, in tokens: more than any test needs
 growing_and_fixed = pytest.mark.parametrize("length", (None, LENGTH), ids=("growing", "fixed"))
 variants = pytest.mark.parametrize("fields", VARIANTS.values(), ids=VARIANTS.keys())
 
@@ -112,7 +112,7 @@ def test_a_prompt_in_chunks(implementation: str, length: int | None):
     cache = NeuralCache(model, length)
     assert torch.equal(generate(model, inputs, past_key_values=cache, prefill_chunk_size=4), expected)
     assert all(is_projected(cache))
-    # here `generate` initializes the stock cache beforehand, and ours after it
+    # lets `generate` make it, which here initializes the stock cache beforehand, and ours after it
     name = "neural" if length is None else "neural_static"
     assert torch.equal(generate(model, inputs, cache_implementation=name, prefill_chunk_size=4), expected)
 
@@ -133,7 +133,7 @@ def test_a_filled_cache_serves_again(implementation: str, length: int | None):
         cache = copy.deepcopy(filled)
         assert torch.equal(generate(model, more, past_key_values=cache), generate(model, more, use_cache=False))
         assert cache.get_seq_length() > filled.get_seq_length() == 9
-        # the keys are copied, the model is not
+        # checks that the keys are copied and the model is not
         assert cache.layers[0].keys.data_ptr() != filled.layers[0].keys.data_ptr()
         assert cache.layers[0].source.scorer is model.transformer.h[0].attn.scorer
     assert filled.nbytes == bytes_filled
@@ -155,7 +155,7 @@ def test_what_is_cropped_repeated_and_selected_goes_on(implementation: str):
     assert cache.get_seq_length() == 5 and cache.layers[0].keys.shape == (2, 4, 5, 4)
     cache.batch_repeat_interleave(3)
     cache.reorder_cache(torch.tensor([0, 1, 4, 3, 2, 5]))
-    cache.batch_select_indices(torch.tensor([2, 4]))  # the second prompt, then the first
+    cache.batch_select_indices(torch.tensor([2, 4]))  # takes the second prompt, then the first
     assert_near(run(model, input_ids=ids.flip(0)[:, 5:], past_key_values=cache), whole.flip(0)[:, 5:])
 
     fixed = NeuralCache(model, LENGTH)
@@ -187,7 +187,7 @@ class TestAssistants:
     def test_assistants(self, implementation: str):
         model, inputs = neural(attn_implementation=implementation, **ALL), one_prompt()
         expected = generate(model, inputs)
-        # the residual one could not have such a cache: the choice is not passed on
+        # includes a residual assistant, which could not have such a cache: the choice is not passed on
         residual = neural(n_layer=1, neural_mode="residual")
         for assistant in (neural(n_layer=1, **ALL), residual, stock_model(n_layer=1), use(model, implementation)):
             for arguments in ({"cache_implementation": "neural"}, {"past_key_values": NeuralCache(model)}):
@@ -296,7 +296,7 @@ def test_settings_that_do_not_fit():
             generate(neural(neural_mode="residual"), inputs, cache_implementation=name)
         with pytest.raises(ValueError, match="lease use only one of the two"):
             generate(model, inputs, cache_implementation=name, past_key_values=NeuralCache(model))
-        # known to `generate` of our models only, and not to what is saved
+        # checks that only `generate` of our models knows the name, and nothing that is saved does
         with pytest.raises(ValueError, match="Invalid `cache_implementation`"):
             generate(stock_model(), inputs, cache_implementation=name)
         with pytest.raises(ValueError, match="Invalid `cache_implementation`"):
@@ -328,8 +328,8 @@ def test_the_choice_holds_for_one_call():
     assert type(cache_by()) is StaticCache
     assert type(cache_by(cache_implementation="neural")) is NeuralCache
     assert cache_by(cache_implementation="neural").get_max_length() == -1
-    assert cache_by(cache_implementation="neural_static").get_max_length() == 30  # of the longest call
-    # what the model prefers otherwise
+    assert cache_by(cache_implementation="neural_static").get_max_length() == 30  # keeps the length of the longest call
+    # changes what the model prefers when a call does not choose
     model.generation_config.cache_implementation = "static"
     assert cache_of(cache_implementation="neural").get_max_length() == -1
     assert type(cache_of()) is StaticCache and type(cache_of(cache_implementation=None)) is DynamicCache
@@ -342,9 +342,9 @@ def test_caches_of_other_models():
             with pytest.raises(ValueError, match="made for another model than this NeuralGPT2LMHeadModel"):
                 generate(other, inputs, past_key_values=NeuralCache(model))
         else:
-            with pytest.raises(RuntimeError):  # sizes that do not fit, seen where nothing knows of scorers
+            with pytest.raises(RuntimeError):  # meets sizes that do not fit, since a stock model knows nothing of scorers
                 generate(other, inputs, past_key_values=NeuralCache(model))
-    # and outside `generate`, where sizes tell
+    # checks outside `generate` too, where sizes tell
     with pytest.raises(ValueError, match="got keys of size 16, but the layer that it was made for has keys of size 8"):
         run(neural(n_head=2, **ALL), **inputs, past_key_values=NeuralCache(model))
     with pytest.raises(ValueError, match="made for a model of 3 layers; it was given to one with a layer 3"):

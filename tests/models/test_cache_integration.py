@@ -227,7 +227,7 @@ def test_compiled_decoding(fields: dict):
         assert torch.equal(generate(model, inputs, past_key_values=cache), expected)
         assert type(cache.layers[0]) is StaticProjectedKeyLayer and cache.layers[0].keys.shape == (2, 4, LENGTH, 4)
     model.forward = forward
-    # as `generate` itself compiles it on a GPU
+    # compiles on the CPU as `generate` itself does on a GPU
     compile_config = CompileConfig(fullgraph=True, mode="default")
     compile_config._compile_all_devices = True
     for arguments in ({"cache_implementation": "neural_static"}, {"past_key_values": NeuralCache(model, LENGTH)}):
@@ -269,7 +269,7 @@ def test_steps_are_compiled_once():
 
     step = torch.compile(model, fullgraph=True, backend=backend)
     for position in range(5, 9):
-        # as `generate` prepares them: a mask of all positions of the cache
+        # prepares a mask of all positions of the cache, as `generate` does
         mask = (torch.arange(LENGTH) <= position).expand(2, 1, 1, LENGTH).contiguous()
         arguments = {"attention_mask": mask, "position_ids": torch.full((2, 1), position), "past_key_values": cache}
         logits = run(step, input_ids=ids[:, position : position + 1].contiguous(), **arguments)

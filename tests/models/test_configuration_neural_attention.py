@@ -97,7 +97,7 @@ def test_round_trips_through_json_and_files(family: Family, tmp_path):
     from_file = type(config).from_pretrained(tmp_path)
     from_json = type(config).from_dict(json.loads(config.to_json_string(use_diff=False)))
     for again in (from_file, from_json):
-        # written by save_pretrained alone
+        # leaves out the version, which only `save_pretrained` writes
         ours, theirs = ({**each.to_dict(), "transformers_version": None} for each in (config, again))
         assert ours == theirs
         assert again.model_type == f"neural_{family.stem.lower()}"
@@ -130,7 +130,7 @@ def test_the_other_fields_reach_the_scorer(family: Family):
     )
     assert other.linear1.weight.shape == (4, 5, 12)
     (default,) = scorers(family.neural())
-    # head_dim is 8, of which the paper's 1/32 is less than its smallest size
+    # expects the smallest size, since head_dim is 8, and the paper's 1/32 of it is less
     assert (default.proj_dim, default.hidden_dims, default.mode, default.num_heads) == (2, (2, 1), "replace", None)
     assert default.init == "mirrored"
 
@@ -152,7 +152,7 @@ def test_none_means_the_default_layers(family: Family):
 def test_invalid_values_set_later_are_refused_at_once_or_by_the_model(family: Family, field: str, value, allowed: str):
     config = family.config()
     before = getattr(config, field)
-    if "distinct indices" in allowed:  # of a number of layers that may change, too
+    if "distinct indices" in allowed:  # expects the error later, since the number of layers may still change
         setattr(config, field, value)
         with pytest.raises(ValueError, match=everything(field, value, allowed)):
             family.neural_class()(config)

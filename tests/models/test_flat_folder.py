@@ -56,7 +56,7 @@ assert all(torch.equal(model(torch.arange(10)[None]).logits, torch.load("logits.
 def test_files_import_siblings_and_the_two_libraries_only(file):
     allowed = {"torch", "transformers", "huggingface_hub", *sys.stdlib_module_names}
     tree = ast.parse(file.read_text())
-    # what serves where it is there
+    # collects imports that are tried, and serve only where they succeed
     optional = {id(child) for node in ast.walk(tree) if isinstance(node, ast.Try) for child in ast.walk(node)}
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.level:
@@ -71,7 +71,7 @@ def test_files_import_siblings_and_the_two_libraries_only(file):
 
 @pytest.mark.slow
 def test_a_saved_model_with_its_code_runs_without_the_package_and_beside_it(tmp_path):
-    # the backend that the package and copies of the code have in common
+    # fixes the backend that the package and copies of the code have in common
     own = {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_NEURAL_ATTENTION_BACKEND": "blockwise"}
     environment = os.environ | own
     for script in (SAVE, LOAD, LOAD_BESIDE):

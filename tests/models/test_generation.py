@@ -57,7 +57,7 @@ def test_left_padding_changes_no_token(implementation: str, fields: dict):
     together = generate(model, inputs)
     alone = {"input_ids": inputs["input_ids"][1:, 4:], "attention_mask": inputs["attention_mask"][1:, 4:]}
     assert torch.equal(generate(model, alone), together[1:])
-    # and the padding is masked, not just harmless
+    # checks that the padding is masked, and not just harmless
     assert not torch.equal(generate(model, {**inputs, "attention_mask": torch.ones(2, 9, dtype=torch.long)})[1], together[1])
 
 
@@ -96,7 +96,7 @@ def test_caches_that_outlive_a_call(implementation: str, static: bool):
 @eager_and_sdpa
 @pytest.mark.parametrize("static", (False, True))
 def test_sliding_window_caches(implementation: str, static: bool):
-    # stock GPT-2 has no sliding window of its own, but its caches make one of a config that has
+    # sets a window that stock GPT-2 ignores, but from which its caches make one
     stock = stock_model(attn_implementation=implementation, sliding_window=8)
     inputs = prompt(padded=False)
 
@@ -110,7 +110,7 @@ def test_sliding_window_caches(implementation: str, static: bool):
     assert torch.equal(with_cache(GPT2.twin(stock, **RESIDUAL)), expected)
     neural = GPT2.twin(stock, **ALL)
     assert not torch.equal(with_cache(neural), expected)
-    # a window that holds everything is no window
+    # checks that a window that holds everything changes nothing
     neural.config.sliding_window = 40
     assert torch.equal(with_cache(neural), generate(neural, inputs, use_cache=False))
 
@@ -132,7 +132,7 @@ def test_quantized_caches(implementation: str, backend: str):
     inputs = prompt(padded=False)
 
     def generated(model) -> torch.Tensor:
-        # a dict of its own: Transformers 5.18 takes entries out of it
+        # copies the dict, since Transformers 5.18 takes entries out of it
         return generate(model, inputs, cache_implementation="quantized", cache_config=dict(QUANTIZED[backend]))
 
     expected, neural_model = generated(stock), GPT2.twin(stock, **ALL)

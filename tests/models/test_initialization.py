@@ -10,12 +10,12 @@ from tests.helpers.comparing import assert_near
 from tests.helpers.neural_models import GPT2, VIT, Family, both_families, every_model, one_and_all_layers, scorers
 
 
-# Large enough for a sample standard deviation to say something, with the default initializer_range of 0.02
+# Makes models large enough for a sample standard deviation to say something, with the default initializer_range of 0.02
 LARGER = {
     "GPT2": {"n_embd": 64, "n_layer": 4, "initializer_range": 0.02},
     "ViT": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "initializer_range": 0.02},
 }
-RESIDUAL_STD = 0.02 / (2 * 4) ** 0.5  # GPT-2's scheme: by the square root of the number of residual layers
+RESIDUAL_STD = 0.02 / (2 * 4) ** 0.5  # divides, as GPT-2's scheme does, by the square root of the number of residual layers
 
 
 def assert_same_distribution(ours: torch.Tensor, stock: torch.Tensor, name: str) -> None:
@@ -82,7 +82,7 @@ def assert_alive(scorer: NeuralScorer) -> None:
     """Scores of standard deviation one on unit-normal input, as the scaled dot product has, and biases of zero."""
     query, key = torch.randn(2, 16, 4, 64, scorer.head_dim)
     scores = reference_scores(query, key, scorer.weights())
-    # per head where it has weights of its own
+    # measures per head where a scorer has weights for each
     spread = scores.std(dim=(0, 2, 3)) if scorer.num_heads else scores.std()
     assert (spread - 1).abs().max() < 0.2
     assert all(layer.bias.abs().max() == 0 for layer in scorer.layers)
@@ -93,7 +93,7 @@ def test_paper_scorers_are_born_as_the_released_code_does(family: Family, tmp_pa
     family.stock().save_pretrained(tmp_path)
     fields = {"neural_init": "paper", "neural_layers": "all", "neural_proj_dim": 4}
     for model in (family.neural(**fields), family.neural_class().from_pretrained(tmp_path, **fields)):
-        # uniform in +-1/sqrt(fan_in), biases included
+        # expects numbers uniform in +-1/sqrt(fan_in), biases included
         layers = [layer for scorer in scorers(model) for layer in scorer.layers]
         parts = [part.flatten() * layer.in_features**0.5 for layer in layers for part in (layer.weight, layer.bias)]
         drawn = torch.cat(parts)

@@ -72,7 +72,7 @@ def test_a_real_checkpoint_keeps_every_weight(name: str, fields: dict):
         pytest.skip(f"no {folder}: the shared data is not on this machine")
     stock, stock_info = load(transformers.GPT2LMHeadModel, folder)
     model, info = load(GPT2.neural_class(), folder, **fields)
-    # the tarot one has buffers of old, which the stock model does not expect either
+    # allows for old buffers in the tarot checkpoint, which the stock model does not expect either
     assert_only_scorers_missing(info, model, besides=frozenset(stock_info["unexpected_keys"]))
     state = model.state_dict()
     assert all(torch.equal(state[key], tensor) for key, tensor in stock.state_dict().items())
@@ -128,7 +128,7 @@ def test_sharded_round_trip(family: Family, dtype: torch.dtype, tmp_path):
     again, info = load(family.neural_class(), tmp_path)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     assert_same_state(again, model)
-    # shards made from shards
+    # saves shards again from a model that was loaded from shards
     again.save_pretrained(tmp_path / "again", max_shard_size="20KB")
     assert_same_state(family.neural_class().from_pretrained(tmp_path / "again"), model)
 
@@ -140,7 +140,7 @@ def test_every_class_round_trips_through_its_auto_class(family: Family, head: st
     auto = {
         "Model": transformers.AutoModel,
         "LMHeadModel": transformers.AutoModelForCausalLM,
-        "DoubleHeadsModel": family.neural_class(head),  # stands in no table
+        "DoubleHeadsModel": family.neural_class(head),  # names its class, since no Auto table has it
     }.get(head.removeprefix(family.stem)) or getattr(transformers, f"Auto{head.replace(family.stem, 'Model')}")
     again = auto.from_pretrained(tmp_path)
     assert type(again) is family.neural_class(head)
@@ -157,7 +157,7 @@ def test_loading_onto_devices(family: Family, arguments: dict, tmp_path):
     model.save_pretrained(tmp_path)
     again = family.neural_class().from_pretrained(tmp_path, **arguments)
     assert_same_state(again, model)
-    # and a stock checkpoint, whose scorers have to be born after the load
+    # loads a stock checkpoint too, whose scorers have to be born after the load
     family.stock().save_pretrained(tmp_path / "stock")
     born = family.neural_class().from_pretrained(tmp_path / "stock", neural_layers="all", **arguments)
     assert all(torch.isfinite(parameter).all() and not parameter.is_meta for parameter in born.parameters())
@@ -205,7 +205,7 @@ def test_base_and_head_load_each_other(family: Family, tmp_path):
         model.save_pretrained(tmp_path / head)
         again, info = load(family.neural_class(family.base), tmp_path / head)
         assert not any("scorer" in key for key in info["missing_keys"] | info["unexpected_keys"])
-        # only heads are unexpected in a base model, and only what a head does without is missing
+        # checks that only heads are unexpected in a base model, and only what a head does without is missing
         stock_base = family.stock_class(family.base)
         family.stock(head).save_pretrained(tmp_path / "stock")
         stock_info = load(stock_base, tmp_path / "stock")[1]
@@ -235,7 +235,7 @@ def test_pickle_and_deepcopy(family: Family, name: str, tmp_path):
     for again in (copy.deepcopy(model), torch.load(tmp_path / "model.pt", weights_only=False)):
         assert_same_state(again, model)
         assert torch.equal(run(again, **inputs), expected)
-        # one config for the whole copy, and not the original's: what is set on it reaches every layer
+        # checks that the copy shares one config of its own, so that what is set on it reaches every layer
         assert again.config is not model.config and again.base_model.config is again.config
         attentions = [module for module in again.modules() if hasattr(module, "scorer")]
         assert all(attention.config.base is again.config for attention in attentions) and attentions
@@ -254,7 +254,7 @@ def test_saved_config_does_not_name_our_attention_function(tmp_path):
 
 
 def test_auto_tokenizer_and_image_processor_beside_a_neural_config(tmp_path):
-    # folders as old checkpoints have them: nothing but the model's config says which class to use
+    # writes folders as old checkpoints have them, where only the model's config says which class to use
     GPT2.config().save_pretrained(tmp_path / "text")
     (tmp_path / "text" / "vocab.json").write_text(json.dumps({"a": 0, "b": 1, "ab": 2, "<|endoftext|>": 3}))
     (tmp_path / "text" / "merges.txt").write_text("#version: 0.2\na b\n")

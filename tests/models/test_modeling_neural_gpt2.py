@@ -31,7 +31,7 @@ def test_a_later_token_leaves_earlier_logits_bit_equal(implementation: str, fiel
     after[:, 9] = (before[:, 9] - 3 + 1) % 95 + 3
     first, second = run(model, input_ids=before), run(model, input_ids=after)
     assert torch.equal(first[:, :9], second[:, :9])
-    # and shows from there on, also where only attention carries it
+    # checks that the change shows from there on, also where only attention carries it
     assert all((first[:, i] - second[:, i]).abs().max() > 1e-4 for i in range(9, 14))
 
 
@@ -54,7 +54,7 @@ def test_padding_changes_nothing(implementation: str, side: str, fields: dict):
     assert_near(outputs.logits[0], run(model, input_ids=long)[0])
     assert_near(outputs.logits[1, real], run(model, input_ids=short)[0])
     if side == "left":
-        # without the mask the padding is seen
+        # checks that the padding is seen without the mask
         assert_far(run(model, input_ids=batch, position_ids=positions)[1, real], outputs.logits[1, real])
     outputs.loss.backward()
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
@@ -62,7 +62,7 @@ def test_padding_changes_nothing(implementation: str, side: str, fields: dict):
     assert any(gradient.abs().max() > 0 for gradient in gradients)
 
 
-# stock eager attention adds its mask, so it takes no bool ones
+# leaves out bool masks under eager, where stock attention adds its mask
 @pytest.mark.parametrize(
     ("implementation", "kind"),
     [("sdpa", "bool"), ("sdpa", "additive"), ("sdpa", "per head"), ("eager", "additive"), ("eager", "per head")],
@@ -119,7 +119,7 @@ def test_packed_sequences_do_not_leak(implementation: str, fields: dict):
     assert torch.equal(packed(ids(1, 6))[:, 6:], expected[:, 6:])
     assert_near(expected[:, :6], run(model, input_ids=first))
     assert_near(expected[:, 6:], run(model, input_ids=second))
-    # one document in a row would be seen
+    # checks that documents see each other where they are not told apart
     joined = run(model, input_ids=torch.cat((first, second), dim=1), position_ids=positions.clone().fill_(0), use_cache=False)
     assert_far(joined[:, 6:], expected[:, 6:])
 
@@ -169,7 +169,7 @@ def test_cross_attention_keeps_the_dot_product(implementation: str):
     for block in model.transformer.h:
         assert hasattr(block.attn, "scorer") and not hasattr(block.crossattention, "scorer")
         assert block.crossattention.config is model.config
-    # given the same input, a cross-attention layer computes what the stock one does
+    # checks that a cross-attention layer computes what the stock one does with the same input
     hidden, states = torch.randn(2, 9, 32), inputs["encoder_hidden_states"]
     ours, theirs = (each.transformer.h[0].crossattention(hidden, encoder_hidden_states=states) for each in (model, stock))
     assert torch.equal(ours[0], theirs[0])
@@ -308,7 +308,7 @@ def test_residual_gradients_are_the_stock_ones():
     expected = backward(stock, **inputs)
     actual = backward(GPT2.twin(stock, **RESIDUAL), **inputs)
     assert_same_gradients({name: actual[name] for name in expected}, expected, 1e-4)
-    # at its neutral start only the last layer of a scorer learns; the step after, all of them do
+    # checks the last layer of a scorer, which alone learns at its neutral start; the step after, all layers do
     assert actual["transformer.h.0.attn.scorer.linear3.weight"].abs().max() > 0
 
 

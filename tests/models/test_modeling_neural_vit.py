@@ -85,7 +85,7 @@ def test_attention_is_not_causal(implementation: str, fields: dict):
     model = VIT.neural(VIT.base, attn_implementation=implementation, **{**fields, "num_hidden_layers": 1})
     pixels = torch.randn(1, 3, 16, 16)
     changed = pixels.clone()
-    changed[..., -4:, -4:] += 1.0  # the last patch alone
+    changed[..., -4:, -4:] += 1.0  # changes the last patch alone
     first, second = run(model, pixel_values=pixels), run(model, pixel_values=changed)
     assert ((first - second).abs().amax(dim=-1) > 1e-5).all(), "every token sees the last patch"
 
@@ -122,7 +122,7 @@ def test_masked_patches(fields: dict):
     inputs = head_inputs("ViTForMaskedImageModeling")
     expected = run(model, **inputs)
     assert expected.shape == (2, 3, 16, 16) and model(**inputs).loss > 0
-    # what lies under masked patches is not seen
+    # changes what lies under masked patches, which must not be seen
     hidden = inputs["bool_masked_pos"].view(2, 4, 4).repeat_interleave(4, 1).repeat_interleave(4, 2)[:, None]
     changed = torch.where(hidden, torch.randn(2, 3, 16, 16), inputs["pixel_values"])
     assert torch.equal(run(model, **{**inputs, "pixel_values": changed}), expected)

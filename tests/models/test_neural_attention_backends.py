@@ -49,7 +49,7 @@ def test_compiled_equals_eager(backend: str, compiler: str):
     tensors["attn_mask"] = torch.randn(12, 12, dtype=torch.float64)
     options = {"is_causal": True, "dropout_p": 0.2, "backend": backend}
     torch.compiler.reset()
-    # Inductor draws random numbers, and so the seed of dropout, by a generator of its own unless told not to
+    # keeps Inductor from drawing random numbers, and so the seed of dropout, by a generator of its own
     settings = {"fallback_random": True} if compiler == "inductor" else None
     compiled_attention = torch.compile(neural_attention, fullgraph=True, backend=compiler, options=settings)
     torch.manual_seed(3)

@@ -91,12 +91,12 @@ def test_memory_grows_linearly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     lengths = (256, 512, 1024)
     ours = [measure_memory("blockwise", length, tmp_path) for length in lengths]
     reference = [measure_memory("reference", length, tmp_path) for length in lengths[:2]]
-    pairs = [2 * length**2 * 4 for length in lengths]  # bytes of a float32 number for every pair
+    pairs = [2 * length**2 * 4 for length in lengths]  # counts the bytes of a float32 number for every pair
     for (largest, _), every_pair in zip(reference, pairs, strict=False):
-        assert largest >= 16 * every_pair  # the concatenation of q' and k'
+        assert largest >= 16 * every_pair  # counts the concatenation of q' and k'
     assert reference[1][1] > 3.5 * reference[0][1]
     assert ours[-1][0] <= 4 * blockwise.BLOCK_NUMBERS
-    assert ours[-1][1] < pairs[-1]  # all that lives at once is less than one number for every pair
+    assert ours[-1][1] < pairs[-1]  # checks that all that lives at once takes less than one number for every pair
     assert ours[-1][1] < 2.2 * ours[-2][1] < 2.2**2 * ours[-3][1]
 
 

@@ -57,7 +57,7 @@ def test_eager_and_sdpa_agree(family: Family, fields: dict):
 @one_and_all_layers
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 6e-2), (torch.float16, 8e-3)], ids=("bf16", "fp16"))
 def test_eager_and_sdpa_agree_in_low_precision(family: Family, fields: dict, dtype: torch.dtype, tolerance: float):
-    # a handful of roundings of 2^-8 and 2^-11 apart: three layers, each with attention, projections and a feed-forward
+    # allows for a handful of roundings of 2^-8 and 2^-11, as three layers of attention, projections and feed-forward make
     model = family.neural(**fields)
     inputs = family.inputs(labels=False)
     expected = run(model, **inputs)
@@ -112,7 +112,7 @@ def test_other_implementations_are_refused_later_and_nothing_changes(
 
 @both_families
 def test_the_whole_model_cannot_run_our_function_without_scorers(family: Family):
-    # a stock model accepts any registered name; without an error here it would look for scorers that are not there
+    # expects an error, since a stock model accepts any registered name and would look for scorers that are not there
     stock = family.stock()
     stock.set_attn_implementation(ATTENTION_NAME)
     with pytest.raises(ValueError, match="what single layers run"):
@@ -131,7 +131,7 @@ def test_attention_maps_of_all_layers_under_eager(family: Family, fields: dict):
         assert (weights.sum(dim=-1) - 1).abs().max() < 1e-5 and weights.min() >= 0
         if family is GPT2:
             assert weights.triu(1).abs().max() == 0
-    # they are the weights that were used: the maps of a stock twin differ, where the layer is neural
+    # checks that these weights were used: the maps of a stock twin differ where the layer is neural
     stock = family.stock(attn_implementation="eager")
     stock.load_state_dict(model.state_dict(), strict=False)
     assert_far(attentions[0], stock(**inputs, output_attentions=True).attentions[0])
@@ -150,7 +150,7 @@ def test_attention_maps_are_the_weights_that_were_used(family: Family):
 def test_attention_maps_elsewhere_are_as_in_the_stock_model(family: Family):
     stock, model = family.stock(), family.neural(neural_layers="all")
     inputs = family.inputs(labels=False)
-    # under sdpa there are none, and asking the config for them is refused
+    # expects no maps under sdpa, and an error when the config asks for them
     assert stock(**inputs, output_attentions=True).attentions == model(**inputs, output_attentions=True).attentions == ()
     for each in (stock, model):
         with pytest.raises(ValueError, match="`output_attentions`"):
@@ -199,7 +199,7 @@ def test_attach_and_detach(family: Family):
 def test_attaching_equals_our_classes_and_survives_earlier_output_capture(family: Family):
     model = family.stock(attn_implementation="eager")
     inputs = family.inputs(labels=False)
-    # the hooks that record attention maps are installed by the first call that asks for them
+    # calls once before attaching, since the first call that asks for attention maps installs the hooks that record them
     model(**inputs, output_attentions=True)
     neural = use(family.twin(model, neural_layers="all"), "eager")
     for layer in range(3):
@@ -273,7 +273,7 @@ def test_arguments_that_only_a_dot_product_honours_are_refused(argument: str):
     tensors = torch.randn(3, 1, 4, 5, 8)
     with pytest.raises(ValueError, match=f"cannot honour .*`{argument}`"):
         neural_attention_forward(attention, *tensors, None, **{argument: torch.ones(4)})
-    # None is how models say that they do without
+    # passes None, by which models say that they do without
     assert neural_attention_forward(attention, *tensors, None, **{argument: None})[0].shape == (1, 5, 4, 8)
 
 

@@ -53,7 +53,7 @@ def multiplier(seed: int, dropout_p: float, **changes) -> torch.Tensor:
     return dropout_multiplier(torch.tensor([seed]), dropout_p, **places, dtype=torch.float64)
 
 
-# a seed with bits in both halves
+# has bits in both halves
 SEED = 0x2B3C4D5E6F708192
 
 
@@ -78,7 +78,7 @@ def test_a_block_is_a_slice_of_the_whole():
         part = multiplier(SEED, 0.5, batch=batch, heads=heads, rows=rows, num_columns=columns)
         expected = whole[batch.start : batch.stop, heads.start : heads.stop, rows.start : rows.stop, :columns]
         assert torch.equal(part, expected)
-    # and no two examples, heads, rows or seeds are alike
+    # checks that no two examples, heads, rows or seeds are alike
     assert not torch.equal(whole[0], whole[1])
     assert not torch.equal(whole[:, 0], whole[:, 1])
     assert not torch.equal(whole[:, :, 0], whole[:, :, 1])
@@ -95,7 +95,7 @@ def test_share_dropped_and_expectation(dropout_p: float):
     assert abs((drawn == 0).double().mean().item() - dropout_p) < five_sigma + 1 / 65536
     assert abs(drawn.mean().item() - 1) < five_sigma / kept + 1 / 65536
     assert drawn.unique().numel() == 2
-    # every column is dropped as often as every other
+    # checks that every column is dropped as often as every other
     by_column = (drawn == 0).double().mean(dim=(0, 1, 2))
     assert (by_column - dropout_p).abs().max() < 5 * (dropout_p * kept / 3000) ** 0.5 + 1 / 3000
 
@@ -103,7 +103,7 @@ def test_share_dropped_and_expectation(dropout_p: float):
 def test_all_or_nothing():
     assert (multiplier(SEED, 0.0) == 1).all()
     assert (multiplier(SEED, 1.0) == 0).all()
-    assert (multiplier(SEED, 1 - 1e-9) == 0).all()  # to the nearest 1/65536
+    assert (multiplier(SEED, 1 - 1e-9) == 0).all()  # rounds to the nearest 1/65536
     assert dropout_threshold(0.0) == 0
     assert dropout_threshold(0.5) == 32768
     assert dropout_threshold(1.0) == 65536

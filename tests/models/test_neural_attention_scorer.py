@@ -120,7 +120,7 @@ def test_residual_starts_as_the_dot_product_and_learns(num_heads: int | None):
     after, _ = scorer(query, key, value, is_causal=True)
     assert not torch.allclose(after, expected)
     (after - value).square().sum().backward()
-    assert scorer.q_proj.weight.grad.abs().max() > 0  # from the second step on, all layers learn
+    assert scorer.q_proj.weight.grad.abs().max() > 0  # checks that all layers learn from the second step on
 
 
 def test_replace_takes_no_notice_of_scale():
@@ -169,7 +169,7 @@ def birth(init: str, proj_dim: int, draws: int) -> tuple[torch.Tensor, torch.Ten
 def test_mirrored_is_never_dead_and_spreads_by_one(proj_dim: int):
     active, spread = (torch.cat(parts) for parts in zip(*(birth("mirrored", proj_dim, 100) for _ in range(10)), strict=True))
     assert active.shape == (1000,)
-    # mirrored units need two: a single one is active for half of the pairs
+    # needs two mirrored units: a single one is active for half of the pairs
     assert active.min() == 1.0 if proj_dim > 1 else active.min() > 0.2
     assert spread.min() > 0.5
     assert spread.max() < 1.6
@@ -179,7 +179,7 @@ def test_mirrored_is_never_dead_and_spreads_by_one(proj_dim: int):
 def test_paper_is_often_dead_and_almost_uniform():
     active, spread = birth("paper", 2, 300)
     assert 0.2 < (active == 0).double().mean() < 0.45
-    assert spread[active > 0].median() < 0.05  # of the living ones
+    assert spread[active > 0].median() < 0.05  # leaves out the dead ones
     mirrored, _ = birth("mirrored", 2, 300)
     assert (mirrored > 0).all()
 
@@ -197,7 +197,7 @@ def test_paper_draws_as_nn_linear():
         for parameter in (layer.weight, layer.bias):
             assert parameter.abs().max() <= bound
             assert parameter.abs().max() > 0.99 * bound
-            assert abs(parameter.std().item() * math.sqrt(3) / bound - 1) < 0.05  # uniform
+            assert abs(parameter.std().item() * math.sqrt(3) / bound - 1) < 0.05  # checks that the draws are uniform
             assert abs(parameter.mean().item()) < 0.1 * bound
 
 
@@ -214,7 +214,7 @@ def test_initializations_follow_the_seed():
 @pytest.mark.parametrize("init", ["mirrored", "paper"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
 def test_construction_in_other_default_dtypes(dtype: torch.dtype, init: str):
-    # Transformers builds a model under its dtype as the default
+    # builds under another default dtype, as Transformers does
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -250,7 +250,7 @@ def test_lora_is_honoured(backend: str):
     randomize(scorer)
     plain, _ = scorer(*tokens, backend=backend)
     adapted = inject_adapter_in_model(LoraConfig(r=2, target_modules=["q_proj", "linear1"]), scorer)
-    torch.testing.assert_close(adapted(*tokens, backend=backend)[0], plain)  # it starts as nothing
+    torch.testing.assert_close(adapted(*tokens, backend=backend)[0], plain)  # checks that the adapter starts as nothing
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter)

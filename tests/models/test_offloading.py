@@ -25,7 +25,7 @@ def test_weights_on_disk(tmp_path, fields, implementation):
     )
     assert offloaded.transformer.h[1].attn.scorer.linear1.weight.is_meta
     assert_near(run(offloaded, **inputs), expected)
-    assert offloaded.transformer.h[1].attn.scorer.linear1.weight.is_meta  # and gone again
+    assert offloaded.transformer.h[1].attn.scorer.linear1.weight.is_meta  # checks that the weights are gone again
 
 
 def test_weights_brought_in_from_the_cpu():

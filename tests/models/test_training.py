@@ -46,7 +46,7 @@ def test_gradient_checkpointing_changes_no_gradient(family: Family, implementati
     for reentrant in (None, False, True):
         if reentrant is not None:
             getattr(model, f"{CHECKPOINTING}_enable")({"use_reentrant": reentrant})
-            # the reentrant variant wants an input that requires a gradient
+            # satisfies the reentrant variant, which wants an input that requires a gradient
             model.enable_input_require_grads()
         torch.manual_seed(5)
         results.append(backward(model, **inputs))
@@ -134,7 +134,7 @@ def test_compiled_forward_and_training_step(family: Family, fields: dict):
     plain = backward(model, **inputs)
     actual = {name.removeprefix("_orig_mod."): gradient for name, gradient in backward(compiled, **inputs).items()}
     assert_same_gradients(actual, plain, 1e-4)
-    # a step of the optimizer, and the graph follows the weights
+    # takes a step, to see that the graph follows the weights
     torch.optim.SGD(model.parameters(), lr=0.1).step()
     model.eval()
     stepped = run(compiled, **inputs)
@@ -171,7 +171,7 @@ def test_compiled_generation_with_a_static_cache():
     assert torch.equal(model.generate(**inputs, **arguments), expected)
 
 
-# one setting for all targets, which peft corrects where they are Conv1D (GPT-2's) or are not (the scorer's)
+# ignores peft's correction: one setting serves all targets, which are Conv1D in GPT-2 and Linear in scorers
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to")
 @both_families
 @one_and_all_layers
@@ -183,7 +183,7 @@ def test_lora(family: Family, fields: dict, scorer_too: bool, tmp_path):
     base.save_pretrained(tmp_path / "base")
     inputs = family.inputs()
     before = run(base, **inputs)
-    # a name that ends in `.q_proj` would be a scorer's too
+    # names targets with their module, since a scorer has a `.q_proj` too
     attention = LORA_TARGETS[family.stem]
     targets = [*attention, "linear1"] if scorer_too else rf".*\.{family.attention_name}\.({'|'.join(attention)})"
     config = LoraConfig(target_modules=targets, r=4, fan_in_fan_out=family is GPT2)
@@ -235,7 +235,7 @@ def test_trainer(family: Family, checkpointing: bool, tmp_path):
     assert result.global_step == 2 and torch.isfinite(torch.tensor(result.training_loss))
     assert torch.isfinite(torch.tensor(trainer.evaluate()["eval_loss"]))
     for name, parameter in model.named_parameters():
-        # everything learns but the bias that the softmax does not see, and masks that no image had
+        # expects everything to learn but the bias that the softmax does not see
         assert torch.equal(parameter, before[name]) == name.endswith("scorer.linear3.bias"), name
     assert_same_state(family.neural_class().from_pretrained(tmp_path / "checkpoint-2"), model)
 
@@ -266,7 +266,7 @@ def test_trainer_takes_the_loss_as_it_takes_the_stock_model_s(family: Family, sm
         histories.append([(entry["loss"], entry["grad_norm"]) for entry in trainer.state.log_history if "grad_norm" in entry])
     for (loss, norm), (other_loss, other_norm) in zip(*histories, strict=True):
         assert float(other_loss) == pytest.approx(float(loss), rel=1e-5)
-        assert float(other_norm) > float(norm)  # the scorers have a gradient as well
+        assert float(other_norm) > float(norm)  # counts the gradient of the scorers as well
 
 
 @both_families

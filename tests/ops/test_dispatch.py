@@ -109,7 +109,7 @@ def test_errors_say_whose_name_is_unknown(monkeypatch: pytest.MonkeyPatch):
         call()
     with pytest.raises(ValueError, match=f"`backend` is 'Native'; {names}"):
         call("Native")
-    call("blockwise")  # the environment is not asked
+    call("blockwise")  # does not ask the environment
 
 
 def test_a_block_ends_with_an_error():
@@ -141,7 +141,7 @@ def test_threads_and_tasks():
             thread.start()
             thread.join()
         assert asyncio.run(tasks()) == ("blockwise", "reference")
-    assert answers == ["native", "blockwise"]  # a thread of its own, and one that was given this context
+    assert answers == ["native", "blockwise"]  # tells apart a fresh thread and one that was given this context
 
 
 def has_gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:
@@ -227,7 +227,7 @@ def test_a_backend_that_cannot_do_what_it_is_asked():
     cannot = "^The backend '{}' cannot run here: {}".format
     with pytest.raises(ValueError, match=cannot("native", "it runs on the CPU, and the tensors are on 'meta'")):
         neural_attention(*torch.randn(3, 1, 2, 5, 8, device="meta"), NeuralScorer(8).to("meta"), backend="native")
-    set_backend("triton")  # not an error yet
+    set_backend("triton")  # raises no error yet
     with pytest.raises(ValueError, match=cannot("triton", "(it runs on GPUs|Triton is not installed)")):
         call()
 
@@ -235,7 +235,7 @@ def test_a_backend_that_cannot_do_what_it_is_asked():
 @pytest.mark.parametrize("name", ["key", "value", "attn_mask", "scorer"])
 @pytest.mark.parametrize("backend", CPU_BACKENDS)
 def test_tensors_on_several_devices(backend: str, name: str):
-    # torch would return uninitialised memory
+    # expects an error, since torch would return uninitialised memory
     arguments = {key: torch.randn(1, 2, 5, 8) for key in ("query", "key", "value")}
     arguments |= {"attn_mask": torch.zeros(5, 5), "scorer": NeuralScorer(8)}
     neural_attention(**arguments, backend=backend)
@@ -286,7 +286,7 @@ def test_compiled_code_keeps_its_backend():
     set_backend("native")
     compiled(*tensors, scorer)
     assert len(graphs) == 1
-    compiled(*tensors, scorer, backend="native")  # an argument is part of the code
+    compiled(*tensors, scorer, backend="native")  # compiles anew, since an argument is part of the code
     assert len(graphs) == 2 and "native_forward" in graphs[1]
     torch.compiler.reset()
     compiled(*tensors, scorer)
@@ -303,7 +303,7 @@ def test_checkpointed_layers_under_both_kinds_of_choice():
 
     with use_backend("blockwise"):
         output = checkpoint(attend, query, use_reentrant=False)
-    with pytest.raises(torch.utils.checkpoint.CheckpointError):  # outside of the block, "auto" runs again what blockwise began
+    with pytest.raises(torch.utils.checkpoint.CheckpointError):  # reruns by "auto", outside of the block, what blockwise began
         output.sum().backward()
     set_backend("blockwise")
     checkpoint(attend, query, use_reentrant=False).sum().backward()

@@ -32,7 +32,7 @@ pytestmark = [
     pytest.mark.skipif(WHY_NOT is not None, reason=f"no native kernel: {WHY_NOT}"),
     pytest.mark.usefixtures("poisoned_memory"),
 ]
-# What one quick run for an older processor asks
+# Marks what one quick run for an older processor checks
 portable = pytest.mark.instruction_set(quick=True)
 
 
@@ -40,7 +40,7 @@ def native(*args, **arguments) -> torch.Tensor:
     return neural_attention(*args, **arguments, backend="native")
 
 
-# Blocks are of 32 and 64 queries, tiles of 64 and 128 keys, vectors of 2 to 16 numbers
+# Takes sizes around the kernel's: blocks of 32 and 64 queries, tiles of 64 and 128 keys, vectors of 2 to 16 numbers
 CASES = {
     **{f"{length} tokens": Case(batch=1, queries=length, is_causal=True) for length in (63, 64, 65, 127, 128, 129)},
     "129 queries, 63 keys": Case(batch=1, queries=129, keys=63, mask="float", mask_shape=(1, 129, 63)),
@@ -132,7 +132,7 @@ def test_tiles_that_a_mask_empties_are_not_read(shape: tuple[int, int]):
     tensors["value"][:, :, :256] = torch.nan
     ours = run_with_gradients(native, {**tensors, "attn_mask": attn_mask}, scorer, torch.float64)
     assert all(torch.equal(ours[name], expected[name]) for name in expected)
-    tensors["key"][:, :, :256] = torch.inf  # its own weight then gets inf * 0, a NaN
+    tensors["key"][:, :, :256] = torch.inf  # leaves gradients out, since that of its own weight gets inf * 0, a NaN
     assert torch.equal(native(**tensors, scorer=scorer, attn_mask=attn_mask), expected["output"])
     assert native(**tensors, scorer=scorer).isnan().all()
 
@@ -200,7 +200,7 @@ def test_scores_of_any_size(factor: float):
         run_with_gradients(attend, tensors, scorer, torch.float64, scale=factor, is_causal=True)
         for attend in (native, literal_attention)
     )
-    # a gradient is a difference of numbers as large as the scores, even where it is next to nothing
+    # scales the bound with the scores: a gradient is a difference of numbers as large, even where it is next to nothing
     size = max(1.0, factor)
     ours, exact = (
         {name: found if name == "output" else found / size for name, found in each.items()} for each in (ours, exact)
@@ -211,7 +211,7 @@ def test_scores_of_any_size(factor: float):
 
 @portable
 def test_backward_has_forward_s_weights_far_from_zero():
-    # a softmax does not see an offset of all scores, so nothing holds it down in training; rows move their pivots then
+    # offsets all scores, since a softmax does not see it and training does not hold it down; rows then move their pivots
     tensors, scorer = Case(batch=1, heads=8, queries=140, head_dim=64, proj_dim=16).draw()
     scorer.reset_parameters()
     weight = scorer.linear3.weight
@@ -219,7 +219,7 @@ def test_backward_has_forward_s_weights_far_from_zero():
     query, key, value = (tensor.float() for tensor in tensors.values())
     value = torch.ones_like(value).requires_grad_()
     output = native(query[:, :, :1], key, value, scorer.float())
-    (gradient,) = torch.autograd.grad(output.sum(), value)  # for one query: the weights, once per number of a value
+    (gradient,) = torch.autograd.grad(output.sum(), value)  # finds the one query's weights, once per number of a value
     assert (output - 1).abs().max() < 1e-6 and (gradient.sum(2) - 1).abs().max() < 1e-6
 
 
@@ -228,14 +228,14 @@ def test_backward_has_forward_s_weights_far_from_zero():
 @pytest.mark.parametrize("masked", [100, 140])
 def test_masks_of_large_numbers(masked: int, added: float):
     case, attn_mask = Case(batch=1, queries=140), torch.zeros(2, 1, 140)
-    attn_mask[1, :, :masked] = added  # of one head
+    attn_mask[1, :, :masked] = added  # masks for one head only
     tensors, scorer = case.draw()
     without = native(**tensors, scorer=scorer)
     ours, exact = (
         run_with_gradients(attend, {**tensors, "attn_mask": attn_mask}, scorer, torch.float64)
         for attend in (native, literal_attention)
     )
-    for name, expected in exact.items():  # beside 1e9, float64 has seven decimal places
+    for name, expected in exact.items():  # allows for float64, which has seven decimal places beside 1e9
         torch.testing.assert_close(ours[name], expected, rtol=1e-6, atol=1e-6)
     assert torch.equal(ours["output"][:, 0], without[:, 0])
     assert torch.allclose(ours["output"][:, 1], without[:, 1], atol=1e-2) == (masked == 140 and abs(added) < 1e12)
@@ -361,7 +361,7 @@ print(peak() - before)
 @pytest.mark.parametrize(
     ("heads", "most"),
     [
-        (1, 16384**2),  # bytes: less than a bool for every pair of one head
+        (1, 16384**2),  # allows fewer bytes than a bool for every pair of one head
         pytest.param(12, 2**30, marks=pytest.mark.slow),
     ],
 )
@@ -384,7 +384,7 @@ def run_compiled_with(flags: str, cache: Path, marks: str) -> None:
 
 @newer_here
 def test_on_older_processors(tmp_path: Path):
-    run_compiled_with("-march=x86-64-v3 -O1", tmp_path, "instruction_set(quick=True)")  # sooner compiled
+    run_compiled_with("-march=x86-64-v3 -O1", tmp_path, "instruction_set(quick=True)")  # compiles sooner with -O1
 
 
 @newer_here

@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[2]
 COMPILER = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
 VARIABLES = ("CXX", "HF_NEURAL_ATTENTION_CXXFLAGS", "HF_NEURAL_ATTENTION_CACHE", "XDG_CACHE_HOME")
 
-# With enough in it for half of it to be missed
+# Holds enough for half of it to be missed
 STAND_IN = """
 extern "C" {{
 const char* describe_interface() {{
@@ -81,7 +81,7 @@ class Build:
         return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
 
-# By its folder, without the package and Transformers around it
+# Loads it by its folder, without the package and Transformers around it
 LOAD = """
 import sys, torch, types
 from pathlib import Path
@@ -145,7 +145,7 @@ def test_name_follows_all_that_the_library_depends_on(build: Build, monkeypatch:
     other = build.sources / "other"
     shutil.copy(build.compiler, other)
     names.append(library_name([str(other)], torch.float32))
-    os.utime(build.compiler, (1, 1))  # an update of the compiler
+    os.utime(build.compiler, (1, 1))  # pretends an update of the compiler
     names.append(name())
     (build.sources / "header.h").write_text("")
     names.append(name())
@@ -189,7 +189,7 @@ def test_a_killed_compilation_leaves_nothing_behind(build: Build):
         while not build.compilations():
             assert process.poll() is None, process.communicate()
             time.sleep(0.01)
-        os.kill(process.pid, signal.SIGKILL)  # its compiler goes on
+        os.kill(process.pid, signal.SIGKILL)  # kills the process alone: its compiler goes on
         process.wait()
         assert [path for path in build.cache.iterdir() if path.is_dir()]
         (build.cache / "go").touch()
@@ -201,7 +201,7 @@ def test_a_killed_compilation_leaves_nothing_behind(build: Build):
 
 
 def replace(path: Path, content: bytes) -> None:
-    # by another file: the first one stays mapped into this process, which trying it out after linking has done
+    # writes a new file, since the first one was tried out after linking and stays mapped into this process
     path.unlink()
     path.write_bytes(content)
 
@@ -238,7 +238,7 @@ def test_a_damaged_library_is_compiled_anew(damage, build: Build):
     compiler = [str(build.compiler)]
     library = build.cache / library_name(compiler, torch.float32)
     build.cache.mkdir()
-    native_build.compile_library(compiler, torch.float32, library)  # without loading it: it stays in this process
+    native_build.compile_library(compiler, torch.float32, library)  # does not load it: it would stay in this process
     before = library.read_bytes()
     damage(library, native_build.checksum_file(library))
     assert load() == load() == 7
@@ -281,7 +281,7 @@ def endless_compiler(build: Build, monkeypatch: pytest.MonkeyPatch) -> str:
 def unwritable_folder(build: Build, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setenv(
         "HF_NEURAL_ATTENTION_CACHE", str(build.compiler / "cache")
-    )  # a file: for root, all folders are writable
+    )  # puts a file in the way, since root can write to all folders
     return "Not a directory: .*: set HF_NEURAL_ATTENTION_CACHE to a folder that can be written to"
 
 
@@ -395,7 +395,7 @@ def test_a_field_that_is_changed_in_the_sources_alone_is_refused(
     old: str, new: str, difference: str, build: Build, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
     shutil.copytree(Path(native_build.__file__).parent / "native", build.sources, dirs_exist_ok=True)
-    monkeypatch.setenv("HF_NEURAL_ATTENTION_CXXFLAGS", "-O0")  # sooner compiled
+    monkeypatch.setenv("HF_NEURAL_ATTENTION_CXXFLAGS", "-O0")  # compiles sooner
     interface = build.sources / "interface.h"
     assert old in interface.read_text()
     interface.write_text(interface.read_text().replace(old, new))
@@ -437,7 +437,7 @@ def test_cache_folder(variables: dict[str, str], expected: str, tmp_path: Path, 
     assert cache_folder().is_absolute()
 
 
-# Seconds of CPU, the compiler's included: what a machine that does other things as well would measure of its clock
+# Measures seconds of CPU, the compiler's included, since other work on the machine would count in seconds of the clock
 FIRST_USE = """
 import os, torch
 from hf_neural_attention import NeuralScorer

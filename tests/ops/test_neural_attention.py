@@ -24,7 +24,7 @@ from tests.helpers.numerics import (
 
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
-# What other processes run with another kernel is chosen by mark: Triton's cases in its interpreter (`make test-triton`), the
+# Chooses by mark what other processes run with another kernel: Triton's cases in its interpreter (`make test-triton`), the
 # native ones for older processors (test_native.py)
 MARKS = {"native": pytest.mark.instruction_set, "triton": pytest.mark.interpreter}
 every_backend = pytest.mark.parametrize("backend", [pytest.param(name, marks=MARKS.get(name, ())) for name in CPU_BACKENDS])
@@ -121,7 +121,7 @@ def compare_with_oracle(case: Case, backend: str) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("name", CASES)
 def test_output_and_every_gradient(name: str, backend: str):
     exact = compare_with_oracle(CASES[name], backend)
-    if CASES[name].queries > 1 and CASES[name].mask is None:  # the draws are lively: every input matters
+    if CASES[name].queries > 1 and CASES[name].mask is None:  # checks that the draws are lively: every input matters
         assert all(result.abs().max() > 0 for result in exact.values())
 
 
@@ -168,12 +168,12 @@ LOW_PRECISION = {
     "wide": Case(heads=1, queries=31, head_dim=32, proj_dim=16, mask="bool", mask_shape=(2, 1, 1, 31)),
     "residual": Case(queries=31, head_dim=60, mode="residual", mask="float", kv_heads=1),
     "per head": Case(queries=21, keys=33, per_head=True),
-    # rows with one large weight, where the gradient of the softmax is a difference of nearly equal numbers
+    # makes rows with one large weight, where the gradient of the softmax is a difference of nearly equal numbers
     "sharp": Case(queries=31, head_dim=32, mode="residual", scale=2.0),
 }
-# Of a median whose draws differ a hundredfold: with nine, one in a hundred was beyond the bound by chance
+# Takes a median of enough draws, since they differ a hundredfold: with nine, one in a hundred was beyond the bound by chance
 DRAWS = 41
-# The interpreter takes seconds for each
+# Takes fewer, since the interpreter needs seconds for each
 TRITON_DRAWS = 15
 
 
@@ -204,10 +204,10 @@ def compare_with_same_dtype(name: str, dtype: torch.dtype, backend: str, autocas
 
 def same_dtype_marks(backend: str, dtype: torch.dtype, name: str) -> list[pytest.MarkDecorator]:
     if backend == "native":
-        # a vector's lanes are its partial sums: four of them, without FMA, are not as accurate as torch's own in float32
+        # needs AVX2: a vector's lanes are its partial sums; four, without FMA, are less accurate than torch's own in float32
         return [pytest.mark.instruction_set(needs="AVX2")]
     if (backend, dtype, name) == ("triton", torch.float32, "sharp"):
-        # gradient of the values; on other processors NumPy, which multiplies in the interpreter, is far within the rule
+        # excuses the values' gradient; on other processors NumPy, which multiplies in the interpreter, is far within the rule
         reason = "found 2.1 times beyond it on one: the key kernel's products are transposed, so weights near one differ"
         return [MARKS[backend], pytest.mark.xfail(reason=reason, raises=AssertionError)]
     return [MARKS[backend]] if backend in MARKS else []
@@ -221,7 +221,7 @@ SAME_DTYPE = [
 AUTOCAST = [
     pytest.param(name, backend, marks=MARKS.get(backend, ()))
     for name, backend in itertools.product(LOW_PRECISION, CPU_BACKENDS)
-    if backend != "triton" or name == "replace"  # its kernels are called outside of autocast, which one case shows
+    if backend != "triton" or name == "replace"  # keeps one case to show that its kernels are called outside of autocast
 ]
 
 
@@ -237,7 +237,7 @@ def test_no_worse_than_the_formula_under_autocast(name: str, backend: str):
 
 @every_backend
 def test_half_precision_tokens_with_a_float32_scorer(backend: str):
-    # what autocast and mixed-precision wrappers hand over
+    # takes what autocast and mixed-precision wrappers hand over
     tensors, scorer = Case(queries=21, head_dim=32).draw()
     scorer = scorer.float()
     inputs = {name: tensor.bfloat16() for name, tensor in tensors.items()}
@@ -253,7 +253,7 @@ def test_half_precision_tokens_with_a_float32_scorer(backend: str):
 def test_causal_alignment_is_that_of_scaled_dot_product_attention(queries: int, keys: int, backend: str):
     case = Case(queries=queries, keys=keys, mode="residual", is_causal=True)
     tensors, _ = case.draw()
-    scorer = NeuralScorer(case.head_dim, mode="residual").double()  # its network starts by adding zero
+    scorer = NeuralScorer(case.head_dim, mode="residual").double()  # starts with a network that adds zero
     ours = neural_attention(**tensors, scorer=scorer, is_causal=True, backend=backend)
     torch.testing.assert_close(ours, scaled_dot_product_attention(**tensors, is_causal=True))
     assert not torch.allclose(ours, neural_attention(**tensors, scorer=scorer, backend=backend))
@@ -263,7 +263,7 @@ def test_causal_alignment_is_that_of_scaled_dot_product_attention(queries: int, 
 @pytest.mark.parametrize("mask", ["bool", "float"])
 def test_masks_mean_what_they_mean_to_scaled_dot_product_attention(mask: str, backend: str):
     tensors, _ = Case(mode="residual", mask=mask, mask_shape=(2, 1, 7, 7)).draw()
-    tensors["attn_mask"][..., 0] = mask == "bool"  # no empty row, where torch's own answer depends on its kernel
+    tensors["attn_mask"][..., 0] = mask == "bool"  # leaves no row empty, where torch's own answer depends on its kernel
     scorer = NeuralScorer(8, mode="residual").double()
     ours = neural_attention(**tensors, scorer=scorer, backend=backend)
     torch.testing.assert_close(ours, scaled_dot_product_attention(**tensors))
@@ -277,8 +277,8 @@ def test_empty_rows_are_zero_with_zero_gradients(mask: str, case: Case, backend:
     tensors, scorer = case.draw()
     tensors["attn_mask"].fill_(mask == "bool")
     nothing = False if mask == "bool" else float("-inf")
-    tensors["attn_mask"][0, :, 3] = nothing  # by the mask alone
-    tensors["attn_mask"][1, :, 2, :3] = nothing  # by mask and causality together
+    tensors["attn_mask"][0, :, 3] = nothing  # empties a row by the mask alone
+    tensors["attn_mask"][1, :, 2, :3] = nothing  # empties it by mask and causality together
     results = run_with_gradients(neural_attention, tensors, scorer, torch.float64, **case.options, backend=backend)
     for name in ("output", "query", *(("attn_mask",) if mask == "float" else ())):
         assert not results[name][0, :, 3].any() and not results[name][1, :, 2].any(), name
@@ -319,7 +319,7 @@ def heads_last(query, key, value, scorer, function, **options):
 def test_strided_inputs(mode: str, backend: str):
     tensors, scorer = Case(heads=3, kv_heads=1, mode=mode).draw()
     tensors = {name: tensor.transpose(1, 2).contiguous() for name, tensor in tensors.items()}
-    # every second number of a wider tensor, and a mask that is expanded from one row
+    # takes every second number of a wider tensor, and a mask that is expanded from one row
     tensors["query"] = tensors["query"].repeat_interleave(2, dim=-1)[..., ::2]
     mask = (torch.rand(1, 1, 1, 7) < 0.7).expand(2, 3, 7, 7)
     exact = run_with_gradients(heads_last, tensors, scorer, torch.float64, function=literal_attention, attn_mask=mask)
@@ -334,7 +334,7 @@ def test_expanded_output_gradient(backend: str):
     tensors, scorer = Case().draw()
     query = tensors.pop("query").requires_grad_()
     gradients = [
-        torch.autograd.grad(attend(query, **tensors, scorer=scorer).sum(), query)[0]  # a gradient of strides zero
+        torch.autograd.grad(attend(query, **tensors, scorer=scorer).sum(), query)[0]  # passes a gradient of strides zero
         for attend in (literal_attention, lambda *args, **kwargs: neural_attention(*args, **kwargs, backend=backend))
     ]
     torch.testing.assert_close(*gradients)
@@ -416,7 +416,7 @@ def test_gradcheck(backend: str):
 
     inputs = [tensors["query"], tensors["key"], tensors["value"], finite, *(p.detach() for p in parameters.values())]
     inputs = [tensor.clone().requires_grad_() for tensor in inputs]
-    # along a random direction where a call takes a tenth of a second: the full Jacobian takes two minutes in the interpreter
+    # checks one random direction where a call takes 0.1 seconds: the full Jacobian takes two minutes in the interpreter
     assert torch.autograd.gradcheck(attend, inputs, fast_mode=backend == "triton")
     if backend == "reference":
         assert torch.autograd.gradgradcheck(attend, inputs)

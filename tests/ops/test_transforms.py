@@ -9,7 +9,7 @@ from tests.helpers.numerics import CPU_BACKENDS, assert_equals_oracle, literal_a
 from tests.ops.test_neural_attention import Case
 
 
-# torch's own forward-mode formulas are scripts
+# ignores what torch warns of its own forward-mode formulas, which are scripts
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
 every_backend = pytest.mark.parametrize("backend", CPU_BACKENDS)
 
@@ -48,7 +48,7 @@ def test_models_own_backends_under_torch_func():
 
     for backend in ("blockwise", None):
         _, moved = torch.func.jvp(lambda each, name=backend: attend(each, name), (value,), (value,))
-        torch.testing.assert_close(moved, attend(value))  # it is linear in the values
+        torch.testing.assert_close(moved, attend(value))  # compares with the output, which is linear in the values
     with pytest.raises(ValueError, match="`backend` is 'fast'"):
         torch.func.vmap(lambda each: attend(each, "fast"))(value[None])
 
@@ -56,7 +56,7 @@ def test_models_own_backends_under_torch_func():
 @every_backend
 @pytest.mark.parametrize("per_head", [False, True])
 def test_a_thawed_last_bias_gets_a_gradient_of_zero(per_head: bool, backend: str):
-    # it changes nothing, but peft makes it trainable, and DDP waits for it
+    # checks a bias that changes nothing, since peft makes it trainable, and DDP then waits for its gradient
     tensors, scorer = Case(per_head=per_head).draw()
     expected = neural_attention(**tensors, scorer=scorer, backend=backend)
     scorer.requires_grad_(True)

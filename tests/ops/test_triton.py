@@ -39,7 +39,7 @@ def run(*command: str | Path, **environment: str) -> str:
     return done.stdout
 
 
-# The program that checks all backends, with fewer tokens: two blocks of them
+# Runs the program that checks all backends with fewer tokens: two blocks of them
 CHECK = "import sys; from hf_neural_attention import __main__ as program; program.LENGTH = 40; sys.exit(program.main())"
 
 

@@ -52,7 +52,7 @@ def test_dropout_is_the_same_for_all_block_sizes(keys: int, monkeypatch: pytest.
 
 
 def test_mask_of_the_lowest_number():
-    # a row's largest score is then so low that the logarithm of its sum would vanish beside it
+    # makes a row's largest score so low that the logarithm of its sum would vanish beside it
     tensors, scorer = Case(queries=5, mask="float").draw()
     tensors["attn_mask"] = tensors["attn_mask"].float().nan_to_num(neginf=0.0)
     tensors["attn_mask"][:, :, 2] = torch.finfo(torch.float32).min
@@ -63,7 +63,7 @@ def test_mask_of_the_lowest_number():
         torch.testing.assert_close(results[1][name], expected, rtol=1e-4, atol=1e-5)
 
 
-# One unit and one query as small as can be; and all arguments that may be None
+# Takes one unit and one query as small as can be, and all arguments that may be None
 @pytest.mark.parametrize(
     "case",
     [

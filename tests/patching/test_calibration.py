@@ -67,7 +67,7 @@ def test_the_divergence_is_the_one_of_the_formula():
     torch.manual_seed(0)
     query, key = torch.randn(2, 3, 5, 8), torch.randn(2, 3, 7, 8)
     mask = torch.rand(2, 1, 5, 7) > 0.4
-    mask[0, 0, 2] = False  # a query that sees nothing does not count
+    mask[0, 0, 2] = False  # adds a query that sees nothing, which must not count
     scorer, rows = NeuralScorer(8), torch.tensor([0, 2, 4])
     found = divergence(scorer, Call(query, key, mask, False, 0.3), rows)
     total, count = 0.0, 0

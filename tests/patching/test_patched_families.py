@@ -77,7 +77,7 @@ def test_eager_and_sdpa_agree(family: Family, mode: str):
 
 @pytest.mark.parametrize("family", [family for family in FAMILIES.values() if family.model_type != "t5"], ids=str)
 def test_bfloat16_is_equal_to_the_bit_under_eager(family: Family):
-    # but for T5, whose position biases stock attention rounds into the scores
+    # leaves out T5, whose position biases stock attention rounds into the scores
     model = family.model("eager").to(torch.bfloat16)
     inputs = {name: tensor.bfloat16() if tensor.is_floating_point() else tensor for name, tensor in family.inputs().items()}
     expected = run(model, **inputs)
@@ -97,7 +97,7 @@ def test_first_training_step(family: Family, implementation: str):
     loss = model.train()(**inputs, **labels).loss
     loss.backward()
     for name, parameter in scorers.items():
-        # the last layer is zero at birth, and passes no gradient on; its bias moves nothing
+        # expects the last layer alone to move: it is zero at birth and passes no gradient on, and its bias changes nothing
         moves = name.endswith("linear3.weight")
         assert moves == bool(parameter.grad is not None and parameter.grad.abs().max() > 0), name
     torch.optim.SGD(scorers.values(), lr=1.0).step()
@@ -132,13 +132,13 @@ def test_generating(family: Family, implementation: str, mode: str):
     assert torch.equal(generate(model, inputs), expected)
     assert torch.equal(generate(model, inputs, cache_implementation="static"), expected)
     alone = {"input_ids": inputs["input_ids"][1:, 3:], "attention_mask": inputs["attention_mask"][1:, 3:]}
-    if family.model_type != "bart":  # whose encoder counts positions from the padding
+    if family.model_type != "bart":  # leaves out BART, whose encoder counts positions from the padding
         assert torch.equal(generate(model, alone), expected[1:])
     beams = generate(model, inputs, num_beams=2, use_cache=False)
     assert torch.equal(generate(model, inputs, num_beams=2), beams)
 
 
-# but for those that Transformers is about to drop
+# leaves out those that Transformers is about to drop
 @pytest.mark.parametrize("cache", ("dynamic", "static", "quantized", "offloaded", "offloaded_static"))
 @pytest.mark.parametrize("name", ("gpt2", "mistral"))
 def test_every_cache(name: str, cache: str):
@@ -153,9 +153,9 @@ def test_every_cache(name: str, cache: str):
         arguments["cache_config"] = {"backend": "quanto", "q_group_size": 16}
     expected = generate(stock, inputs, **arguments)
     model = patch(stock, "all")
-    # to rounding the stock model: with the same cache, the same tokens
+    # expects the same tokens with the same cache, since the model is the stock one to rounding
     assert torch.equal(generate(model, inputs, **arguments), expected)
-    if cache != "quantized":  # which rounds
+    if cache != "quantized":  # leaves out the one that rounds
         tokens = generate(liven(model), inputs, use_cache=False)
         assert torch.equal(generate(model, inputs, **arguments), tokens) and not torch.equal(tokens, expected)
 
@@ -172,7 +172,7 @@ def test_cross_attention(family: Family, implementation: str, padded: bool):
         assert len(patch_status(model)) == 3
         assert_equal_at_birth(run(model, **inputs), expected, implementation)
         assert torch.equal(generate(model, inputs), tokens)
-        # every query sees every key: the last token of the text matters to the first one that is decoded
+        # checks that every query sees every key: the last token of the text matters to the first one that is decoded
         liven(model)
         longer = {**inputs, "input_ids": inputs["input_ids"].roll(1)}
         assert_far(run(model, **longer)[:, 0], run(model, **inputs)[:, 0])

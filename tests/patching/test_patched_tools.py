@@ -66,7 +66,7 @@ def test_other_dtypes(family: Family, mode: str):
         model.to(dtype)
         assert {parameter.dtype for parameter in model.parameters()} == {dtype}
         cast = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in inputs.items()}
-        # a handful of roundings of 2^-8, as in the tests of our own models
+        # allows for a handful of roundings of 2^-8, as in the tests of our own models
         assert_near(family.seen(run(model, **cast)).float(), family.seen(expected), 1e-5 if dtype == torch.float64 else 6e-2)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss = model.float()(**with_labels(family)).loss
@@ -83,7 +83,7 @@ def test_set_attn_implementation():
     assert not torch.equal(run(model, **inputs), expected)
     model.set_attn_implementation("sdpa")
     assert torch.equal(run(model, **inputs), expected)
-    # a stock class takes it, its neural layers do not
+    # sets what a stock class takes and its neural layers do not
     model.set_attn_implementation("flex_attention")
     attention = model.model.layers[0].self_attn
     with pytest.raises(ValueError, match="neural LlamaAttention cannot use `attn_implementation='flex_attention'`: its masks"):
@@ -112,7 +112,7 @@ def test_compiled(family: Family):
     compiled = torch.compile(model, backend="aot_eager")
     assert_near(run(compiled, **inputs), expected)
     assert_same_gradients({n.removeprefix("_orig_mod."): g for n, g in backward(compiled, **inputs).items()}, gradients)
-    # a compiled model can be patched too, and is what it was afterwards
+    # checks that a compiled model can be patched too, and is afterwards what it was
     unpatch(compiled)
     stock = family.model()
     assert_near(run(compiled, **inputs), run(stock, **inputs))
@@ -147,7 +147,7 @@ def test_lora(family: Family, patch_first: bool):
     from peft import LoraConfig, get_peft_model
 
     inputs = with_labels(family)
-    # the scorer has layers named as attention's own are, and is to be trained whole
+    # excludes the scorer, whose layers are named as attention's own are, and trains it whole
     only_attention = LoraConfig(r=4, exclude_modules=r".*\.scorer\..*", modules_to_save=["scorer"], **LORA[family.model_type])
     without_scorer = LoraConfig(r=4, **LORA[family.model_type])
     if patch_first:
@@ -249,7 +249,7 @@ def test_quantised_models():
 
 
 def test_quantised_scorers(tmp_path):
-    # such a model saves whole, and has no patch to be saved alone
+    # checks that such a model saves whole, and that it has no patch to be saved alone
     pytest.importorskip("bitsandbytes")
     neural(LLAMA, mode="replace", proj_dim=16).save_pretrained(tmp_path / "plain")
     model = from_pretrained(tmp_path / "plain", quantization_config=BitsAndBytesConfig(load_in_8bit=True))
@@ -265,12 +265,12 @@ def test_quantised_scorers(tmp_path):
 def test_dynamically_quantised_scorers():
     model = neural(VIT, mode="replace")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch moves it to torchao
+        warnings.simplefilter("ignore")  # ignores that torch moves it to torchao
         quantised = torch.ao.quantization.quantize_dynamic(model, {nn.Linear})
     assert "dynamic" in type(scorers(quantised)[0].linear1).__module__
     for scorer, plain in zip(scorers(quantised), scorers(model), strict=True):
         for ours, exact in zip(scorer.weights(), plain.weights(), strict=True):
-            assert (ours - exact).abs().max() <= 0.02 * max(exact.abs().max(), 1)  # of 256 levels, for inputs and weights
+            assert (ours - exact).abs().max() <= 0.02 * max(exact.abs().max(), 1)  # rounds inputs and weights to 8 bits
     assert run(quantised, **VIT.inputs()).isfinite().all()
 
 

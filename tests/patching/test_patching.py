@@ -109,14 +109,14 @@ def test_stacks_of_every_kind():
     crossing = GPT2.model(add_cross_attention=True)
     assert names(crossing, "all") == GPT2.layers
     assert names(crossing, lambda name, module: module.is_cross_attention)[0] == "transformer.h.0.crossattention"
-    # stages of blocks are one stack, and shared weights one layer
+    # counts stages of blocks as one stack, and shared weights as one layer
     swin = tiny("swin", embed_dim=16, depths=[1, 2], num_heads=[2, 4], image_size=32, window_size=4, patch_size=2)
     blocks = ["0.blocks.0", "1.blocks.0", "1.blocks.1"]
     assert names(swin, "all") == [f"encoder.layers.{block}.attention" for block in blocks]
     assert {layer.head_dim for layer in patch(swin, "all", dry_run=True).layers} == {8}
     albert = tiny("albert", embedding_size=16, **SIZES)
     assert names(albert, "all") == ["encoder.albert_layer_groups.0.albert_layers.0.attention"]
-    # attention of two kinds, of which one fetches its function
+    # mixes two kinds of attention, of which one fetches its function
     kinds = ["linear_attention", "full_attention", "linear_attention"]
     assert names(tiny("qwen3_next", num_experts=2, num_experts_per_tok=1, head_dim=8, layer_types=kinds, **SIZES), [0]) == [
         "layers.1.self_attn"
@@ -202,7 +202,7 @@ PECULIAR = {
 def test_peculiar_layers(arguments: dict, match: str):
     model = Homemade(**arguments)
     assert_refused(model, UnsupportedLayerError, f"'layers.1': {match}", "all", example_inputs=STATES)
-    # the layer beside it is as good as any
+    # checks that the layer beside it can still be patched
     assert names(Homemade(**arguments), ["layers.0"], example_inputs=STATES) == ["layers.0"]
 
 
@@ -269,7 +269,7 @@ def test_models_that_branch_run_once_and_notice_nothing():
 
 def test_the_probe_calls_no_hook_and_needs_no_numbers():
     with torch.device("meta"):
-        huge = GPT2LMHeadModel(GPT2Config(n_embd=12288, n_layer=8, n_head=96))  # GPT-3's width, 15 billion numbers
+        huge = GPT2LMHeadModel(GPT2Config(n_embd=12288, n_layer=8, n_head=96))  # takes GPT-3's width, for 15 billion numbers
     huge.register_forward_hook(lambda *arguments: pytest.fail("a hook of the model was called"))
     plan = patch(huge, dry_run=True)
     assert plan.layers[0].head_dim == 128 and plan.model_parameters > 1.4e10
@@ -386,7 +386,7 @@ def test_patched_restores_after_an_exception():
 
 def test_no_other_model_notices():
     model, inputs = GPT2.model(), GPT2.inputs()
-    twin = GPT2LMHeadModel(model.config).eval()  # with the same config object
+    twin = GPT2LMHeadModel(model.config).eval()  # shares the config object
     assert twin.config is model.config
     twin.load_state_dict(model.state_dict())
     expected, functions = run(twin, **inputs), dict(ALL_ATTENTION_FUNCTIONS)

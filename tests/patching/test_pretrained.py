@@ -102,7 +102,7 @@ def test_without_this_package(family: Family, message: str, tmp_path: Path):
 
 
 def test_layers_that_our_own_classes_cannot_have(tmp_path: Path):
-    # cross-attention: no field of a config names it
+    # patches cross-attention, which no field of a config names
     model = patch(
         GPT2.model(add_cross_attention=True),
         lambda name, module: name.endswith("crossattention"),

@@ -100,7 +100,7 @@ def test_the_revision_is_that_in_the_cache_if_it_is_the_only_one(tmp_path: Path,
     (snapshots / "aaa").mkdir(parents=True)
     monkeypatch.setattr(records, "try_to_load_from_cache", lambda name, file: str(snapshots / "aaa" / file))
     assert records.cached_revision("org/tiny") == "aaa"
-    (snapshots / "bbb").mkdir()  # which a model may have been loaded from
+    (snapshots / "bbb").mkdir()  # adds one that a model may have been loaded from
     assert records.cached_revision("org/tiny") is None
 
 

@@ -27,7 +27,7 @@ def test_flags_make_config_fields(monkeypatch):
     fields = arguments.config_fields()
     assert fields["neural_layers"] == [0, -1]
     assert (fields["neural_proj_dim"], fields["neural_hidden_dims"]) == (3, [4, 2])
-    assert set(fields) == {"neural_layers", "neural_proj_dim", "neural_hidden_dims"}  # others stay the checkpoint's
+    assert set(fields) == {"neural_layers", "neural_proj_dim", "neural_hidden_dims"}  # leaves others to the checkpoint
     assert parse(monkeypatch, "--neural_layers", "all")[0].config_fields() == {"neural_layers": "all"}
     assert parse(monkeypatch, "--neural_layers", "none")[0].config_fields() == {"neural_layers": []}
     assert parse(monkeypatch)[0].config_fields() == {}
@@ -79,7 +79,7 @@ def test_every_configuration_parses(monkeypatch, tmp_path, file):
     parsed = parse(monkeypatch, file, "--output_dir", tmp_path, types=(*types, NeuralArguments, TrainingArguments))
     for name, value in content.items():
         owner = next(group for group in parsed if hasattr(group, name))
-        if name not in ("output_dir", "neural_layers", "report_to"):  # parsed into other types
+        if name not in ("output_dir", "neural_layers", "report_to"):  # skips those that are parsed into other types
             assert getattr(owner, name) == value, name
     assert parsed[2].attention == "both"
 

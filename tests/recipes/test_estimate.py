@@ -22,7 +22,7 @@ def test_steps_and_evaluations(tmp_path):
     assert total_steps(experiment(tmp_path, **epochs, gradient_accumulation_steps=2)) == (18, 0)
     assert total_steps(experiment(tmp_path, **epochs, eval_strategy="epoch")) == (33, 3)
     assert total_steps(experiment(tmp_path, **epochs, max_steps=50, eval_strategy="steps", eval_steps=20)) == (50, 2)
-    assert total_steps(experiment(tmp_path, max_steps=50, eval_strategy="steps", eval_steps=0.1)) == (50, 10)  # a share
+    assert total_steps(experiment(tmp_path, max_steps=50, eval_strategy="steps", eval_steps=0.1)) == (50, 10)  # takes a share
 
 
 def test_figures_by_hand():
@@ -52,6 +52,6 @@ def test_an_estimate_of_a_run(tmp_path):
     assert (tmp_path / "e.md").read_text() in said and record["steps"] == 1000 and record["evaluations"] == 10
     for arm in ("dot", "neural"):
         assert record["arms"][arm]["seconds_per_step"] > 0 and record["arms"][arm]["memory"] > 2**16
-    # of 16 blocks of 32 tokens: at least 6 operations for each weight of a matrix, and the head's
+    # counts 16 blocks of 32 tokens: at least 6 operations for each weight of a matrix, and the head's
     assert record["operations_per_step"] > 6 * 16 * 32 * 16 * 300 / 2
     assert not (tmp_path / "none").exists()

@@ -25,11 +25,11 @@ def test_a_product_is_what_a_dot_product_is_for():
 
 def test_the_least_errors_are_those_of_the_best_fits():
     target = FUNCTIONS["exclusive-or of the signs"](GRID, GRID.T)
-    # of rank one around its rows' mean: embeddings that are signs do it, linear projections do not
+    # has rank one around its rows' mean: embeddings that are signs reach it, linear projections do not
     assert least_error_of_embeddings(target, 1) < 1e-3
     best = least_error_of_projections(GRID, GRID, target)
     sign, line = GRID.sign().double(), GRID.double() - GRID.double().mean()
-    share = ((sign * line).mean() ** 2 / line.square().mean() / sign.square().mean()) ** 2  # explained by q k
+    share = ((sign * line).mean() ** 2 / line.square().mean() / sign.square().mean()) ** 2  # finds what q k explains
     assert best == pytest.approx((1 - share.item()) ** 0.5, abs=0.02)
 
 

@@ -67,7 +67,7 @@ def test_text(tmp_path: Path):
     assert torch.equal(tuned(ids).logits, from_pretrained(tmp_path / "run/neural").eval()(ids).logits)
     record = json.loads((tmp_path / "run/neural/results.json").read_text())
     assert record["scorer_parameters"] > 0 and record["steps"] == 4
-    # the patch by itself, on the weights that were tuned with it
+    # loads the patch by itself, on the weights that were tuned with it
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "llama")
     stock.load_state_dict({name: tensor for name, tensor in tuned.state_dict().items() if ".scorer." not in name})
     patched = load_patch(stock, tmp_path / "run/neural/patch")
@@ -89,7 +89,7 @@ def test_images(tmp_path: Path):
     )
     printed = run_in(tmp_path, "patch_and_finetune.py", *command)
     stages = json.loads((tmp_path / "run/stages.json").read_text())
-    assert stages.keys() == {"checkpoint", "patched"}  # residual: there is nothing to calibrate
+    assert stages.keys() == {"checkpoint", "patched"}  # calibrates nothing in residual mode
     assert "| patched |" in printed and "calibrated" not in printed
     model = AutoModelForImageClassification.from_pretrained(tmp_path / "run/neural")
     assert type(model).__name__ == "NeuralViTForImageClassification" and model.config.neural_mode == "residual"

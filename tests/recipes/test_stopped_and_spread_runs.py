@@ -42,7 +42,7 @@ def weights(run: Path, arm: str) -> dict[str, torch.Tensor]:
 def assert_same(run: Path, other: Path, tolerance: float) -> None:
     for arm in ("dot", "neural"):
         ours, expected = weights(run, arm), weights(other, arm)
-        if (head := ours.pop("lm_head.weight", None)) is not None:  # tied; saved twice where it was sharded
+        if (head := ours.pop("lm_head.weight", None)) is not None:  # takes out the tied head, saved twice where sharded
             assert torch.equal(head, ours["transformer.wte.weight"])
         assert ours.keys() == expected.keys()
         for name, tensor in expected.items():

@@ -101,7 +101,7 @@ def test_a_study_runs_and_goes_on(tmp_path):
     before = (tmp_path / "results/report.md").read_text()
     run_in(tmp_path, "study.py", "s.yaml", "--results", "results", "--report_only")
     assert (tmp_path / "results/report.md").read_text() == before
-    # by two processes, whose batch is twice as large; a changed study is timed again, and steps that were settled stay
+    # runs two processes, with a batch twice as large; times a changed study again, but keeps steps that were settled
     del costs["settings"]["dot"]
     costs["steps"]["dot, longer"] = 77
     (tmp_path / "spread").mkdir()
@@ -133,7 +133,7 @@ def results_of(path: Path) -> Path:
     return STUDIES / path.stem.removesuffix("-small")
 
 
-@pytest.mark.parametrize("path", committed_studies(), ids=lambda path: path.stem)  # skipped while none is complete
+@pytest.mark.parametrize("path", committed_studies(), ids=lambda path: path.stem)  # skips while none is complete
 def test_committed_reports_are_those_of_the_committed_runs(path, tmp_path):
     folder = results_of(path)
     copy = tmp_path / folder.name
@@ -150,7 +150,7 @@ def test_committed_reports_are_those_of_the_committed_runs(path, tmp_path):
     assert summary(study, found, rows) in (RECIPES.parent / "docs" / "results.md").read_text()
     for name in ("report.png", "curves.png"):
         assert (copy / name).stat().st_size > 10_000 and (folder / name).exists()
-    # the control has as many parameters as the largest scorers bring, and not many more
+    # checks that the control has as many parameters as the largest scorers bring, and not many more
     sizes, scorers = ({row["arm"]: row[name] for row in rows} for name in ("parameters", "scorer_parameters"))
     if (control := "dot, more parameters") in study.arms:
         assert max(scorers.values()) <= sizes[control] - sizes["dot"] <= 1.05 * max(scorers.values())

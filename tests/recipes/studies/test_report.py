@@ -17,7 +17,7 @@ def test_figures_by_hand(tmp_path):
     rows = {row["arm"]: row for row in summarize(study, load_results(study, tmp_path), costs_of(study))}
     row = rows["first layer"]
     assert row["mean"] == pytest.approx(1.5) and row["difference"] == pytest.approx(-0.5) and row["seeds"] == 3
-    # differences -0.5, -0.6, -0.4: standard deviation 0.1, t 4.303
+    # computes by hand: differences -0.5, -0.6, -0.4 have standard deviation 0.1, and t is 4.303
     assert (row["low"], row["high"]) == pytest.approx((-0.5 - 4.303 * 0.1 / 3**0.5, -0.5 + 4.303 * 0.1 / 3**0.5), abs=1e-3)
     assert verdict(study, row) == "better" and verdict(make_study(lower_is_better=False), row) == "worse"
     assert verdict(study, {**row, "high": 0.1}) == "no difference shown" and verdict(study, rows["dot"]) == ""
@@ -53,7 +53,7 @@ def test_a_report_is_made_of_files_alone(tmp_path):
     report(study, tmp_path)
     assert before == {name: (tmp_path / name).read_bytes() for name in names}
     card = before[f"{CARD}.md"].decode()
-    # the best run by v, 0.5, and the baseline of its seed
+    # expects the best run by v, 0.5, and the baseline of its seed
     assert "| v | 1 | 0.5 | 0.500 |" in card and "sample of seed 0" in card and "*first layer*" in card
     assert "Digits" in card and "beside *dot* of that seed (over all seeds: better). Its `m` over 3 seeds is 1.500; " in card
     assert "*dot* 2.000, to which it is -0.500" in card
@@ -129,7 +129,7 @@ def test_runs_that_cannot_be_compared_are_refused(tmp_path):
 
 
 def test_runs_of_arms_that_leave_a_setting_to_the_recipe_have_it_alike(tmp_path):
-    # though another arm has it as its own
+    # gives another arm that setting as its own
     arms = make_study().arms | {"unfinished": {"attention": "neural", "learning_rate": 3}}
     study = make_study(arms=arms)
     write_results(study, tmp_path, {"dot": [1.0, 1.0], "first layer": [2.0], "longer": [1.0, 1.0], "unfinished": [1.0]})

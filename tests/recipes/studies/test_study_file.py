@@ -15,13 +15,13 @@ def test_as_many_steps_as_take_the_same_time(tmp_path):
     assert study.steps_of_same_time(ratios) == {"longer": 15}
     twice = make_study(arms={**study.arms, "first layer": {**study.arms["first layer"], "max_steps": 20}})
     assert twice.steps_of_same_time(ratios) == {"longer": 30}
-    # another timing changes none, unless the study asks for something else
+    # keeps the steps after another timing, unless the study asks for something else
     costs = costs_of(study) | {"steps": {"longer": 77, "gone": 5}}
     assert script.steps_that_stay(study, costs) == {"longer": 77} and script.steps_that_stay(twice, costs) == {}
     words = study.words("longer", 15)
     assert words[1:3] == ["--max_steps", "15"] and "same_time_as" not in " ".join(words)
     assert study.timed_as("longer") == "dot" and study.timed_as("first layer") == "first layer"
-    # the second is the first with another optimiser for its scorers
+    # times an arm as the first one, which it is but for another optimiser for its scorers
     for other in ({"scorer_weight_decay": 0.0}, {"learning_rate": 1.0}, {"max_steps": 5}, {"neural_init": "paper"}):
         assert make_study(arms={**study.arms, "b": {"attention": "neural", **other}}).timed_as("b") == "first layer"
     assert make_study(arms={**study.arms, "b": {"attention": "neural", "neural_proj_dim": 4}}).timed_as("b") == "b"

@@ -11,7 +11,7 @@ from tools.timing_by_turns import Runner, Spread, ratio_of, time_by_turns
 def test_medians_quartiles_and_ratios():
     assert Spread.of([5.0, 1.0, 2.0, 4.0, 3.0]) == Spread(low=2.0, median=3.0, high=4.0)
     assert Spread.of([7.0]) == (7.0, 7.0, 7.0)
-    # turn by turn: the ratio of the medians would be 2
+    # takes ratios turn by turn: the ratio of the medians would be 2
     assert ratio_of([1.0, 4.0, 9.0], [2.0, 1.0, 3.0]) == Spread(low=1.75, median=3.0, high=3.5)
     assert Spread(1.0, 2.0, 3.0).fields("a") == {"a": 2.0, "a_25%": 1.0, "a_75%": 3.0}
 
@@ -26,11 +26,11 @@ def test_turns_go_back_and_forth_and_end_in_time(monkeypatch):
             nonlocal now
             assert item == "prepared"
             order.append(name)
-            now += seconds * (1 + 0.1 * len(order))  # the machine gets slower and slower
+            now += seconds * (1 + 0.1 * len(order))  # slows the machine down call by call
 
         def prepare() -> str:
             nonlocal now
-            now += 100.0  # is not timed
+            now += 100.0  # takes long, but must not count
             return "prepared"
 
         return Runner(run, prepare)

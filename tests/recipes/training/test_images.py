@@ -91,4 +91,4 @@ def test_pixels_are_what_the_model_takes(tmp_path):
     assert batch["pixel_values"].shape == (3, 3, 16, 16)
     assert -1.0 <= batch["pixel_values"].min() < batch["pixel_values"].max() <= 1.0
     assert batch["labels"] == images.splits["train"]["label"][:3]
-    pickle.dumps(make_pixels)  # data loader workers that are spawned get it so
+    pickle.dumps(make_pixels)  # pickles it, as it travels to data loader workers that are spawned

@@ -48,7 +48,7 @@ def test_a_uniform_model_has_the_perplexity_of_its_vocabulary(model):
     model = NeuralGPT2LMHeadModel(model.config)
     torch.nn.init.zeros_(model.lm_head.weight)
     tokens = np.arange(16) % 17
-    for stride in (4, 8):  # in whole windows fewer tokens are predicted, of no fewer words
+    for stride in (4, 8):  # scores whole windows too, where fewer tokens are predicted, of no fewer words
         scores = perplexity(model.train(), tokens, window=8, stride=stride, batch_size=2, tokens_per_word=2.0, progress=False)
         assert scores["perplexity"] == pytest.approx(17, rel=1e-5)
         assert scores["word_perplexity"] == pytest.approx(17**2, rel=1e-4)

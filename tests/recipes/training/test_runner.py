@@ -90,7 +90,7 @@ def test_both_arms_start_from_the_same_weights_and_see_the_same_data(tmp_path):
     dot, neural = recorder.starts
     assert all(torch.equal(neural[name], value) for name, value in dot.items())
     assert all(".scorer." in name for name in set(neural) - set(dot)) and len(neural) > len(dot)
-    half = 20  # after both, one more batch for each is collated to time the two by turns
+    half = 20  # counts the batches of an arm; after both, one more for each is collated to time the two by turns
     assert len(seen) == 42 and all(map(torch.equal, seen[:half], seen[half:-2]))
     assert not torch.equal(seen[0], seen[1])
     assert results[Arm.NEURAL]["parameters"] - results[Arm.DOT]["parameters"] == results[Arm.NEURAL]["scorer_parameters"] > 0
@@ -112,12 +112,12 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(tmp_path):
     one, two = (NeuralGPT2LMHeadModel.from_pretrained(tmp_path / name / "neural") for name in ("whole", "parts"))
     assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), two.state_dict().values(), strict=True))
     assert parts["steps"] == 20 and parts["train_seconds"] > 0
-    assert one.config.use_cache  # Trainer had switched it off
+    assert one.config.use_cache  # checks that it is on again: Trainer had switched it off
 
 
 @pytest.mark.parametrize("kind", ("dot", "neural", "patched"))
 def test_an_interrupted_run_of_a_vit_too(tmp_path, kind):
-    # whose checkpoints name weights as old versions did, unless told not to
+    # trains a ViT, whose checkpoints name weights as old versions did, unless told not to
     sizes = {"image_size": 8, "patch_size": 4, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
     sizes |= {"num_labels": 10, "hidden_dropout_prob": 0.1}
     digits = load_images(ImageArguments(max_train_samples=20), seed=0).splits["train"]
@@ -143,7 +143,7 @@ def test_an_interrupted_run_of_a_vit_too(tmp_path, kind):
     assert losses[0] == losses[1] and len(losses[0]) == 8
     states = [load_file(tmp_path / name / "dot/model.safetensors") for name in ("whole", "parts")]
     assert states[0].keys() == states[1].keys() and all(torch.equal(states[0][name], states[1][name]) for name in states[0])
-    assert any("encoder.layer.0" in name for name in states[0]) == (kind != "patched")  # the last one as stock models do
+    assert any("encoder.layer.0" in name for name in states[0]) == (kind != "patched")  # names the last as stock models do
 
 
 def test_a_finished_arm_is_not_trained_again(tmp_path, capsys):
@@ -156,7 +156,7 @@ def test_a_finished_arm_is_not_trained_again(tmp_path, capsys):
 
 def test_a_folder_with_another_run_is_refused_and_left_alone(tmp_path):
     claim_folder(tmp_path / "run", {"seed": 0})
-    claim_folder(tmp_path / "run", {"seed": 1, "logging_steps": 5})  # a start that came to nothing holds no folder
+    claim_folder(tmp_path / "run", {"seed": 1, "logging_steps": 5})  # replaces a start that came to nothing
     (tmp_path / "run/dot/checkpoint-4").mkdir(parents=True)
     claim_folder(tmp_path / "run", {"seed": 1, "logging_steps": 7})  # changes nothing that is learned
     before = (tmp_path / "run/run.json").read_text()
@@ -229,7 +229,7 @@ def test_a_full_disk_is_said_and_the_run_goes_on_later(tmp_path, monkeypatch):
 
     whole = run(make_experiment(tmp_path / "whole"), (Arm.DOT,))[Arm.DOT]
     with monkeypatch.context() as patched:
-        patched.setattr("transformers.trainer.Trainer._save_rng_state", full)  # in the midst of a checkpoint
+        patched.setattr("transformers.trainer.Trainer._save_rng_state", full)  # fails in the midst of a checkpoint
         with pytest.raises(SystemExit, match=r"No space left on device\nThe same command goes on"):
             run(make_experiment(tmp_path / "parts"), (Arm.DOT,))
     parts = run(make_experiment(tmp_path / "parts"), (Arm.DOT,))[Arm.DOT]
@@ -264,6 +264,6 @@ def test_scorers_may_have_an_optimiser_of_their_own(of_all, of_scorers, tmp_path
         1e-2,
         0.0,
     )
-    assert f"{scorer}linear3.bias" not in groups  # frozen
+    assert f"{scorer}linear3.bias" not in groups  # leaves out what is frozen
     parameters = [name for name, each in build_model(Arm.NEURAL).named_parameters() if each.requires_grad]
     assert sorted(groups) == sorted(parameters)

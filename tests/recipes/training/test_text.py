@@ -88,7 +88,7 @@ def test_bare_vocabularies_load(tmp_path):
 def test_a_bert_tokenizer_adds_nothing_that_a_gpt2_is_not_trained_with(tmp_path):
     (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "##b"]))
     tokenizer = load_tokenizer(TextArguments(tokenizer_name=str(tmp_path)), None, {})
-    tokenizer.save_pretrained(tmp_path / "saved")  # as beside the model
+    tokenizer.save_pretrained(tmp_path / "saved")  # saves it as beside the model
     for each in (tokenizer, AutoTokenizer.from_pretrained(tmp_path / "saved")):
         assert dict(each("ab a")) == {"input_ids": [5, 6, 5], "attention_mask": [1, 1, 1]}
         assert each.decode([5, 6, 5]) == "ab a" and each.mask_token == "[MASK]"
@@ -115,7 +115,7 @@ def test_tokens_per_word_of_a_part_are_those_of_that_part(tmp_path):
     tokenizer = load_tokenizer(TextArguments(tokenizer_name=str(tmp_path)), None, {})
     text = tokenize(Dataset.from_dict({"text": ["a a a", "", "abbb"]}), "text", tokenizer)
     assert [text.tokens_per_word(limit) for limit in (3, 7, None)] == [1.0, 7 / 4, 7 / 4]
-    assert text.tokens_per_word(5) == 5 / 3.5  # half of the last text
+    assert text.tokens_per_word(5) == 5 / 3.5  # counts half of the last text
     assert text.tokens_per_word(0) is None
 
 
