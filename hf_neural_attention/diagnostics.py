@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
+from accelerate.utils import is_compiled_module
 from torch import nn
 
 from .introspection import hooks_of, neural_layers, place_of
@@ -83,7 +84,7 @@ def explain(
             raise ValueError(
                 f"This {type(model_or_query).__name__} has no neural layer: none of its modules has a `NeuralScorer`."
             )
-        compiled = any(isinstance(module, torch._dynamo.OptimizedModule) for module in model_or_query.modules())
+        compiled = any(map(is_compiled_module, model_or_query.modules()))
         if compiled or model_or_query._compiled_call_impl is not None:
             note = "torch.compile: what is compiled already keeps the backend that it was compiled with"
             layers = [layer._replace(notes=(*layer.notes, note)) for layer in layers]
