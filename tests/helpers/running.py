@@ -1,4 +1,4 @@
-"""Runs recipes as users do, in processes of their own that need not import the libraries again.
+"""Runs recipes as users do, in processes of their own that need not import the libraries again, and Python.
 
 A server with the libraries imported forks a process for each run, which saves seconds of every run. What a run does, and the
 environment that it does it in, is its own.
@@ -13,7 +13,8 @@ import tempfile
 from pathlib import Path
 
 
-RECIPES = Path(__file__).parents[2] / "recipes"
+ROOT = Path(__file__).parents[2]
+RECIPES = ROOT / "recipes"
 
 LIBRARIES = [
     "accelerate",
@@ -80,3 +81,15 @@ def run_forked(path: str, words: list[str], folder: Path) -> tuple[int | None, s
         stdout, stderr = (Path(stream).read_text(errors="replace") for stream in said)
     assert not is_late, f"not done after {TIME_LIMIT} s: {stdout[-3000:]}{stderr[-3000:]}"
     return process.exitcode, stdout, stderr
+
+
+def run_python(*arguments: object, **environment: str) -> str:
+    """Runs Python in the repository's root and returns what it printed. It must succeed.
+
+    It inherits the environment but for pytest's variables and Triton's interpreter, which `environment` can ask for.
+    """
+    kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET" and not name.startswith("PYTEST_")}
+    command = [sys.executable, *map(str, arguments)]
+    done = subprocess.run(command, cwd=ROOT, env=kept | environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-3000:]
+    return done.stdout

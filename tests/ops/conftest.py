@@ -3,8 +3,12 @@
 import importlib.util
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+
+from hf_neural_attention.ops import native_build
+from tests.helpers.building import VARIABLES, Build, forget
 
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None
@@ -35,3 +39,17 @@ def quick_interpreter() -> Iterator[None]:
         patch.setattr(interpreter.GridExecutor, "__call__", start)
         patch.setattr(interpreter.InterpretedFunction, "__call__", call)
         yield
+
+
+@pytest.fixture
+def build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Build]:
+    """A build for which nothing is set or compiled yet."""
+    build = Build(tmp_path)
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HF_NEURAL_ATTENTION_CACHE", str(build.cache))
+    monkeypatch.setenv("CXX", str(build.compiler))
+    monkeypatch.setattr(native_build, "SOURCES", build.sources)
+    forget()
+    yield build
+    forget()

@@ -6,9 +6,6 @@ here and in the tests of every backend, and runs again in a process of its own.
 """
 
 import math
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,10 +19,10 @@ from hf_neural_attention.models.neural_attention_pytorch import Inputs
 from hf_neural_attention.ops import native as backend
 from tests.helpers.numerics import assert_equals_oracle, assert_no_worse_than_reference, literal_attention, run_with_gradients
 from tests.helpers.operators import check_operators
+from tests.helpers.running import run_python
 from tests.ops.test_neural_attention import Case, compare_with_oracle, with_projected_keys
 
 
-ROOT = Path(__file__).parents[2]
 WHY_NOT = BACKENDS["native"].reason_against(Inputs("cpu", torch.float64))
 
 pytestmark = [
@@ -297,15 +294,6 @@ def test_same_bits_from_run_to_run(count: int, threads):
         assert torch.equal(results[1][name], expected) and torch.equal(results[2][name], expected), name
 
 
-def run(*command: str | Path, **environment: str) -> str:
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-    done = subprocess.run(
-        [sys.executable, *command], cwd=ROOT, env=kept | environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-3000:]
-    return done.stdout
-
-
 THREADS = """
 import os, torch
 from hf_neural_attention import NeuralScorer, neural_attention
@@ -326,7 +314,7 @@ print(count() - before)
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="counts threads in Linux' way")
 def test_threads_are_as_many_as_torch_has_and_the_same_ones():
-    assert run("-c", THREADS, OMP_NUM_THREADS="1").split() == ["0", "1", "3", "3"]
+    assert run_python("-c", THREADS, OMP_NUM_THREADS="1").split() == ["0", "1", "3", "3"]
 
 
 @pytest.mark.parametrize("num_pairs, expected", ((0, 1), (5_000, 1), (10_000, 2), (100_000, 3)))
@@ -366,7 +354,7 @@ print(peak() - before)
     ],
 )
 def test_memory_of_forward_and_backward_grows_with_the_length_alone(heads: int, most: int):
-    assert int(run("-c", MEMORY, str(heads))) < most
+    assert int(run_python("-c", MEMORY, str(heads))) < most
 
 
 newer_here = pytest.mark.skipif(
@@ -376,10 +364,9 @@ newer_here = pytest.mark.skipif(
 
 def run_compiled_with(flags: str, cache: Path, marks: str) -> None:
     """In a process of its own, what has such marks. The flags come after -march=native, so that they hold."""
-    files = [Path(__file__), Path(__file__).with_name("test_neural_attention.py")]
     options = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", marks]
     variables = {"HF_NEURAL_ATTENTION_CXXFLAGS": flags, "HF_NEURAL_ATTENTION_CACHE": str(cache)}
-    assert " passed" in run("-m", "pytest", *options, *files, **variables)
+    assert " passed" in run_python("-m", "pytest", *options, Path(__file__).parent, **variables)
 
 
 @newer_here

@@ -1,114 +1,29 @@
 """How the native kernel is compiled, kept and loaded, on a stand-in for it that compiles at once."""
 
 import ctypes
-import logging
 import os
 import platform
 import shlex
 import shutil
 import signal
-import stat
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 
-from hf_neural_attention import NeuralScorer, explain, neural_attention
-from hf_neural_attention.models.neural_attention_backends import warn_once
-from hf_neural_attention.ops import native_build, native_interface
+from hf_neural_attention import NeuralScorer, neural_attention
+from hf_neural_attention.ops import native_build
 from hf_neural_attention.ops.native_build import cache_folder, library_name, load_library
+from tests.helpers.building import COMPILER, VARIABLES, Build, messages, needs_compiler
 
 
 ROOT = Path(__file__).parents[2]
-COMPILER = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
-VARIABLES = ("CXX", "HF_NEURAL_ATTENTION_CXXFLAGS", "HF_NEURAL_ATTENTION_CACHE", "XDG_CACHE_HOME")
 
-# Holds enough for half of it to be missed
-STAND_IN = """
-extern "C" {{
-const char* describe_interface() {{
-#ifdef NEURAL_ATTENTION_FLOAT64
-  return R"({float64})";
-#else
-  return R"({float32})";
-#endif
-}}
-long table[100000] = {{7}};
-long working_memory(const void*) {{ return table[0]; }}
-void forward() {{}}
-void backward() {{}}
-}}
-"""
-
-pytestmark = pytest.mark.skipif(COMPILER is None or platform.system() == "Windows", reason="there is no C++ compiler")
-
-
-class Build:
-    """A cache, a compiler that writes down its calls, and sources."""
-
-    def __init__(self, folder: Path):
-        self.cache, self.sources, self.calls, self.compiler = (
-            folder / name for name in ("cache", "sources", "calls", "compiler")
-        )
-        self.sources.mkdir()
-        self.write_source()
-        self.write_compiler(f'exec {COMPILER} "$@"')
-
-    def write_source(self, change: Callable[[str], str] = str) -> None:
-        """The stand-in, which sees the interface as Python does, but for a change."""
-        said = {}
-        for dtype in (torch.float32, torch.float64):
-            facts = native_interface.describe_interface(dtype)
-            said[str(dtype).removeprefix("torch.")] = change("".join(f"{name}: {fact}\n" for name, fact in facts.items()))
-        (self.sources / native_build.MAIN_SOURCE).write_text(STAND_IN.format(**said))
-
-    def write_compiler(self, *lines: str) -> None:
-        self.compiler.write_text("\n".join(["#!/bin/sh", f'echo "$@" >> {shlex.quote(str(self.calls))}', *lines]))
-        self.compiler.chmod(self.compiler.stat().st_mode | stat.S_IXUSR)
-
-    def compilations(self) -> list[str]:
-        lines = self.calls.read_text().splitlines() if self.calls.exists() else []
-        return [line for line in lines if " -c " in line]
-
-    def start(self) -> subprocess.Popen:
-        """A process of its own that loads the stand-in, and prints what it says."""
-        command = [sys.executable, "-c", LOAD, native_build.__file__, str(self.sources)]
-        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
-
-
-# Loads it by its folder, without the package and Transformers around it
-LOAD = """
-import sys, torch, types
-from pathlib import Path
-sys.modules["ops"] = types.ModuleType("ops")
-sys.modules["ops"].__path__ = [str(Path(sys.argv[1]).parent)]
-from ops import native_build
-native_build.SOURCES = Path(sys.argv[2])
-print(native_build.load_library(torch.float32).working_memory(None))
-"""
-
-
-def forget() -> None:
-    load_library.cache_clear()
-    warn_once.cache_clear()
-
-
-@pytest.fixture
-def build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Build]:
-    build = Build(tmp_path)
-    for name in VARIABLES:
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("HF_NEURAL_ATTENTION_CACHE", str(build.cache))
-    monkeypatch.setenv("CXX", str(build.compiler))
-    monkeypatch.setattr(native_build, "SOURCES", build.sources)
-    forget()
-    yield build
-    forget()
+pytestmark = needs_compiler
 
 
 def load(dtype: torch.dtype = torch.float32) -> int:
@@ -117,10 +32,6 @@ def load(dtype: torch.dtype = torch.float32) -> int:
     library = load_library(dtype)
     assert isinstance(library, ctypes.CDLL), library
     return library.working_memory(None)
-
-
-def messages(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
 
 
 def test_compiles_once_and_says_so(build: Build, caplog: pytest.LogCaptureFixture):
@@ -330,76 +241,6 @@ def test_without_a_kernel_one_warning_and_the_same_results(
         neural_attention(*tensors, scorer, backend="native")
     assert str(raised.value).removeprefix("The backend 'native' cannot run here: ") in warning
     assert not list(build.cache.glob("*/"))
-
-
-def assert_refused(build: Build, difference: str, caplog: pytest.LogCaptureFixture) -> None:
-    """By all who ask for the kernel, saying what differs and what to do, before anything is computed."""
-    forget()
-    refusal = load_library(torch.float32)
-    assert isinstance(refusal, native_build.BuildError)
-    (library,) = build.cache.glob("*float32*.so")
-    assert str(refusal) == (
-        f"the compiled kernel and Python do not agree ({difference}), so nothing is computed with it: the package's files are "
-        f"damaged, or of several versions. Install hf_neural_attention again and delete {library}, which is then compiled anew"
-    )
-    scorer, tensors = NeuralScorer(8), torch.randn(3, 1, 2, 5, 8)
-    with pytest.raises(ValueError, match="The backend 'native' cannot run here: the compiled kernel and Python do not agree"):
-        neural_attention(*tensors, scorer, backend="native")
-    assert torch.equal(neural_attention(*tensors, scorer), neural_attention(*tensors, scorer, backend="blockwise"))
-    (warning,) = [message for message in messages(caplog) if not message.startswith("Compiling")]
-    assert str(refusal) in warning
-    assert str(refusal) in str(explain(*tensors, scorer))
-
-
-@pytest.mark.parametrize(
-    ("change", "difference"),
-    [
-        (("Problem.keys: int64 at byte 32", "Problem.keys: int64 at byte 40"),
-         "`Problem.keys` is int64 at byte 40 in the library and int64 at byte 32 in Python"),
-        (("Problem.residual_scale: float64", "Problem.residual_scale: int64"),
-         "`Problem.residual_scale` is int64 at byte 136 in the library and float64 at byte 136 in Python"),
-        (("Tensor.type", "Tensor.kind"), "`Tensor.kind` is int64 at byte 40 in the library and unknown in Python"),
-        (("Tensor.type: int64 at byte 40\n", ""), "`Tensor.type` is unknown in the library and int64 at byte 40 in Python"),
-        (("ForwardResult: 56", "ForwardResult: 64"), "`ForwardResult` is 64 bytes in the library and 56 bytes in Python"),
-        (("ElementType.bool: 4", "ElementType.bool: 5"), "`ElementType.bool` is 5 in the library and 4 in Python"),
-        (("INTERFACE_VERSION: ", "INTERFACE_VERSION: 10"), "`INTERFACE_VERSION` is 101 in the library and 1 in Python"),
-        (("Real: float32", "Real: float64"), "`Real` is float64 in the library and float32 in Python"),
-    ],
-    ids=["moved", "another type", "another name", "missing", "size", "number of a type", "version", "arithmetic"],
-)  # fmt: skip
-def test_a_library_that_sees_the_interface_differently_is_refused(
-    change: tuple[str, str], difference: str, build: Build, caplog: pytest.LogCaptureFixture
-):
-    build.write_source(lambda text: text.replace(*change))
-    assert_refused(build, difference, caplog)
-
-
-@pytest.mark.parametrize("name", native_interface.FUNCTIONS)
-def test_a_library_without_one_of_the_functions_is_refused(name: str, build: Build, caplog: pytest.LogCaptureFixture):
-    source = build.sources / native_build.MAIN_SOURCE
-    source.write_text(source.read_text().replace(f" {name}(", f" other_{name}("))
-    assert_refused(build, f"the library has no function `{name}`", caplog)
-
-
-@pytest.mark.parametrize(
-    ("old", "new", "difference"),
-    [
-        ("heads, kv_heads, queries", "heads, queries, kv_heads",
-         "`Problem.kv_heads` is int64 at byte 24 in the library and int64 at byte 16 in Python"),
-        ("double residual_scale;", "int64_t residual_scale;",
-         "`Problem.residual_scale` is int64 at byte 136 in the library and float64 at byte 136 in Python"),
-    ],
-    ids=["moved", "another type"],
-)  # fmt: skip
-def test_a_field_that_is_changed_in_the_sources_alone_is_refused(
-    old: str, new: str, difference: str, build: Build, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-):
-    shutil.copytree(Path(native_build.__file__).parent / "native", build.sources, dirs_exist_ok=True)
-    monkeypatch.setenv("HF_NEURAL_ATTENTION_CXXFLAGS", "-O0")  # compiles sooner
-    interface = build.sources / "interface.h"
-    assert old in interface.read_text()
-    interface.write_text(interface.read_text().replace(old, new))
-    assert_refused(build, difference, caplog)
 
 
 def test_compiler_with_arguments(build: Build, monkeypatch: pytest.MonkeyPatch):

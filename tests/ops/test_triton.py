@@ -1,14 +1,12 @@
 """The Triton backend: when it can run, how kernels are cut, what compiles for GPUs that are not here; and on one that is.
 
-`test_triton_interpreter.py` and `test_neural_attention.py` test the kernels themselves in Triton's interpreter.
+The kernels themselves are tested in Triton's interpreter, by what has the mark `interpreter`.
 """
 
 import importlib.util
 import json
 import os
 import re
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,32 +18,23 @@ from hf_neural_attention.models.neural_attention_scorer import NeuralScorer
 from hf_neural_attention.ops import triton as backend
 from hf_neural_attention.ops.triton_blocks import choose_blocks, needed_bytes, padded
 from tests.helpers.numerics import assert_no_worse_than_reference, literal_attention, run_with_gradients
-from tests.ops.test_neural_attention import CASES, LOW_PRECISION, Case
+from tests.helpers.running import ROOT, run_python
+from tests.ops.test_low_precision import LOW_PRECISION
+from tests.ops.test_neural_attention import CASES, Case
 
 
-ROOT = Path(__file__).parents[2]
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 gpu = pytest.mark.skipif(INTERPRETED or not torch.cuda.is_available(), reason="needs a GPU")
 
 
-def run(*command: str | Path, **environment: str) -> str:
-    kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET" and not name.startswith("PYTEST_")}
-    done = subprocess.run(
-        [sys.executable, *command], cwd=ROOT, env=kept | environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-3000:]
-    return done.stdout
-
-
-# Runs the program that checks all backends with fewer tokens: two blocks of them
+# `python -m hf_neural_attention` with fewer tokens: two blocks of them
 CHECK = "import sys; from hf_neural_attention import __main__ as program; program.LENGTH = 40; sys.exit(program.main())"
 
 
 def test_the_interpreter_runs_where_it_is_asked_for():
-    assert re.search(r"^  triton +cpu +ok: ", run("-c", CHECK, TRITON_INTERPRET="1"), flags=re.MULTILINE)
-    assert re.search(r"^  triton +cpu +unavailable: it runs on GPUs", run("-c", CHECK), flags=re.MULTILINE)
+    assert re.search(r"^  triton +cpu +ok: ", run_python("-c", CHECK, TRITON_INTERPRET="1"), flags=re.MULTILINE)
 
 
 def test_reasons_against():
@@ -61,7 +50,7 @@ def test_reasons_against():
 
 def test_kernels_are_imported_when_one_runs_and_not_before():
     code = "import sys, hf_neural_attention.ops.triton; assert 'hf_neural_attention.ops.triton_kernels' not in sys.modules"
-    run("-c", code)
+    run_python("-c", code)
 
 
 @pytest.mark.parametrize("kernel", ["forward", "query", "key"])
@@ -79,7 +68,9 @@ def test_blocks_fit(kernel: str, shared: int):
 
 def compile_ahead_of_time(folder: Path, *flags: str) -> list[dict]:
     card = folder / "card"
-    run(ROOT / "recipes" / "compile_triton_kernels.py", *flags, "--output", card, TRITON_CACHE_DIR=str(folder / "cache"))
+    run_python(
+        ROOT / "recipes" / "compile_triton_kernels.py", *flags, "--output", card, TRITON_CACHE_DIR=str(folder / "cache")
+    )
     assert card.with_suffix(".md").read_text().count("\n| ") >= 3
     results = json.loads(card.with_suffix(".json").read_text())["results"]
     for row in results:

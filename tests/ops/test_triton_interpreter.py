@@ -1,4 +1,4 @@
-"""The Triton kernels in Triton's interpreter, beyond what `test_neural_attention.py` asks of every backend.
+"""The Triton kernels in Triton's interpreter, beyond what is asked of every backend.
 
 The interpreter must be chosen before Triton is imported, and then holds for the whole process: `make test-triton` runs these
 tests, and the cases of every backend that are Triton's, with TRITON_INTERPRET=1. They all have the mark `interpreter`.

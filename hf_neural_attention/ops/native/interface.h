@@ -3,7 +3,7 @@
 #pragma once
 
 #include <cstddef>
-#include <string>
+#include <cstdio>
 
 #include "simd.h"
 
@@ -127,18 +127,21 @@ static_assert(size_of_known_fields() == sizeof(Tensor) + sizeof(Problem) + sizeo
               "FIELDS must list every field of every structure, and TYPE_NAME know its type");
 
 // A line for each thing that both sides must see alike: its name, a colon, and what it is
-static std::string description_of_interface() {
-  std::string text = "INTERFACE_VERSION: " + std::to_string(INTERFACE_VERSION) + "\n";
-  const auto add = [&](const std::string& name, const std::string& what) { text += name + ": " + what + "\n"; };
-  add("Real", sizeof(Real) == 8 ? "float64" : "float32");
-  const std::pair<const char*, ElementType> elements[] = {
-      {"float32", FLOAT32}, {"float64", FLOAT64}, {"bfloat16", BFLOAT16}, {"float16", FLOAT16}, {"bool", BOOL}};
-  for (const auto& element : elements) add(std::string("ElementType.") + element.first, std::to_string(element.second));
-  for (const Field& field : FIELDS) add(field.name, std::string(field.type) + " at byte " + std::to_string(field.offset));
-  const std::pair<const char*, size_t> structures[] = {{"Tensor", sizeof(Tensor)},
-                                                       {"Problem", sizeof(Problem)},
-                                                       {"ForwardResult", sizeof(ForwardResult)},
-                                                       {"BackwardResult", sizeof(BackwardResult)}};
-  for (const auto& structure : structures) add(structure.first, std::to_string(structure.second) + " bytes");
-  return text;
-}
+struct InterfaceDescription {
+  char text[16384] = "";  // several times what it takes
+  size_t length = 0;
+
+  template <class... Values>
+  void add(const char* format, Values... values) {
+    if (length < sizeof(text)) length += size_t(std::snprintf(text + length, sizeof(text) - length, format, values...));
+  }
+
+  InterfaceDescription() {
+    add("INTERFACE_VERSION: %d\nReal: %s\n", INTERFACE_VERSION, sizeof(Real) == 8 ? "float64" : "float32");
+    add("ElementType.float32: %d\nElementType.float64: %d\nElementType.bfloat16: %d\n", int(FLOAT32), int(FLOAT64), int(BFLOAT16));
+    add("ElementType.float16: %d\nElementType.bool: %d\n", int(FLOAT16), int(BOOL));
+    for (const Field& field : FIELDS) add("%s: %s at byte %d\n", field.name, field.type, int(field.offset));
+    add("Tensor: %d bytes\nProblem: %d bytes\n", int(sizeof(Tensor)), int(sizeof(Problem)));
+    add("ForwardResult: %d bytes\nBackwardResult: %d bytes\n", int(sizeof(ForwardResult)), int(sizeof(BackwardResult)));
+  }
+};

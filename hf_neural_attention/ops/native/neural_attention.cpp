@@ -16,8 +16,8 @@ static void for_block_of_units(const Problem& problem, F&& f) {
 extern "C" {
 
 const char* describe_interface() {
-  static const std::string text = description_of_interface();
-  return text.c_str();
+  static const InterfaceDescription description;
+  return description.text;
 }
 
 // Numbers (of Real) that the forward pass wants as working memory
