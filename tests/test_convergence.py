@@ -18,6 +18,9 @@ from tests.helpers.numerics import CPU_BACKENDS
 # Widens the stored bound, the largest of 16 draws, since a run is one more draw from what rounding can do, and a backend
 # rounds otherwise than the reference at every operation, where those 16 did so once per step
 FACTOR = 4
+# Tries up to three trainings, which differ in rounding alone. In about one of twenty a rounding error puts a pair on the other
+# side of a ReLU, and the curve departs by up to a hundredth. Chance does not strike three times; what is wrong always does
+ATTEMPTS = (None, 0, 1)
 # Allows for float32, which stores the curve: its numbers from 2 to 4 are 2.4e-7 apart; a mean loss is rounded a few times
 RESOLUTION = 2e-6
 # Bounds what training leaves of the loss of guessing, which no model without attention can better
@@ -62,9 +65,14 @@ def test_the_stored_curve_arrives_and_its_bound_means_something(name: str, mode:
 @pytest.mark.parametrize("backend", BACKENDS_TO_TRAIN)
 def test_training_follows_the_curve_of_the_reference(name: str, mode: str, backend: str):
     task, (expected, bound, _) = TASKS[name], stored(name, mode)
-    losses = train(task, mode, backend)
-    assert_arrives(losses, task.guessing)
-    assert excess(losses, expected, bound) <= 1
+    found = []
+    for perturbation in ATTEMPTS:
+        losses = train(task, mode, backend, perturbation=perturbation)
+        assert_arrives(losses, task.guessing)
+        found.append(excess(losses, expected, bound))
+        if found[-1] <= 1:
+            return
+    pytest.fail(f"all {len(ATTEMPTS)} trainings left the curve, by {found} times the bound")
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -90,4 +98,5 @@ def test_a_backend_that_is_a_little_wrong_leaves_the_curve(wrong: str, monkeypat
 
     monkeypatch.setitem(BACKENDS, "reference", BACKENDS["reference"]._replace(run=run))
     expected, bound, _ = stored("GPT2", "residual")
-    assert excess(train(TASKS["GPT2"], "residual", "reference"), expected, bound) > 10
+    for perturbation in ATTEMPTS:
+        assert excess(train(TASKS["GPT2"], "residual", "reference", perturbation=perturbation), expected, bound) > 10
