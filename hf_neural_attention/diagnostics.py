@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
-from accelerate.utils import is_compiled_module
+from accelerate.utils.other import is_compiled_module
 from torch import nn
 
 from .introspection import hooks_of, neural_layers, place_of
