@@ -73,7 +73,8 @@ def check(page: str, heading: str, scope: dict, printed: str) -> None:
 
 def test_every_page_with_code_is_found():
     pages = {page for page, _, _ in BLOCKS}
-    assert pages == {"README", "looking-inside", "patching", "publishing-and-export", "speed-and-backends", "training"}
+    named = {"looking-inside", "patching", "publishing-and-export", "speed-and-backends", "training", "versions"}
+    assert pages == {"README", *named}
 
 
 # Ignores what torch has deprecated, since Transformers' exporters use it, as in test_export_formats.py
