@@ -1,8 +1,10 @@
 """`explain`: what it says is what runs, and what is wrapped around a scorer is honoured."""
 
 import copy
+import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +21,6 @@ from hf_neural_attention import (
     NeuralScorer,
     NeuralViTConfig,
     NeuralViTForImageClassification,
-    diagnostics,
     explain,
     neural_attention,
     set_backend,
@@ -244,7 +245,8 @@ def test_compiled_models(inside: bool):
 
 
 def test_code_of_the_hub_without_this_package(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(diagnostics, "backends_of", lambda scorer: PYTORCH_BACKENDS)
+    monkeypatch.setattr(NeuralScorer, "__module__", "of_the_hub.neural_attention_scorer")
+    monkeypatch.setitem(sys.modules, "of_the_hub.neural_attention_backends", SimpleNamespace(BACKENDS=PYTORCH_BACKENDS))
     for layer in explain(gpt2()):
         assert layer.backend == "blockwise" and layer.reason.endswith("does not use this package's backends but copies of two")
 

@@ -2,7 +2,7 @@
 
 import sys
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias, get_args
 
 from huggingface_hub.dataclasses import validated_field
 
@@ -10,8 +10,9 @@ from huggingface_hub.dataclasses import validated_field
 # Counts formats of the neural fields and scorers' weights: goes up when code of the last version would misread what is saved
 FORMAT_VERSION = 1
 
-MODES = ("replace", "residual")
-INITIALIZATIONS = ("mirrored", "paper")
+Mode: TypeAlias = Literal["replace", "residual"]
+Initialization: TypeAlias = Literal["mirrored", "paper"]
+MODES, INITIALIZATIONS = get_args(Mode), get_args(Initialization)
 
 
 def is_positive_int(value: Any) -> bool:
@@ -91,9 +92,9 @@ class NeuralAttentionConfigMixin:
     neural_layers: list[int] | tuple[int, ...] | Literal["all"] | None = None
     neural_proj_dim: int | None = validated_field(check_size, default=None)
     neural_hidden_dims: list[int] | tuple[int, ...] | None = validated_field(check_two_sizes, default=None)
-    neural_mode: Literal["replace", "residual"] = "replace"
+    neural_mode: Mode = "replace"
     neural_per_head: bool = False
-    neural_init: Literal["mirrored", "paper"] = "mirrored"
+    neural_init: Initialization = "mirrored"
     neural_format_version: int = validated_field(check_format_version, default=FORMAT_VERSION)
 
     def __post_init__(self, **kwargs):

@@ -47,8 +47,9 @@ def choose_backend(name: str | None, inputs: Inputs) -> Choice:
     Raises:
         ValueError: if there is no such backend, or it (with "auto": none) can take these inputs here.
     """
-    name = (name or AUTO) if asked_backend is None else asked_backend(name).name
-    if name not in (AUTO, *BACKENDS):
+    if asked_backend is not None:
+        name = asked_backend(name).name
+    elif (name := name or AUTO) not in (AUTO, *BACKENDS):
         raise ValueError(f"`backend` is {name!r}; it must be one of {', '.join(map(repr, (AUTO, *BACKENDS)))}.")
     reasons: dict[str, str] = {}
     if name != AUTO and not inputs.exporting:
