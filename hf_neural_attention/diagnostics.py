@@ -58,6 +58,7 @@ def explain(
     *,
     backend: str | None = None,
     keys_projected: bool = False,
+    queries_projected: bool = False,
 ) -> Explanation:
     """Says for each neural layer which backend runs and, if it is not a fused one, why not. Runs none of them.
 
@@ -93,7 +94,9 @@ def explain(
         raise TypeError(f"`model_or_query` is a {type(model_or_query).__name__}; expected a model or a query tensor.")
     if key is None or value is None or scorer is None:
         raise TypeError("`explain` needs `key`, `value` and `scorer` beside a query, as `neural_attention` does.")
-    check_arguments(model_or_query, key, value, scorer.weights(), attn_mask, dropout_p, scorer.mode, keys_projected)
+    weights = scorer.weights()
+    projected = (keys_projected, queries_projected) if weights.has_first_layer else (True, True)
+    check_arguments(model_or_query, key, value, weights, attn_mask, dropout_p, scorer.mode, *projected)
     check_devices(model_or_query, key=key, value=value, attn_mask=attn_mask)
     head_dim = max(model_or_query.shape[-1], value.shape[-1])
     inputs = Inputs(model_or_query.device.type, model_or_query.dtype, head_dim)
@@ -141,6 +144,11 @@ def explain_choice(name: str, scorer: Any, inputs: Inputs, backend: str | None) 
     return LayerBackend(name, choice.name, is_fused, why_not, notes)
 
 
+def layers_of(scorer: Any) -> dict[str, Any]:
+    """The linear layers of a scorer's network; a compact one has no first layer."""
+    return {name: getattr(scorer, name) for name in LAYERS if hasattr(scorer, name)}
+
+
 def backends_of(scorer: Any) -> dict[str, Any]:
     """The backends that a scorer's own code chooses among: that of a model from the Hub has a registry of its own."""
     name = type(scorer).__module__.replace("neural_attention_scorer", "neural_attention_backends")
@@ -150,8 +158,8 @@ def backends_of(scorer: Any) -> dict[str, Any]:
 def notes_on(scorer: Any, inputs: Inputs) -> tuple[str, ...]:
     """What about a scorer is wrapped, quantised, offloaded or not called, the layers' names in front."""
     layers: dict[str, list[str]] = {}
-    for name in LAYERS:
-        for note in notes_on_layer(getattr(scorer, name), inputs):
+    for name, layer in layers_of(scorer).items():
+        for note in notes_on_layer(layer, inputs):
             layers.setdefault(note, []).append(name)
     found = [f"scorer.{', '.join(names)}: {note}" for note, names in layers.items()]
     if inputs.device_type == "meta":
@@ -193,7 +201,7 @@ def base_of(layer: Any) -> Any:
 
 def lacks_weights(scorer: Any, inputs: Inputs) -> bool:
     """Whether a layer is on the meta device by itself: not with the tokens, and not since accelerate has offloaded it."""
-    bases = [base_of(getattr(scorer, name)) for name in LAYERS]
+    bases = [base_of(layer) for layer in layers_of(scorer).values()]
     return inputs.device_type != "meta" and any(base.weight.is_meta and not hooks_of(base) for base in bases)
 
 

@@ -3,14 +3,14 @@
 import torch
 
 from .models.neural_attention_functional import scorer_attention
-from .models.neural_attention_scorer import NeuralScorer
+from .models.neural_attention_scorer import CompactScorer, NeuralScorer
 
 
 def neural_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    scorer: NeuralScorer,
+    scorer: NeuralScorer | CompactScorer,
     attn_mask: torch.Tensor | None = None,
     dropout_p: float = 0.0,
     is_causal: bool = False,
@@ -18,6 +18,7 @@ def neural_attention(
     *,
     backend: str | None = None,
     keys_projected: bool = False,
+    queries_projected: bool = False,
 ) -> torch.Tensor:
     """Attention whose scores come from `scorer`; otherwise as `torch.nn.functional.scaled_dot_product_attention`.
 
@@ -28,8 +29,8 @@ def neural_attention(
         key (`torch.Tensor` of shape `(B, Hkv, Tk, D)`): Keys. `Hkv` divides `H`: each key and value head serves `H / Hkv`
             neighbouring query heads (grouped-query attention).
         value (`torch.Tensor` of shape `(B, Hkv, Tk, Dv)`): Values.
-        scorer (`NeuralScorer`): Made for `head_dim=D`, and for `num_heads=H` if it has weights per head. Its weights are
-            used, and it is not called: hooks around its forward do not run.
+        scorer (`NeuralScorer` or `CompactScorer`): Made for `head_dim=D`, and for `num_heads=H` if it has weights per head.
+            Its weights are used, and it is not called: hooks around its forward do not run.
         attn_mask (`torch.Tensor`, *optional*): Broadcastable to `(B, H, Tq, Tk)`. Bool: True attends. Float: added to the
             scores, and differentiable. Unlike there, it may come together with `is_causal`; both then hold. Queries with
             nothing to attend to get zeros, and zero gradients.
@@ -45,9 +46,12 @@ def neural_attention(
             `"auto"`.
         keys_projected (`bool`): `key` is what `scorer.project_keys(key)` returned: `[B, Hkv, Tk, h1]` (`H` heads with weights
             per head), with `h1 = scorer.hidden_dims[0]`. Not in `mode="residual"`. Default: False.
+        queries_projected (`bool`): `query` is what `scorer.project_queries(query)` returned: `[B, H, Tq, h1]`. Not in
+            `mode="residual"`. Default: False. A `CompactScorer` always gets both projected.
 
     Returns:
-        `torch.Tensor` of shape `(B, H, Tq, Dv)`, in the query's dtype. All but the reference compute in float32 at least.
+        `torch.Tensor` of shape `(B, H, Tq, Dv)`, in the query's dtype (the value's, if queries come projected). All but the
+        reference compute in float32 at least.
 
     Raises:
         ValueError: if shapes, dtypes or the probability do not fit, naming the argument, or if the backend that was asked for
@@ -65,4 +69,5 @@ def neural_attention(
         mode=scorer.mode,
         backend=backend,
         keys_projected=keys_projected,
+        queries_projected=queries_projected,
     )[0]

@@ -42,8 +42,8 @@ def is_sharded(module: nn.Module) -> bool:
 
 
 def is_scorer(module: nn.Module) -> bool:
-    """By what it can do: models from the Hub bring a `NeuralScorer` class of their own, and peft may wrap one."""
-    return hasattr(module, "project_keys") and hasattr(module, "linear1")
+    """By what it can do: models from the Hub bring scorer classes of their own, and peft may wrap one."""
+    return hasattr(module, "weights") and hasattr(module, "linear3")
 
 
 def neural_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, Any]]:

@@ -81,6 +81,10 @@ class NeuralAttentionConfigMixin:
         neural_mode (`str`): `"replace"` (the network's score alone) or `"residual"` (added to the dot product, starting
             as exactly that). Default: `"replace"`.
         neural_per_head (`bool`): One scorer per head instead of one per layer. Default: False.
+        neural_compact (`bool`): Project hidden states straight to the scorer's first hidden layer, where queries and keys have
+            no use of their own: fewer parameters, less time and a smaller cache for the same functions. Needs mode
+            `"replace"`. Default: False.
+        neural_folded_from (`str`, *optional*): What a compact model was folded from, if it was: a name, or a class.
         neural_init (`str`): `"mirrored"` (never dead at birth) or `"paper"`. Default: `"mirrored"`.
         neural_format_version (`int`): Of these fields; a checkpoint of a later one is refused.
 
@@ -94,6 +98,8 @@ class NeuralAttentionConfigMixin:
     neural_hidden_dims: list[int] | tuple[int, ...] | None = validated_field(check_two_sizes, default=None)
     neural_mode: Mode = "replace"
     neural_per_head: bool = False
+    neural_compact: bool = False
+    neural_folded_from: str | None = None
     neural_init: Initialization = "mirrored"
     neural_format_version: int = validated_field(check_format_version, default=FORMAT_VERSION)
 
@@ -106,6 +112,13 @@ class NeuralAttentionConfigMixin:
 
     def validate_neural_layers(self) -> None:
         resolve_layers(self.neural_layers, self.num_hidden_layers)
+
+    def validate_neural_compact(self) -> None:
+        if self.neural_compact and self.neural_mode != "replace":
+            raise ValueError(
+                f"`neural_compact` is True and `neural_mode` is {self.neural_mode!r}, whose dot product needs whole queries "
+                'and keys. Use `neural_mode="replace"`, or `neural_compact=False`.'
+            )
 
     @property
     def neural_layer_indices(self) -> list[int]:

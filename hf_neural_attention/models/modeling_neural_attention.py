@@ -1,24 +1,43 @@
 """What the neural models of every family share: scorers on the layers that the config names, their initialisation, and
 which cache `generate` prepares."""
 
-from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
-from transformers import GenerationConfig, PreTrainedModel, initialization
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, initialization
 
 from .neural_attention_cache import NEURAL_CACHES, replace_cache
-from .neural_attention_interface import AttentionModule, attach_scorer, check_implementation
-from .neural_attention_scorer import NeuralScorer
+from .neural_attention_compact import CompactAttentionMixin, fold_model, reason_against_folding
+from .neural_attention_interface import attach_scorer, check_implementation
+from .neural_attention_scorer import NeuralScorer, resolve_sizes
 
 
 class NeuralPreTrainedModelMixin:
     """Comes before the stock `*PreTrainedModel` among the bases of a family's `Neural*PreTrainedModel`."""
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
+        """As `PreTrainedModel.from_pretrained`. `neural_compact=True` folds a checkpoint that is not compact: it is loaded as
+        it was saved, and then computes the same in the compact form (see `hf_neural_attention.compact`)."""
+        name = pretrained_model_name_or_path
+        folds = kwargs.get("neural_compact") is True and kwargs.get("config") is None and name is not None
+        if folds:
+            options = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+            given = {option: kwargs[option] for option in options if option in kwargs}
+            folds = not PreTrainedConfig.get_config_dict(name, **given)[0].get("neural_compact")
+        if not folds:
+            return super().from_pretrained(name, *model_args, **kwargs)
+        del kwargs["neural_compact"]
+        loaded = super().from_pretrained(name, *model_args, **kwargs)
+        fold_own_model(loaded[0] if isinstance(loaded, tuple) else loaded)
+        return loaded
+
     # Turns these off, since their masks are read by kernels that compute dot products
     _supports_flash_attn = False
     _supports_flex_attn = False
     _supports_context_parallel = False
+
+    compact_attention_class: type[CompactAttentionMixin]
 
     def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args, **kwargs) -> str:
         check_implementation(attn_implementation, type(self).__name__)
@@ -28,8 +47,10 @@ class NeuralPreTrainedModelMixin:
         # runs after the scorer's own layers, and so overrides what the stock rule (std 0.02) did to them
         if isinstance(module, NeuralScorer):
             module.reset_parameters()
-        else:
-            super()._init_weights(module)
+            return
+        super()._init_weights(module)
+        if isinstance(module, CompactAttentionMixin):  # draws the scorer's weights as well
+            module.reset_parameters()
 
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
         # Says False, since for models outside `transformers.` the stock method skips modules without direct parameters, and so
@@ -68,8 +89,9 @@ class NeuralPreTrainedModelMixin:
             given.check_model(self)
 
 
-def attach_scorers(model: PreTrainedModel, attentions: Iterable[AttentionModule]) -> None:
-    """Gives a scorer to each of a model's self-attention modules (in the order of its layers) that its config names.
+def attach_scorers(model: Any, attentions: list[str]) -> None:
+    """Makes those of a model's self-attention modules (their names, in the order of its layers) neural that its config names:
+    with a scorer, or as compact attention.
 
     Raises:
         TypeError: if the config is that of a stock model.
@@ -81,9 +103,19 @@ def attach_scorers(model: PreTrainedModel, attentions: Iterable[AttentionModule]
             f"{type(model).__name__} got a {type(config).__name__}, which says nothing of neural layers; expected a "
             f"Neural{type(config).__name__}: `Neural{type(config).__name__}(**config.to_diff_dict(), neural_layers=...)`."
         )
-    attentions = list(attentions)
     for index in config.neural_layer_indices:
-        attention = attentions[index]
+        attention = model.get_submodule(attentions[index])
+        if config.neural_compact:
+            parent, _, name = attentions[index].rpartition(".")
+            compact = model.compact_attention_class(
+                config,
+                layer_idx=index,
+                hidden_dims=resolve_sizes(attention.head_dim, config.neural_proj_dim, config.neural_hidden_dims)[1],
+                per_head=config.neural_per_head,
+                init=config.neural_init,
+            )
+            setattr(model.get_submodule(parent), name, compact)
+            continue
         scorer = NeuralScorer(
             attention.head_dim,
             proj_dim=config.neural_proj_dim,
@@ -93,6 +125,24 @@ def attach_scorers(model: PreTrainedModel, attentions: Iterable[AttentionModule]
             init=config.neural_init,
         )
         attach_scorer(attention, scorer)
+    if config.neural_compact:  # initialises what is new, as the stock constructor did the rest
+        model.post_init()
+
+
+def fold_own_model(model: Any) -> None:
+    """Makes a model of this package compact, in place.
+
+    Raises:
+        ValueError: if it is compact, or cannot be, with the reason; the model is what it was.
+    """
+    if reason := reason_against_folding(model):
+        raise ValueError(f"This {type(model).__name__} cannot be made compact: {reason}.")
+    stock = next(parent for parent in model.compact_attention_class.__mro__[1:] if parent is not CompactAttentionMixin)
+    fold_model(model, {stock: model.compact_attention_class})
+    model.config.neural_folded_from = model.config.name_or_path or type(model).__name__
+    for module in model.modules():  # parts of a model have the same config, or a copy of it
+        if hasattr(getattr(module, "config", None), "neural_compact"):
+            module.config.neural_compact = True
 
 
 class NeuralHeadMixin:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 
 from .neural_attention_masking import causal_pairs, dropout_multiplier, mask_scores
-from .neural_attention_reference import ScorerWeights, apply_linear, expand_heads, first_layer_of_query, key_features
+from .neural_attention_reference import ScorerWeights, expand_heads, key_features, query_features
 
 
 # Numbers in the largest tensor of a block, [heads, h1, queries, keys]: about the size of a core's cache, by measurement
@@ -322,23 +322,23 @@ def blockwise_attention(
     is_causal: bool = False,
     residual_scale: float | None = None,
     keys_projected: bool = False,
+    queries_projected: bool = False,
 ) -> torch.Tensor:
     """Neural Attention in blocks. Arguments are checked and described by `neural_attention`.
 
     Differentiable once (its backward is not differentiable; the reference's is).
 
     Returns:
-        Output `[B, H, Tq, Dv]` in the query's dtype.
+        Output `[B, H, Tq, Dv]` in the query's dtype (the value's, if queries come projected).
     """
     dtype = torch.promote_types(query.dtype, torch.float32)
     num_heads = query.shape[1]
     with without_autocast(query):
         weights = weights.to(dtype)
-        u = apply_linear(query.to(dtype), *first_layer_of_query(weights))
-        if keys_projected:
-            w = key.to(dtype)
-        else:
-            w = key_features(expand_heads(key, num_heads) if weights.per_head else key, weights)
+        u = query_features(query, weights, queries_projected)
+        if weights.per_head and not keys_projected:
+            key = expand_heads(key, num_heads)
+        w = key_features(key, weights, keys_projected)
         layers = weights.weight2, weights.bias2, weights.weight3
         scaled_query = full_key = None
         if residual_scale is not None:
@@ -356,4 +356,4 @@ def blockwise_attention(
             dropout_p,
             is_causal,
         )
-    return output.to(query.dtype)
+    return output.to(value.dtype if queries_projected else query.dtype)

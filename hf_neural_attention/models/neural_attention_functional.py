@@ -24,19 +24,23 @@ def scorer_attention(
     mode: str = "replace",
     backend: str | None = None,
     keys_projected: bool = False,
+    queries_projected: bool = False,
     need_weights: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The operation on plain weights. What is not described here is as in `hf_neural_attention.neural_attention`.
 
     Args:
-        weights: of a scorer, shared by all heads or one set per head.
+        weights: of a scorer, shared by all heads or one set per head. Without a first layer, `query` and `key` are taken as
+            projected.
         mode: `"replace"` or `"residual"`, as of `NeuralScorer`.
         need_weights: also return the attention weights, which only the reference holds; `backend` is then ignored.
 
     Returns:
         Output `[B, H, Tq, Dv]`, and the attention weights `[B, H, Tq, Tk]` after dropout, or None.
     """
-    check_arguments(query, key, value, weights, attn_mask, dropout_p, mode, keys_projected)
+    if not weights.has_first_layer:
+        queries_projected = keys_projected = True
+    check_arguments(query, key, value, weights, attn_mask, dropout_p, mode, keys_projected, queries_projected)
     arguments: dict[str, Any] = {
         "attn_mask": None if attn_mask is None else attn_mask.view((1,) * (4 - attn_mask.dim()) + attn_mask.shape),
         "dropout_p": dropout_p,
@@ -45,6 +49,8 @@ def scorer_attention(
         "residual_scale": None,
         "keys_projected": keys_projected,
     }
+    if queries_projected:  # says it only then, since code from the Hub may be newer than the installed package
+        arguments["queries_projected"] = True
     if mode == "residual":
         arguments["residual_scale"] = 1.0 / math.sqrt(weights.head_dim) if scale is None else scale
     if need_weights:
@@ -64,6 +70,7 @@ def check_arguments(
     dropout_p: float,
     mode: str,
     keys_projected: bool,
+    queries_projected: bool = False,
 ) -> None:
     """Raises a ValueError that names the argument, what it is and what was expected."""
     for name, tensor in (("query", query), ("key", key), ("value", value)):
@@ -71,14 +78,17 @@ def check_arguments(
             raise ValueError(f"`{name}` has shape {tuple(tensor.shape)}; expected 4 dimensions [batch, heads, length, size].")
         if not tensor.is_floating_point():
             raise ValueError(f"`{name}` has dtype {tensor.dtype}; expected a floating-point dtype.")
-    if keys_projected:
+    projected = {"queries_projected": queries_projected, "keys_projected": keys_projected}
+    if any(projected.values()):
+        said = " and ".join(f"`{name}`" for name, value in projected.items() if value)
         if mode == "residual":
-            raise ValueError('`keys_projected` does not go with `mode="residual"`, whose dot product needs whole keys.')
-        wanted_heads, size = weights.num_heads or value.shape[1], weights.hidden_dims[0]
-        if (key.shape[1], key.shape[3]) != (wanted_heads, size) or query.shape[-1] != weights.head_dim:
+            raise ValueError(f'{said} does not go with `mode="residual"`, whose dot product needs whole queries and keys.')
+        wanted_heads, size = (weights.num_heads or value.shape[1]) if keys_projected else key.shape[1], weights.hidden_dims[0]
+        sizes = size if queries_projected else weights.head_dim, size if keys_projected else weights.head_dim
+        if (query.shape[3], key.shape[1], key.shape[3]) != (sizes[0], wanted_heads, sizes[1]):
             raise ValueError(
-                f"`query` and `key` have shapes {tuple(query.shape)} and {tuple(key.shape)}; with `keys_projected` this "
-                f"scorer expects [B, H, Tq, {weights.head_dim}] and [B, {wanted_heads}, Tk, {size}]."
+                f"`query` and `key` have shapes {tuple(query.shape)} and {tuple(key.shape)}; with {said} this "
+                f"scorer expects [B, H, Tq, {sizes[0]}] and [B, {wanted_heads}, Tk, {sizes[1]}]."
             )
     elif query.shape[-1] != weights.head_dim or key.shape[-1] != weights.head_dim:
         raise ValueError(

@@ -17,15 +17,16 @@ class ScorerWeights(NamedTuple):
     """Weights of a scorer, laid out as `nn.Linear` keeps them (`[out, in]` and `[out]`).
 
     With `p = proj_dim`, `D = head_dim` and `h1, h2 = hidden_dims`. Weights of one set per head have a leading dimension
-    `H` (query heads); shared weights have none.
+    `H` (query heads); shared weights have none. Those of a `CompactScorer` are None up to `bias1`: it gets queries and keys
+    projected to the first hidden layer.
     """
 
-    q_weight: torch.Tensor  # [p, D]
-    q_bias: torch.Tensor  # [p]
-    k_weight: torch.Tensor  # [p, D]
-    k_bias: torch.Tensor  # [p]
-    weight1: torch.Tensor  # [h1, 2p], its first p columns for the query
-    bias1: torch.Tensor  # [h1]
+    q_weight: torch.Tensor | None  # [p, D]
+    q_bias: torch.Tensor | None  # [p]
+    k_weight: torch.Tensor | None  # [p, D]
+    k_bias: torch.Tensor | None  # [p]
+    weight1: torch.Tensor | None  # [h1, 2p], its first p columns for the query
+    bias1: torch.Tensor | None  # [h1]
     weight2: torch.Tensor  # [h2, h1]
     bias2: torch.Tensor  # [h2]
     weight3: torch.Tensor  # [1, h2]
@@ -33,11 +34,16 @@ class ScorerWeights(NamedTuple):
 
     @property
     def per_head(self) -> bool:
-        return self.weight1.dim() == 3
+        return self.weight2.dim() == 3
+
+    @property
+    def has_first_layer(self) -> bool:
+        return self.weight1 is not None
 
     @property
     def head_dim(self) -> int:
-        return self.q_weight.shape[-1]
+        """Size of the queries and keys that the first layer takes; `h1` where there is none."""
+        return self.hidden_dims[0] if self.q_weight is None else self.q_weight.shape[-1]
 
     @property
     def hidden_dims(self) -> tuple[int, int]:
@@ -46,10 +52,13 @@ class ScorerWeights(NamedTuple):
     @property
     def num_heads(self) -> int | None:
         """Query heads with a set of weights each; None where all share one."""
-        return self.weight1.shape[0] if self.per_head else None
+        return self.weight2.shape[0] if self.per_head else None
 
     def to(self, dtype: torch.dtype) -> "ScorerWeights":
-        return ScorerWeights(*(tensor.to(dtype) for tensor in self))
+        return ScorerWeights(*(None if tensor is None else tensor.to(dtype) for tensor in self))  # type: ignore[arg-type]
+
+    def without_first_layer(self) -> "ScorerWeights":
+        return ScorerWeights(None, None, None, None, None, None, *self[6:])
 
 
 def apply_linear(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
@@ -75,21 +84,36 @@ def first_layer_of_query(weights: ScorerWeights) -> tuple[torch.Tensor, torch.Te
     Returns:
         `[h1, D]` and `[h1]` (linear1's bias included), with a leading dimension H where the weights are per head.
     """
+    assert weights.q_weight is not None and weights.weight1 is not None and weights.bias1 is not None
+    assert weights.q_bias is not None
     weight = weights.weight1[..., : weights.q_weight.shape[-2]]
     return weight @ weights.q_weight, weights.bias1 + (weight @ weights.q_bias.unsqueeze(-1)).squeeze(-1)
 
 
 def first_layer_of_key(weights: ScorerWeights) -> tuple[torch.Tensor, torch.Tensor]:
     """`(C, c)` such that a key contributes `w = C k + c`; otherwise as `first_layer_of_query`."""
+    assert weights.q_weight is not None and weights.weight1 is not None
+    assert weights.k_weight is not None and weights.k_bias is not None
     weight = weights.weight1[..., weights.q_weight.shape[-2] :]
     return weight @ weights.k_weight, (weight @ weights.k_bias.unsqueeze(-1)).squeeze(-1)
 
 
-def key_features(key: torch.Tensor, weights: ScorerWeights) -> torch.Tensor:
-    """`w` of all keys, all that a scorer needs to know of them: `[B, Hkv, Tk, D]` -> `[B, Hkv, Tk, h1]`.
+def query_features(query: torch.Tensor, weights: ScorerWeights, projected: bool = False) -> torch.Tensor:
+    """`u` of all queries, all that a scorer needs to know of them: `[B, H, Tq, D]` -> `[B, H, Tq, h1]`, in the weights' dtype.
+    `projected`: that is what `query` holds already."""
+    if projected or not weights.has_first_layer:
+        return query.to(weights.weight2.dtype)
+    weight, bias = first_layer_of_query(weights)
+    return apply_linear(query.to(weight.dtype), weight, bias)
 
-    Weights per head give every query head features of its own: `key` must then have `H` heads. In the weights' dtype.
+
+def key_features(key: torch.Tensor, weights: ScorerWeights, projected: bool = False) -> torch.Tensor:
+    """`w` of all keys: `[B, Hkv, Tk, D]` -> `[B, Hkv, Tk, h1]`; otherwise as `query_features`.
+
+    Weights per head give every query head features of its own: `key` must then have `H` heads.
     """
+    if projected or not weights.has_first_layer:
+        return key.to(weights.weight2.dtype)
     weight, bias = first_layer_of_key(weights)
     return apply_linear(key.to(weight.dtype), weight, bias)
 
@@ -101,19 +125,23 @@ def reference_scores(
     *,
     residual_scale: float | None = None,
     keys_projected: bool = False,
+    queries_projected: bool = False,
 ) -> torch.Tensor:
     """Scores of all pairs before any mask: `[B, H, Tq, D]`, `[B, H, Tk, D]` -> `[B, H, Tq, Tk]`, in the query's dtype.
 
     Args:
         residual_scale: None scores by the network alone; a number adds `residual_scale * query @ key^T`.
         keys_projected: `key` is `key_features(key)`, `[B, H, Tk, h1]`.
+        queries_projected: `query` is `query_features(query)`, `[B, H, Tq, h1]`.
     """
     weights = weights.to(query.dtype)
     num_queries, num_keys = query.shape[-2], key.shape[-2]
-    if keys_projected:
-        u = apply_linear(query, *first_layer_of_query(weights))
-        hidden = relu(u.unsqueeze(3) + key.to(query.dtype).unsqueeze(2))
+    if queries_projected or keys_projected or not weights.has_first_layer:
+        u, w = query_features(query, weights, queries_projected), key_features(key, weights, keys_projected)
+        hidden = relu(u.unsqueeze(3) + w.unsqueeze(2))
     else:
+        assert weights.q_weight is not None and weights.q_bias is not None and weights.weight1 is not None
+        assert weights.k_weight is not None and weights.k_bias is not None and weights.bias1 is not None
         q = apply_linear(query, weights.q_weight, weights.q_bias)
         k = apply_linear(key, weights.k_weight, weights.k_bias)
         pairs = torch.cat(
@@ -146,15 +174,25 @@ def reference_attention(
     is_causal: bool = False,
     residual_scale: float | None = None,
     keys_projected: bool = False,
+    queries_projected: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Neural Attention, literally. Arguments are checked and described by `neural_attention`.
 
     Returns:
-        Output `[B, H, Tq, Dv]` and attention weights `[B, H, Tq, Tk]` (after dropout), both in the query's dtype.
+        Output `[B, H, Tq, Dv]`, in the query's dtype (the value's, if queries come projected), and attention weights
+        `[B, H, Tq, Tk]` (after dropout), in the query's dtype.
     """
+    dtype = value.dtype if queries_projected else query.dtype
     num_heads = query.shape[1]
     key, value = expand_heads(key, num_heads), expand_heads(value, num_heads)
-    scores = reference_scores(query, key, weights, residual_scale=residual_scale, keys_projected=keys_projected)
+    scores = reference_scores(
+        query,
+        key,
+        weights,
+        residual_scale=residual_scale,
+        keys_projected=keys_projected,
+        queries_projected=queries_projected,
+    )
     # computes masks and the softmax in float32 at least, since a mask's lowest float32 number is -inf in half precision
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     batch, _, num_queries, num_keys = scores.shape
@@ -173,4 +211,4 @@ def reference_attention(
             dtype=query.dtype,
         )
     output = probabilities @ value.to(query.dtype)
-    return output.to(query.dtype), probabilities  # undoes autocast, which gives the product a smaller dtype
+    return output.to(dtype), probabilities  # undoes autocast, which gives the product a smaller dtype

@@ -1,6 +1,5 @@
-"""The network that scores a query against a key, as a module: its weights, their initialisation, its forward."""
+"""The network that scores a query against a key, as a module: its weights and its forward."""
 
-import math
 from contextlib import nullcontext
 from typing import Any
 
@@ -11,18 +10,14 @@ from transformers import initialization
 from .configuration_neural_attention import INITIALIZATIONS, MODES
 from .neural_attention_blockwise import without_autocast
 from .neural_attention_functional import scorer_attention
-from .neural_attention_reference import ScorerWeights, expand_heads, key_features
+from .neural_attention_initialization import draw_weights
+from .neural_attention_reference import ScorerWeights, expand_heads, key_features, query_features
 
 
 try:
     from accelerate.utils import align_module_device
 except ImportError:  # does nothing then, since nothing is offloaded without accelerate
     align_module_device = nullcontext
-
-
-# Standard deviation of the scores that "mirrored" starts with, on unit-normal queries and keys: what the scaled dot
-# product has there
-INITIAL_SCORE_STD = 1.0
 
 
 class PerHeadLinear(nn.Module):
@@ -38,7 +33,90 @@ class PerHeadLinear(nn.Module):
         return f"num_heads={self.num_heads}, in_features={self.in_features}, out_features={self.out_features}"
 
 
-class NeuralScorer(nn.Module):
+class Scorer(nn.Module):
+    """What scorers have in common: they attend by what their network says of pairs."""
+
+    # of the network, by the fields of `ScorerWeights` in pairs of weight and bias; None where it has no such layer
+    layers: tuple[Any, ...]
+    mode: str
+    num_heads: int | None  # None: all heads share one set of weights
+    hidden_dims: tuple[int, int]
+    head_dim: int  # size of the queries and keys that it takes
+
+    def weights(self) -> ScorerWeights:
+        """The weights as plain tensors. A layer that an adapter or a quantiser has wrapped is asked for what it computes:
+        its effective weight is its response to the identity matrix."""
+        pairs = ((None, None) if layer is None else effective_weights(layer) for layer in self.layers)
+        return ScorerWeights(*(tensor for pair in pairs for tensor in pair))  # type: ignore[arg-type]
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_mask: torch.Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        *,
+        backend: str | None = None,
+        keys_projected: bool = False,
+        queries_projected: bool = False,
+        need_weights: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Runs the operation, `scorer_attention`; everything but what follows is as in
+        `hf_neural_attention.neural_attention`.
+
+        Args:
+            need_weights: also return the attention weights, which only the reference holds; `backend` is then ignored.
+
+        Returns:
+            Output `[B, H, Tq, Dv]`, and the attention weights `[B, H, Tq, Tk]` after dropout, or None.
+        """
+        return scorer_attention(
+            query,
+            key,
+            value,
+            self.weights(),
+            attn_mask,
+            dropout_p,
+            is_causal,
+            scale,
+            mode=self.mode,
+            backend=backend,
+            keys_projected=keys_projected,
+            queries_projected=queries_projected,
+            need_weights=need_weights,
+        )
+
+
+def linear_layer(num_heads: int | None, in_features: int, out_features: int) -> nn.Linear | PerHeadLinear:
+    if num_heads is None:
+        return nn.Linear(in_features, out_features)
+    return PerHeadLinear(num_heads, in_features, out_features)
+
+
+def resolve_sizes(
+    head_dim: int, proj_dim: int | None, hidden_dims: tuple[int, int] | list[int] | None
+) -> tuple[int, tuple[int, int]]:
+    """`proj_dim` and `hidden_dims`, with the paper's where they are None."""
+    proj_dim = max(2, head_dim // 32) if proj_dim is None else proj_dim
+    first, second = (proj_dim, max(1, proj_dim // 2)) if hidden_dims is None else hidden_dims
+    return proj_dim, (first, second)
+
+
+def check_choices(sizes: dict[str, int], mode: str, init: str) -> None:
+    """Raises a ValueError that names what is wrong."""
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"`{name}` is {size}; a size must be at least 1.")
+    if mode not in MODES:
+        raise ValueError(f"`mode` is {mode!r}; it must be one of {', '.join(map(repr, MODES))}.")
+    if init not in INITIALIZATIONS:
+        raise ValueError(f"`init` is {init!r}; it must be one of {', '.join(map(repr, INITIALIZATIONS))}.")
+
+
+class NeuralScorer(Scorer):
     """Scores queries against keys with a small feed-forward network and attends by those scores.
 
     Neural Attention (DiGiugno and Mahmood, arXiv 2502.17206, section 3). With `p = proj_dim`, `h1, h2 = hidden_dims`:
@@ -76,36 +154,24 @@ class NeuralScorer(nn.Module):
         init: str = "mirrored",
     ):
         super().__init__()
-        proj_dim = max(2, head_dim // 32) if proj_dim is None else proj_dim
-        first, second = (proj_dim, max(1, proj_dim // 2)) if hidden_dims is None else hidden_dims
+        proj_dim, (first, second) = resolve_sizes(head_dim, proj_dim, hidden_dims)
         sizes = {"head_dim": head_dim, "proj_dim": proj_dim, "hidden_dims[0]": first, "hidden_dims[1]": second}
-        for name, size in {**sizes, "num_heads": 1 if num_heads is None else num_heads}.items():
-            if size < 1:
-                raise ValueError(f"`{name}` is {size}; a size must be at least 1.")
-        if mode not in MODES:
-            raise ValueError(f"`mode` is {mode!r}; it must be one of {', '.join(map(repr, MODES))}.")
-        if init not in INITIALIZATIONS:
-            raise ValueError(f"`init` is {init!r}; it must be one of {', '.join(map(repr, INITIALIZATIONS))}.")
+        check_choices(sizes | {"num_heads": 1 if num_heads is None else num_heads}, mode, init)
         self.head_dim, self.proj_dim, self.hidden_dims = head_dim, proj_dim, (first, second)
         self.mode, self.num_heads, self.init = mode, num_heads, init
 
-        def layer(in_features: int, out_features: int) -> nn.Linear | PerHeadLinear:
-            if num_heads is None:
-                return nn.Linear(in_features, out_features)
-            return PerHeadLinear(num_heads, in_features, out_features)
-
-        self.q_proj = layer(head_dim, proj_dim)
-        self.k_proj = layer(head_dim, proj_dim)
-        self.linear1 = layer(2 * proj_dim, first)
-        self.linear2 = layer(first, second)
-        self.linear3 = layer(second, 1)
+        self.q_proj = linear_layer(num_heads, head_dim, proj_dim)
+        self.k_proj = linear_layer(num_heads, head_dim, proj_dim)
+        self.linear1 = linear_layer(num_heads, 2 * proj_dim, first)
+        self.linear2 = linear_layer(num_heads, first, second)
+        self.linear3 = linear_layer(num_heads, second, 1)
         self.reset_parameters()
 
     def extra_repr(self) -> str:
         return f"mode={self.mode!r}, init={self.init!r}"
 
     @property
-    def layers(self) -> tuple[nn.Linear | PerHeadLinear, ...]:
+    def layers(self) -> tuple[nn.Linear | PerHeadLinear, ...]:  # type: ignore[override]
         return self.q_proj, self.k_proj, self.linear1, self.linear2, self.linear3
 
     @torch.no_grad()
@@ -115,9 +181,7 @@ class NeuralScorer(nn.Module):
         self.linear3.bias.requires_grad_(False)
         if self.linear1.weight.is_meta:
             return
-        draw = mirrored_weights if self.init == "mirrored" else paper_weights
-        sets = [draw(self.head_dim, self.proj_dim, *self.hidden_dims) for _ in range(self.num_heads or 1)]
-        drawn = sets[0] if self.num_heads is None else ScorerWeights(*map(torch.stack, zip(*sets, strict=True)))
+        drawn: Any = draw_weights(self.init, self.head_dim, self.proj_dim, self.hidden_dims, self.num_heads)
         targets = [parameter for layer in self.layers for parameter in (layer.weight, layer.bias)]
         for target, source in zip(targets, drawn, strict=True):
             initialization.copy_(target, source)
@@ -125,10 +189,22 @@ class NeuralScorer(nn.Module):
             initialization.zeros_(self.linear3.weight)
             initialization.zeros_(self.linear3.bias)
 
-    def weights(self) -> ScorerWeights:
-        """The weights as plain tensors. A layer that an adapter or a quantiser has wrapped is asked for what it computes:
-        its effective weight is its response to the identity matrix."""
-        return ScorerWeights(*(tensor for layer in self.layers for tensor in effective_weights(layer)))
+    def project_queries(self, query: torch.Tensor) -> torch.Tensor:
+        """The part of queries in the first hidden layer, its bias included.
+
+        Args:
+            query: `[B, H, Tq, D]`.
+
+        Returns:
+            `[B, H, Tq, h1]` in float32 (float64 for float64 queries). Goes into `forward` with `queries_projected=True`.
+
+        Raises:
+            ValueError: in `mode="residual"`, whose dot product needs the queries themselves.
+        """
+        if self.mode == "residual":
+            raise ValueError('`mode="residual"` needs whole queries for its dot product; they cannot be projected beforehand.')
+        with without_autocast(query):
+            return query_features(query, self.weights().to(torch.promote_types(query.dtype, torch.float32)))
 
     def project_keys(self, key: torch.Tensor) -> torch.Tensor:
         """What a cache has to keep of keys: their part of the first hidden layer, `hidden_dims[0]` numbers each.
@@ -149,43 +225,56 @@ class NeuralScorer(nn.Module):
             weights = self.weights().to(torch.promote_types(key.dtype, torch.float32))
             return key_features(key if self.num_heads is None else expand_heads(key, self.num_heads), weights)
 
-    def forward(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attn_mask: torch.Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        *,
-        backend: str | None = None,
-        keys_projected: bool = False,
-        need_weights: bool = False,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Runs the operation, `scorer_attention`; everything but what follows is as in
-        `hf_neural_attention.neural_attention`.
 
-        Args:
-            need_weights: also return the attention weights, which only the reference holds; `backend` is then ignored.
+class CompactScorer(Scorer):
+    """The layers of a scorer that act on pairs, for attention modules that project hidden states straight to its first layer.
 
-        Returns:
-            Output `[B, H, Tq, Dv]`, and the attention weights `[B, H, Tq, Tk]` after dropout, or None.
-        """
-        return scorer_attention(
-            query,
-            key,
-            value,
-            self.weights(),
-            attn_mask,
-            dropout_p,
-            is_causal,
-            scale,
-            mode=self.mode,
-            backend=backend,
-            keys_projected=keys_projected,
-            need_weights=need_weights,
-        )
+    In mode `"replace"`, and where nothing happens to queries and keys between their projection and the scorer, both steps are
+    linear: `u = A (W_Q x + b_Q) + a` and `w = C (W_K x + b_K) + c` are projections of the hidden state `x` to `h1` numbers a
+    head, which take the place of queries and keys (`CompactAttention`). With `h1, h2 = hidden_dims`:
+
+        s = linear3(relu(linear2(relu(u + w))))     h1 -> h2 -> 1
+
+    Args:
+        hidden_dims (`tuple[int, int]`): `h1, h2`.
+        num_heads (`int`, *optional*): Number of query heads, to give each weights of its own. Default: None, one set for all.
+        init (`str`): `"mirrored"` or `"paper"`, as of `NeuralScorer`. Default: `"mirrored"`.
+
+    Raises:
+        ValueError: on a size below one, or an unknown initialisation.
+    """
+
+    mode = "replace"
+
+    def __init__(self, hidden_dims: tuple[int, int] | list[int], num_heads: int | None = None, init: str = "mirrored"):
+        super().__init__()
+        first, second = hidden_dims
+        sizes = {"hidden_dims[0]": first, "hidden_dims[1]": second, "num_heads": 1 if num_heads is None else num_heads}
+        check_choices(sizes, self.mode, init)
+        self.head_dim, self.hidden_dims, self.num_heads, self.init = first, (first, second), num_heads, init
+        self.linear2 = linear_layer(num_heads, first, second)
+        self.linear3 = linear_layer(num_heads, second, 1)
+        self.reset_parameters()
+
+    def extra_repr(self) -> str:
+        return f"init={self.init!r}"
+
+    @property
+    def layers(self) -> tuple[nn.Linear | PerHeadLinear | None, ...]:  # type: ignore[override]
+        return None, None, None, self.linear2, self.linear3
+
+    @torch.no_grad()
+    def reset_parameters(self, drawn: ScorerWeights | None = None) -> None:
+        """Sets the weights to these, or to new ones by `self.init`. Those that `from_pretrained` has just loaded are left."""
+        self.linear3.bias.requires_grad_(False)
+        if self.linear2.weight.is_meta:
+            return
+        if drawn is None:
+            drawn = draw_weights(self.init, self.hidden_dims[0], self.hidden_dims[0], self.hidden_dims, self.num_heads)
+        targets = self.linear2.weight, self.linear2.bias, self.linear3.weight, self.linear3.bias
+        of_pairs: Any = drawn[6:]
+        for target, source in zip(targets, of_pairs, strict=True):
+            initialization.copy_(target, source)
 
 
 def effective_weights(layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -201,67 +290,3 @@ def effective_weights(layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
     inputs = torch.eye(base.in_features, device=stored.device, dtype=dtype)
     bias = layer(torch.zeros_like(inputs[:1]))[0]
     return (layer(inputs) - bias).T.contiguous(), bias
-
-
-def paper_weights(head_dim: int, proj_dim: int, first: int, second: int) -> ScorerWeights:
-    """The released code's initialisation: `nn.Linear`'s, uniform in +-1/sqrt(fan_in), biases included.
-
-    On unit-normal inputs a third of such scorers with `proj_dim` 2 have a last hidden layer that is zero for every pair
-    ("dead": uniform attention, no gradient, for ever), and the living start almost uniform
-    (`recipes/measure_initialization.py`).
-    """
-
-    def uniform(*shape: int, fan_in: int) -> torch.Tensor:
-        return (torch.rand(shape) * 2 - 1) / math.sqrt(fan_in)
-
-    sizes = (head_dim, proj_dim), (head_dim, proj_dim), (2 * proj_dim, first), (first, second), (second, 1)
-    return ScorerWeights(
-        *(tensor for fan_in, out in sizes for tensor in (uniform(out, fan_in, fan_in=fan_in), uniform(out, fan_in=fan_in)))
-    )
-
-
-def mirrored_weights(head_dim: int, proj_dim: int, first: int, second: int) -> ScorerWeights:
-    """An initialisation that no draw leaves dead and that starts with scores of standard deviation one.
-
-    - `q_proj`, `k_proj`: orthonormal rows, so that nothing of the input is seen twice.
-    - `linear1`: random directions, half of each one's length on the query and half on the key, so that both matter; units
-      come in mirrored pairs (`x` and `-x`; an odd one stays alone), so one of each pair is active for every query and key.
-    - `linear2`: non-negative, so its units are active wherever a unit of `linear1` is (everywhere, or for half the pairs
-      where `hidden_dims[0]` is 1): none is dead, at any `proj_dim`.
-    - `linear3`: random, scaled so that scores have standard deviation `INITIAL_SCORE_STD` on unit-normal queries and keys,
-      as those of the scaled dot product do. All ReLUs of `linear2` being open, a score is a weighted sum of ReLUs of
-      jointly normal numbers, whose variance has a closed form (Cho and Saul 2009, "Kernel methods for deep learning",
-      arc-cosine kernel of order 1): no sample is needed.
-    - biases: zero. `linear2`'s therefore gets a zero gradient at the very start, as it moves all scores of a row together.
-    """
-    # overrides torch's defaults, since it has no QR decomposition in half precision, nor float64 on every device
-    where: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
-    q_weight, k_weight = (nn.init.orthogonal_(torch.empty(proj_dim, head_dim, **where)) for _ in range(2))
-    halves = torch.randn(2, (first + 1) // 2, proj_dim, **where)
-    halves = halves / halves.norm(dim=-1, keepdim=True) / math.sqrt(2)
-    directions = torch.cat(tuple(halves), dim=-1)
-    weight1 = torch.stack((directions, -directions), dim=1).flatten(0, 1)[:first]
-    weight2 = torch.rand(second, first, **where) + 0.1
-    weight2 = weight2 / weight2.norm(dim=-1, keepdim=True)
-    weight3 = torch.randn(1, second, **where)
-    if first == 1:
-        weight3 = weight3.abs()  # avoids that equal units of linear2 cancel
-
-    mixed = torch.cat((weight1[:, :proj_dim] @ q_weight, weight1[:, proj_dim:] @ k_weight), dim=-1)
-    coefficients = (weight3 @ weight2).squeeze(0)
-    weight3 = weight3 * (INITIAL_SCORE_STD / relu_sum_std(coefficients, mixed @ mixed.T))
-    zeros = torch.zeros
-    return ScorerWeights(
-        q_weight, zeros(proj_dim), k_weight, zeros(proj_dim), weight1, zeros(first), weight2, zeros(second), weight3, zeros(1)
-    )  # fmt: skip
-
-
-def relu_sum_std(coefficients: torch.Tensor, covariance: torch.Tensor) -> float:
-    """Standard deviation of `sum_c coefficients[c] * relu(x_c)` for `x` normal with mean zero and this covariance."""
-    covariance, coefficients = covariance.double(), coefficients.double()
-    deviation = covariance.diagonal().sqrt()
-    scale = deviation[:, None] * deviation
-    angle = (covariance / scale).clamp(-1.0, 1.0).acos()
-    second_moment = scale * (angle.sin() + (math.pi - angle) * angle.cos()) / (2 * math.pi)
-    mean = coefficients @ deviation / math.sqrt(2 * math.pi)
-    return (coefficients @ second_moment @ coefficients - mean**2).sqrt().item()

@@ -38,12 +38,12 @@ class NativeArguments(NamedTuple):
     """
 
     # of any floating dtype and strides
-    query: torch.Tensor  # [B, H, Tq, D]
+    query: torch.Tensor  # [B, H, Tq, D]; projected, [B, H, Tq, h1]
     key: torch.Tensor  # [B, Hkv, Tk, D]; projected, [B, Hkv or H, Tk, h1]
     value: torch.Tensor  # [B, Hkv, Tk, Dv]
     # the first layer by token: `first_layer_of_query` and `first_layer_of_key`
-    query_weight: torch.Tensor  # [H, h1, D] or [h1, D]
-    query_bias: torch.Tensor  # [H, h1] or [h1]
+    query_weight: torch.Tensor | None  # [H, h1, D] or [h1, D]; None: queries are projected
+    query_bias: torch.Tensor | None  # [H, h1] or [h1]
     key_weight: torch.Tensor | None  # None: keys are projected
     key_bias: torch.Tensor | None
     # the layers by pair
@@ -76,7 +76,7 @@ def library_for(dtype: torch.dtype) -> ctypes.CDLL:
 def describe_problem(arguments: NativeArguments) -> tuple[Problem, list[torch.Tensor | None]]:
     """The arguments as the kernels take them, and the tensors that must outlive the call."""
     query, key, value, weight2 = arguments.query, arguments.key, arguments.value, arguments.weight2
-    batch, heads, queries, head_dim = query.shape
+    batch, heads, queries, size = query.shape
     keys = key.shape[2]
     mask = None if arguments.attn_mask is None else arguments.attn_mask.expand(batch, heads, queries, keys)
     problem = Problem(
@@ -85,11 +85,12 @@ def describe_problem(arguments: NativeArguments) -> tuple[Problem, list[torch.Te
         kv_heads=value.shape[1],
         queries=queries,
         keys=keys,
-        head_dim=head_dim,
+        head_dim=size if arguments.query_weight is not None else key.shape[3],
         value_dim=value.shape[3],
         hidden1=weight2.shape[-1],
         hidden2=weight2.shape[-2],
         weight_sets=heads if weight2.dim() == 3 else 1,
+        queries_projected=arguments.query_weight is None,
         keys_projected=arguments.key_weight is None,
         is_causal=arguments.is_causal,
         residual=arguments.residual_scale is not None,
@@ -111,13 +112,14 @@ def describe_problem(arguments: NativeArguments) -> tuple[Problem, list[torch.Te
 
 
 def allocate_outputs(arguments: NativeArguments) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output `[B, H, Tq, Dv]` in the query's dtype; and what the softmax of each row was, `[B, H, Tq, 2]`, in the weights'
-    dtype: pivot `m` and `1 / sum(2^(score - m))`, with scores in units of log2(e).
+    """Output `[B, H, Tq, Dv]` in the query's dtype, or the value's if queries are projected; and what the softmax of each row
+    was, `[B, H, Tq, 2]`, in the weights' dtype: pivot `m` and `1 / sum(2^(score - m))`, with scores in units of log2(e).
 
     The output lies in memory as `[B, Tq, H, Dv]`, which is what attention modules turn it into.
     """
     batch, heads, queries, _ = arguments.query.shape
-    output = arguments.query.new_empty(batch, queries, heads, arguments.value.shape[-1]).transpose(1, 2)
+    like = arguments.value if arguments.query_weight is None else arguments.query
+    output = like.new_empty(batch, queries, heads, arguments.value.shape[-1]).transpose(1, 2)
     return output, arguments.weight2.new_empty(batch, heads, queries, 2)
 
 
@@ -191,13 +193,14 @@ def native_attention(
     is_causal: bool = False,
     residual_scale: float | None = None,
     keys_projected: bool = False,
+    queries_projected: bool = False,
 ) -> torch.Tensor:
     """Neural Attention in one fused pass on the CPU. Arguments are checked and described by `neural_attention`.
 
     Differentiable once.
 
     Returns:
-        Output `[B, H, Tq, Dv]` in the query's dtype.
+        Output `[B, H, Tq, Dv]` in the query's dtype (the value's, if queries come projected).
 
     Raises:
         RuntimeError: if the kernel cannot be compiled here.
@@ -208,7 +211,7 @@ def native_attention(
         if attn_mask is not None and attn_mask.dtype not in ELEMENT_TYPES:
             attn_mask = attn_mask.float()
         weights = weights.to(torch.promote_types(query.dtype, torch.float32))
-        query_weight, query_bias = first_layer_of_query(weights)
+        query_weight, query_bias = (None, None) if queries_projected else first_layer_of_query(weights)
         key_weight, key_bias = (None, None) if keys_projected else first_layer_of_key(weights)
         arguments = NativeArguments(
             query=query,

@@ -33,8 +33,8 @@ class Problem(ctypes.Structure):
     _fields_ = [
         *((name, Int) for name in ("batch", "heads", "kv_heads", "queries", "keys", "head_dim", "value_dim")),
         *((name, Int) for name in ("hidden1", "hidden2")),
-        *((name, Int) for name in ("weight_sets", "keys_projected", "is_causal", "residual", "num_threads")),
-        *((name, Int) for name in ("drop_below", "has_dropout", "seed")),
+        *((name, Int) for name in ("weight_sets", "queries_projected", "keys_projected", "is_causal")),
+        *((name, Int) for name in ("residual", "num_threads", "drop_below", "has_dropout", "seed")),
         ("residual_scale", ctypes.c_double),
         *((name, Tensor) for name in (*TOKENS, "mask")),
         *((name, Pointer) for name in PARAMETERS),

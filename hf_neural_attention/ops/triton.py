@@ -16,7 +16,7 @@ import torch
 
 from ..models.neural_attention_blockwise import without_autocast
 from ..models.neural_attention_masking import dropout_threshold
-from ..models.neural_attention_reference import ScorerWeights, apply_linear, expand_heads, first_layer_of_query, key_features
+from ..models.neural_attention_reference import ScorerWeights, expand_heads, key_features, query_features
 from .operators import Tensors, define_operators
 from .triton_blocks import Blocks, choose_blocks, kernel_constants
 
@@ -257,6 +257,7 @@ def triton_attention(
     is_causal: bool = False,
     residual_scale: float | None = None,
     keys_projected: bool = False,
+    queries_projected: bool = False,
 ) -> torch.Tensor:
     """Neural Attention in Triton. Arguments are checked and described by `neural_attention`.
 
@@ -264,7 +265,7 @@ def triton_attention(
     and keys in residual mode, take numbers of the query's dtype. Differentiable once.
 
     Returns:
-        Output `[B, H, Tq, Dv]` in the query's dtype.
+        Output `[B, H, Tq, Dv]` in the query's dtype (the value's, if queries come projected).
 
     Raises:
         ValueError: if Triton cannot run these inputs; `unavailable_reason` says why.
@@ -284,9 +285,9 @@ def triton_attention(
             layers = [layer.unsqueeze(0) for layer in layers]
         weight2, bias2, weight3 = layers
         arguments = TritonArguments(
-            u=apply_linear(query.to(dtype), *first_layer_of_query(weights)),
-            w=key.to(dtype) if keys_projected else key_features(key, weights),
-            value=value.to(query.dtype),
+            u=query_features(query, weights, queries_projected),
+            w=key_features(key, weights, keys_projected),
+            value=value if queries_projected else value.to(query.dtype),
             weight2=weight2,
             bias2=bias2,
             weight3=weight3,

@@ -39,11 +39,18 @@ VIT_FIELDS = {
     "num_labels": 5,
     "initializer_range": 0.2,
 }
-LAYERS = {"one layer": {"neural_layers": [0]}, "all layers": {"neural_layers": "all"}}
+COMPACT = {"neural_compact": True, "neural_hidden_dims": [4, 2]}
+LAYERS = {
+    "one layer": {"neural_layers": [0]},
+    "all layers": {"neural_layers": "all"},
+    "one compact layer": {"neural_layers": [0], **COMPACT},
+    "all layers compact": {"neural_layers": "all", **COMPACT},
+}
 VARIANTS = {
     **LAYERS,
     "residual": {"neural_layers": "all", "neural_mode": "residual"},
     "per head": {"neural_layers": "all", "neural_per_head": True, "neural_proj_dim": 4},
+    "compact per head": {"neural_layers": "all", "neural_per_head": True, **COMPACT},
 }
 
 

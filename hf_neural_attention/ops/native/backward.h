@@ -32,7 +32,7 @@ class Backward {
         query_blocks(problem, result, hidden2),
         partial_u(problem.batch * problem.heads * problem.queries * problem.hidden1 * parts),
         partial_query(problem.residual ? problem.batch * problem.heads * problem.queries * width * parts : 0),
-        query_sums(problem.batch * problem.heads * query_parts * layer_sums),
+        query_sums(problem.queries_projected ? 0 : problem.batch * problem.heads * query_parts * layer_sums),
         key_sums(problem.keys_projected ? 0 : problem.batch * problem.heads * parts * layer_sums),
         network_sums(problem.batch * problem.heads * parts * pair_sums) {}
 
@@ -343,8 +343,10 @@ class Backward {
   void queries_of_one_head(Memory& memory, int64_t b, int64_t head, int64_t query_part) const {
     const int64_t h1 = problem.hidden1, blocks = (problem.queries + TOKENS_AT_ONCE - 1) / TOKENS_AT_ONCE;
     Real* const sums = query_sums.data + ((b * problem.heads + head) * query_parts + query_part) * layer_sums;
-    std::memset(sums, 0, sizeof(Real) * layer_sums);
-    memory.layer.use(problem.query_weight + problem.weight_set(head) * h1 * problem.head_dim);
+    if (!problem.queries_projected) {
+      std::memset(sums, 0, sizeof(Real) * layer_sums);
+      memory.layer.use(problem.query_weight + problem.weight_set(head) * h1 * problem.head_dim);
+    }
     for (int64_t block = blocks * query_part / query_parts; block < blocks * (query_part + 1) / query_parts; block++) {
       const int64_t first = block * TOKENS_AT_ONCE, n = std::min(TOKENS_AT_ONCE, problem.queries - first);
       Real* const grad_u = memory.grad_w;
@@ -352,6 +354,10 @@ class Backward {
       for (int64_t part = 1; part < parts; part++) {
         const Real* const more = u_of(b, head, part) + first * h1;
         for (int64_t k = 0; k < n * h1; k++) grad_u[k] += more[k];
+      }
+      if (problem.queries_projected) {
+        for (int64_t i = 0; i < n; i++) write_row(result.grad_query, result.grad_query.at(b, head, first + i), h1, grad_u + i * h1);
+        continue;
       }
       const Rows queries = read_rows(problem.query, problem.query.at(b, head, first), n, problem.head_dim, memory.keys);
       memory.layer.template back<REPLACE>(grad_u, h1, 1, n, queries, memory.grad_keys, sums);
@@ -370,8 +376,10 @@ class Backward {
     const std::unique_ptr<double[]> totals(new double[std::max(layer_sums, pair_sums)]);
     for (int64_t set = 0; set < problem.weight_sets; set++) {
       const int64_t layer = set * h1 * problem.head_dim;
-      add_up(query_sums.data, layer_sums, set, problem.batch, query_parts, totals.get());
-      FirstLayer(h1, problem.head_dim, width, nullptr).store_sums(totals.get(), result.grad_query_weight + layer, result.grad_query_bias + set * h1);
+      if (!problem.queries_projected) {
+        add_up(query_sums.data, layer_sums, set, problem.batch, query_parts, totals.get());
+        FirstLayer(h1, problem.head_dim, width, nullptr).store_sums(totals.get(), result.grad_query_weight + layer, result.grad_query_bias + set * h1);
+      }
       if (!problem.keys_projected) {
         add_up(key_sums.data, layer_sums, set, by_head, 1, totals.get());
         FirstLayer(h1, problem.head_dim, width, nullptr).store_sums(totals.get(), result.grad_key_weight + layer, result.grad_key_bias + set * h1);

@@ -15,6 +15,17 @@ constexpr int64_t ROW_GROUP = 8;
 // one of 2^-64 far from where single weights would be lost)
 constexpr Real LARGEST_SUM = Real(18446744073709551616.0), SMALLEST_SUM = 1 / LARGEST_SUM;
 
+// u of n queries, which is what they contribute to the first layer: out [h1, ld]. `columns` is room for [D, ld] numbers and `row`
+// for LANES queries.
+static void query_features(const Problem& problem, int64_t b, int64_t head, int64_t first, int64_t n, int64_t ld, Real* columns,
+                           Real* row, Real* out) {
+  const int64_t h1 = problem.hidden1, width = problem.head_dim, set = problem.weight_set(head);
+  const char* const data = problem.query.at(b, head, first);
+  if (problem.queries_projected) return read_transposed(problem.query, data, n, h1, out, ld, row);
+  read_transposed(problem.query, data, n, width, columns, ld, row);
+  project(problem.query_weight + set * h1 * width, problem.query_bias + set * h1, h1, width, columns, ld, n, out, ld);
+}
+
 // w of n keys, which is what they contribute to the first layer: out [h1, ld]. `head` is one of w's. `columns` is room for
 // [D, ld] numbers and `row` for LANES keys.
 static void key_features(const Problem& problem, int64_t b, int64_t head, int64_t first, int64_t n, int64_t ld, Real* columns,
@@ -192,9 +203,7 @@ class Forward {
   void block(Memory& memory, int64_t b, int64_t head, int64_t first) const {
     const int64_t set = problem.weight_set(head), count = std::min(QUERY_BLOCK, problem.queries - first);
     const PairNetwork net(problem, set, hidden2, memory.net);
-    read_transposed(problem.query, problem.query.at(b, head, first), count, problem.head_dim, memory.query, QUERY_BLOCK, memory.row);
-    project(problem.query_weight + set * problem.hidden1 * problem.head_dim, problem.query_bias + set * problem.hidden1,
-            problem.hidden1, problem.head_dim, memory.query, QUERY_BLOCK, count, memory.u, QUERY_BLOCK);
+    query_features(problem, b, head, first, count, QUERY_BLOCK, memory.query, memory.row, memory.u);
     prepare_queries(net, memory.u, QUERY_BLOCK, count, memory.bias2);
     std::memset(memory.output, 0, sizeof(Real) * QUERY_BLOCK * value_width);
     std::memset(memory.pivot, 0, sizeof(memory.pivot));

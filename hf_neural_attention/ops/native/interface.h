@@ -29,6 +29,7 @@ struct Tensor {
 struct Problem {
   int64_t batch, heads, kv_heads, queries, keys, head_dim, value_dim, hidden1, hidden2;
   int64_t weight_sets;      // 1, or `heads` where the weights are per head
+  int64_t queries_projected;  // `query` holds u, [B, H, Tq, h1]
   int64_t keys_projected;   // `key` holds w, [B, Hw, Tk, h1]
   int64_t is_causal;
   int64_t residual;         // scores have scale * q.k added
@@ -39,9 +40,9 @@ struct Problem {
   double residual_scale;
   Tensor query, key, value, mask;
   // The first layer of the scorer by itself, u = A q + a and w = C k + c, and the layers that act on pairs. Contiguous.
-  const Real* query_weight;  // A [weight_sets, h1, D]
+  const Real* query_weight;  // A [weight_sets, h1, D]; null where queries come projected
   const Real* query_bias;    // a [weight_sets, h1]
-  const Real* key_weight;    // C
+  const Real* key_weight;    // C; null where keys come projected
   const Real* key_bias;      // c
   const Real* weight2;       // [weight_sets, h2, h1]
   const Real* bias2;         // [weight_sets, h2]
@@ -62,11 +63,11 @@ struct ForwardResult {
 struct BackwardResult {
   Tensor output, grad_output;   // [B, H, Tq, Dv]
   const Real* softmax;          // [B, H, Tq, 2], as ForwardResult has it
-  Tensor grad_query;            // [B, H, Tq, D]
+  Tensor grad_query;            // [B, H, Tq, D], or [B, H, Tq, h1] where queries come projected
   Tensor grad_key;              // [B, Hkv, Tk, D], or [B, Hw, Tk, h1] where keys come projected
   Tensor grad_value;            // [B, Hkv, Tk, Dv]
-  Real* grad_query_weight;      // [weight_sets, h1, D], contiguous, as all that follows
-  Real* grad_query_bias;        // [weight_sets, h1]
+  Real* grad_query_weight;      // [weight_sets, h1, D], contiguous, as all that follows, or null where queries come projected
+  Real* grad_query_bias;        // [weight_sets, h1], or null
   Real* grad_key_weight;        // [weight_sets, h1, D], or null where keys come projected
   Real* grad_key_bias;          // [weight_sets, h1], or null
   Real* grad_weight2;           // [weight_sets, h2, h1]
@@ -101,8 +102,8 @@ constexpr Field FIELDS[] = {
 
     FIELD(Problem, batch), FIELD(Problem, heads), FIELD(Problem, kv_heads), FIELD(Problem, queries), FIELD(Problem, keys),
     FIELD(Problem, head_dim), FIELD(Problem, value_dim), FIELD(Problem, hidden1), FIELD(Problem, hidden2),
-    FIELD(Problem, weight_sets), FIELD(Problem, keys_projected), FIELD(Problem, is_causal), FIELD(Problem, residual),
-    FIELD(Problem, num_threads), FIELD(Problem, drop_below), FIELD(Problem, has_dropout), FIELD(Problem, seed),
+    FIELD(Problem, weight_sets), FIELD(Problem, queries_projected), FIELD(Problem, keys_projected), FIELD(Problem, is_causal),
+    FIELD(Problem, residual), FIELD(Problem, num_threads), FIELD(Problem, drop_below), FIELD(Problem, has_dropout), FIELD(Problem, seed),
     FIELD(Problem, residual_scale), FIELD(Problem, query), FIELD(Problem, key), FIELD(Problem, value), FIELD(Problem, mask),
     FIELD(Problem, query_weight), FIELD(Problem, query_bias), FIELD(Problem, key_weight), FIELD(Problem, key_bias),
     FIELD(Problem, weight2), FIELD(Problem, bias2), FIELD(Problem, weight3),

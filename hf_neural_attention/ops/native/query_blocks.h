@@ -19,7 +19,7 @@ class QueryBlocks {
         prepared(numbers * problem.batch * problem.heads * per_head) {
 #pragma omp parallel num_threads(problem.num_threads)
     {
-      const int64_t row_width = std::max(width, value_width);
+      const int64_t row_width = std::max({width, value_width, round_up(problem.hidden1, LANES)});
       Scratch scratch(LANES * row_width + width * BACKWARD_QUERIES + 2 * value_width * BACKWARD_QUERIES + PairNetwork::size(problem.hidden1, hidden2) + 8 * LANES);
       Real *row = scratch.take(LANES * row_width), *columns = scratch.take(width * BACKWARD_QUERIES);
       Real *outputs = scratch.take(2 * value_width * BACKWARD_QUERIES), *room = scratch.take(PairNetwork::size(problem.hidden1, hidden2));
@@ -52,11 +52,10 @@ class QueryBlocks {
 
   void prepare(int64_t b, int64_t head, int64_t block, Real* row, Real* columns, Real* outputs, Real* room) const {
     constexpr int64_t n = BACKWARD_QUERIES;
-    const int64_t first = block * n, rows = count(block), set = problem.weight_set(head), h1 = problem.hidden1;
+    const int64_t first = block * n, rows = count(block);
     const QueryBlock q = at(b, head, block);
-    const PairNetwork net(problem, set, hidden2, room);
-    read_transposed(problem.query, problem.query.at(b, head, first), rows, problem.head_dim, columns, n, row);
-    project(problem.query_weight + set * h1 * problem.head_dim, problem.query_bias + set * h1, h1, problem.head_dim, columns, n, rows, q.minus_u, n);
+    const PairNetwork net(problem, problem.weight_set(head), hidden2, room);
+    query_features(problem, b, head, first, rows, n, columns, row, q.minus_u);
     prepare_queries(net, q.minus_u, n, rows, q.bias2);
     Real* const grad_outputs = outputs + value_width * n;
     read_transposed(result.output, result.output.at(b, head, first), rows, problem.value_dim, outputs, n, row);

@@ -1,0 +1,189 @@
+"""The compact form: attention whose queries and keys are the first layer of its scorer.
+
+A scorer sees a query and a key through linear maps to `h1` numbers each. In mode `"replace"`, and where nothing happens to
+queries and keys between their projection and the scorer, hidden states can be projected to these numbers at once:
+
+    u = A (W_Q x + b_Q) + a = (A W_Q) x + (A b_Q + a)        d_model -> H * h1
+    w = C (W_K x + b_K) + c = (C W_K) x + (C b_K + c)        d_model -> H * h1
+
+That computes the same function with fewer parameters, and any cache holds `h1` numbers of a key and head. Families have an
+attention class of `CompactAttentionMixin` and their stock one.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .neural_attention_initialization import CompactWeights, draw_compact_weights
+from .neural_attention_interface import NeuralConfigView
+from .neural_attention_reference import ScorerWeights, first_layer_of_key, first_layer_of_query
+from .neural_attention_scorer import CompactScorer
+
+
+class CompactAttentionMixin:
+    """Comes before a stock attention class among the bases of a compact one.
+
+    A class says in `write_first_layer` where its projections are, and in `forward` how it splits what they make. The rest of
+    the stock module (values, output projection, dropout) stays.
+    """
+
+    config: Any
+    scorer: CompactScorer
+    hidden_size: int
+    num_attention_heads: int
+    head_dim: int
+
+    def make_compact(
+        self, config: Any, hidden_dims: tuple[int, int], num_heads: int, per_head: bool, init: str = "mirrored"
+    ) -> None:
+        """Gives the module a scorer, and the view of its config that tells what is neural."""
+        self.hidden_size, self.num_attention_heads = config.hidden_size, num_heads
+        self.scorer = CompactScorer(hidden_dims, num_heads if per_head else None, init)
+        self.config = NeuralConfigView(config)
+
+    @property
+    def projection_size(self) -> int:
+        """Numbers to which a hidden state is projected as a query, and as a key: `H * h1`."""
+        return self.num_attention_heads * self.scorer.hidden_dims[0]
+
+    def write_first_layer(
+        self, query_weight: torch.Tensor, query_bias: torch.Tensor, key_weight: torch.Tensor, key_bias: torch.Tensor
+    ) -> None:
+        """Sets the projections of hidden states: `[H * h1, d_model]` and `[H * h1]`, by `transformers.initialization`."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def write_weights(self, weights: CompactWeights) -> None:
+        query_weight, query_bias, key_weight, key_bias, of_pairs = weights
+        self.write_first_layer(query_weight.flatten(0, 1), query_bias.flatten(), key_weight.flatten(0, 1), key_bias.flatten())
+        self.scorer.reset_parameters(of_pairs)
+
+    def reset_parameters(self) -> None:
+        """Draws new weights of what is not stock. Weights that `from_pretrained` has just loaded are left as they are."""
+        if self.scorer.linear2.weight.is_meta:
+            self.scorer.reset_parameters()
+            return
+        self.write_weights(
+            draw_compact_weights(
+                self.scorer.init,
+                self.hidden_size,
+                self.scorer.hidden_dims,
+                self.num_attention_heads,
+                self.scorer.num_heads is not None,
+            )
+        )
+
+    def split_heads(self, states: torch.Tensor, size: int) -> torch.Tensor:
+        """`[B, T, H * size]` -> `[B, H, T, size]`."""
+        return states.view(*states.shape[:-1], -1, size).transpose(1, 2)
+
+    def attend(
+        self, u: torch.Tensor, w: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Output `[B, Tq, H * Dv]` and attention weights or None, by the attention function that the module's config names."""
+        function = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
+        output, weights = function(self, u, w, value, attention_mask, **kwargs)
+        return output.flatten(-2), weights
+
+
+def fold(
+    weights: ScorerWeights,
+    query: tuple[torch.Tensor, torch.Tensor | None],
+    key: tuple[torch.Tensor, torch.Tensor | None],
+    num_heads: int,
+) -> CompactWeights:
+    """A scorer's weights, and the projections of hidden states to its queries and keys, as one projection to its first layer.
+
+    Computes in float64, and returns float64: rounded once, to the dtype of the model.
+
+    Args:
+        weights: of a `NeuralScorer` of mode `"replace"`.
+        query, key: weight `[H * D, d_model]`, or `[Hkv * D, d_model]` of keys, and bias or None.
+        num_heads: `H`.
+    """
+    weights = weights.to(torch.float64)
+
+    def by_head(layer: tuple[torch.Tensor, torch.Tensor | None]) -> tuple[torch.Tensor, torch.Tensor]:
+        weight, bias = layer
+        weight = weight.double().unflatten(0, (-1, weights.head_dim))
+        bias = weight.new_zeros(weight.shape[:2]) if bias is None else bias.double().unflatten(0, (-1, weights.head_dim))
+        # gives every query head a key of its own only where it looks at it in a way of its own
+        repeats = num_heads // weight.shape[0] if weights.per_head else 1
+        return weight.repeat_interleave(repeats, dim=0), bias.repeat_interleave(repeats, dim=0)
+
+    def through(
+        matrix: torch.Tensor, offset: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return matrix @ weight, (matrix @ bias.unsqueeze(-1)).squeeze(-1) + offset
+
+    query_layer = through(*first_layer_of_query(weights), *by_head(query))
+    key_layer = through(*first_layer_of_key(weights), *by_head(key))
+    return CompactWeights(*query_layer, *key_layer, weights.without_first_layer())
+
+
+def reason_against_folding(model: nn.Module) -> str | None:
+    """Why the neural layers of a model cannot be folded now, or None."""
+    neural = {
+        name: module for name, module in model.named_modules() if isinstance(getattr(module, "config", None), NeuralConfigView)
+    }
+    whole = {name: module for name, module in neural.items() if not isinstance(module, CompactAttentionMixin)}
+    if not whole:
+        return "it is compact already" if neural else "it has no neural layer"
+    for name, module in whole.items():
+        if module.scorer.mode != "replace":
+            return f"the scorer of {name!r} has mode {module.scorer.mode!r}, whose dot product needs whole queries and keys"
+        for part_name, part in module.named_modules():
+            where = f"{name}.{part_name}".rstrip(".")
+            if hasattr(part, "get_base_layer"):
+                return f"{where!r} is under an adapter; merge it first (`merge_and_unload`)"
+            if getattr(part, "_hf_hook", None) is not None:
+                return f"{where!r} is offloaded or dispatched by accelerate; load the model whole"
+            if part._forward_hooks or part._forward_pre_hooks:
+                return f"{where!r} has forward hooks, which would be lost; remove them first"
+        for part_name, parameter in module.named_parameters():
+            if type(parameter) is not nn.Parameter or not parameter.is_floating_point() or parameter.dtype.itemsize < 2:
+                return f"'{name}.{part_name}' is a {type(parameter).__name__} of {parameter.dtype}: sharded or quantised"
+            if parameter.is_meta:
+                return f"'{name}.{part_name}' is on the meta device, without numbers"
+    return None
+
+
+def fold_attention(attention: Any, compact_class: type) -> Any:
+    """A compact module that computes what a stock attention module with a scorer of mode `"replace"` computes, up to rounding.
+    It takes over what the stock module has beside queries and keys, and leaves that module as it is."""
+    scorer = attention.scorer
+    arguments = {
+        "layer_idx": getattr(attention, "layer_idx", None),
+        "hidden_dims": scorer.hidden_dims,
+        "per_head": scorer.num_heads is not None,
+        "init": scorer.init,
+    }
+    weights = scorer.weights()
+    with torch.device("meta"):  # draws nothing
+        compact = compact_class(attention.config.base, **arguments)
+    # takes dtype and device from the stock module, of which the scorer's may differ
+    compact = compact.to(next(attention.parameters()).dtype).to_empty(device=weights.weight2.device)
+    query, key = compact.take_stock(attention)
+    compact.write_weights(fold(weights, query, key, compact.num_attention_heads))
+    for module in compact.modules():  # lets `init_weights`, should it run again, leave them
+        module._is_hf_initialized = True
+    return compact.train(attention.training)
+
+
+def fold_model(model: nn.Module, compact_classes: dict[type, type]) -> dict[str, Any]:
+    """Puts a compact module in place of every attention module with a whole scorer, and returns them by name.
+
+    Args:
+        compact_classes: a stock attention class -> its compact one. The caller has checked that all modules are of these.
+    """
+    folded = {
+        name: fold_attention(module, compact_classes[type(module)])
+        for name, module in model.named_modules()
+        if isinstance(getattr(module, "config", None), NeuralConfigView) and not isinstance(module, CompactAttentionMixin)
+    }
+    for name, compact in folded.items():
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, compact)
+    return folded
