@@ -1,9 +1,11 @@
-"""Compiles the Triton kernels ahead of time, without a GPU, and tabulates what they need of one.
+"""Compiles the Triton kernels ahead of time, without a GPU, and tabulates what they need of one, or what they issue.
 
     python recipes/compile_triton_kernels.py --output model_cards/benchmarks/triton_kernels
+    python recipes/compile_triton_kernels.py --instructions --output model_cards/benchmarks/triton_instructions
 
 Registers, spilled bytes and shared memory are the compilers' own figures: of ptxas, which Triton brings along, for NVIDIA, and
-of LLVM for AMD. They say whether a kernel fits and whether registers spill, not how fast it is.
+of LLVM for AMD. They say whether a kernel fits and whether registers spill, not how fast it is. `--instructions` counts those
+of the loop over pairs, by kind, beside a plain flash-attention kernel's. A count is no time either.
 """
 
 import argparse
@@ -16,6 +18,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from benchmarks.instructions import KINDS, instructions_per_pair
 from hf_neural_attention.ops.triton_blocks import Blocks, choose_blocks, kernel_constants
 from tools.json_files import write_json
 from tools.markdown import markdown_table
@@ -37,10 +40,17 @@ TARGETS = {
     "gfx942": Target("hip", "gfx942", 64, 65536),
 }
 KERNELS = ("forward", "query", "key")
+FLASH = "flash forward"  # the dot product's, for comparison
 DTYPES = {"fp32": 4, "bf16": 2, "fp16": 2}
-# head_dim and hidden_dims: the defaults of heads of 64 and 128, and proj_dim 16
-SIZES = ((64, (2, 1)), (128, (4, 2)), (64, (16, 8)))
+# head_dim and hidden_dims: the defaults of heads of 64 and 128, and proj_dim 16 as in the paper and with fewer units
+SIZES = ((64, (2, 1)), (128, (4, 2)), (64, (16, 8)), (64, (16, 2)))
 MODES = ("replace", "residual", "masked")  # masked: residual with a float mask, its gradient, dropout and grouped heads
+COUNTED: dict[str, list[Any]] = {
+    "targets": ["sm_80", "sm_90", "gfx942"],
+    "dtypes": ["bf16"],
+    "modes": ["replace"],
+    "sizes": [0, 3, 2],
+}
 
 
 def kernel_function(kernel: str) -> Any:
@@ -57,10 +67,6 @@ def compile_kernel(
     kernel: str, target: Target, dtype: str, head_dim: int, hidden: tuple[int, int], mode: str, blocks: Blocks | None = None
 ) -> tuple[Any, Blocks]:
     """One causal kernel as `ops/triton.py` would launch it on contiguous inputs: what Triton compiled, and its blocks."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
     residual = mode != "replace"
     query_dim = head_dim if residual else 0
     if blocks is None:
@@ -90,12 +96,33 @@ def compile_kernel(
                 hints |= {(index, position): aligned for position in range(3)}
         else:
             signature[name] = "i32"
-    source = ASTSource(function, signature, values, hints)
+    return compile_source(function, signature, values, hints, target, blocks), blocks
+
+
+def compile_source(function: Any, signature: dict[str, Any], values: dict, hints: dict, target: Target, blocks: Blocks) -> Any:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
     options = {"num_warps": blocks.warps, "num_stages": blocks.stages}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="TRITON_DEFAULT_FP_FUSION")  # ignores it: kernels write fused products out
-        compiled = triton.compile(source, GPUTarget(target.backend, target.arch, target.warp_size), options)
-    return compiled, blocks
+        return triton.compile(
+            ASTSource(function, signature, values, hints), GPUTarget(target.backend, target.arch, target.warp_size), options
+        )
+
+
+def compile_flash_kernel(target: Target, dtype: str, head_dim: int) -> tuple[Any, Blocks]:
+    """The plain flash-attention forward kernel, causal: what Triton compiled, and its blocks."""
+    from benchmarks.flash_kernel import FLASH_BLOCKS, flash_fwd_kernel
+
+    constants = {"D": head_dim, "BLOCK_M": FLASH_BLOCKS.queries, "BLOCK_N": FLASH_BLOCKS.keys}
+    types = {"p_stats": "*fp32", "scale": "fp32", "T": "i32", **dict.fromkeys(constants, "constexpr")}
+    names = flash_fwd_kernel.arg_names
+    signature = {name: types.get(name, f"*{dtype}") for name in names}
+    values = {(index,): constants[name] for index, name in enumerate(names) if name in constants}
+    hints = {(index,): [["tt.divisibility", 16]] for index, name in enumerate(names) if name.startswith("p_")}
+    return compile_source(flash_fwd_kernel, signature, values, hints, target, FLASH_BLOCKS), FLASH_BLOCKS
 
 
 def resource_usage(compiled: Any, target: Target) -> dict[str, int]:
@@ -135,6 +162,25 @@ def measure(kernel: str, name: str, dtype: str, head_dim: int, hidden: tuple[int
     }
 
 
+def count_instructions(
+    kernel: str, name: str, dtype: str, head_dim: int, hidden: tuple[int, int], mode: str
+) -> dict[str, Any]:
+    target = TARGETS[name]
+    row: dict[str, Any] = {"kernel": kernel, "target": name, "dtype": dtype, "head_dim": head_dim}
+    if kernel == FLASH:
+        compiled, blocks = compile_flash_kernel(target, dtype, head_dim)
+    else:
+        compiled, blocks = compile_kernel(kernel, target, dtype, head_dim, hidden, mode)
+        row |= {"hidden_dims": list(hidden), "mode": mode}
+    counted = instructions_per_pair(compiled, blocks.queries * blocks.keys, blocks.warps * target.warp_size)
+    return {**row, **blocks._asdict(), "instructions": counted}
+
+
+def block_cells(row: dict[str, Any]) -> dict[str, str]:
+    hidden = ", ".join(map(str, row.get("hidden_dims", ())))
+    return row | {"block": f"{row['queries']} x {row['keys']}", "hidden_dims": hidden, "mode": row.get("mode", "")}
+
+
 def table(results: list[dict[str, Any]]) -> str:
     """Markdown: a row per kernel."""
     columns = {
@@ -151,42 +197,81 @@ def table(results: list[dict[str, Any]]) -> str:
         "spilled_bytes": "spilled bytes",
         "shared_bytes": "shared bytes",
     }
+    return markdown_table(list(columns.values()), ([str(block_cells(row)[name]) for name in columns] for row in results))
+
+
+def instructions_table(results: list[dict[str, Any]]) -> str:
+    """Markdown: a row per kernel, with the columns that tell the rows apart."""
+    columns = {"kernel": "kernel", "target": "target", "hidden_dims": "h1, h2", "block": "queries x keys", "warps": "warps"}
+    columns |= {name: name for name in ("dtype", "head_dim", "mode") if len({row.get(name, "") for row in results} - {""}) > 1}
     rows = []
     for row in results:
-        hidden = ", ".join(map(str, row["hidden_dims"]))
-        cells = row | {"block": f"{row['queries']} x {row['keys']}", "hidden_dims": hidden}
-        rows.append([str(cells[name]) for name in columns])
-    return markdown_table(list(columns.values()), rows)
+        cells = [str(block_cells(row)[name]) for name in columns]
+        rows.append([*cells, *(f"{row['instructions'][kind]:.1f}" for kind in (*KINDS, "all"))])
+    return markdown_table([*columns.values(), *KINDS, "all"], rows)
+
+
+RESOURCES_CARD = """# What the Triton kernels need of a GPU
+
+Compiled without one by `{command}` with Triton {triton}; nothing here was run or timed. \
+All kernels are causal. `query` and `key` are the two of backward. Mode `masked` is residual with a float mask, \
+its gradient, and dropout. Registers are those of a thread (at most 255 on NVIDIA, 512 on AMD), spilled bytes \
+the local memory of a thread, shared bytes those of a program.
+
+{table}
+"""
+INSTRUCTIONS_CARD = """# What the Triton kernels issue for a pair
+
+Compiled and disassembled without a GPU by `{command}` with Triton {triton}; nothing here was run or timed. \
+Instructions that a thread issues in the loop over tiles for each of its pairs, which is what a warp issues for as many pairs \
+as it has threads: 32 on NVIDIA's GPUs, 64 on AMD's. All kernels are causal; `query` and `key` are the two of backward; \
+`{flash}` is the dot product's kernel of `recipes/benchmarks/flash_kernel.py`. Loops over hidden units count as often as \
+they turn. Packed instructions (two numbers of 32 bits on AMD, of 16 bits on both) count as one.
+
+Kinds differ in what they take of a GPU, and a tensor core instruction of sm_90 may be one of four warps together: compare \
+kinds, and sums only where the kinds are alike.
+
+{table}
+"""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
-    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
-    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
-    parser.add_argument("--kernels", nargs="+", choices=KERNELS, default=list(KERNELS))
-    parser.add_argument("--sizes", nargs="+", type=int, choices=range(len(SIZES)), default=list(range(len(SIZES))))
+    parser.add_argument("--instructions", action="store_true", help="Count instructions; for less than all by default.")
+    parser.add_argument("--targets", nargs="+", choices=TARGETS)
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES)
+    parser.add_argument("--modes", nargs="+", choices=MODES)
+    parser.add_argument("--kernels", nargs="+", choices=KERNELS)
+    parser.add_argument("--sizes", nargs="+", type=int, choices=range(len(SIZES)))
     parser.add_argument("--output", help="Write NAME.md and NAME.json, e.g. model_cards/benchmarks/triton_kernels.")
     arguments = parser.parse_args()
+    axes: dict[str, list[Any]] = {
+        "sizes": list(range(len(SIZES))),
+        "targets": list(TARGETS),
+        "dtypes": list(DTYPES),
+        "modes": list(MODES),
+        "kernels": list(KERNELS),
+    }
+    if arguments.instructions:
+        axes |= COUNTED
+    axes |= {name: value for name in axes if (value := getattr(arguments, name)) is not None}
+    jobs = [(kernel, name, dtype, *SIZES[size], mode) for size, name, dtype, mode, kernel in itertools.product(*axes.values())]
+    if arguments.instructions:
+        flash: list[tuple[Any, ...]] = [(FLASH, name, dtype, head_dim, (), "") for _, name, dtype, head_dim, _, _ in jobs]
+        jobs = sorted(dict.fromkeys(flash + jobs), key=lambda job: axes["targets"].index(job[1]))
 
     results = []
-    for size, name, dtype, mode, kernel in itertools.product(
-        arguments.sizes, arguments.targets, arguments.dtypes, arguments.modes, arguments.kernels
-    ):
-        results.append(measure(kernel, name, dtype, *SIZES[size], mode))
+    for job in jobs:
+        results.append((count_instructions if arguments.instructions else measure)(*job))
         print(results[-1], flush=True)
-    text = table(results)
+    text = (instructions_table if arguments.instructions else table)(results)
     print(text)
     if arguments.output:
         record = {"command": command_line(), "environment": {"triton": version("triton")}, "results": results}
         write_json(Path(arguments.output).with_suffix(".json"), record)
-        Path(arguments.output).with_suffix(".md").write_text(
-            "# What the Triton kernels need of a GPU\n\n"
-            f"Compiled without one by `{record['command']}` with Triton {version('triton')}; nothing here was run or timed. "
-            "All kernels are causal. `query` and `key` are the two of backward. Mode `masked` is residual with a float mask, "
-            "its gradient, and dropout. Registers are those of a thread (at most 255 on NVIDIA, 512 on AMD), spilled bytes "
-            f"the local memory of a thread, shared bytes those of a program.\n\n{text}\n"
-        )
+        card = INSTRUCTIONS_CARD if arguments.instructions else RESOURCES_CARD
+        words = {"command": record["command"], "triton": version("triton"), "flash": FLASH, "table": text}
+        Path(arguments.output).with_suffix(".md").write_text(card.format(**words))
 
 
 if __name__ == "__main__":
