@@ -72,7 +72,7 @@ def compile_kernel(
     if blocks is None:
         blocks = choose_blocks(kernel, query_dim, head_dim, hidden, DTYPES[dtype], target.shared_bytes)
     flags = {"PER_HEAD": False, "IS_CAUSAL": True, "MASK": 2 if mode == "masked" else 0, "WIDEN": False}
-    constants = kernel_constants(kernel, blocks, query_dim, head_dim, hidden, **flags)
+    constants = kernel_constants(kernel, blocks, query_dim, head_dim, hidden, DTYPES[dtype], **flags)
     pointers = dict.fromkeys(("p_v", "p_o", "p_do", "p_dv", "p_q", "p_k", "p_dq", "p_dk"), f"*{dtype}") | {"p_seed": "*i64"}
     absent = set() if residual else {"p_q", "p_k", "p_dq", "p_dk"}
     absent |= set() if mode == "masked" else {"p_mask", "p_seed", "p_dmask"}

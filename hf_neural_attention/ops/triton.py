@@ -141,7 +141,7 @@ class Problem:
         return choose_blocks(kernel, self.head_dim, self.value_dim, self.hidden, self.itemsize, shared_bytes(self.device))
 
     def launch(self, kernel: str, function: Any, blocks: Blocks, num_programs: int, **arguments: Any) -> None:
-        constants = kernel_constants(kernel, blocks, self.head_dim, self.value_dim, self.hidden, **self.flags)
+        constants = kernel_constants(kernel, blocks, self.head_dim, self.value_dim, self.hidden, self.itemsize, **self.flags)
         with torch.cuda.device_of(self.inputs["p_u"]):
             function[(num_programs,)](
                 **self.inputs, **self.sizes, **arguments, **constants, num_warps=blocks.warps, num_stages=blocks.stages

@@ -6,11 +6,13 @@ No number is added to by two programs, so results do not depend on their order.
 import triton
 import triton.language as tl
 
+from .triton_cores import add_gradients_cores, backward_weights, load_layers, load_units, score_tile_cores
 from .triton_gradients import add_gradients_looped, add_gradients_unrolled, store_sums, zero_sums
 from .triton_kernels import (
     any_pair,
     dropout_scale,
     existing_pairs,
+    exp,
     kept_by_dropout,
     layers_of_head,
     load_mask,
@@ -65,6 +67,9 @@ def neural_attention_bwd_query_kernel(
     H2_PADDED: tl.constexpr,
     UNITS: tl.constexpr,
     UNROLL: tl.constexpr,
+    CORES1: tl.constexpr,
+    CORES2: tl.constexpr,
+    PARTS: tl.constexpr,
     PER_HEAD: tl.constexpr,
     IS_CAUSAL: tl.constexpr,
     MASK: tl.constexpr,
@@ -104,9 +109,21 @@ def neural_attention_bwd_query_kernel(
         b_q = load_tile(p_q + batch * s_q[0] + head * s_q[1], o_m, m_m, s_q, D, D_PADDED)
         b_dq = tl.zeros([BLOCK_M, D_PADDED], DTYPE)
 
+    HALF: tl.constexpr = p_v.dtype.element_ty
     b_zero = tl.zeros([BLOCK_M, BLOCK_N], DTYPE)
-    sums = zero_sums(BLOCK_M, H1, H1_PADDED, UNROLL, DTYPE)
-    if UNROLL:
+    if CORES1:
+        b_zero = zero_tile(BLOCK_M, BLOCK_N, DTYPE, p_q is not None)
+        b_rows = load_units(rows, HALF, H1, CORES1)
+        layer_tiles = load_layers(layers, HALF, H1, H2, CORES1, CORES2)
+        b_weights = backward_weights(layers, HALF, H1, H2, CORES1, CORES2)
+        sums = tl.zeros([BLOCK_M, 8, CORES1], DTYPE)
+        weight_sums = tl.zeros([PARTS, 2 * CORES2, CORES1], DTYPE)
+        b_opened_sums = tl.zeros([PARTS, 2 * CORES2, 16], DTYPE)
+    else:
+        sums = zero_sums(BLOCK_M, H1, H1_PADDED, UNROLL, DTYPE)
+    if CORES1:
+        pass
+    elif UNROLL:
         weight_sums = zero_sums(BLOCK_M, (H1 + 1) * H2, 0, True, DTYPE)
     else:
         weight_sums = zero_sums(H2_PADDED, H1, H1_PADDED, False, DTYPE)
@@ -120,12 +137,16 @@ def neural_attention_bwd_query_kernel(
         b_added, m_pairs = load_mask(p_mask, first_query, o_m[:, None], first_key, o_n[None, :], m_pairs, s_mask, MASK, DTYPE)
         if any_pair(m_pairs, MASK):
             columns = (p_w + o_n.to(tl.int64) * s_w[2], m_n, s_w[3])
-            b_scores, tiles = score_tile(b_zero, rows, columns, layers, H1, H2, UNITS, UNROLL)
+            if CORES1:
+                b_columns = load_units(columns, HALF, H1, CORES1)
+                b_scores, b_hidden1, b_hidden2 = score_tile_cores(b_zero, b_rows, b_columns, layer_tiles, WIDEN)
+            else:
+                b_scores, tiles = score_tile(b_zero, rows, columns, layers, H1, H2, UNITS, UNROLL)
             if p_q is not None:
                 b_k = load_tile(p_k, o_n, m_n, s_k, D, D_PADDED)
                 b_scores = matmul(b_q, tl.trans(b_k), b_scores, WIDEN)
             b_scores = tl.where(m_pairs, b_scores + b_added, float("-inf"))
-            b_p = tl.exp(b_scores - b_pivot[:, None]) * b_share[:, None]
+            b_p = exp(b_scores - b_pivot[:, None]) * b_share[:, None]
             b_v = load_tile(p_v, o_n, m_n, s_v, DV, DV_PADDED)
             b_dp = matmul(b_do, tl.trans(b_v), b_zero, WIDEN)
             if p_seed is not None:
@@ -138,18 +159,32 @@ def neural_attention_bwd_query_kernel(
                 tl.store(p_tile + o_pairs, b_ds, mask=m_m[:, None] & m_n[None, :])
             if p_q is not None:
                 b_dq = matmul(b_ds.to(b_k.dtype), b_k, b_dq, WIDEN)
-            if UNROLL:
+            if CORES1:
+                sums, weight_sums, b_opened_sums = add_gradients_cores(
+                    sums, weight_sums, b_opened_sums, b_hidden1, b_hidden2, b_ds, b_weights, True, WIDEN
+                )
+            elif UNROLL:
                 sums, weight_sums = add_gradients_unrolled(sums, weight_sums, tiles, b_ds, rows, columns, layers, H1, H2, True)
             else:
                 sums, weight_sums = add_gradients_looped(
                     sums, weight_sums, tiles, b_ds, rows, columns, layers, H1, H1_PADDED, H2, H2_PADDED, UNITS, True
                 )
 
-    store_sums(p_du + b_h.to(tl.int64) * T_q * H1, sums, o_m, m_m, H1, H1_PADDED, UNROLL)
+    if CORES1:
+        store_tile(p_du + b_h.to(tl.int64) * T_q * H1, tl.sum(sums, 1), o_m, m_m, H1, CORES1)
+    else:
+        store_sums(p_du + b_h.to(tl.int64) * T_q * H1, sums, o_m, m_m, H1, H1_PADDED, UNROLL)
     if p_q is not None:
         store_tile(p_dq + b_h.to(tl.int64) * T_q * D, b_dq, o_m, m_m, D, D_PADDED)
     p_dweights += (b_h.to(tl.int64) * num_blocks + block) * H2 * (H1 + 1)
-    if UNROLL:
+    if CORES1:
+        o_units1, o_units2 = tl.arange(0, CORES1), tl.arange(0, CORES2)
+        b_dweights = tl.sum(tl.sum(tl.reshape(weight_sums, [PARTS, 2, CORES2, CORES1]), 1), 0)
+        p_tile = p_dweights + o_units2[:, None] * (H1 + 1) + o_units1[None, :]
+        tl.store(p_tile, b_dweights, mask=(o_units2 < H2)[:, None] & (o_units1 < H1)[None, :])
+        b_opened = tl.max(tl.sum(tl.sum(tl.reshape(b_opened_sums, [PARTS, 2, CORES2, 16]), 1), 0), 1)
+        tl.store(p_dweights + o_units2 * (H1 + 1) + H1, b_opened, mask=o_units2 < H2)
+    elif UNROLL:
         for r in tl.static_range(H2):
             tl.store(p_dweights + r * (H1 + 1) + H1, tl.sum(weight_sums[r], 0))
             for c in tl.static_range(H1):
@@ -200,6 +235,8 @@ def neural_attention_bwd_key_kernel(
     H2_PADDED: tl.constexpr,
     UNITS: tl.constexpr,
     UNROLL: tl.constexpr,
+    CORES1: tl.constexpr,
+    CORES2: tl.constexpr,
     PER_HEAD: tl.constexpr,
     IS_CAUSAL: tl.constexpr,
     MASK: tl.constexpr,
@@ -226,7 +263,12 @@ def neural_attention_bwd_key_kernel(
         b_dk = tl.zeros([BLOCK_N, D_PADDED], DTYPE)
 
     b_zero = zero_tile(BLOCK_N, BLOCK_M, DTYPE, p_q is not None)
-    sums = zero_sums(BLOCK_N, H1, H1_PADDED, UNROLL, DTYPE)
+    HALF: tl.constexpr = p_v.dtype.element_ty
+    if CORES1:
+        b_rows = load_units(rows, HALF, H1, CORES1)
+        sums = tl.zeros([BLOCK_N, 8, CORES1], DTYPE)
+    else:
+        sums = zero_sums(BLOCK_N, H1, H1_PADDED, UNROLL, DTYPE)
     start = 0
     if IS_CAUSAL:
         start = first_key // BLOCK_M * BLOCK_M
@@ -234,6 +276,9 @@ def neural_attention_bwd_key_kernel(
         head = kv_head * groups + member
         b_h = batch * num_heads + head
         layers = layers_of_head(p_weight2, p_bias2, p_weight3, head, H1, H2, PER_HEAD)
+        if CORES1:
+            layer_tiles = load_layers(layers, HALF, H1, H2, CORES1, CORES2)
+            b_weights = backward_weights(layers, HALF, H1, H2, CORES1, CORES2)
         for first_query in range(start, T_q, BLOCK_M):
             o_m = first_query + tl.arange(0, BLOCK_M)
             m_m = o_m < T_q
@@ -246,7 +291,11 @@ def neural_attention_bwd_key_kernel(
             )
             if any_pair(m_pairs, MASK):
                 columns = (p_u + batch * s_u[0] + head * s_u[1] + o_m.to(tl.int64) * s_u[2], m_m, s_u[3])
-                b_scores, tiles = score_tile(b_zero, rows, columns, layers, H1, H2, UNITS, UNROLL)
+                if CORES1:
+                    b_columns = load_units(columns, HALF, H1, CORES1)
+                    b_scores, b_hidden1, b_hidden2 = score_tile_cores(b_zero, b_rows, b_columns, layer_tiles, WIDEN)
+                else:
+                    b_scores, tiles = score_tile(b_zero, rows, columns, layers, H1, H2, UNITS, UNROLL)
                 if p_q is not None:
                     b_q = load_tile(p_q + batch * s_q[0] + head * s_q[1], o_m, m_m, s_q, D, D_PADDED)
                     b_scores = matmul(b_k, tl.trans(b_q), b_scores, WIDEN)
@@ -255,7 +304,7 @@ def neural_attention_bwd_key_kernel(
                 b_pivot = tl.load(p_stats + o_rows, mask=m_m, other=0.0)
                 b_sum = tl.load(p_stats + num_bh.to(tl.int64) * T_q + o_rows, mask=m_m, other=0.0)
                 b_share = tl.where(b_sum == 0.0, 0.0, 1.0 / tl.where(b_sum == 0.0, 1.0, b_sum))
-                b_p = tl.exp(b_scores - b_pivot[None, :]) * b_share[None, :]
+                b_p = exp(b_scores - b_pivot[None, :]) * b_share[None, :]
                 b_do = load_tile(p_do + batch * s_do[0] + head * s_do[1], o_m, m_m, s_do, DV, DV_PADDED)
                 b_dp = matmul(b_v, tl.trans(b_do), b_zero, WIDEN)
                 b_dropped = b_p
@@ -267,7 +316,9 @@ def neural_attention_bwd_key_kernel(
                 b_ds = b_p * (b_dp - tl.load(p_delta + o_rows, mask=m_m, other=0.0)[None, :])
                 if p_q is not None:
                     b_dk = matmul(b_ds.to(b_q.dtype), b_q, b_dk, WIDEN)
-                if UNROLL:
+                if CORES1:
+                    sums, _, _ = add_gradients_cores(sums, b_zero, b_zero, b_hidden1, b_hidden2, b_ds, b_weights, False, WIDEN)
+                elif UNROLL:
                     sums, _ = add_gradients_unrolled(sums, (), tiles, b_ds, rows, columns, layers, H1, H2, False)
                 else:
                     sums, _ = add_gradients_looped(
@@ -275,7 +326,10 @@ def neural_attention_bwd_key_kernel(
                     )
 
     o_head = b_kv.to(tl.int64) * T_k
-    store_sums(p_dw + o_head * H1, sums, o_n, m_n, H1, H1_PADDED, UNROLL)
+    if CORES1:
+        store_tile(p_dw + o_head * H1, tl.sum(sums, 1), o_n, m_n, H1, CORES1)
+    else:
+        store_sums(p_dw + o_head * H1, sums, o_n, m_n, H1, H1_PADDED, UNROLL)
     store_tile(p_dv + o_head * DV, b_dv, o_n, m_n, DV, DV_PADDED)
     if p_q is not None:
         store_tile(p_dk + o_head * D, b_dk, o_n, m_n, D, D_PADDED)

@@ -7,6 +7,9 @@ from typing import Any, NamedTuple
 MAX_UNROLLED_WEIGHTS = 16
 # Units of the second layer that are held at once: each is a tile in registers
 MAX_UNITS = 8
+# Units of the layers for the network to be multiplied by tensor cores, whose results are a tile with as many columns
+MAX_CORES1 = 16
+MAX_CORES2 = 8
 
 
 class Blocks(NamedTuple):
@@ -27,6 +30,11 @@ def is_unrolled(hidden: tuple[int, int]) -> bool:
     return hidden[0] * hidden[1] <= MAX_UNROLLED_WEIGHTS
 
 
+def uses_cores(hidden: tuple[int, int], itemsize: int) -> bool:
+    """Whether the network is multiplied by tensor cores: half precision, and neither too few units nor too many."""
+    return itemsize <= 2 and not is_unrolled(hidden) and hidden[0] <= MAX_CORES1 and hidden[1] <= MAX_CORES2
+
+
 def needed_bytes(blocks: Blocks, kernel: str, sizes: tuple[int, int], itemsize: int) -> int:
     """Upper estimate of the shared memory of a kernel; `sizes`: padded sizes of query (0 in replace mode) and value."""
     rows, columns = (blocks.keys, blocks.queries) if kernel == "key" else (blocks.queries, blocks.keys)
@@ -35,7 +43,7 @@ def needed_bytes(blocks: Blocks, kernel: str, sizes: tuple[int, int], itemsize: 
     return itemsize * (owned + streamed + rows * columns) + 4 * (rows + columns) * 8
 
 
-def preferred_sizes(kernel: str, residual: bool, wide: bool, unrolled: bool, half: bool) -> tuple[int, int, int]:
+def preferred_sizes(kernel: str, residual: bool, wide: bool, unrolled: bool, half: bool, cores: bool) -> tuple[int, int, int]:
     """Queries, keys and warps for which registers spill least, by what `recipes/compile_triton_kernels.py` tabulates.
 
     Args:
@@ -44,7 +52,10 @@ def preferred_sizes(kernel: str, residual: bool, wide: bool, unrolled: bool, hal
         wide: heads are of more than 64 numbers.
         unrolled: the network has few weights.
         half: numbers of 16 bits, which are multiplied by tensor cores; those of 32 bits take many more registers.
+        cores: so is the network.
     """
+    if cores:
+        return {"forward": (64, 16, 4), "query": (32, 16, 4), "key": (16, 32, 4)}[kernel]
     if half:
         if not unrolled:
             return 32, 32, 4
@@ -73,7 +84,9 @@ def choose_blocks(kernel: str, head_dim: int, value_dim: int, hidden: tuple[int,
             need is an upper estimate, and Triton raises an error if it is true.
     """
     sizes = (padded(head_dim) if head_dim else 0, padded(value_dim))
-    queries, keys, warps = preferred_sizes(kernel, head_dim > 0, max(sizes) > 64, is_unrolled(hidden), itemsize <= 2)
+    queries, keys, warps = preferred_sizes(
+        kernel, head_dim > 0, max(sizes) > 64, is_unrolled(hidden), itemsize <= 2, uses_cores(hidden, itemsize)
+    )
     blocks = Blocks(queries, keys, warps, stages=2)
     while needed_bytes(blocks, kernel, sizes, itemsize) > shared:
         if blocks.stages > 1:
@@ -87,11 +100,12 @@ def choose_blocks(kernel: str, head_dim: int, value_dim: int, hidden: tuple[int,
 
 
 def kernel_constants(
-    kernel: str, blocks: Blocks, head_dim: int, value_dim: int, hidden: tuple[int, int], **flags: Any
+    kernel: str, blocks: Blocks, head_dim: int, value_dim: int, hidden: tuple[int, int], itemsize: int, **flags: Any
 ) -> dict[str, Any]:
     """The `tl.constexpr` arguments of a kernel, `flags` among them."""
     first, second = hidden
     unrolled = is_unrolled(hidden)
+    cores = uses_cores(hidden, itemsize)
     # cuts the units of the second layer into as few parts as can be, of nearly equal size
     units = second if unrolled else -(-second // -(-second // MAX_UNITS))
     constants = {
@@ -103,10 +117,14 @@ def kernel_constants(
         "H2": second,
         "UNITS": units,
         "UNROLL": unrolled,
+        "CORES1": padded(first) if cores else 0,
+        "CORES2": max(8, 1 << (second - 1).bit_length()) if cores else 0,
         "BLOCK_M": blocks.queries,
         "BLOCK_N": blocks.keys,
         **flags,
     }
+    if kernel == "query":
+        constants["PARTS"] = blocks.warps
     if kernel != "forward":
         # counts a column more than there are units, for the gradient of the bias
         constants |= {"H1_PADDED": 1 << first.bit_length(), "H2_PADDED": 1 << (second - 1).bit_length()}

@@ -3,10 +3,12 @@
 import triton
 import triton.language as tl
 
+from .triton_cores import load_layers, load_units, score_tile_cores
 from .triton_kernels import (
     any_pair,
     dropout_scale,
     existing_pairs,
+    exp,
     kept_by_dropout,
     layers_of_head,
     load_mask,
@@ -53,6 +55,8 @@ def neural_attention_fwd_kernel(
     H2: tl.constexpr,
     UNITS: tl.constexpr,
     UNROLL: tl.constexpr,
+    CORES1: tl.constexpr,
+    CORES2: tl.constexpr,
     PER_HEAD: tl.constexpr,
     IS_CAUSAL: tl.constexpr,
     MASK: tl.constexpr,
@@ -82,6 +86,10 @@ def neural_attention_fwd_kernel(
         p_k += batch * s_k[0] + kv_head * s_k[1]
         b_q = load_tile(p_q + batch * s_q[0] + head * s_q[1], o_m, m_m, s_q, D, D_PADDED)
 
+    HALF: tl.constexpr = p_v.dtype.element_ty
+    if CORES1:
+        b_rows = load_units(rows, HALF, H1, CORES1)
+        layer_tiles = load_layers(layers, HALF, H1, H2, CORES1, CORES2)
     b_zero = zero_tile(BLOCK_M, BLOCK_N, DTYPE, p_q is not None)
     b_max = tl.full([BLOCK_M], float("-inf"), DTYPE)
     b_sum = tl.zeros([BLOCK_M], DTYPE)
@@ -96,7 +104,10 @@ def neural_attention_fwd_kernel(
         b_added, m_pairs = load_mask(p_mask, first_query, o_m[:, None], first_key, o_n[None, :], m_pairs, s_mask, MASK, DTYPE)
         if any_pair(m_pairs, MASK):
             columns = (p_w + o_n.to(tl.int64) * s_w[2], m_n, s_w[3])
-            b_scores, _ = score_tile(b_zero, rows, columns, layers, H1, H2, UNITS, UNROLL)
+            if CORES1:
+                b_scores, _, _ = score_tile_cores(b_zero, b_rows, load_units(columns, HALF, H1, CORES1), layer_tiles, WIDEN)
+            else:
+                b_scores, _ = score_tile(b_zero, rows, columns, layers, H1, H2, UNITS, UNROLL)
             if p_q is not None:
                 b_k = load_tile(p_k, o_n, m_n, s_k, D, D_PADDED)
                 b_scores = matmul(b_q, tl.trans(b_k), b_scores, WIDEN)
@@ -104,8 +115,8 @@ def neural_attention_fwd_kernel(
             b_new_max = tl.maximum(b_max, tl.max(b_scores, 1))
             # stays finite also for rows that have nothing to attend to yet
             b_pivot = tl.where(b_new_max == float("-inf"), 0.0, b_new_max)
-            b_p = tl.exp(b_scores - b_pivot[:, None])
-            b_shrink = tl.exp(b_max - b_pivot)
+            b_p = exp(b_scores - b_pivot[:, None])
+            b_shrink = exp(b_max - b_pivot)
             b_sum = b_sum * b_shrink + tl.sum(b_p, 1)
             if p_seed is not None:
                 b_p = tl.where(kept_by_dropout(p_seed, o_m, first_key, b_h, threshold, BLOCK_N), b_p, 0.0)

@@ -17,11 +17,19 @@ NO_MASK = tl.constexpr(0)
 BOOL_MASK = tl.constexpr(1)
 FLOAT_MASK = tl.constexpr(2)
 
+LOG2_E = tl.constexpr(1.4426950408889634)
+
 
 @triton.jit
 def relu(x):
     # keeps NaN as NaN, as in PyTorch
     return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def exp(x):
+    # takes one instruction for the power of two, where that of e takes four for results below 2^-126, which become zero
+    return tl.exp2(x * LOG2_E)
 
 
 @triton.jit
