@@ -17,10 +17,10 @@ from typing import Any
 import torch
 
 from benchmarks.bars import kernel_bars, measure_bars
-from benchmarks.cases import DOT_PRODUCTS, DTYPES, MASKS, PHASES, PROVIDERS, SCORERS, Case, Entry
+from benchmarks.cases import DOT_PRODUCTS, DTYPES, GPU_PROVIDERS, MASKS, PHASES, PROVIDERS, SCORERS, Case, Entry
 from benchmarks.checks import Checker
 from benchmarks.measuring import Limits, peak_bytes, time_entries
-from benchmarks.models import ATTENTIONS, CACHES, GPT2_124M, STOCK, VIT_BASE, measure_decoding, measure_steps
+from benchmarks.models import ATTENTIONS, CACHES, COMPACT, GPT2_124M, STOCK, VIT_BASE, measure_decoding, measure_steps
 from benchmarks.reporting import BARS_COLUMNS, MODELS_COLUMNS, Row, sweep_columns, write_files
 from hf_neural_attention.models.configuration_neural_attention import MODES
 from tools.markdown import table_heading, table_row
@@ -32,6 +32,14 @@ from tools.timing_by_turns import Spread, ratio_of
 SWEEPS: dict[str, dict[str, list]] = {
     "quick": {"length": [256, 1024], "phase": ["forward", "both"]},
     "lengths": {"length": [256, 512, 1024, 2048, 4096, 8192, 16384], "phase": ["forward", "both"], "proj_dim": [2, 16]},
+    "gpu": {
+        "length": [4096],
+        "phase": ["forward", "both"],
+        "proj_dim": [2, 16],
+        "dtype": ["bfloat16"],
+        "batch_size": [4],
+        "provider": ["sdpa", "flash", "flex", "triton"],
+    },
 }
 LIMITS = {
     "quick": Limits(repeats=20, seconds=3),
@@ -39,6 +47,8 @@ LIMITS = {
     "bars": Limits(repeats=50, seconds=10),
     "models": Limits(repeats=15, seconds=150),
     "cache": Limits(repeats=40, seconds=30),
+    "gpu": Limits(repeats=50, seconds=3),
+    "gpu-models": Limits(repeats=20, fewest=3, seconds=5),
 }
 LIMITS_HELP = {
     "repeats": "Turns, at most.",
@@ -50,6 +60,7 @@ LIMITS_HELP = {
 CHOICES = {"phase": PHASES, "dtype": tuple(DTYPES), "mask": MASKS, "mode": MODES, "scorer": SCORERS}
 AXES = [field for field in dataclasses.fields(Case) if field.name != "device"]
 CACHED_TOKENS = (1024, 4096)
+GPU_ATTENTIONS = (STOCK, 'neural_layers="all"', COMPACT)
 SCORER_AXES = ("proj_dim", "mode", "scorer")  # axes that dot products do not see
 
 
@@ -66,7 +77,8 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
         choices=LIMITS,
         default="quick",
         help="quick and lengths: calls of attention, whose axes are the flags below; bars: what the kernels must reach; "
-        "models: training, forward and decode steps of GPT-2 124M and ViT-B; cache: decoding with each kind of cache.",
+        "models: training, forward and decode steps of GPT-2 124M and ViT-B; cache: decoding with each kind of cache; "
+        "gpu and gpu-models: what `make gpu` measures.",
     )
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="Of torch and of the native kernel.")
@@ -102,8 +114,10 @@ def sweep_axes(arguments: argparse.Namespace) -> dict[str, list]:
 def sweep_groups(arguments: argparse.Namespace) -> Iterator[list[Entry]]:
     """Entries that are timed together: all providers and scorers on the same queries, keys and values."""
     axes = sweep_axes(arguments)
-    absent = {"triton" if arguments.device == "cpu" else "native", *(["reference"] if arguments.preset == "lengths" else [])}
-    providers = arguments.provider or [provider for provider in PROVIDERS if provider not in absent]
+    absent = {"reference"} if arguments.preset == "lengths" else set()
+    absent |= {"triton", *GPU_PROVIDERS} if arguments.device == "cpu" else {"native"}
+    preset = SWEEPS[arguments.preset].get("provider")
+    providers = arguments.provider or preset or [provider for provider in PROVIDERS if provider not in absent]
     for values in itertools.product(*(axes[name] for name in axes if name not in SCORER_AXES)):
         scorers = itertools.product(*(axes[name] for name in SCORER_AXES))
         try:
@@ -122,7 +136,7 @@ def sweep(arguments: argparse.Namespace, checker: Checker, limits: Limits) -> It
         for entry in entries:
             pairs, time = seconds.get(place[entry], (1, 0.0))
             expected = time * entry.case.num_pairs / pairs
-            if expected > limits.call and entry.provider not in ("sdpa", "native", "triton"):
+            if expected > limits.call and entry.provider not in ("sdpa", "native", "triton", *GPU_PROVIDERS):
                 slow[entry] = f"a call would take about {expected:.0f} s"
         timings = time_entries([entry for entry in entries if entry not in slow], checker, limits)
         baseline = [time for entry, timing in timings.items() if entry.provider == "sdpa" for time in timing.times]
@@ -151,6 +165,16 @@ def measure_caches(device: str, limits: Limits) -> Iterator[Row]:
         yield from measure_decoding(cached_tokens, [STOCK, 'neural_layers="all"'], list(CACHES), device, limits)
 
 
+def measure_gpu_models(device: str, limits: Limits) -> Iterator[Row]:
+    yield from measure_steps(
+        GPT2_124M, device, limits, batch_size=4, dropouts=(0.0, 0.1), forward=False, attentions=GPU_ATTENTIONS
+    )
+    yield from measure_decoding(1000, list(GPU_ATTENTIONS), ["DynamicCache"], device, limits)
+    yield from measure_steps(
+        VIT_BASE, device, limits, batch_size=32, dropouts=(0.0,), forward=True, attentions=GPU_ATTENTIONS, num_labels=1000
+    )
+
+
 def plan(arguments: argparse.Namespace) -> Iterator[str]:
     """What would be measured, a line each."""
     if arguments.preset in SWEEPS:
@@ -162,8 +186,9 @@ def plan(arguments: argparse.Namespace) -> Iterator[str]:
         for group in kernel_bars(arguments.device):
             yield from (f"{item.bar.what}, d'={item.bar.proj_dim}" for item in group)
         yield from ("peak memory", "first uses", f"training steps of {GPT2_124M.name}")
-    elif arguments.preset == "models":
-        yield from (f"{family.name}, {attention}" for family in (GPT2_124M, VIT_BASE) for attention in ATTENTIONS)
+    elif arguments.preset in ("models", "gpu-models"):
+        attentions = GPU_ATTENTIONS if arguments.preset == "gpu-models" else tuple(ATTENTIONS)
+        yield from (f"{family.name}, {attention}" for family in (GPT2_124M, VIT_BASE) for attention in attentions)
     else:
         yield from (f"{tokens:,} cached tokens, {cache}" for tokens in CACHED_TOKENS for cache in CACHES)
 
@@ -201,8 +226,8 @@ def main(words: list[str] | None = None) -> None:
         step_limits = LIMITS["models"]._replace(**given)
         measured, columns = measure_bars(arguments.device, Checker(), limits, step_limits), BARS_COLUMNS
     else:
-        measure = measure_models if arguments.preset == "models" else measure_caches
-        measured, columns = measure(arguments.device, limits), MODELS_COLUMNS
+        measures = {"models": measure_models, "gpu-models": measure_gpu_models, "cache": measure_caches}
+        measured, columns = measures[arguments.preset](arguments.device, limits), MODELS_COLUMNS
 
     record: dict[str, Any] = {"command": command_line(), "environment": environment(), "preset": arguments.preset, "rows": []}
     lines = [describe(arguments, record), "", table_heading(list(columns))]

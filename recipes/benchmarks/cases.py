@@ -5,8 +5,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import dropout, linear, relu, scaled_dot_product_attention
 
+from benchmarks.flex import attend_by_flex
 from hf_neural_attention import NeuralScorer, neural_attention
 from hf_neural_attention.models.neural_attention_backends import BACKENDS
 from hf_neural_attention.models.neural_attention_masking import causal_pairs
@@ -18,8 +20,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 PHASES = ("forward", "backward", "both", "decode")
 MASKS = ("none", "padding", "bool", "float")
 SCORERS = ("initial", "paper", "random")
-DOT_PRODUCTS = ("eager", "sdpa")
-PROVIDERS = ("literal", *DOT_PRODUCTS, *BACKENDS)
+DOT_PRODUCTS = ("eager", "sdpa", "flash")
+GPU_PROVIDERS = ("flash", "flex")
+PROVIDERS = ("literal", *DOT_PRODUCTS, "flex", *BACKENDS)
 
 # Rounds what the ReLUs see to grids so coarse that float32 sums it without rounding error in any order: otherwise a few of the
 # millions of pairs open a ReLU in one provider and not in the other, and gradients differ by that
@@ -221,12 +224,20 @@ def attend_step_by_step(
 def attend_heads(
     provider: str, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, inputs: CallInputs, case: Case
 ) -> torch.Tensor:
+    if provider == "flash":
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            return scaled_dot_product_attention(query, key, value, None, case.dropout, case.is_causal)
     if provider == "sdpa":
         is_causal = case.is_causal and inputs.merged_mask is None
         return scaled_dot_product_attention(query, key, value, inputs.merged_mask, case.dropout, is_causal)
     if provider in ("eager", "literal"):
         return attend_step_by_step(provider, query, key, value, inputs, case)
     projected = inputs.projected_keys
+    if provider == "flex":
+        key = key if projected is None else projected
+        return attend_by_flex(
+            query, key, value, inputs.scorer.weights(), case.is_causal, case.residual_scale, projected is not None
+        )
     return neural_attention(
         query,
         key if projected is None else projected,
@@ -305,6 +316,12 @@ def reason_against(entry: Entry, memory_limit: float) -> str | None:
         reason = BACKENDS[provider].reason_against(BackendInputs(case.device, DTYPES[case.dtype], case.head_dim))
         if reason is not None:
             return reason
+    if provider in GPU_PROVIDERS and case.device == "cpu":
+        return "it runs on GPUs"
+    if provider == "flash" and (case.mask != "none" or case.dtype == "float32"):
+        return "it takes no mask, and half precision alone"
+    if provider == "flex" and (case.mask != "none" or case.dropout > 0):
+        return "it has no dropout, and masks were not written for it"
     gibibytes = pair_bytes(entry) / 2**30
     return f"would hold about {gibibytes:.0f} GiB for its pairs" if gibibytes > memory_limit else None
 

@@ -1,7 +1,8 @@
 """Whole models: a training step, a forward pass, and decoding with each kind of cache; stock with SDPA beside neural ones."""
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +20,12 @@ from training.model_families import GPT2, VIT, ModelFamily
 
 STOCK = "stock, SDPA"
 ATTENTIONS: dict[str, Any] = {STOCK: None, "neural_layers=[0]": [0], 'neural_layers="all"': "all"}
+COMPACT = 'neural_layers="all", neural_compact=True'
+# Says what a neural config has, by the name of an attention
+FIELDS: dict[str, dict[str, Any]] = {
+    **{name: {"neural_layers": layers} for name, layers in ATTENTIONS.items() if layers is not None},
+    COMPACT: {"neural_layers": "all", "neural_compact": True},
+}
 NEW_TOKENS = 16
 
 # Makes a cache of that name from a model and the number of tokens that there must be room for
@@ -49,9 +56,12 @@ def build_models(family: SizedFamily, attentions: list[str], device: str, **fiel
     models = {}
     for attention in attentions:
         model = stock
-        if ATTENTIONS[attention] is not None:
-            model = neural.model(neural.config(**fields, neural_layers=ATTENTIONS[attention], attn_implementation="sdpa"))
-            model.load_state_dict(stock.state_dict(), strict=False)
+        if attention != STOCK:
+            model = neural.model(neural.config(**fields, **FIELDS[attention], attn_implementation="sdpa"))
+            own = model.state_dict()
+            # leaves narrow projections, of compact layers, as they were drawn
+            same = {name: tensor for name, tensor in stock.state_dict().items() if own[name].shape == tensor.shape}
+            model.load_state_dict(same, strict=False)
         models[attention] = model.to(device)
     return models
 
@@ -72,31 +82,37 @@ def set_dropout(model: nn.Module, probability: float) -> None:
             module.p = probability
 
 
-def step_results(model: Any, batch: dict[str, Any], backend: str | None = None) -> dict[str, torch.Tensor]:
-    """Logits, and the gradient of the loss with respect to all parameters, as one vector."""
+def precision(device: str) -> torch.autocast:
+    """That of a step: bfloat16 under autocast on GPUs, where models are trained so, and float32 on CPUs."""
+    return torch.autocast(device, torch.bfloat16, enabled=device != "cpu")
+
+
+def step_results(model: Any, batch: dict[str, Any], device: str, backend: str | None = None) -> dict[str, torch.Tensor]:
+    """Logits, and the gradient of the loss with respect to all parameters, as one vector; float64 models stay in float64."""
     with use_backend(backend or "auto"):
         model.zero_grad()
-        output = model(**batch)
+        with nullcontext() if model.dtype == torch.float64 else precision(device):
+            output = model(**batch)
         output.loss.backward()
     gradients = [parameter.grad.flatten() for parameter in model.parameters() if parameter.grad is not None]
     model.zero_grad()
     return {"logits": output.logits.detach(), "gradient": torch.cat(gradients)}
 
 
-def check_step(model: Any, batch: dict[str, Any]) -> Check:
+def check_step(model: Any, batch: dict[str, Any], device: str) -> Check:
     """Logits and gradient of a step without dropout against the reference backend in float64, on the inputs that are timed.
 
-    Errors by their norms, at most twice those of the reference backend in float32: in the largest ones alone it would show
-    which ReLUs rounding has opened.
+    Errors by their norms, at most twice those of the reference backend in the same precision: in the largest ones alone it
+    would show which ReLUs rounding has opened.
     """
     model = copy.deepcopy(model).train()
     set_dropout(model, 0.0)
-    ours = step_results(model, batch)
+    ours = step_results(model, batch, device)
     # saves memory, since the reference holds all pairs of a layer; Transformers before 5.23 has the second name alone
     getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
-    same = step_results(model, batch, "reference")
+    same = step_results(model, batch, device, "reference")
     widened = {name: value.double() if name == "pixel_values" else value for name, value in batch.items()}
-    exact = step_results(model.double(), widened, "reference")
+    exact = step_results(model.double(), widened, device, "reference")
     for name, expected in exact.items():
         error, allowed = ((results[name].double() - expected).norm().item() for results in (ours, same))
         if not error <= 2 * allowed:
@@ -110,7 +126,9 @@ def training_runner(model: Any, batch: dict[str, Any], device: str) -> Runner:
 
     def run(_: Any) -> None:
         model.train()
-        model(**batch).loss.backward()
+        with precision(device):
+            loss = model(**batch).loss
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -121,7 +139,8 @@ def forward_runner(model: Any, batch: dict[str, Any], device: str) -> Runner:
     @torch.no_grad()
     def run(_: Any) -> None:
         model.eval()
-        model(**batch)
+        with precision(device):
+            model(**batch)
 
     return Runner(run, device=device)
 
@@ -146,12 +165,13 @@ def measure_steps(
     batch_size: int,
     dropouts: tuple[float, ...],
     forward: bool,
+    attentions: Sequence[str] = tuple(ATTENTIONS),
     **fields: Any,
 ) -> Iterator[dict[str, Any]]:
     """A training step with each dropout, and a forward pass if wanted, of the stock model and the neural ones by turns."""
-    models = build_models(family, list(ATTENTIONS), device, **fields)
+    models = build_models(family, list(attentions), device, **fields)
     batch = draw_batch(family, models[STOCK].config, batch_size, device)
-    checks = {name: check_step(model, batch) for name, model in models.items() if name != STOCK}
+    checks = {name: check_step(model, batch, device) for name, model in models.items() if name != STOCK}
     arms = [{"attention": name, "note": checks[name].message if name in checks else ""} for name in models]
     allowed = {index: model for index, (name, model) in enumerate(models.items()) if name == STOCK or checks[name].passed}
     size = f"{batch_size} x {batch['input_ids'].shape[1]:,} tokens" if family is GPT2_124M else f"{batch_size} images"

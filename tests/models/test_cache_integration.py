@@ -178,6 +178,7 @@ def test_weights_that_are_kept_elsewhere(fields: dict):
         cache.reset()
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="offloaded caches need an accelerator, with stock models too")
 @growing_and_fixed
 def test_offloaded_caches(length: int | None):

@@ -147,6 +147,7 @@ def test_quantized_caches(implementation: str, backend: str):
         assert 1e-4 < (lossy - exact).abs().max() / exact.abs().max() < 0.5, "something is lost, but little"
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="offloaded caches need an accelerator, with stock models too")
 @pytest.mark.parametrize("cache", ("offloaded", "offloaded_static"))
 def test_offloaded_caches(cache: str):

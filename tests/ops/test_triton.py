@@ -26,7 +26,11 @@ from tests.ops.test_neural_attention import CASES, Case
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
-gpu = pytest.mark.skipif(INTERPRETED or not torch.cuda.is_available(), reason="needs a GPU")
+needs_gpu = pytest.mark.skipif(INTERPRETED or not torch.cuda.is_available(), reason="needs a GPU")
+
+
+def gpu(test):
+    return pytest.mark.gpu(needs_gpu(test))
 
 
 # `python -m hf_neural_attention` with fewer tokens: two blocks of them

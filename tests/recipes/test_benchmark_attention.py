@@ -12,10 +12,10 @@ from transformers import DynamicCache
 import benchmark_attention
 from benchmarks import bars as benchmark_bars
 from benchmarks.bars import Bar, kernel_bars
-from benchmarks.cases import DOT_PRODUCTS, MASKS, PHASES, PROVIDERS, SCORERS, Case, Entry, attend, draw_inputs
+from benchmarks.cases import DOT_PRODUCTS, GPU_PROVIDERS, MASKS, PHASES, PROVIDERS, SCORERS, Case, Entry, attend, draw_inputs
 from benchmarks.checks import Checker
 from benchmarks.measuring import FirstUse, Limits, measure_first_use, peak_bytes, time_entries
-from benchmarks.models import ATTENTIONS, CACHES, GPT2_124M, STOCK, VIT_BASE, measure_decoding, measure_steps
+from benchmarks.models import ATTENTIONS, CACHES, COMPACT, GPT2_124M, STOCK, VIT_BASE, measure_decoding, measure_steps
 from hf_neural_attention.models.neural_attention_backends import BACKENDS
 from tests.helpers.numerics import CPU_BACKENDS
 from tools.timing_by_turns import Spread
@@ -23,7 +23,7 @@ from tools.timing_by_turns import Spread
 
 SMALL = Case(length=40, heads=2, head_dim=16)
 QUICK = Limits(repeats=2, fewest=2, seconds=0.0)
-ON_CPU = [name for name in PROVIDERS if name not in BACKENDS or name in CPU_BACKENDS]
+ON_CPU = [name for name in PROVIDERS if name in CPU_BACKENDS or name not in (*BACKENDS, *GPU_PROVIDERS)]
 FASTEST = CPU_BACKENDS[0]
 
 CASES = {
@@ -262,6 +262,8 @@ def test_steps_of_whole_models(monkeypatch):
         assert all(row["turns"] == 2 and row["seconds"] > 0 for row in rows)
         assert [row["to_stock"] for row in rows[::3]] == [1.0] * 3
         assert {row["note"] for row in rows} == {"", "logits and gradient"}
+    rows = list(measure_steps(VIT_BASE, "cpu", QUICK, 2, (0.0,), False, attentions=(STOCK, COMPACT), **TINY_VIT))
+    assert [row["note"] for row in rows] == ["", "logits and gradient"] and rows[1]["attention"] == COMPACT
     spoil(monkeypatch, FASTEST, lambda output: output * 1.01)
     rows = list(measure_steps(GPT2_124M, "cpu", QUICK, 2, (0.0,), False, **TINY_GPT2))
     assert "seconds" in rows[0] and not any("seconds" in row for row in rows[1:])
@@ -275,6 +277,8 @@ def test_decoding_with_every_cache(monkeypatch):
     assert [row["bytes_per_token"] for row in rows] == [whole] * 4 + [projected] * 2
     assert all(row["turns"] == 2 and row["note"] == "same tokens" for row in rows)
     assert rows[0]["to_stock"] == 1.0 and rows[-1]["to_stock"] != 1.0
+    rows = list(measure_decoding(20, [STOCK, COMPACT], ["DynamicCache"], "cpu", QUICK, **TINY_GPT2 | {"n_positions": 40}))
+    assert [row["bytes_per_token"] for row in rows] == [whole, projected] and rows[1]["note"] == "same tokens"
 
 
 def test_caches_that_lead_elsewhere_get_no_figure(monkeypatch):
