@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.instructions import KINDS, instructions_per_pair
-from hf_neural_attention.ops.triton_blocks import Blocks, choose_blocks, kernel_constants
+from hf_neural_attention.ops.triton_blocks import Blocks, choose_blocks, kernel_constants, uses_cores
 from tools.json_files import write_json
 from tools.markdown import markdown_table
 from tools.provenance import command_line
@@ -70,9 +70,10 @@ def compile_kernel(
     residual = mode != "replace"
     query_dim = head_dim if residual else 0
     if blocks is None:
-        blocks = choose_blocks(kernel, query_dim, head_dim, hidden, DTYPES[dtype], target.shared_bytes)
+        blocks = choose_blocks(kernel, query_dim, head_dim, hidden, DTYPES[dtype], target.shared_bytes, target.warp_size)
     flags = {"PER_HEAD": False, "IS_CAUSAL": True, "MASK": 2 if mode == "masked" else 0, "WIDEN": False}
-    constants = kernel_constants(kernel, blocks, query_dim, head_dim, hidden, DTYPES[dtype], **flags)
+    cores = uses_cores(hidden, DTYPES[dtype], target.warp_size)
+    constants = kernel_constants(kernel, blocks, query_dim, head_dim, hidden, cores, **flags)
     pointers = dict.fromkeys(("p_v", "p_o", "p_do", "p_dv", "p_q", "p_k", "p_dq", "p_dk"), f"*{dtype}") | {"p_seed": "*i64"}
     absent = set() if residual else {"p_q", "p_k", "p_dq", "p_dk"}
     absent |= set() if mode == "masked" else {"p_mask", "p_seed", "p_dmask"}

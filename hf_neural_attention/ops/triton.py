@@ -18,7 +18,7 @@ from ..models.neural_attention_blockwise import without_autocast
 from ..models.neural_attention_masking import dropout_threshold
 from ..models.neural_attention_reference import ScorerWeights, expand_heads, key_features, query_features
 from .operators import Tensors, define_operators
-from .triton_blocks import Blocks, choose_blocks, kernel_constants
+from .triton_blocks import Blocks, choose_blocks, kernel_constants, uses_cores
 
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -64,6 +64,16 @@ def shared_bytes(device: torch.device) -> int:
     from triton.runtime import driver
 
     return driver.active.utils.get_device_properties(device.index)["max_shared_mem"]
+
+
+@functools.cache
+def warp_lanes(device: torch.device) -> int:
+    """Threads of a warp."""
+    if device.type != "cuda":
+        return 32
+    from triton.runtime import driver
+
+    return driver.active.get_current_target().warp_size
 
 
 def strides(tensor: torch.Tensor | None) -> tuple[int, ...]:
@@ -138,10 +148,12 @@ class Problem:
         }
 
     def blocks(self, kernel: str) -> Blocks:
-        return choose_blocks(kernel, self.head_dim, self.value_dim, self.hidden, self.itemsize, shared_bytes(self.device))
+        sizes = self.head_dim, self.value_dim, self.hidden, self.itemsize
+        return choose_blocks(kernel, *sizes, shared_bytes(self.device), warp_lanes(self.device))
 
     def launch(self, kernel: str, function: Any, blocks: Blocks, num_programs: int, **arguments: Any) -> None:
-        constants = kernel_constants(kernel, blocks, self.head_dim, self.value_dim, self.hidden, self.itemsize, **self.flags)
+        cores = uses_cores(self.hidden, self.itemsize, warp_lanes(self.device))
+        constants = kernel_constants(kernel, blocks, self.head_dim, self.value_dim, self.hidden, cores, **self.flags)
         with torch.cuda.device_of(self.inputs["p_u"]):
             function[(num_programs,)](
                 **self.inputs, **self.sizes, **arguments, **constants, num_warps=blocks.warps, num_stages=blocks.stages

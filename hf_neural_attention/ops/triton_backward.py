@@ -113,7 +113,7 @@ def neural_attention_bwd_query_kernel(
     b_zero = tl.zeros([BLOCK_M, BLOCK_N], DTYPE)
     if CORES1:
         b_zero = zero_tile(BLOCK_M, BLOCK_N, DTYPE, p_q is not None)
-        b_rows = load_units(rows, HALF, H1, CORES1)
+        b_rows = load_units(rows, H1, CORES1)
         layer_tiles = load_layers(layers, HALF, H1, H2, CORES1, CORES2)
         b_weights = backward_weights(layers, HALF, H1, H2, CORES1, CORES2)
         sums = tl.zeros([BLOCK_M, 8, CORES1], DTYPE)
@@ -138,7 +138,7 @@ def neural_attention_bwd_query_kernel(
         if any_pair(m_pairs, MASK):
             columns = (p_w + o_n.to(tl.int64) * s_w[2], m_n, s_w[3])
             if CORES1:
-                b_columns = load_units(columns, HALF, H1, CORES1)
+                b_columns = load_units(columns, H1, CORES1)
                 b_scores, b_hidden1, b_hidden2 = score_tile_cores(b_zero, b_rows, b_columns, layer_tiles, WIDEN)
             else:
                 b_scores, tiles = score_tile(b_zero, rows, columns, layers, H1, H2, UNITS, UNROLL)
@@ -265,7 +265,7 @@ def neural_attention_bwd_key_kernel(
     b_zero = zero_tile(BLOCK_N, BLOCK_M, DTYPE, p_q is not None)
     HALF: tl.constexpr = p_v.dtype.element_ty
     if CORES1:
-        b_rows = load_units(rows, HALF, H1, CORES1)
+        b_rows = load_units(rows, H1, CORES1)
         sums = tl.zeros([BLOCK_N, 8, CORES1], DTYPE)
     else:
         sums = zero_sums(BLOCK_N, H1, H1_PADDED, UNROLL, DTYPE)
@@ -292,7 +292,7 @@ def neural_attention_bwd_key_kernel(
             if any_pair(m_pairs, MASK):
                 columns = (p_u + batch * s_u[0] + head * s_u[1] + o_m.to(tl.int64) * s_u[2], m_m, s_u[3])
                 if CORES1:
-                    b_columns = load_units(columns, HALF, H1, CORES1)
+                    b_columns = load_units(columns, H1, CORES1)
                     b_scores, b_hidden1, b_hidden2 = score_tile_cores(b_zero, b_rows, b_columns, layer_tiles, WIDEN)
                 else:
                     b_scores, tiles = score_tile(b_zero, rows, columns, layers, H1, H2, UNITS, UNROLL)

@@ -7,6 +7,9 @@ from typing import Any, NamedTuple
 MAX_UNROLLED_WEIGHTS = 16
 # Units of the second layer that are held at once: each is a tile in registers
 MAX_UNITS = 8
+# Queries, keys and warps for AMD's GPUs, whose matrix products are of 32 rows: several warps would share them, and each
+# compute the whole tile
+AMD_SIZES = (32, 32, 1)
 # Units of the layers for the network to be multiplied by tensor cores, whose results are a tile with as many columns
 MAX_CORES1 = 16
 MAX_CORES2 = 8
@@ -30,9 +33,12 @@ def is_unrolled(hidden: tuple[int, int]) -> bool:
     return hidden[0] * hidden[1] <= MAX_UNROLLED_WEIGHTS
 
 
-def uses_cores(hidden: tuple[int, int], itemsize: int) -> bool:
-    """Whether the network is multiplied by tensor cores: half precision, and neither too few units nor too many."""
-    return itemsize <= 2 and not is_unrolled(hidden) and hidden[0] <= MAX_CORES1 and hidden[1] <= MAX_CORES2
+def uses_cores(hidden: tuple[int, int], itemsize: int, lanes: int) -> bool:
+    """Whether the network is multiplied by tensor cores: numbers of 16 bits, and neither too few units nor too many.
+
+    Not on AMD's GPUs, where it takes more instructions by count: gfx942 has no arithmetic of bfloat16.
+    """
+    return itemsize <= 2 and lanes == 32 and not is_unrolled(hidden) and hidden[0] <= MAX_CORES1 and hidden[1] <= MAX_CORES2
 
 
 def needed_bytes(blocks: Blocks, kernel: str, sizes: tuple[int, int], itemsize: int) -> int:
@@ -55,7 +61,8 @@ def preferred_sizes(kernel: str, residual: bool, wide: bool, unrolled: bool, hal
         cores: so is the network.
     """
     if cores:
-        return {"forward": (64, 16, 4), "query": (32, 16, 4), "key": (16, 32, 4)}[kernel]
+        # gives each warp of forward 16 rows of its own, with which a softmax is computed once
+        return {"forward": (128, 16, 8) if wide else (64, 16, 4), "query": (32, 16, 8), "key": (16, 32, 8)}[kernel]
     if half:
         if not unrolled:
             return 32, 32, 4
@@ -71,7 +78,9 @@ def preferred_sizes(kernel: str, residual: bool, wide: bool, unrolled: bool, hal
     return (32, 32, 4) if unrolled and not residual and not wide else (16, 16, 4)
 
 
-def choose_blocks(kernel: str, head_dim: int, value_dim: int, hidden: tuple[int, int], itemsize: int, shared: int) -> Blocks:
+def choose_blocks(
+    kernel: str, head_dim: int, value_dim: int, hidden: tuple[int, int], itemsize: int, shared: int, lanes: int = 32
+) -> Blocks:
     """Blocks of a kernel: a fixed choice, so that results do not differ from run to run.
 
     Args:
@@ -82,11 +91,16 @@ def choose_blocks(kernel: str, head_dim: int, value_dim: int, hidden: tuple[int,
         itemsize: bytes of a number of the values.
         shared: shared memory of the device in bytes. Where even the smallest blocks may need more, they are chosen: the
             need is an upper estimate, and Triton raises an error if it is true.
+        lanes: threads of a warp, 32 or 64 (AMD's GPUs for computing).
     """
     sizes = (padded(head_dim) if head_dim else 0, padded(value_dim))
-    queries, keys, warps = preferred_sizes(
-        kernel, head_dim > 0, max(sizes) > 64, is_unrolled(hidden), itemsize <= 2, uses_cores(hidden, itemsize)
-    )
+    if lanes == 64:
+        queries, keys, warps = AMD_SIZES
+    else:
+        cores = uses_cores(hidden, itemsize, lanes)
+        queries, keys, warps = preferred_sizes(
+            kernel, head_dim > 0, max(sizes) > 64, is_unrolled(hidden), itemsize <= 2, cores
+        )
     blocks = Blocks(queries, keys, warps, stages=2)
     while needed_bytes(blocks, kernel, sizes, itemsize) > shared:
         if blocks.stages > 1:
@@ -100,12 +114,11 @@ def choose_blocks(kernel: str, head_dim: int, value_dim: int, hidden: tuple[int,
 
 
 def kernel_constants(
-    kernel: str, blocks: Blocks, head_dim: int, value_dim: int, hidden: tuple[int, int], itemsize: int, **flags: Any
+    kernel: str, blocks: Blocks, head_dim: int, value_dim: int, hidden: tuple[int, int], cores: bool, **flags: Any
 ) -> dict[str, Any]:
-    """The `tl.constexpr` arguments of a kernel, `flags` among them."""
+    """The `tl.constexpr` arguments of a kernel, `flags` among them. `cores`: see `uses_cores`."""
     first, second = hidden
     unrolled = is_unrolled(hidden)
-    cores = uses_cores(hidden, itemsize)
     # cuts the units of the second layer into as few parts as can be, of nearly equal size
     units = second if unrolled else -(-second // -(-second // MAX_UNITS))
     constants = {
@@ -118,7 +131,8 @@ def kernel_constants(
         "UNITS": units,
         "UNROLL": unrolled,
         "CORES1": padded(first) if cores else 0,
-        "CORES2": max(8, 1 << (second - 1).bit_length()) if cores else 0,
+        # multiplies by twice as many in backward, where the least is 16
+        "CORES2": max(2 if kernel == "forward" else 8, 1 << (second - 1).bit_length()) if cores else 0,
         "BLOCK_M": blocks.queries,
         "BLOCK_N": blocks.keys,
         **flags,

@@ -1,8 +1,9 @@
 """The network of a tile on tensor cores, for half precision: hidden units are a dimension of a matrix here.
 
-A tile of `[rows, columns]` pairs is a matrix of `rows * columns` pairs by units. The first layer is summed and cut in the values'
-dtype, and multiplied by the second layer's weights with sums in float32; in backward, so are the gradients of the second
-layer, each as a sum of two numbers of that dtype, of which the second is what rounding took from the first.
+A tile of `[rows, columns]` pairs is a matrix of `rows * columns` pairs by units. The first layer is summed and cut in float32,
+so that the same ReLUs open as elsewhere, rounded once, and multiplied by the second layer's weights with sums in float32. In
+backward, so are the gradients of the second layer, each as a sum of two numbers of half precision, of which the second is
+what rounding took from the first.
 """
 
 import triton
@@ -12,11 +13,11 @@ from .triton_kernels import matmul, relu
 
 
 @triton.jit
-def load_units(side, HALF: tl.constexpr, H1: tl.constexpr, UNITS1: tl.constexpr):
+def load_units(side, H1: tl.constexpr, UNITS1: tl.constexpr):
     """`u` or `w` of a tile's rows or columns, `[rows, UNITS1]`, zero outside. `side`: see `score_tile`."""
     o_units = tl.arange(0, UNITS1)
     p_tile = side[0][:, None] + o_units[None, :] * side[2]
-    return tl.load(p_tile, mask=side[1][:, None] & (o_units < H1)[None, :], other=0.0).to(HALF)
+    return tl.load(p_tile, mask=side[1][:, None] & (o_units < H1)[None, :], other=0.0)
 
 
 @triton.jit
@@ -45,10 +46,7 @@ def score_tile_cores(b_zero, b_rows, b_columns, layers, WIDEN: tl.constexpr):
     """Scores `[rows, columns]`, and both layers of all pairs, `[rows * columns, units]`: the first after its ReLU."""
     ROWS: tl.constexpr = b_rows.shape[0]
     COLUMNS: tl.constexpr = b_columns.shape[0]
-    HALF: tl.constexpr = b_rows.dtype
-    if WIDEN:
-        b_rows, b_columns = b_rows.to(tl.float32), b_columns.to(tl.float32)
-    b_hidden1 = relu(b_rows[:, None, :] + b_columns[None, :, :]).to(HALF)
+    b_hidden1 = relu(b_rows[:, None, :] + b_columns[None, :, :]).to(layers[0].dtype)
     b_hidden1 = tl.reshape(b_hidden1, [ROWS * COLUMNS, b_rows.shape[1]])
     b_bias = tl.zeros([ROWS * COLUMNS, layers[1].shape[0]], tl.float32) + layers[1][None, :]
     b_hidden2 = matmul(b_hidden1, layers[0], b_bias, WIDEN)

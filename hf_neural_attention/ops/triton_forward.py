@@ -88,7 +88,7 @@ def neural_attention_fwd_kernel(
 
     HALF: tl.constexpr = p_v.dtype.element_ty
     if CORES1:
-        b_rows = load_units(rows, HALF, H1, CORES1)
+        b_rows = load_units(rows, H1, CORES1)
         layer_tiles = load_layers(layers, HALF, H1, H2, CORES1, CORES2)
     b_zero = zero_tile(BLOCK_M, BLOCK_N, DTYPE, p_q is not None)
     b_max = tl.full([BLOCK_M], float("-inf"), DTYPE)
@@ -105,7 +105,7 @@ def neural_attention_fwd_kernel(
         if any_pair(m_pairs, MASK):
             columns = (p_w + o_n.to(tl.int64) * s_w[2], m_n, s_w[3])
             if CORES1:
-                b_scores, _, _ = score_tile_cores(b_zero, b_rows, load_units(columns, HALF, H1, CORES1), layer_tiles, WIDEN)
+                b_scores, _, _ = score_tile_cores(b_zero, b_rows, load_units(columns, H1, CORES1), layer_tiles, WIDEN)
             else:
                 b_scores, _ = score_tile(b_zero, rows, columns, layers, H1, H2, UNITS, UNROLL)
             if p_q is not None:

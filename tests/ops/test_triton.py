@@ -16,7 +16,7 @@ import torch
 from hf_neural_attention.models.neural_attention_masking import draw_dropout_seed
 from hf_neural_attention.models.neural_attention_scorer import NeuralScorer
 from hf_neural_attention.ops import triton as backend
-from hf_neural_attention.ops.triton_blocks import choose_blocks, needed_bytes, padded
+from hf_neural_attention.ops.triton_blocks import choose_blocks, needed_bytes, padded, uses_cores
 from tests.helpers.numerics import assert_no_worse_than_reference, literal_attention, run_with_gradients
 from tests.helpers.running import ROOT, run_python
 from tests.ops.test_low_precision import LOW_PRECISION
@@ -68,6 +68,12 @@ def test_blocks_fit(kernel: str, shared: int):
                     sizes = (padded(query_dim) if query_dim else 0, padded(head_dim))
                     assert needed_bytes(blocks, kernel, sizes, itemsize) <= shared or blocks[:2] == (16, 16)
     assert choose_blocks(kernel, 256, 256, (2, 1), 4, 0) == (16, 16, blocks.warps, 1)
+
+
+def test_which_networks_are_for_tensor_cores():
+    assert uses_cores((16, 8), 2, 32) and uses_cores((16, 2), 2, 32)
+    assert not uses_cores((16, 8), 4, 32) and not uses_cores((16, 8), 2, 64)
+    assert not uses_cores((2, 1), 2, 32) and not uses_cores((32, 8), 2, 32) and not uses_cores((16, 16), 2, 32)
 
 
 def compile_ahead_of_time(folder: Path, *flags: str) -> list[dict]:

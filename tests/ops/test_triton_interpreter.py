@@ -11,7 +11,7 @@ import torch
 
 from hf_neural_attention.functional import neural_attention
 from hf_neural_attention.ops import triton as backend
-from hf_neural_attention.ops.triton_blocks import Blocks, choose_blocks
+from hf_neural_attention.ops.triton_blocks import Blocks, choose_blocks, uses_cores
 from tests.helpers.numerics import assert_equals_oracle, literal_attention, run_with_gradients
 from tests.helpers.operators import check_operators
 from tests.ops.test_neural_attention import Case
@@ -49,6 +49,21 @@ def test_dropout_is_the_same_for_all_block_sizes(keys: int, monkeypatch: pytest.
     torch.manual_seed(3)
     ours = triton(**tensors, scorer=scorer, dropout_p=0.4)
     assert_equals_oracle({"output": ours}, {"output": expected})
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_dropout_on_tensor_cores(dtype: torch.dtype):
+    """The same pairs are dropped as elsewhere, forward and backward, and what is left is as near as half precision is."""
+    tensors, scorer = Case(batch=1, queries=70, head_dim=16, proj_dim=16, is_causal=True).draw()
+    assert uses_cores(scorer.hidden_dims, dtype.itemsize, 32)
+    results = []
+    for name in ("blockwise", "triton"):
+        torch.manual_seed(3)
+        options = {"dropout_p": 0.4, "is_causal": True, "backend": name}
+        results.append(run_with_gradients(neural_attention, tensors, scorer, dtype, **options))
+    for name, expected in results[0].items():
+        error = (results[1][name].double() - expected.double()).norm() / expected.double().norm()
+        assert error < 20 * torch.finfo(dtype).eps, (name, error)
 
 
 def test_mask_of_the_lowest_number():
