@@ -85,9 +85,10 @@ def make_environment() -> Path:
     """`.venv-gpu`. torch is the one that is there, or what pip takes by itself: on Linux a build for NVIDIA's GPUs."""
     python = ROOT / ".venv-gpu" / "bin" / "python"
     subprocess.run([sys.executable, "-m", "venv", "--system-site-packages", str(ROOT / ".venv-gpu")], check=True)
-    subprocess.run([str(python), "-m", "pip", "install", "-q", "-e", PACKAGES[0], *PACKAGES[1:]], check=True, cwd=ROOT)
+    installed = subprocess.run([str(python), "-m", "pip", "install", "-q", "-e", PACKAGES[0], *PACKAGES[1:]], cwd=ROOT)
     reason = reason_against(python)
     if reason is not None:
+        reason = f"{reason} (pip ended with {installed.returncode})"
         raise SystemExit(
             f"{python}: {reason}. Install a torch that sees this GPU, or name a Python that has one: make gpu PYTHON=..."
         )

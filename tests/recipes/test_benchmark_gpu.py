@@ -90,6 +90,7 @@ def test_the_network_as_a_score_mod(proj_dim: int, adds: bool):
         torch.testing.assert_close(ours_gradient, exact_gradient)
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("case", [SMALL, Case(length=40, heads=2, head_dim=16, mode="residual", causal=False)], ids=str)
 def test_flex_attention_is_right_where_it_runs(case: Case):
     assert Checker().check(Entry("flex", case)) == (True, "all queries")
