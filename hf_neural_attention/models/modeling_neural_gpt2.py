@@ -46,7 +46,6 @@ class CompactGPT2Attention(CompactAttentionMixin, GPT2Attention):
             initialization.copy_(parameter, torch.cat((*(part.to(values) for part in parts), values), dim=-1))
 
     def take_stock(self, stock: GPT2Attention) -> tuple:
-        """Takes over what a stock module has beside queries and keys; returns the layers that make these, `fold`'s."""
         self.c_proj, self.attn_dropout, self.resid_dropout = stock.c_proj, stock.attn_dropout, stock.resid_dropout
         weight, bias, size = stock.c_attn.weight.detach(), stock.c_attn.bias.detach(), self.embed_dim
         with torch.no_grad():

@@ -54,6 +54,11 @@ class CompactAttentionMixin:
         """Sets the projections of hidden states: `[H * h1, d_model]` and `[H * h1]`, by `transformers.initialization`."""
         raise NotImplementedError
 
+    def take_stock(self, stock: Any) -> tuple[tuple[torch.Tensor, torch.Tensor | None], ...]:
+        """Takes over what a stock module has beside queries and keys, and returns weight and bias of the layers that make
+        these, as `fold` wants them."""
+        raise NotImplementedError
+
     @torch.no_grad()
     def write_weights(self, weights: CompactWeights) -> None:
         query_weight, query_bias, key_weight, key_bias, of_pairs = weights
