@@ -7,6 +7,7 @@ GPT-2 and ViT that of our own classes, which the Auto classes know; else one tha
 
 import json
 import re
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,11 @@ from transformers.utils import CONFIG_NAME
 
 import hf_neural_attention
 
-from ..introspection import patched_modules
+from ..introspection import compact_layers, patched_modules
 from ..models.configuration_neural_attention import FORMAT_VERSION
 from ..models.neural_attention_interface import NeuralConfigView, attach_scorer
 from ..registration import FAMILIES
+from .compacting import rebuild_compact
 from .errors import PatchError
 from .records import check_version, check_without_adapters, record_of, scorers_of, transformers_class
 
@@ -67,12 +69,16 @@ def neural_fields(record: dict[str, Any]) -> dict[str, Any] | None:
     settings = [{**each, "per_head": each["num_heads"] is not None} for each in layers.values()]
     if not all(matches) or any(each != settings[0] for each in settings):
         return None
+    names = ("proj_dim", "hidden_dims", "mode", "per_head", "init")
+    fields = {f"neural_{name}": settings[0][name] for name in names if name in settings[0]}
+    if settings[0].get("compact"):
+        fields |= {"neural_compact": True, "neural_mode": "replace", "neural_folded_from": record.get("folded_from")}
     return {
         "model_type": neural_type,
         "architectures": [architecture],
         "neural_format_version": FORMAT_VERSION,
         "neural_layers": sorted(int(match.group(1)) for match in matches if match),
-        **{f"neural_{name}": settings[0][name] for name in ("proj_dim", "hidden_dims", "mode", "per_head", "init")},
+        **fields,
     }
 
 
@@ -144,7 +150,7 @@ def from_pretrained(pretrained_model_name_or_path: Any, *, model_class: Any = No
     if content.get("model_type") in FAMILIES and architecture in hf_neural_attention.__all__:
         own = getattr(hf_neural_attention, architecture)
         model, info = own.from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
-        check_complete(info, where)
+        check_complete(info, where, [f"{name}." for name in compact_layers(model)])
         return (model, info) if with_info else model
     if RECORD not in content:
         raise PatchError(
@@ -166,7 +172,7 @@ def from_pretrained(pretrained_model_name_or_path: Any, *, model_class: Any = No
     model, info = loader.from_pretrained(
         pretrained_model_name_or_path, config=config, output_loading_info=True, **options, **fields
     )
-    check_complete(info, where)
+    check_complete(info, where, [f"{name}." for name in compact_layers(model)])
     if type(model) is loader:  # skips a model that FSDP has given a class of its own
         model.__class__ = base
     for module in patched_modules(model).values():
@@ -175,10 +181,12 @@ def from_pretrained(pretrained_model_name_or_path: Any, *, model_class: Any = No
     return (model, info) if with_info else model
 
 
-def check_complete(info: dict[str, Any], where: str) -> None:
-    """Raises a PatchError if scorers were not loaded but drawn."""
-    if missing := sorted(name for name in info["missing_keys"] if ".scorer." in name):
-        raise PatchError(f"{where} lacks weights of its scorers: {', '.join(missing[:5])}. The checkpoint is not complete.")
+def check_complete(info: dict[str, Any], where: str, compact: Iterable[str] = ()) -> None:
+    """Raises a PatchError if scorers, or anything in these compact layers, were not loaded but drawn."""
+    if missing := sorted(name for name in info["missing_keys"] if ".scorer." in name or name.startswith(tuple(compact))):
+        raise PatchError(
+            f"{where} lacks weights of its neural layers: {', '.join(missing[:5])}. The checkpoint is not complete."
+        )
 
 
 def patched_class(base: Any, record: dict[str, Any], where: str) -> Any:
@@ -187,10 +195,12 @@ def patched_class(base: Any, record: dict[str, Any], where: str) -> Any:
     def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
         base.__init__(self, config, *args, **kwargs)
         modules = dict(self.named_modules())
-        for name, scorer in scorers_of(record, where).items():
+        for name in record["layers"]:
             if name not in modules:
                 raise PatchError(f"config.json of {where} has a patch for {name!r}, and {base.__name__} no such module.")
+        for name, scorer in scorers_of(record, where).items():
             attach_scorer(modules[name], scorer)
+        rebuild_compact(self, record, where)
 
     # keeps the name, by which Transformers looks up what to rename in old checkpoints
     return type(base.__name__, (base,), {"__init__": __init__, "__module__": base.__module__})
