@@ -186,7 +186,7 @@ def call_of(
 ) -> Call:
     """What the attention function of a module was called with, in float32, all heads with their keys. Takes what an attention
     function takes, of which it leaves out what says nothing of scores."""
-    scorer = getattr(module, "scorer", None)
+    scorer: Any = getattr(module, "scorer", None)
     if hasattr(scorer, "unpack"):  # takes heads apart that share one in a packed layer
         query, key = scorer.unpack(query, key)
     mask, causal, num_keys = mask_of_call(module, query, key, attention_mask, is_causal, position_bias)

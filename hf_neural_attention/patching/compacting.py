@@ -8,6 +8,7 @@ from accelerate.utils.other import is_compiled_module
 from torch import nn
 from transformers.models.gpt2.modeling_gpt2 import GPT2Attention
 from transformers.models.vit.modeling_vit import ViTAttention
+from transformers.pytorch_utils import Conv1D
 
 from ..diagnostics import explain
 from ..introspection import is_born_neural, is_sharded, left_as_it_was, neural_layers, patched_modules, unwrap
@@ -120,10 +121,19 @@ def reason_against(model: nn.Module) -> str | None:
             "its neural layers are not of this package's code, but of code that came with a checkpoint, or were put there by "
             "hand; load the checkpoint with `hf_neural_attention.from_pretrained`"
         )
+    if "" in patched_modules(model):
+        return "it is an attention module by itself; make the model that holds it compact"
     implementations = {module.config.base._attn_implementation for module in patched_modules(model).values()}
     if unsupported := implementations - {*SUPPORTED_IMPLEMENTATIONS, None}:
         return f"it runs under {', '.join(map(repr, sorted(unsupported)))}; `model.set_attn_implementation` changes it"
-    return reason_against_folding(model)
+    if reason := reason_against_folding(model):
+        return reason
+    for name, module in patched_modules(model).items():
+        parts = module.named_modules() if type(module) in COMPACT_CLASSES else ()
+        for part_name, part in parts:
+            if hasattr(part, "weight") and not part_name.startswith("scorer.") and type(part) not in (nn.Linear, Conv1D):
+                return f"'{name}.{part_name}' is a {type(part).__name__}, whose weights are not plain"
+    return None
 
 
 def takes(classes: Mapping[type, type], attention: Any) -> bool:
@@ -177,7 +187,7 @@ def check_outputs(model: nn.Module, runs: list[Run], expected: Mapping[str, list
         actual = outputs(model, runs)
     except Exception as error:
         raise UnsupportedLayerError(
-            f"The layers {listed(names)} cannot be made compact: their forward takes no queries and keys of fewer numbers "
+            f"The layers {listed(names)} cannot be made compact: their forward counts heads by itself, and takes no fewer "
             f"({type(error).__name__}: {error}). Nothing was changed."
         ) from error
     for name, tensors in expected.items():

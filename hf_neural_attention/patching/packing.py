@@ -119,7 +119,8 @@ def pack(attention: Any, query: Source, key: Source, num_heads: int) -> PackedLa
         layer = old[source.layer]
         return tuple(None if each is None else each.detach().double() * source.factor for each in (layer.weight, layer.bias))  # type: ignore[return-value]
 
-    folded = fold(scorer.weights(), scaled(query), scaled(key), num_heads)
+    weights = scorer.weights()
+    folded = fold(weights, scaled(query), scaled(key), num_heads)
     packed = PackedScorer(
         scorer.hidden_dims,
         scorer.num_heads,
@@ -130,8 +131,7 @@ def pack(attention: Any, query: Source, key: Source, num_heads: int) -> PackedLa
         query_layer=query.layer,
         key_layer=key.layer,
     )
-    place = next(scorer.parameters())
-    packed = packed.to(device=place.device, dtype=place.dtype).train(scorer.training)
+    packed = packed.to(weights.weight2).train(scorer.training)
     packed.reset_parameters(folded.of_pairs)
     for module in packed.modules():  # lets `init_weights`, should it run again, leave them
         module._is_hf_initialized = True  # type: ignore[assignment]
@@ -156,11 +156,13 @@ def rebuild(attention: Any, settings: Mapping[str, Any]) -> PackedLayer:
         AttributeError, TypeError, ValueError: if these do not fit this module.
     """
     scorer = PackedScorer(**settings)
-    layers = [
-        (name, empty_layer(attention.get_submodule(name), num_heads * scorer.hidden_dims[0], scorer.stock_head_dim))
-        for name, num_heads in ((scorer.query_layer, scorer.num_query_heads), (scorer.key_layer, scorer.num_key_heads))
-    ]
-    return PackedLayer(*layers, scorer)
+
+    def empty(name: str, num_heads: int) -> tuple[str, nn.Linear]:
+        return name, empty_layer(attention.get_submodule(name), num_heads * scorer.hidden_dims[0], scorer.stock_head_dim)
+
+    return PackedLayer(
+        empty(scorer.query_layer, scorer.num_query_heads), empty(scorer.key_layer, scorer.num_key_heads), scorer
+    )
 
 
 def put_in(parent: nn.Module, name: str, module: nn.Module) -> nn.Module:

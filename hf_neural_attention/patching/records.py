@@ -82,7 +82,7 @@ def cached_revision(name: str | None) -> str | None:
 def settings_of(scorer: Any) -> dict[str, Any]:
     """Arguments of `NeuralScorer` that make one like this. Of a compact layer, those of its own kind of scorer, and
     `"compact": True`."""
-    names = ("head_dim", "proj_dim", "hidden_dims", "mode", "num_heads", "init")
+    names: tuple[str, ...] = ("head_dim", "proj_dim", "hidden_dims", "mode", "num_heads", "init")
     if is_compact(scorer):
         names = COMPACT_SETTINGS + (PACKED_SETTINGS if isinstance(scorer, PackedScorer) else ())
     settings = {name: list(value) if isinstance(value := getattr(scorer, name), tuple) else value for name in names}

@@ -49,15 +49,15 @@ def size_of(model: nn.Module, calls: Calls | None = None, example_inputs: Mappin
 def cache_bytes(model: nn.Module, calls: Calls | None, example_inputs: Mapping[str, Any] | None) -> int | None:
     """Bytes that a stock cache keeps of each token that the model itself has read or written, in all layers together."""
     base: Any = unwrap(model)
-    config = getattr(base, "config", None)
-    if not hasattr(config, "use_cache"):
+    decoder = base.get_decoder() if getattr(getattr(base, "config", None), "is_encoder_decoder", False) else base
+    if not hasattr(getattr(decoder, "config", None), "use_cache"):
         return 0
-    decoder = set((base.get_decoder() if getattr(config, "is_encoder_decoder", False) else base).modules())
     try:
         found = attention_modules(base)
     except NoPatchableLayerError:
         return None
-    caching = [module for name, module in found.items() if module in decoder and caches(name, module)]
+    inside = set(decoder.modules())
+    caching = [module for name, module in found.items() if module in inside and caches(name, module)]
     if caching and calls is None:
         calls, _ = probe(base, found, example_inputs)
     seen = [next(iter((calls or {}).get(module, [])), None) for module in caching]
