@@ -128,7 +128,7 @@ def reason_against_folding(model: nn.Module) -> str | None:
     neural = {
         name: module for name, module in model.named_modules() if isinstance(getattr(module, "config", None), NeuralConfigView)
     }
-    whole = {name: module for name, module in neural.items() if not isinstance(module, CompactAttentionMixin)}
+    whole = {name: module for name, module in neural.items() if not isinstance(module.scorer, CompactScorer)}
     if not whole:
         return "it is compact already" if neural else "it has no neural layer"
     for name, module in whole.items():

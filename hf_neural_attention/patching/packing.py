@@ -121,17 +121,18 @@ def pack(attention: Any, query: Source, key: Source, num_heads: int) -> PackedLa
 
     weights = scorer.weights()
     folded = fold(weights, scaled(query), scaled(key), num_heads)
-    packed = PackedScorer(
-        scorer.hidden_dims,
-        scorer.num_heads,
-        scorer.init,
-        num_query_heads=num_heads,
-        num_key_heads=folded.key_weight.shape[0],
-        stock_head_dim=size,
-        query_layer=query.layer,
-        key_layer=key.layer,
-    )
-    packed = packed.to(weights.weight2).train(scorer.training)
+    with torch.device("meta"):  # draws nothing
+        packed = PackedScorer(
+            scorer.hidden_dims,
+            scorer.num_heads,
+            scorer.init,
+            num_query_heads=num_heads,
+            num_key_heads=folded.key_weight.shape[0],
+            stock_head_dim=size,
+            query_layer=query.layer,
+            key_layer=key.layer,
+        )
+    packed = packed.to(weights.weight2.dtype).to_empty(device=weights.weight2.device).train(scorer.training)
     packed.reset_parameters(folded.of_pairs)
     for module in packed.modules():  # lets `init_weights`, should it run again, leave them
         module._is_hf_initialized = True  # type: ignore[assignment]
