@@ -1,7 +1,7 @@
 """Whole models: a training step, a forward pass, and decoding with each kind of cache; stock with SDPA beside neural ones."""
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +18,14 @@ from training.model_families import GPT2, VIT, ModelFamily
 
 
 STOCK = "stock, SDPA"
-ATTENTIONS: dict[str, Any] = {STOCK: None, "neural_layers=[0]": [0], 'neural_layers="all"': "all"}
+COMPACT = 'neural_layers="all", neural_compact=True'
+# Fields of the config, beside those that a family adds for its compact form
+ATTENTIONS: dict[str, dict[str, Any]] = {
+    STOCK: {},
+    "neural_layers=[0]": {"neural_layers": [0]},
+    'neural_layers="all"': {"neural_layers": "all"},
+    COMPACT: {"neural_layers": "all", "neural_compact": True},
+}
 NEW_TOKENS = 16
 
 # Makes a cache of that name from a model and the number of tokens that there must be room for
@@ -35,10 +42,11 @@ class SizedFamily(NamedTuple):
 
     name: str
     classes: ModelFamily
+    compact_shape: tuple[int, int]  # hidden layers of its compact form
 
 
-GPT2_124M = SizedFamily("GPT-2 124M", GPT2)
-VIT_BASE = SizedFamily("ViT-B/16", VIT)
+GPT2_124M = SizedFamily("GPT-2 124M", GPT2, (2, 1))
+VIT_BASE = SizedFamily("ViT-B/16", VIT, (16, 2))
 
 
 def build_models(family: SizedFamily, attentions: list[str], device: str, **fields: Any) -> dict[str, Any]:
@@ -49,9 +57,12 @@ def build_models(family: SizedFamily, attentions: list[str], device: str, **fiel
     models = {}
     for attention in attentions:
         model = stock
-        if ATTENTIONS[attention] is not None:
-            model = neural.model(neural.config(**fields, neural_layers=ATTENTIONS[attention], attn_implementation="sdpa"))
-            model.load_state_dict(stock.state_dict(), strict=False)
+        if attention != STOCK:
+            own = ATTENTIONS[attention] | ({"neural_hidden_dims": family.compact_shape} if attention == COMPACT else {})
+            model = neural.model(neural.config(**fields, **own, attn_implementation="sdpa"))
+            kept = model.state_dict()
+            same = {name: tensor for name, tensor in stock.state_dict().items() if tensor.shape == kept[name].shape}
+            model.load_state_dict(same, strict=False)
         models[attention] = model.to(device)
     return models
 
@@ -146,13 +157,17 @@ def measure_steps(
     batch_size: int,
     dropouts: tuple[float, ...],
     forward: bool,
+    attentions: Sequence[str] = tuple(ATTENTIONS),
     **fields: Any,
 ) -> Iterator[dict[str, Any]]:
     """A training step with each dropout, and a forward pass if wanted, of the stock model and the neural ones by turns."""
-    models = build_models(family, list(ATTENTIONS), device, **fields)
+    models = build_models(family, list(attentions), device, **fields)
     batch = draw_batch(family, models[STOCK].config, batch_size, device)
     checks = {name: check_step(model, batch) for name, model in models.items() if name != STOCK}
-    arms = [{"attention": name, "note": checks[name].message if name in checks else ""} for name in models]
+    arms = [
+        {"attention": name, "parameters": model.num_parameters(), "note": checks[name].message if name in checks else ""}
+        for name, model in models.items()
+    ]
     allowed = {index: model for index, (name, model) in enumerate(models.items()) if name == STOCK or checks[name].passed}
     size = f"{batch_size} x {batch['input_ids'].shape[1]:,} tokens" if family is GPT2_124M else f"{batch_size} images"
     for dropout in dropouts:
@@ -219,8 +234,8 @@ def measure_decoding(
         with use_backend("blockwise"):
             expected = fill_cache(model, DynamicCache(config=model.config), prompt)
         for name in caches:
-            if attention == STOCK and name.startswith("Neural"):
-                continue
+            if attention in (STOCK, COMPACT) and name.startswith("Neural"):
+                continue  # have no keys that a scorer would make smaller
             cache = CACHES[name](model, room)
             same = fill_cache(model, cache, prompt) == expected and len(set(expected)) > 2
             shorten(cache, cached_tokens)
