@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from accelerate.hooks import ModelHook, add_hook_to_module
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 from transformers import (
@@ -90,6 +91,23 @@ def test_outputs_stay(family: Family, settings: dict, dtype: torch.dtype):
     assert_near(family.seen(run(model, **inputs)), family.seen(expected), BOUNDS[dtype])
     assert_far(family.seen(expected), family.seen(stock))
     assert all(layer.compact and layer.proj_dim is None for layer in patch_status(model))
+
+
+@pytest.mark.parametrize("family", (GPT2, VIT, BERT), ids=("gpt2", "vit", "bert"))
+def test_half_precision_loses_no_more(family: Family):
+    """The 2x rule, against the same model in float64."""
+    exact, rounded = neural(family), neural(family, dtype=torch.bfloat16)
+    exact.load_state_dict(rounded.state_dict())
+    truth = family.seen(run(exact.double(), **inputs_of(family, torch.float64)))
+
+    def error() -> float:
+        outputs = family.seen(run(rounded, **inputs_of(family, torch.bfloat16)))
+        return (outputs.double() - truth).abs().max().item()
+
+    before = error()
+    compact(rounded)
+    assert {parameter.dtype for parameter in rounded.parameters()} == {torch.bfloat16}
+    assert error() <= 2 * before
 
 
 @pytest.mark.parametrize("implementation", ("eager", "sdpa"))
@@ -364,6 +382,10 @@ def test_what_is_around_a_model(tmp_path):
     hooked = neural(BERT)
     hooked.get_submodule(BERT.layers[0]).query.register_forward_hook(lambda *_: None)
     assert_refused(hooked, PatchError, "has forward hooks, which would be lost")
+    dispatched = neural(GPT2)
+    add_hook_to_module(dispatched.get_submodule(GPT2.layers[0]), ModelHook())
+    with pytest.raises(PatchError, match="offloaded or dispatched by accelerate"):
+        compact(dispatched)
     pruned = neural(VIT)
     prune.l1_unstructured(pruned.get_submodule(VIT.layers[0]).q_proj, "weight", 0.5)
     with pytest.raises(PatchError, match="has forward hooks, which would be lost"):
