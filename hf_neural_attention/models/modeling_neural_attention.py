@@ -7,7 +7,7 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, initialization
 
 from .neural_attention_cache import NEURAL_CACHES, replace_cache
-from .neural_attention_compact import CompactAttentionMixin, fold_model, reason_against_folding
+from .neural_attention_compact import CompactAttentionMixin, folded_modules, reason_against_folding
 from .neural_attention_interface import attach_scorer, check_implementation
 from .neural_attention_scorer import NeuralScorer, resolve_sizes
 
@@ -138,7 +138,14 @@ def fold_own_model(model: Any) -> None:
     if reason := reason_against_folding(model):
         raise ValueError(f"This {type(model).__name__} cannot be made compact: {reason}.")
     stock = next(parent for parent in model.compact_attention_class.__mro__[1:] if parent is not CompactAttentionMixin)
-    fold_model(model, {stock: model.compact_attention_class})
+    for name, compact in folded_modules(model, {stock: model.compact_attention_class}).items():
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, compact)
+    mark_compact(model)
+
+
+def mark_compact(model: Any) -> None:
+    """Lets the config of a model that has just been folded say so."""
     model.config.neural_folded_from = model.config.name_or_path or type(model).__name__
     for module in model.modules():  # parts of a model have the same config, or a copy of it
         if hasattr(getattr(module, "config", None), "neural_compact"):

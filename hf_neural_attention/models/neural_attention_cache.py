@@ -175,7 +175,8 @@ class NeuralCache(Cache):
 
     Raises:
         TypeError: if `model` is no model.
-        ValueError: if `max_cache_len` is below one, or projecting keys would save nothing in any layer.
+        ValueError: if `max_cache_len` is below one, or projecting keys would save nothing in any layer, or the model is
+            compact, where any cache holds projected keys.
 
     Example:
 
@@ -202,6 +203,14 @@ class NeuralCache(Cache):
             for index, attention in neural_attentions(model).items():
                 if saves_memory(attention, dtype):
                     layers[index] = project_layer(layers[index], attention)
+        # asks what it lacks, not its class, as `neural_attentions` does
+        scorers = [getattr(module, "scorer", None) for module in model.modules()]
+        is_compact = any(hasattr(scorer, "linear3") and not hasattr(scorer, "linear1") for scorer in scorers)
+        if is_compact and not any(isinstance(layer, ProjectedKeys) for layer in layers):
+            raise ValueError(
+                f"NeuralCache is not for this {type(model).__name__}, which is compact: its layers hand every cache keys that "
+                "are projected already, `hidden_dims[0]` numbers of a key and head. Use a DynamicCache or a StaticCache."
+            )
         if not any(isinstance(layer, ProjectedKeys) for layer in layers):
             raise ValueError(
                 f"NeuralCache would save nothing with this {type(model).__name__}: no layer has a scorer that needs less than "

@@ -187,7 +187,7 @@ def test_stock_caches_hold_what_the_scorer_sees(static: bool):
         assert [layer.keys.shape[-1] for layer in cache.layers] == [2 if each is model else 16] * 3
         sizes.append(cache_nbytes(cache))
     assert sizes[0] / sizes[1] == (2 + 16) / (16 + 16)
-    with pytest.raises(ValueError, match="would save nothing"):
+    with pytest.raises(ValueError, match="which is compact: its layers hand every cache"):
         NeuralCache(model)
 
 
