@@ -15,6 +15,7 @@ from transformers.utils import is_optimum_quanto_available
 from tests.helpers.comparing import assert_near, run, transformers_log
 from tests.helpers.generating import NEW_TOKENS, generate, neural, prompt, stock_model
 from tests.helpers.neural_models import GPT2, all_variants, eager_and_sdpa
+from tests.helpers.versions import CACHE
 
 
 ALL = {"neural_layers": "all", "neural_proj_dim": 4}
@@ -87,10 +88,10 @@ def test_caches_that_outlive_a_call(implementation: str, static: bool):
     model = neural(attn_implementation=implementation, **ALL)
     inputs = prompt(padded=False)
     cache = StaticCache(model.config, 40) if static else DynamicCache(config=model.config)
-    first = torch.cat((inputs["input_ids"], generate(model, inputs, past_key_values=cache)), dim=1)
+    first = torch.cat((inputs["input_ids"], generate(model, inputs, cache=cache)), dim=1)
     longer = torch.cat((first, torch.randint(3, 98, (2, 3))), dim=1)
     more = {"input_ids": longer, "attention_mask": torch.ones_like(longer)}
-    assert torch.equal(generate(model, more, past_key_values=cache), generate(model, more, use_cache=False))
+    assert torch.equal(generate(model, more, cache=cache), generate(model, more, use_cache=False))
 
 
 @eager_and_sdpa
@@ -103,7 +104,7 @@ def test_sliding_window_caches(implementation: str, static: bool):
     def with_cache(model) -> torch.Tensor:
         cache = StaticCache(model.config, 40) if static else DynamicCache(config=model.config)
         assert all(layer.is_sliding for layer in cache.layers)
-        return generate(model, inputs, past_key_values=cache)
+        return generate(model, inputs, cache=cache)
 
     expected = with_cache(stock)
     assert not torch.equal(expected, generate(stock, inputs, use_cache=False)), "the window must matter"
@@ -142,8 +143,8 @@ def test_quantized_caches(implementation: str, backend: str):
     for model in (stock, neural_model):
         cache, plain = QuantizedCache(config=model.config, **QUANTIZED[backend]), DynamicCache(config=model.config)
         for each in (cache, plain):
-            model(input_ids=inputs["input_ids"][:, :8], past_key_values=each)
-        lossy, exact = (run(model, input_ids=inputs["input_ids"][:, 8:], past_key_values=each) for each in (cache, plain))
+            model(input_ids=inputs["input_ids"][:, :8], **{CACHE: each})
+        lossy, exact = (run(model, input_ids=inputs["input_ids"][:, 8:], cache=each) for each in (cache, plain))
         assert 1e-4 < (lossy - exact).abs().max() / exact.abs().max() < 0.5, "something is lost, but little"
 
 

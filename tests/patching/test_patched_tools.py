@@ -16,7 +16,7 @@ from hf_neural_attention.patching import PatchError
 from tests.helpers.comparing import assert_far, assert_near, assert_same_gradients, assert_same_state, backward, run
 from tests.helpers.neural_models import eager_and_sdpa, liven, scorers
 from tests.helpers.stock_models import FAMILIES, Family
-from tests.helpers.versions import CHECKPOINTING
+from tests.helpers.versions import CACHE, CHECKPOINTING
 
 
 GPT2, LLAMA, MISTRAL, BERT, T5, VIT = (FAMILIES[name] for name in ("gpt2", "llama", "mistral", "bert", "t5", "vit"))
@@ -183,7 +183,7 @@ def test_neural_cache(family: Family, implementation: str):
     cache: Any = NeuralCache(model)
     if family is T5:
         cache = EncoderDecoderCache(cache, DynamicCache(config=model.config))
-    tokens = model.generate(**inputs, **arguments, past_key_values=cache)
+    tokens = model.generate(**inputs, **arguments, **{CACHE: cache})
     assert torch.equal(tokens, model.generate(**inputs, **arguments, use_cache=False))
     assert len(tokens[:, -6:].unique()) > 6
 
