@@ -9,6 +9,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, GPT2Tokenizer
 
 import hf_neural_attention
 from hf_neural_attention import NeuralGPT2Config, NeuralGPT2LMHeadModel, analysis
+from tests.helpers.versions import CACHE
 
 
 ROOT = Path(__file__).parents[1]
@@ -82,6 +83,7 @@ def test_every_page_with_code_is_found():
 @pytest.mark.parametrize(("page", "heading", "code"), CASES)
 def test_the_blocks_run_as_written(page, heading, code, in_a_folder_with_models, capsys):
     scope: dict = {}
+    code = code.replace("cache=NeuralCache", f"{CACHE}=NeuralCache")  # as the page says, for versions before 5.24
     exec(compile(code, f"{page}, {heading}", "exec"), scope)
     check(page, heading, scope, capsys.readouterr().out)
 

@@ -181,7 +181,8 @@ def test_prompt_lookup(implementation: str, fields: dict):
     expected = generate(model, inputs)
     assert torch.equal(generate(model, inputs, prompt_lookup_num_tokens=3, cache=NeuralCache(model)), expected)
     assert torch.equal(generate(model, inputs, prompt_lookup_num_tokens=3, cache_implementation="neural"), expected)
-    static = {"prompt_lookup_num_tokens": 3, "cache_implementation": "neural_static"}
+    # asks for more room, since Transformers 5.24 drafts a token more than a cache made by it has room for, of stock models too
+    static = {"prompt_lookup_num_tokens": 3, "cache_implementation": "neural_static", "max_cache_len": LENGTH}
     if STATIC_CACHES_CROP:
         assert torch.equal(generate(model, inputs, **static), expected)
     else:

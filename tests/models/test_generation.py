@@ -3,7 +3,9 @@
 import pytest
 import torch
 from transformers import (
+    ContinuousBatchingConfig,
     DynamicCache,
+    GenerationConfig,
     PreTrainedTokenizerFast,
     QuantizedCache,
     StaticCache,
@@ -146,6 +148,31 @@ def test_quantized_caches(implementation: str, backend: str):
             model(input_ids=inputs["input_ids"][:, :8], **{CACHE: each})
         lossy, exact = (run(model, input_ids=inputs["input_ids"][:, 8:], cache=each) for each in (cache, plain))
         assert 1e-4 < (lossy - exact).abs().max() / exact.abs().max() < 0.5, "something is lost, but little"
+
+
+@pytest.mark.skipif(
+    CACHE != "cache", reason="Transformers before 5.24 asks attention functions to read pages, which ours refuses"
+)
+@pytest.mark.parametrize("fields", (ALL, RESIDUAL, {**ALL, "neural_layers": [1], "neural_per_head": True}), ids=str)
+def test_continuous_batching(fields: dict):
+    model = neural(attn_implementation="sdpa", **fields)
+    prompts = [torch.randint(3, 98, (1, length)) for length in (9, 5)]
+    expected = [generate(model, {"input_ids": ids}).squeeze(0).tolist() for ids in prompts]
+    settings = GenerationConfig(max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    small = ContinuousBatchingConfig(max_batch_tokens=64, num_blocks=8, page_size=16)
+    found = model.generate_batch(
+        [ids.squeeze(0).tolist() for ids in prompts],
+        generation_config=settings,
+        continuous_batching_config=small,
+        warmup=False,
+    )
+    assert [each.generated_tokens for each in found.values()] == expected
+
+
+def test_compact_attention_refuses_pages():
+    attention = neural(neural_compact=True, **ALL).transformer.h[0].attn
+    with pytest.raises(ValueError, match="cannot keep its keys in a object: continuous batching has room for keys"):
+        attention(torch.zeros(1, 3, attention.embed_dim), cache=object())
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="offloaded caches need an accelerator, with stock models too")
