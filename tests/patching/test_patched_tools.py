@@ -3,12 +3,15 @@
 import copy
 import io
 import warnings
+from importlib.metadata import version
 from typing import Any
 
 import pytest
 import torch
+from packaging.version import Version
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, TrainingArguments
+from transformers.integrations.peft import MIN_PEFT_VERSION
 
 from hf_neural_attention import NeuralCache, from_pretrained, patch, patch_status, save_patch, unpatch
 from hf_neural_attention.models.neural_attention_interface import neural_attention_forward
@@ -286,6 +289,10 @@ def test_pruned_scorers_train():
     assert all(scorer.linear1.weight_orig.grad.any() for scorer in scorers(model))
 
 
+@pytest.mark.skipif(
+    Version(version("peft")) < Version(MIN_PEFT_VERSION),
+    reason=f"this Transformers refuses peft before {MIN_PEFT_VERSION} in `add_adapter`, of any model",
+)
 @pytest.mark.parametrize("modules_to_save", (None, ["scorer"]))
 def test_adapters_of_transformers_own(modules_to_save: Any, tmp_path):
     from peft import LoraConfig
