@@ -16,7 +16,7 @@ class PrivateInterface(NamedTuple):
     seen: str  # versions that have it
 
 
-TRANSFORMERS = "transformers 5.18 to 5.23"
+TRANSFORMERS = "transformers 5.18 to 5.24"
 TORCH = "torch 2.13"
 
 PRIVATE_INTERFACES = (

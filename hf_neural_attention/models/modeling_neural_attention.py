@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, initialization
 
-from .neural_attention_cache import NEURAL_CACHES, replace_cache
+from .neural_attention_cache import CACHE_ARGUMENT, NEURAL_CACHES, replace_cache
 from .neural_attention_compact import CompactAttentionMixin, folded_modules, reason_against_folding
 from .neural_attention_interface import attach_scorer, check_implementation
 from .neural_attention_scorer import NeuralScorer, resolve_sizes
@@ -77,12 +77,14 @@ class NeuralPreTrainedModelMixin:
 
     def _prepare_cache_for_generation(self, generation_config: GenerationConfig, model_kwargs: dict, *args, **kwargs) -> Any:
         wanted = getattr(generation_config, "_neural_cache", False)
-        given: Any = model_kwargs.get("past_key_values")
+        given: Any = model_kwargs.get(CACHE_ARGUMENT)
         if wanted and given is not None:
-            raise ValueError("`generate` got `past_key_values` and a `cache_implementation`; please use only one of the two.")
+            raise ValueError(
+                f"`generate` got `{CACHE_ARGUMENT}` and a `cache_implementation`; please use only one of the two."
+            )
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-        if wanted and model_kwargs.get("past_key_values") is not None:
-            model_kwargs["past_key_values"] = replace_cache(model_kwargs["past_key_values"], self)
+        if wanted and model_kwargs.get(CACHE_ARGUMENT) is not None:
+            model_kwargs[CACHE_ARGUMENT] = replace_cache(model_kwargs[CACHE_ARGUMENT], self)
         # asks for the method, not the class, since the cache may come from the installed package, and this file from the Hub
         given = getattr(given, "self_attention_cache", given)
         if hasattr(given, "check_model"):

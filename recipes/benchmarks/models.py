@@ -11,7 +11,7 @@ from transformers import DynamicCache, StaticCache, set_seed
 from benchmarks.checks import Check
 from benchmarks.measuring import Limits
 from hf_neural_attention import NeuralCache, use_backend
-from hf_neural_attention.models.neural_attention_cache import cache_nbytes
+from hf_neural_attention.models.neural_attention_cache import CACHE_ARGUMENT, cache_nbytes
 from tools.timing_by_turns import Runner, Spread, ratio_of
 from training.arms import Arm
 from training.model_families import GPT2, VIT, ModelFamily
@@ -187,7 +187,7 @@ def fill_cache(model: Any, cache: Any, prompt: torch.Tensor) -> list[int]:
     tokens = model.generate(
         prompt,
         attention_mask=torch.ones_like(prompt),
-        past_key_values=cache,
+        **{CACHE_ARGUMENT: cache},
         max_new_tokens=NEW_TOKENS,
         do_sample=False,
         disable_compile=True,
@@ -210,7 +210,7 @@ def decode_runner(model: Any, cache: Any, prompt: torch.Tensor, device: str) -> 
 
     @torch.no_grad()
     def run(_: Any) -> None:
-        model(prompt[:, -1:], past_key_values=cache, logits_to_keep=1)
+        model(prompt[:, -1:], logits_to_keep=1, **{CACHE_ARGUMENT: cache})
 
     return Runner(run, lambda: shorten(cache, prompt.shape[1]), most_calls=1, device=device)
 

@@ -16,6 +16,7 @@ from hf_neural_attention.models.neural_attention_initialization import draw_comp
 from hf_neural_attention.models.neural_attention_scorer import CompactScorer
 from tests.helpers.comparing import assert_near, assert_same_state, run
 from tests.helpers.neural_models import GPT2, VIT, Family, both_families, eager_and_sdpa, every_model, scorers
+from tests.helpers.versions import CACHE
 
 
 WHOLE_FIELDS = {
@@ -183,7 +184,7 @@ def test_stock_caches_hold_what_the_scorer_sees(static: bool):
     sizes = []
     for each in (model, stock):
         cache = StaticCache(each.config, 12) if static else DynamicCache(config=each.config)
-        run(each, **GPT2.inputs(labels=False), past_key_values=cache)
+        run(each, **GPT2.inputs(labels=False), **{CACHE: cache})
         assert [layer.keys.shape[-1] for layer in cache.layers] == [2 if each is model else 16] * 3
         sizes.append(cache_nbytes(cache))
     assert sizes[0] / sizes[1] == (2 + 16) / (16 + 16)

@@ -3,7 +3,9 @@
 import pytest
 import torch
 from transformers import (
+    ContinuousBatchingConfig,
     DynamicCache,
+    GenerationConfig,
     PreTrainedTokenizerFast,
     QuantizedCache,
     StaticCache,
@@ -14,7 +16,8 @@ from transformers.utils import is_optimum_quanto_available
 
 from tests.helpers.comparing import assert_near, run, transformers_log
 from tests.helpers.generating import NEW_TOKENS, generate, neural, prompt, stock_model
-from tests.helpers.neural_models import GPT2, all_variants, eager_and_sdpa, whole_and_compact
+from tests.helpers.neural_models import ALL, GPT2, all_variants, eager_and_sdpa, whole_and_compact
+from tests.helpers.versions import CACHE
 
 
 RESIDUAL = {"neural_layers": "all", "neural_mode": "residual"}
@@ -90,10 +93,10 @@ def test_caches_that_outlive_a_call(implementation: str, static: bool, fields: d
     model = neural(attn_implementation=implementation, **fields)
     inputs = prompt(padded=False)
     cache = StaticCache(model.config, 40) if static else DynamicCache(config=model.config)
-    first = torch.cat((inputs["input_ids"], generate(model, inputs, past_key_values=cache)), dim=1)
+    first = torch.cat((inputs["input_ids"], generate(model, inputs, cache=cache)), dim=1)
     longer = torch.cat((first, torch.randint(3, 98, (2, 3))), dim=1)
     more = {"input_ids": longer, "attention_mask": torch.ones_like(longer)}
-    assert torch.equal(generate(model, more, past_key_values=cache), generate(model, more, use_cache=False))
+    assert torch.equal(generate(model, more, cache=cache), generate(model, more, use_cache=False))
 
 
 @eager_and_sdpa
@@ -107,7 +110,7 @@ def test_sliding_window_caches(implementation: str, static: bool, fields: dict):
     def with_cache(model) -> torch.Tensor:
         cache = StaticCache(model.config, 40) if static else DynamicCache(config=model.config)
         assert all(layer.is_sliding for layer in cache.layers)
-        return generate(model, inputs, past_key_values=cache)
+        return generate(model, inputs, cache=cache)
 
     expected = with_cache(stock)
     assert not torch.equal(expected, generate(stock, inputs, use_cache=False)), "the window must matter"
@@ -147,9 +150,34 @@ def test_quantized_caches(implementation: str, backend: str, fields: dict):
     for model in (stock, neural_model):
         cache, plain = QuantizedCache(config=model.config, **QUANTIZED[backend]), DynamicCache(config=model.config)
         for each in (cache, plain):
-            model(input_ids=inputs["input_ids"][:, :8], past_key_values=each)
-        lossy, exact = (run(model, input_ids=inputs["input_ids"][:, 8:], past_key_values=each) for each in (cache, plain))
+            model(input_ids=inputs["input_ids"][:, :8], **{CACHE: each})
+        lossy, exact = (run(model, input_ids=inputs["input_ids"][:, 8:], cache=each) for each in (cache, plain))
         assert 1e-4 < (lossy - exact).abs().max() / exact.abs().max() < 0.5, "something is lost, but little"
+
+
+@pytest.mark.skipif(
+    CACHE != "cache", reason="Transformers before 5.24 asks attention functions to read pages, which ours refuses"
+)
+@pytest.mark.parametrize("fields", (ALL, RESIDUAL, {**ALL, "neural_layers": [1], "neural_per_head": True}), ids=str)
+def test_continuous_batching(fields: dict):
+    model = neural(attn_implementation="sdpa", **fields)
+    prompts = [torch.randint(3, 98, (1, length)) for length in (9, 5)]
+    expected = [generate(model, {"input_ids": ids}).squeeze(0).tolist() for ids in prompts]
+    settings = GenerationConfig(max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    small = ContinuousBatchingConfig(max_batch_tokens=64, num_blocks=8, page_size=16)
+    found = model.generate_batch(
+        [ids.squeeze(0).tolist() for ids in prompts],
+        generation_config=settings,
+        continuous_batching_config=small,
+        warmup=False,
+    )
+    assert [each.generated_tokens for each in found.values()] == expected
+
+
+def test_compact_attention_refuses_pages():
+    attention = neural(neural_compact=True, **ALL).transformer.h[0].attn
+    with pytest.raises(ValueError, match="cannot keep its keys in a object: continuous batching has room for keys"):
+        attention(torch.zeros(1, 3, attention.embed_dim), cache=object())
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="offloaded caches need an accelerator, with stock models too")

@@ -12,6 +12,7 @@ from transformers import DynamicCache, EncoderDecoderCache
 
 from tests.helpers.comparing import assert_far, assert_near, assert_same_gradients, backward, run
 from tests.helpers.neural_models import ALL, GPT2, all_variants, eager_and_sdpa, liven, one_and_all_layers, whole_and_compact
+from tests.helpers.versions import CACHE
 
 
 RESIDUAL = {"neural_layers": "all", "neural_mode": "residual"}
@@ -185,8 +186,8 @@ def test_cross_attention_with_a_cache(implementation: str, fields: dict):
     cache = None
     steps = []
     for part in (batch[:, :6], batch[:, 6:7], batch[:, 7:9]):
-        outputs = model(input_ids=part, past_key_values=cache, use_cache=True, **encoder)
-        cache = outputs.past_key_values
+        outputs = model(input_ids=part, **{CACHE: cache}, use_cache=True, **encoder)
+        cache = getattr(outputs, CACHE)
         steps.append(outputs.logits)
     assert isinstance(cache, EncoderDecoderCache) and cache.cross_attention_cache.layers[0].keys.shape[2] == 5
     assert_near(torch.cat(steps, dim=1), expected)
@@ -210,7 +211,7 @@ def test_a_cache_filled_in_parts_gives_the_same_logits(implementation: str, fiel
             input_ids=batch[:, start:end],
             attention_mask=mask[:, :end],
             position_ids=positions[:, start:end],
-            past_key_values=cache,
+            **{CACHE: cache},
         )
         steps.append(outputs.logits.detach())
     actual = torch.cat(steps, dim=1)

@@ -38,6 +38,7 @@ from hf_neural_attention.patching.sizes import size_of
 from tests.helpers import neural_models
 from tests.helpers.comparing import assert_far, assert_near, assert_same_state, run
 from tests.helpers.stock_models import FAMILIES, IMAGE, SIZES, TEXT, Family
+from tests.helpers.versions import CACHE
 
 
 GPT2, VIT, BERT, T5, BART, LLAMA = (FAMILIES[name] for name in ("gpt2", "vit", "bert", "t5", "bart", "llama"))
@@ -230,7 +231,7 @@ def test_a_cache_holds_what_the_plan_says():
         model = patch(make(), "all", mode="replace", hidden_dims=(4, 2))
         plan = compact(model, dry_run=True)
         compact(model)
-        cache = model(torch.arange(3, 8).unsqueeze(0), use_cache=True).past_key_values
+        cache = model(torch.arange(3, 8).unsqueeze(0), use_cache=True)[CACHE]
         held = sum(tensor.nbytes for layer in cache.layers for tensor in (layer.keys, layer.values))
         assert held == 5 * plan.compact.cache_bytes_per_token == 5 * 0.75 * plan.stock.cache_bytes_per_token > 0
 
