@@ -26,13 +26,14 @@ from .models.modeling_neural_vit import (
     NeuralViTPreTrainedModel,
 )
 from .models.neural_attention_cache import NeuralCache
-from .models.neural_attention_scorer import NeuralScorer
+from .models.neural_attention_scorer import CompactScorer, NeuralScorer
 from .ops import set_backend, use_backend
-from .patching import calibrate, from_pretrained, load_patch, patch, patch_status, patched, save_patch, unpatch
+from .patching import calibrate, compact, from_pretrained, load_patch, patch, patch_status, patched, save_patch, unpatch
 from .registration import register_auto_classes
 
 
 __all__ = [
+    "CompactScorer",
     "NeuralCache",
     "NeuralGPT2Config",
     "NeuralGPT2DoubleHeadsModel",
@@ -50,6 +51,7 @@ __all__ = [
     "NeuralViTPreTrainedModel",
     "__version__",
     "calibrate",
+    "compact",
     "explain",
     "export_to_hub",
     "from_pretrained",

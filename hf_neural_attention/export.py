@@ -16,10 +16,11 @@ from transformers.utils import CONFIG_NAME
 
 import hf_neural_attention
 
-from .introspection import is_born_neural, unwrap
+from .introspection import compact_layers, is_born_neural, unwrap
 from .patching.errors import PatchError
 from .patching.pretrained import neural_fields
 from .patching.records import check_without_adapters, record_of
+from .patching.sizes import SIZE_TITLES, size_of, stock_twin
 from .registration import FAMILIES, MODELS_OF_AUTO_CLASSES
 from .uploading import upload
 
@@ -69,7 +70,8 @@ def export_to_hub(
     Files are written beside the folder and moved into it at the end: an export that fails leaves what was there.
 
     Args:
-        model (`nn.Module`): A `NeuralGPT2*` or `NeuralViT*` model, or a GPT-2 or ViT whose layers `patch` has made neural.
+        model (`nn.Module`): A `NeuralGPT2*` or `NeuralViT*` model, or a GPT-2 or ViT whose layers `patch` has made neural. The
+            card of a compact one says what it was folded from, and its size beside that of the stock model.
         save_directory (`str` or `Path`): Is made if it is not there; files of the same names are replaced.
         tokenizer_or_processor (*optional*): With `save_pretrained`.
         remote_code (`bool`): Put the model's code beside it, for those without this package. Default: True.
@@ -106,7 +108,18 @@ def export_to_hub(
             (task for name, task in PIPELINES.items() if auto_map.get(name, "").endswith(f".{architecture}")), None
         )
         (draft / "README.md").write_text(
-            card(title, architecture, auto_map, pipeline, figures, dataset, license, description, remote_code)
+            card(
+                title,
+                architecture,
+                auto_map,
+                pipeline,
+                figures,
+                dataset,
+                license,
+                description,
+                remote_code,
+                compact_section(base) if compact_layers(base) else "",
+            )
         )
         folder.mkdir(exist_ok=True)
         # moves the config last, since a folder without it is no model
@@ -181,6 +194,29 @@ def read_results(results: Mapping[str, float] | str | Path | None) -> dict[str, 
     return dict(metrics)
 
 
+def compact_section(model: Any) -> str:
+    """What the card says of a compact model: what it was folded from, and its size beside stock's, counted here."""
+    config = model.config
+    folded_from = config.neural_folded_from if is_born_neural(model) else record_of(model).get("folded_from")
+    origin = f"It was folded from `{folded_from}`, and computes the same up to rounding." if folded_from else ""
+    stock = stock_twin(model)
+    sizes = {f"stock `{type(stock).__name__}`": size_of(stock), "this model": size_of(model)}
+    rows = "\n".join(
+        f"| {name} | {' | '.join(f'{cell:,}' if isinstance(cell, int) else cell for cell in size.cells)} |"
+        for name, size in sizes.items()
+    )
+    return f"""
+## Compact form
+
+Its neural layers project hidden states straight to the first layer of their scorers, without queries and keys.
+{origin}
+
+| counted, not measured | {" | ".join(SIZE_TITLES)} |
+| --- | --- | --- | --- |
+{rows}
+"""
+
+
 def card(
     name: str,
     architecture: str,
@@ -191,8 +227,9 @@ def card(
     license: str,
     description: str,
     remote_code: bool,
+    on_compact_form: str = "",
 ) -> str:
-    """The model card: metadata, figures, how to load it, limits, citation."""
+    """The model card: metadata, figures, what a compact model was folded from, how to load it, limits, citation."""
     auto = next((auto for auto, place in auto_map.items() if place.endswith(f".{architecture}")), None)
     loader, home = (architecture, "hf_neural_attention") if auto is None else (auto, "transformers")
     evaluations = [
@@ -234,7 +271,7 @@ run = pipeline("{pipeline}", "{name}")
 
 A `{architecture}`: a model with Neural Attention (DiGiugno and Mahmood, arXiv 2502.17206), which scores a query against a key
 with a small network instead of a dot product. {description}
-{table}
+{table}{on_compact_form}
 ## Use
 
 ```python

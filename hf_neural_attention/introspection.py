@@ -46,6 +46,16 @@ def is_scorer(module: nn.Module) -> bool:
     return hasattr(module, "weights") and hasattr(module, "linear3")
 
 
+def is_compact(scorer: Any) -> bool:
+    """Whether a scorer lacks the first layer, since its attention module projects hidden states straight to that."""
+    return not hasattr(scorer, "linear1")
+
+
+def compact_layers(model: nn.Module) -> list[str]:
+    """Names of the compact layers of a model."""
+    return [name for name, _, scorer in neural_layers(model) if is_compact(scorer)]
+
+
 def neural_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, Any]]:
     """Name and module of every layer that has a scorer, and the scorer."""
     if is_scorer(model):
@@ -148,7 +158,7 @@ def observed(modules: Iterable[Any], observe: Observer) -> Iterator[None]:
 
 
 class Call(NamedTuple):
-    """What one attention function was called with."""
+    """What one attention function was called with; `D` is `h1` in a compact layer, whose scorer gets projected ones."""
 
     query: torch.Tensor  # [B, H, Tq, D]
     key: torch.Tensor  # [B, H, Tk, D]
@@ -176,6 +186,9 @@ def call_of(
 ) -> Call:
     """What the attention function of a module was called with, in float32, all heads with their keys. Takes what an attention
     function takes, of which it leaves out what says nothing of scores."""
+    scorer: Any = getattr(module, "scorer", None)
+    if hasattr(scorer, "unpack"):  # takes heads apart that share one in a packed layer
+        query, key = scorer.unpack(query, key)
     mask, causal, num_keys = mask_of_call(module, query, key, attention_mask, is_causal, position_bias)
     scaling = 1.0 / math.sqrt(query.shape[-1]) if scaling is None else scaling
     key = expand_heads(key[:, :, :num_keys], query.shape[1])

@@ -16,7 +16,7 @@ class PrivateInterface(NamedTuple):
     seen: str  # versions that have it
 
 
-TRANSFORMERS = "transformers 5.18 to 5.23"
+TRANSFORMERS = "transformers 5.18 to 5.24"
 TORCH = "torch 2.13"
 
 PRIVATE_INTERFACES = (
@@ -72,6 +72,12 @@ PRIVATE_INTERFACES = (
         TRANSFORMERS,
     ),
     PrivateInterface(
+        "_is_hf_initialized",
+        "",
+        "Tells `init_weights`, should it run again, that a module has its weights. Transformers sets it while loading.",
+        TRANSFORMERS,
+    ),
+    PrivateInterface(
         "_hf_hook",
         "",
         "Accelerate's hook around a module's forward knows where offloaded weights go, and keeps them. Accelerate has public "
@@ -96,6 +102,13 @@ PRIVATE_INTERFACES = (
         "_compiled_call_impl",
         "torch.nn:Module()._compiled_call_impl",
         "Says whether `module.compile()` was called. `is_compiled_module` knows `torch.compile(module)` only.",
+        TORCH,
+    ),
+    PrivateInterface(
+        "_saved_other",
+        "",
+        "What a product in the history of a tensor multiplies with: whether a model scales queries by a constant. Without it "
+        "the layers of such models would be refused.",
         TORCH,
     ),
     PrivateInterface(

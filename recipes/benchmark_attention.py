@@ -19,6 +19,7 @@ import torch
 from benchmarks.bars import kernel_bars, measure_bars
 from benchmarks.cases import DOT_PRODUCTS, DTYPES, GPU_PROVIDERS, MASKS, PHASES, PROVIDERS, SCORERS, Case, Entry
 from benchmarks.checks import Checker
+from benchmarks.compact_bars import measure_compact_bars, planned_compact_bars
 from benchmarks.measuring import Limits, peak_bytes, time_entries
 from benchmarks.models import ATTENTIONS, CACHES, COMPACT, GPT2_124M, STOCK, VIT_BASE, measure_decoding, measure_steps
 from benchmarks.reporting import BARS_COLUMNS, MODELS_COLUMNS, Row, sweep_columns, write_files
@@ -31,11 +32,15 @@ from tools.timing_by_turns import Spread, ratio_of
 # Sets the axes of a call where the command line does not
 SWEEPS: dict[str, dict[str, list]] = {
     "quick": {"length": [256, 1024], "phase": ["forward", "both"]},
+    "shapes": {
+        "phase": ["forward", "both"],
+        "shape": [f"{first}x{second}" for first in (2, 4, 8, 16, 32) for second in (1, 2, 4, 8)],
+    },
     "lengths": {"length": [256, 512, 1024, 2048, 4096, 8192, 16384], "phase": ["forward", "both"], "proj_dim": [2, 16]},
     "gpu": {
         "length": [4096],
         "phase": ["forward", "both"],
-        "proj_dim": [2, 16],
+        "shape": ["2x1", "16x2", "16x8"],
         "dtype": ["bfloat16"],
         "batch_size": [4],
         "provider": ["sdpa", "flash", "flex", "triton"],
@@ -44,7 +49,9 @@ SWEEPS: dict[str, dict[str, list]] = {
 LIMITS = {
     "quick": Limits(repeats=20, seconds=3),
     "lengths": Limits(repeats=20, seconds=3, fewest=3, call=1.5),
+    "shapes": Limits(repeats=30, seconds=20),
     "bars": Limits(repeats=50, seconds=10),
+    "compact": Limits(repeats=50, seconds=10),
     "models": Limits(repeats=15, seconds=150),
     "cache": Limits(repeats=40, seconds=30),
     "gpu": Limits(repeats=50, seconds=3),
@@ -61,7 +68,7 @@ CHOICES = {"phase": PHASES, "dtype": tuple(DTYPES), "mask": MASKS, "mode": MODES
 AXES = [field for field in dataclasses.fields(Case) if field.name != "device"]
 CACHED_TOKENS = (1024, 4096)
 GPU_ATTENTIONS = (STOCK, 'neural_layers="all"', COMPACT)
-SCORER_AXES = ("proj_dim", "mode", "scorer")  # axes that dot products do not see
+SCORER_AXES = ("proj_dim", "shape", "mode", "scorer")  # axes that dot products do not see
 
 
 def truth(word: str) -> bool:
@@ -76,9 +83,9 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
         "--preset",
         choices=LIMITS,
         default="quick",
-        help="quick and lengths: calls of attention, whose axes are the flags below; bars: what the kernels must reach; "
-        "models: training, forward and decode steps of GPT-2 124M and ViT-B; cache: decoding with each kind of cache; "
-        "gpu and gpu-models: what `make gpu` measures.",
+        help="quick, shapes and lengths: calls of attention, whose axes are the flags below; bars: what the kernels must "
+        "reach; compact: what the compact form must reach; models: training, forward and decode steps of GPT-2 124M and "
+        "ViT-B; cache: decoding with each kind of cache; gpu and gpu-models: what `make gpu` measures.",
     )
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="Of torch and of the native kernel.")
@@ -86,7 +93,7 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
         parser.add_argument(f"--{name}", type=Limits.__annotations__[name], help=f"{meaning} Default: the preset's.")
     parser.add_argument("--output", help="Write NAME.md, .json and .csv, and NAME.png where there are several lengths.")
     parser.add_argument("--dry_run", action="store_true", help="List what would be measured.")
-    axes = parser.add_argument_group("axes of a call of attention (presets quick and lengths)")
+    axes = parser.add_argument_group("axes of a call of attention (presets quick, shapes and lengths)")
     axes.add_argument("--provider", nargs="+", choices=PROVIDERS, help="Default: all of the device.")
     for field in AXES:
         kind: Any = truth if field.type is bool else field.type
@@ -116,6 +123,8 @@ def sweep_groups(arguments: argparse.Namespace) -> Iterator[list[Entry]]:
     axes = sweep_axes(arguments)
     absent = {"reference"} if arguments.preset == "lengths" else set()
     absent |= {"triton", *GPU_PROVIDERS} if arguments.device == "cpu" else {"native"}
+    if arguments.preset == "shapes":  # leaves out what costs seconds a call
+        absent |= {"literal", "eager", "blockwise", "reference"}
     preset = SWEEPS[arguments.preset].get("provider")
     providers = arguments.provider or preset or [provider for provider in PROVIDERS if provider not in absent]
     for values in itertools.product(*(axes[name] for name in axes if name not in SCORER_AXES)):
@@ -186,6 +195,8 @@ def plan(arguments: argparse.Namespace) -> Iterator[str]:
         for group in kernel_bars(arguments.device):
             yield from (f"{item.bar.what}, d'={item.bar.proj_dim}" for item in group)
         yield from ("peak memory", "first uses", f"training steps of {GPT2_124M.name}")
+    elif arguments.preset == "compact":
+        yield from planned_compact_bars(arguments.device)
     elif arguments.preset in ("models", "gpu-models"):
         attentions = GPU_ATTENTIONS if arguments.preset == "gpu-models" else tuple(ATTENTIONS)
         yield from (f"{family.name}, {attention}" for family in (GPT2_124M, VIT_BASE) for attention in attentions)
@@ -222,9 +233,10 @@ def main(words: list[str] | None = None) -> None:
     if arguments.preset in SWEEPS:
         axes = [name for name, values in sweep_axes(arguments).items() if len(values) > 1]
         measured, columns = sweep(arguments, Checker(), limits), sweep_columns(axes)
-    elif arguments.preset == "bars":
+    elif arguments.preset in ("bars", "compact"):
         step_limits = LIMITS["models"]._replace(**given)
-        measured, columns = measure_bars(arguments.device, Checker(), limits, step_limits), BARS_COLUMNS
+        measure_them = measure_bars if arguments.preset == "bars" else measure_compact_bars
+        measured, columns = measure_them(arguments.device, Checker(), limits, step_limits), BARS_COLUMNS
     else:
         measures = {"models": measure_models, "gpu-models": measure_gpu_models, "cache": measure_caches}
         measured, columns = measures[arguments.preset](arguments.device, limits), MODELS_COLUMNS

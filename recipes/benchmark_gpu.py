@@ -48,8 +48,8 @@ class Step(NamedTuple):
 def plan(cards: Path) -> list[Step]:
     benchmark = ["recipes/benchmark_attention.py", "--device", "cuda", "--preset"]
     return [
-        Step("tests", ["-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", *GPU_TESTS], 140),
-        Step("attention", [*benchmark, "gpu", "--output", f"{cards / 'gpu'}"], 145),
+        Step("tests", ["-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", *GPU_TESTS], 100),
+        Step("attention", [*benchmark, "gpu", "--output", f"{cards / 'gpu'}"], 185),
         Step("models", [*benchmark, "gpu-models", "--output", f"{cards / 'gpu_models'}"], 145),
     ]
 

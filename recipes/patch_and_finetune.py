@@ -105,7 +105,13 @@ def image_data(
 
 def patch_settings(neural: NeuralArguments) -> dict[str, Any]:
     """Arguments of `patch`."""
-    return {name.removeprefix("neural_"): value for name, value in neural.config_fields().items()}
+    if neural.neural_compact:
+        raise SystemExit(
+            "--neural_compact is not for patching, which starts from the checkpoint's own queries and keys. Fold the patched "
+            "model when it is trained: `hf_neural_attention.compact(model)`, after --neural_mode replace."
+        )
+    fields = {name: value for name, value in neural.config_fields().items() if name != "neural_compact"}
+    return {name.removeprefix("neural_"): value for name, value in fields.items()}
 
 
 def build_model(arm: Arm, build: Build, neural: NeuralArguments, folder: Path, seed: int) -> PreTrainedModel:

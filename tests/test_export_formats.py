@@ -16,6 +16,7 @@ from hf_neural_attention import (
     NeuralViTForImageClassification,
     patch,
 )
+from tests.helpers.versions import CACHE
 
 
 if not hasattr(base, "ExportedModel"):
@@ -72,15 +73,15 @@ def test_gpt2(kind: str, mode: str, tmp_path: Path):
 @torch.no_grad()
 def test_gpt2_with_its_cache(kind: str, tmp_path: Path):
     model, ids = gpt2("replace"), torch.randint(3, 98, (2, 7))
-    cache = copy.deepcopy(model(ids, use_cache=True).past_key_values)
-    inputs = {"input_ids": ids[:, :2], "attention_mask": torch.ones(2, 9, dtype=torch.long), "past_key_values": cache}
+    cache = copy.deepcopy(getattr(model(ids, use_cache=True), CACHE))
+    inputs = {"input_ids": ids[:, :2], "attention_mask": torch.ones(2, 9, dtype=torch.long), CACHE: cache}
     exported = export(kind, model, inputs, tmp_path)
     ids = torch.randint(3, 98, (3, 13))
     mask = torch.ones_like(ids)
     mask[1, :4] = 0  # pads on the left
     expected = model(ids, attention_mask=mask).logits
-    cache = model(ids[:, :10], attention_mask=mask[:, :10], use_cache=True).past_key_values
-    assert_near(exported(input_ids=ids[:, 10:], attention_mask=mask, past_key_values=cache).logits, expected[:, 10:])
+    cache = getattr(model(ids[:, :10], attention_mask=mask[:, :10], use_cache=True), CACHE)
+    assert_near(exported(input_ids=ids[:, 10:], attention_mask=mask, **{CACHE: cache}).logits, expected[:, 10:])
 
 
 @pytest.mark.slow

@@ -42,25 +42,26 @@ def draw_attention_over_image(weights: torch.Tensor, image: Any, axes: Any = Non
 
 
 def draw_surface(surface: ScoreSurface, axes: Any = None, *, less_row_mean: bool = True) -> list[Any]:
-    """The network's scores beside the dot product's, each with its own colours. Returns both axes.
+    """The network's scores beside the dot product's, if there are such, each with its own colours. Returns all axes.
 
     Args:
         less_row_mean: draw what each score has beyond the mean of its query's, which is all that a softmax sees.
     """
-    both = new_axes(axes, 2)
+    drawn = {"network": surface.network} | ({} if surface.dot_product is None else {"dot product": surface.dot_product})
+    all_axes = new_axes(axes, len(drawn))
     extent = [
         float(surface.key_steps[0]),
         float(surface.key_steps[-1]),
         float(surface.query_steps[0]),
         float(surface.query_steps[-1]),
     ]
-    for ax, scores, title in zip(both, (surface.network, surface.dot_product), ("network", "dot product"), strict=True):
+    for ax, (title, scores) in zip(all_axes, drawn.items(), strict=True):
         if less_row_mean:
             scores = scores - scores.mean(-1, keepdim=True)
         image = ax.imshow(scores.detach().cpu().numpy(), origin="lower", extent=extent, cmap="RdBu_r", aspect="auto")
         ax.figure.colorbar(image, ax=ax, label="score, less the mean of its row" if less_row_mean else "score")
         ax.set(title=title, xlabel="key, along its direction", ylabel="query, along its direction")
-    return both
+    return all_axes
 
 
 def draw_health(health: ScorerHealth, axes: Any = None) -> list[Any]:

@@ -8,7 +8,7 @@ from torch.nn.functional import relu
 
 from ..introspection import Call
 from ..models.neural_attention_blockwise import without_autocast
-from ..models.neural_attention_reference import apply_linear, first_layer_of_query, key_features, softmax_or_zero
+from ..models.neural_attention_reference import apply_linear, key_features, query_features, softmax_or_zero
 from ..patching.calibration import NUMBERS_AT_ONCE
 from ..patching.reports import table
 from .watching import watch
@@ -71,7 +71,7 @@ def health_in_float32(scorer: Any, call: Call) -> LayerHealth:
     spread = entropy = uniform = pairs = counted_rows = 0.0
     for rows in torch.arange(num_queries, device=call.query.device).split(at_once):
         query = call.query[:, :, rows]
-        hidden = relu(apply_linear(query, *first_layer_of_query(weights)).unsqueeze(3) + keys)
+        hidden = relu(query_features(query, weights).unsqueeze(3) + keys)
         active = apply_linear(hidden, weights.weight2, weights.bias2)
         network = apply_linear(relu(active), weights.weight3, weights.bias3).squeeze(-1)
         scores = network

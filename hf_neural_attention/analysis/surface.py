@@ -14,7 +14,7 @@ class ScoreSurface(NamedTuple):
     query_steps: torch.Tensor  # [steps]
     key_steps: torch.Tensor  # [steps]
     network: torch.Tensor  # [steps, steps], queries down, keys across; the network's score alone
-    dot_product: torch.Tensor  # [steps, steps], that of the scaled dot product for the same pairs
+    dot_product: torch.Tensor | None  # [steps, steps], that of the scaled dot product for the same pairs; None if compact
 
 
 @torch.no_grad()
@@ -33,9 +33,11 @@ def score_surface(
     """A scorer's scores of `query + s * query_direction` against `key + t * key_direction`, s and t from -extent to extent.
 
     Args:
-        scorer (`NeuralScorer`): Of shared weights, or of weights per head, of which `head` is taken.
+        scorer (`NeuralScorer` or `CompactScorer`): Of shared weights, or of weights per head, of which `head` is taken. A
+            compact one takes the place of `head_dim` by `hidden_dims[0]`: its queries and keys are the parts of the first
+            hidden layer, of which there is no dot product.
         query_direction, key_direction: `[head_dim]`, made of unit length. Default: the first row of the scorer's projection,
-            along which it sees most of what it sees first.
+            along which it sees most of what it sees first; the first unit of the hidden layer for a compact one.
         query, key: `[head_dim]`, where the grid is centred. Default: zero.
         scaling: of the dot product beside it. Default: `1 / sqrt(head_dim)`.
         extent: in lengths of the directions.
@@ -43,14 +45,16 @@ def score_surface(
     """
     weights = scorer.weights().to(torch.float32)
     if weights.per_head:
-        weights = ScorerWeights(*(tensor[head] for tensor in weights))
-    origin = torch.zeros(scorer.head_dim, device=weights.q_weight.device)
-    along_query = weights.q_weight[0] if query_direction is None else query_direction
-    along_key = weights.k_weight[0] if key_direction is None else key_direction
+        weights = ScorerWeights(*(None if tensor is None else tensor[head] for tensor in weights))  # type: ignore[arg-type]
+    origin = torch.zeros(scorer.head_dim, device=weights.weight2.device)
+    first_unit = torch.eye(scorer.head_dim, device=origin.device)[0]
+    sees_first = [first_unit if weight is None else weight[0] for weight in (weights.q_weight, weights.k_weight)]
+    along_query = sees_first[0] if query_direction is None else query_direction
+    along_key = sees_first[1] if key_direction is None else key_direction
     line = torch.linspace(-extent, extent, steps, device=origin.device)
     centre_query, centre_key = (origin if each is None else each.float() for each in (query, key))
     queries = centre_query + line[:, None] * along_query / along_query.norm()
     keys = centre_key + line[:, None] * along_key / along_key.norm()
     network = reference_scores(queries[None, None], keys[None, None], weights)[0, 0]
     scaling = 1.0 / math.sqrt(scorer.head_dim) if scaling is None else scaling
-    return ScoreSurface(line, line, network, queries @ keys.T * scaling)
+    return ScoreSurface(line, line, network, queries @ keys.T * scaling if weights.has_first_layer else None)

@@ -39,7 +39,10 @@ def watch(model: Any, inputs: Mapping[str, Any], look: Callable[[Any, Call], Any
 
 
 class QueriesAndKeys(NamedTuple):
-    """What a neural layer's scorer sees of some inputs, and the factor of the dot product in its place."""
+    """What a neural layer's scorer sees of some inputs, and the factor of the dot product in its place.
+
+    In a compact layer these are the parts of queries and keys in the first hidden layer: `h1` numbers in place of `head_dim`.
+    """
 
     query: torch.Tensor  # [batch, heads, queries, head_dim], float32
     key: torch.Tensor  # [batch, heads, keys, head_dim], float32; of as many heads

@@ -6,8 +6,8 @@ from typing import Any
 from torch import nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, initialization
 
-from .neural_attention_cache import NEURAL_CACHES, replace_cache
-from .neural_attention_compact import CompactAttentionMixin, fold_model, reason_against_folding
+from .neural_attention_cache import CACHE_ARGUMENT, NEURAL_CACHES, replace_cache
+from .neural_attention_compact import CompactAttentionMixin, folded_modules, reason_against_folding
 from .neural_attention_interface import attach_scorer, check_implementation
 from .neural_attention_scorer import NeuralScorer, resolve_sizes
 
@@ -77,12 +77,14 @@ class NeuralPreTrainedModelMixin:
 
     def _prepare_cache_for_generation(self, generation_config: GenerationConfig, model_kwargs: dict, *args, **kwargs) -> Any:
         wanted = getattr(generation_config, "_neural_cache", False)
-        given: Any = model_kwargs.get("past_key_values")
+        given: Any = model_kwargs.get(CACHE_ARGUMENT)
         if wanted and given is not None:
-            raise ValueError("`generate` got `past_key_values` and a `cache_implementation`; please use only one of the two.")
+            raise ValueError(
+                f"`generate` got `{CACHE_ARGUMENT}` and a `cache_implementation`; please use only one of the two."
+            )
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-        if wanted and model_kwargs.get("past_key_values") is not None:
-            model_kwargs["past_key_values"] = replace_cache(model_kwargs["past_key_values"], self)
+        if wanted and model_kwargs.get(CACHE_ARGUMENT) is not None:
+            model_kwargs[CACHE_ARGUMENT] = replace_cache(model_kwargs[CACHE_ARGUMENT], self)
         # asks for the method, not the class, since the cache may come from the installed package, and this file from the Hub
         given = getattr(given, "self_attention_cache", given)
         if hasattr(given, "check_model"):
@@ -138,7 +140,14 @@ def fold_own_model(model: Any) -> None:
     if reason := reason_against_folding(model):
         raise ValueError(f"This {type(model).__name__} cannot be made compact: {reason}.")
     stock = next(parent for parent in model.compact_attention_class.__mro__[1:] if parent is not CompactAttentionMixin)
-    fold_model(model, {stock: model.compact_attention_class})
+    for name, compact in folded_modules(model, {stock: model.compact_attention_class}).items():
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, compact)
+    mark_compact(model)
+
+
+def mark_compact(model: Any) -> None:
+    """Lets the config of a model that has just been folded say so."""
     model.config.neural_folded_from = model.config.name_or_path or type(model).__name__
     for module in model.modules():  # parts of a model have the same config, or a copy of it
         if hasattr(getattr(module, "config", None), "neural_compact"):

@@ -46,7 +46,6 @@ class CompactGPT2Attention(CompactAttentionMixin, GPT2Attention):
             initialization.copy_(parameter, torch.cat((*(part.to(values) for part in parts), values), dim=-1))
 
     def take_stock(self, stock: GPT2Attention) -> tuple:
-        """Takes over what a stock module has beside queries and keys; returns the layers that make these, `fold`'s."""
         self.c_proj, self.attn_dropout, self.resid_dropout = stock.c_proj, stock.attn_dropout, stock.resid_dropout
         weight, bias, size = stock.c_attn.weight.detach(), stock.c_attn.bias.detach(), self.embed_dim
         with torch.no_grad():
@@ -57,19 +56,26 @@ class CompactGPT2Attention(CompactAttentionMixin, GPT2Attention):
     def forward(  # type: ignore[override]
         self,
         hidden_states: torch.Tensor,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         attention_mask: torch.Tensor | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """As the stock module's, of self-attention; caches get `w` for keys."""
+        """As the stock module's, of self-attention; caches get `w` for keys. Transformers before 5.24 names the cache
+        `past_key_values`, and then `cache` is one of pages."""
+        if cache is not None and not isinstance(cache, Cache):
+            raise ValueError(
+                f"Compact attention cannot keep its keys in a {type(cache).__name__}: continuous batching has room for keys "
+                "of the size of values, and these are smaller. Use `generate`."
+            )
+        cache = kwargs.pop("past_key_values", None) if cache is None else cache
         sizes = self.projection_size, self.projection_size, self.embed_dim
         u, w, value = self.c_attn(hidden_states).split(sizes, dim=-1)
         u, w = (self.split_heads(states, self.scorer.hidden_dims[0]) for states in (u, w))
         value = self.split_heads(value, self.head_dim)
-        if isinstance(past_key_values, EncoderDecoderCache):
-            past_key_values = past_key_values.self_attention_cache
-        if past_key_values is not None:
-            w, value = past_key_values.update(w, value, self.layer_idx)
+        if isinstance(cache, EncoderDecoderCache):
+            cache = cache.self_attention_cache
+        if cache is not None:
+            w, value = cache.update(w, value, self.layer_idx)
         dropout = self.attn_dropout.p if self.training else 0.0
         output, weights = self.attend(u, w, value, attention_mask, dropout=dropout, **kwargs)
         return self.resid_dropout(self.c_proj(output)), weights

@@ -35,7 +35,6 @@ class CompactViTAttention(CompactAttentionMixin, ViTAttention):
             initialization.copy_(parameter, drawn)
 
     def take_stock(self, stock: ViTAttention) -> tuple:
-        """Takes over what a stock module has beside queries and keys; returns the layers that make these, `fold`'s."""
         self.v_proj, self.o_proj = stock.v_proj, stock.o_proj
         return tuple((layer.weight.detach(), layer.bias) for layer in (stock.q_proj, stock.k_proj))
 

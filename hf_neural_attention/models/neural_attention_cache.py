@@ -5,11 +5,12 @@ neural layers those are stored. The cache layers are Transformers' own, with ano
 fixed size, with or without a sliding window.
 """
 
+import inspect
 from typing import Any, NoReturn
 
 import torch
 from torch import nn
-from transformers import DynamicCache, EncoderDecoderCache, StaticCache
+from transformers import DynamicCache, EncoderDecoderCache, GenerationMixin, StaticCache
 from transformers.cache_utils import (
     Cache,
     CacheLayerMixin,
@@ -21,6 +22,11 @@ from transformers.cache_utils import (
 
 from .neural_attention_interface import AttentionModule
 
+
+# Says under which name models and `generate` take a cache: `past_key_values` before Transformers 5.24, which renamed it
+CACHE_ARGUMENT = (
+    "cache" if "cache" in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters else "past_key_values"
+)
 
 # Maps what `generate(cache_implementation=...)` of our models takes to the stock implementation that it stands in for. Does
 # not name "dynamic", the default, since assistants choke on it if it is named.
@@ -121,7 +127,10 @@ def project_layer(layer: Any, attention: AttentionModule) -> Any:
     if kind is StaticSlidingWindowLayer:
         # reads both from what this class calls its length, which is the smaller of window and length
         window = layer.max_cache_len
-        return StaticSlidingProjectedKeyLayer(attention, max_cache_len=window, sliding_window=window)
+        # Asks for a longer one where the stock layer is longer than its window: from that Transformers 5.24 concludes whether
+        # tokens can be taken back
+        length = window if getattr(layer, "is_croppable", False) else window + 1
+        return StaticSlidingProjectedKeyLayer(attention, max_cache_len=length, sliding_window=window)
     return layer
 
 
@@ -157,11 +166,12 @@ def saves_memory(attention: AttentionModule, dtype: torch.dtype) -> bool:
 class NeuralCache(Cache):
     """A cache that stores, in the neural layers of a model, what their scorers need of the keys instead of the keys.
 
-    Given to `generate` as `past_key_values`, or to the model's `forward`; `generate` of the models of this package also makes
-    one for `cache_implementation="neural"` or `"neural_static"`. It leads to the tokens that the stock caches lead to. A
-    neural layer stores `hidden_dims[0]` float32 numbers per key and head, 32 times fewer than the key has at the paper's
-    sizes, and does not project old keys anew for each token. Values are stored whole, and so are the keys of layers where
-    projecting them saves nothing: layers with the dot product, of mode `"residual"`, or with wide scorers.
+    Given to `generate`, or to the model's `forward`, as `cache`, which is named `past_key_values` before Transformers
+    5.24; `generate` of the models of this package also makes one for `cache_implementation="neural"` or `"neural_static"`.
+    It leads to the tokens that the stock caches lead to. A neural layer stores `hidden_dims[0]` float32 numbers per key
+    and head, 32 times fewer than the key has at the paper's sizes, and does not project old keys anew for each token.
+    Values are stored whole, and so are the keys of layers where projecting them saves nothing: layers with the dot
+    product, of mode `"residual"`, or with wide scorers.
 
     The model of an encoder-decoder takes it as `EncoderDecoderCache(NeuralCache(model), DynamicCache(config=model.config))`.
 
@@ -175,13 +185,14 @@ class NeuralCache(Cache):
 
     Raises:
         TypeError: if `model` is no model.
-        ValueError: if `max_cache_len` is below one, or projecting keys would save nothing in any layer.
+        ValueError: if `max_cache_len` is below one, or projecting keys would save nothing in any layer, or the model is
+            compact, where any cache holds projected keys.
 
     Example:
 
     ```python
     cache = NeuralCache(model)
-    tokens = model.generate(**inputs, past_key_values=cache, max_new_tokens=20)
+    tokens = model.generate(**inputs, cache=cache, max_new_tokens=20)
     cache.nbytes
     ```
     """
@@ -202,6 +213,14 @@ class NeuralCache(Cache):
             for index, attention in neural_attentions(model).items():
                 if saves_memory(attention, dtype):
                     layers[index] = project_layer(layers[index], attention)
+        # asks what it lacks, not its class, as `neural_attentions` does
+        scorers = [getattr(module, "scorer", None) for module in model.modules()]
+        is_compact = any(hasattr(scorer, "linear3") and not hasattr(scorer, "linear1") for scorer in scorers)
+        if is_compact and not any(isinstance(layer, ProjectedKeys) for layer in layers):
+            raise ValueError(
+                f"NeuralCache is not for this {type(model).__name__}, which is compact: its layers hand every cache keys that "
+                "are projected already, `hidden_dims[0]` numbers of a key and head. Use a DynamicCache or a StaticCache."
+            )
         if not any(isinstance(layer, ProjectedKeys) for layer in layers):
             raise ValueError(
                 f"NeuralCache would save nothing with this {type(model).__name__}: no layer has a scorer that needs less than "

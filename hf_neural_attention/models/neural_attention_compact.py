@@ -54,6 +54,11 @@ class CompactAttentionMixin:
         """Sets the projections of hidden states: `[H * h1, d_model]` and `[H * h1]`, by `transformers.initialization`."""
         raise NotImplementedError
 
+    def take_stock(self, stock: Any) -> tuple[tuple[torch.Tensor, torch.Tensor | None], ...]:
+        """Takes over what a stock module has beside queries and keys, and returns weight and bias of the layers that make
+        these, as `fold` wants them."""
+        raise NotImplementedError
+
     @torch.no_grad()
     def write_weights(self, weights: CompactWeights) -> None:
         query_weight, query_bias, key_weight, key_bias, of_pairs = weights
@@ -128,7 +133,7 @@ def reason_against_folding(model: nn.Module) -> str | None:
     neural = {
         name: module for name, module in model.named_modules() if isinstance(getattr(module, "config", None), NeuralConfigView)
     }
-    whole = {name: module for name, module in neural.items() if not isinstance(module, CompactAttentionMixin)}
+    whole = {name: module for name, module in neural.items() if not isinstance(module.scorer, CompactScorer)}
     if not whole:
         return "it is compact already" if neural else "it has no neural layer"
     for name, module in whole.items():
@@ -172,18 +177,14 @@ def fold_attention(attention: Any, compact_class: type) -> Any:
     return compact.train(attention.training)
 
 
-def fold_model(model: nn.Module, compact_classes: dict[type, type]) -> dict[str, Any]:
-    """Puts a compact module in place of every attention module with a whole scorer, and returns them by name.
+def folded_modules(model: nn.Module, compact_classes: dict[type, type]) -> dict[str, Any]:
+    """A compact module for every attention module of these classes that has a whole scorer, by name. The model stays as it is.
 
     Args:
-        compact_classes: a stock attention class -> its compact one. The caller has checked that all modules are of these.
+        compact_classes: a stock attention class -> its compact one.
     """
-    folded = {
+    return {
         name: fold_attention(module, compact_classes[type(module)])
         for name, module in model.named_modules()
-        if isinstance(getattr(module, "config", None), NeuralConfigView) and not isinstance(module, CompactAttentionMixin)
+        if isinstance(getattr(module, "config", None), NeuralConfigView) and type(module) in compact_classes
     }
-    for name, compact in folded.items():
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, compact)
-    return folded

@@ -11,7 +11,7 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
 from transformers.masking_utils import sdpa_mask
 
-from .neural_attention_scorer import NeuralScorer
+from .neural_attention_scorer import Scorer
 
 
 ATTENTION_NAME = "neural_attention"
@@ -56,7 +56,7 @@ class NeuralConfigView:
         return NeuralConfigView, (self.base,)
 
 
-def attach_scorer(attention: AttentionModule, scorer: NeuralScorer) -> None:
+def attach_scorer(attention: AttentionModule, scorer: Scorer) -> None:
     """Makes a stock attention module neural, in place.
 
     Raises:
@@ -68,7 +68,7 @@ def attach_scorer(attention: AttentionModule, scorer: NeuralScorer) -> None:
     attention.config = NeuralConfigView(attention.config)
 
 
-def detach_scorer(attention: AttentionModule) -> NeuralScorer:
+def detach_scorer(attention: AttentionModule) -> Scorer:
     """Undoes `attach_scorer` and returns the scorer.
 
     Raises:

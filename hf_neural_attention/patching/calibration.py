@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from ..introspection import Call, call_of, left_as_it_was, neural_layers, observed, unwrap
 from ..models.neural_attention_reference import key_features, reference_scores
 from .errors import PatchError
-from .patching import check_unsharded
+from .patching import check_unsharded, check_whole
 from .records import check_plain
 from .reports import table
 
@@ -81,8 +81,8 @@ def calibrate(
         `CalibrationReport`: for each layer the divergence before and after; printing it shows a table.
 
     Raises:
-        PatchError: if the model has no neural layer, a layer has mode `"residual"` (it computes the dot product already), or
-            the batches do not reach a layer.
+        PatchError: if the model has no neural layer, a layer has mode `"residual"` (it computes the dot product already) or
+            is compact (it has no queries and keys), or the batches do not reach a layer.
         ValueError: if there is no data, it is a single batch, or a number is out of range.
     """
     for name, number in (("steps", steps), ("max_batches", max_batches), ("learning_rate", learning_rate)):
@@ -93,6 +93,7 @@ def calibrate(
     layers: dict[str, Any] = {name: module for name, module, _ in neural_layers(base)}
     if not layers:
         raise PatchError(f'This {type(base).__name__} has no neural layer; `patch(model, mode="replace")` first.')
+    check_whole(base, "calibrated")
     for name, module in layers.items():
         check_plain(name, module.scorer)
         if module.scorer.linear1.weight.is_meta:

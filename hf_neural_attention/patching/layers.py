@@ -7,6 +7,7 @@ from typing import Any, TypeAlias
 
 from torch import nn
 
+from ..models.neural_attention_compact import CompactAttentionMixin
 from .errors import NoPatchableLayerError, PatchError, ProbeError
 from .probing import AttentionCall
 
@@ -20,6 +21,8 @@ CROSS_ATTENTION = r"cross|enc_?dec_?att|encoder_attn"
 
 def fetches_its_attention(module: nn.Module) -> bool:
     """Whether a module asks Transformers' `AttentionInterface` for the function that its config names."""
+    if isinstance(module, CompactAttentionMixin):
+        return True
     for parent in type(module).__mro__:
         if "forward" in vars(parent):
             code = getattr(inspect.unwrap(vars(parent)["forward"]), "__code__", None)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ..diagnostics import Explanation, explain_layer
-from ..introspection import is_born_neural, is_sharded, neural_layers, patched_modules, place_of
+from ..introspection import compact_layers, is_born_neural, is_sharded, neural_layers, patched_modules, place_of
 from ..models.configuration_neural_attention import is_positive_int
 from ..models.neural_attention_interface import (
     UNSUPPORTED_ARGUMENTS,
@@ -25,6 +25,7 @@ from .layers import Layers, attention_modules, choose_layers, listed
 from .pretrained import hook_saving, unhook_saving
 from .probing import AttentionCall, probe
 from .reports import PatchedLayer, PatchPlan, PatchStatus
+from .sizes import ModelSize, size_of
 
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -107,14 +108,14 @@ def patch(
     """
     check_model(model)
     check_settings(proj_dim, hidden_dims, per_head)
-    calls = inspect_layers(model, layers, example_inputs)
+    calls, all_calls = see_layers(model, layers, example_inputs)
     scorers: dict[str, NeuralScorer] = {}
     with torch.random.fork_rng(devices=[], enabled=dry_run):
         for name, call in calls.items():
             _, num_heads, _, head_dim = call.query
             scorers[name] = NeuralScorer(head_dim, proj_dim, hidden_dims, mode, num_heads if per_head else None, init)
     if dry_run:
-        return plan_of(model, scorers)
+        return plan_of(model, scorers, all_calls)
     attach_scorers(model, scorers)
     return model
 
@@ -125,12 +126,19 @@ def inspect_layers(model: nn.Module, layers: Layers, example_inputs: Mapping[str
     Raises:
         PatchError: if one of them, or the model, cannot be patched.
     """
+    return see_layers(model, layers, example_inputs)[0]
+
+
+def see_layers(
+    model: nn.Module, layers: Layers, example_inputs: Mapping[str, Any] | None
+) -> tuple[dict[str, AttentionCall], dict[nn.Module, list[AttentionCall]]]:
+    """`inspect_layers`, and the calls of all attention modules."""
     found = attention_modules(model)
     check_implementations(found)
     calls, reasons = probe(model, found, example_inputs)
     names = choose_layers(layers, found, calls, reasons)
     check_layers({name: found[name] for name in names}, calls, reasons, set(example_inputs or MAKERS))
-    return {name: calls[found[name]][0] for name in names}
+    return {name: calls[found[name]][0] for name in names}, calls
 
 
 def attach_scorers(model: nn.Module, scorers: Mapping[str, NeuralScorer]) -> None:
@@ -143,21 +151,23 @@ def attach_scorers(model: nn.Module, scorers: Mapping[str, NeuralScorer]) -> Non
     hook_saving(model)
 
 
-def plan_of(model: nn.Module, scorers: Mapping[str, NeuralScorer]) -> PatchPlan:
+def plan_of(model: nn.Module, scorers: Mapping[str, NeuralScorer], calls: dict[nn.Module, list[AttentionCall]]) -> PatchPlan:
     """What would be done."""
     modules: dict[str, Any] = {name: model.get_submodule(name) for name in scorers}
     for name, scorer in scorers.items():
         scorer.to(*place_of(modules[name], model))
     backends = Explanation(explain_layer(name, as_if_patched(modules[name]), scorers[name], None) for name in scorers)
     status = PatchStatus(PatchedLayer.of(name, scorer) for name, scorer in scorers.items())
-    return PatchPlan(status, sum(parameter.numel() for parameter in model.parameters()), backends)
+    stock = size_of(model, calls)
+    added = stock.num_parameters + status.num_parameters, stock.num_bytes + status.num_bytes
+    return PatchPlan(status, stock.num_parameters, backends, stock, ModelSize(*added, stock.cache_bytes_per_token))
 
 
 def unpatch(model: ModelT) -> ModelT:
     """Takes the scorers of `patch` off again: the model is, bit for bit, what it was without them. Returns the model.
 
     Raises:
-        PatchError: if the model has none, or is of a class with neural layers of its own.
+        PatchError: if the model has none, is of a class with neural layers of its own, or is compact.
     """
     if is_born_neural(model):
         raise PatchError(
@@ -167,6 +177,7 @@ def unpatch(model: ModelT) -> ModelT:
     layers = patched_modules(model)
     if not layers:
         raise PatchError(f"This {type(model).__name__} is not patched; there is nothing to take off.")
+    check_whole(model, "unpatched")
     for module in layers.values():
         detach_scorer(module)
     unhook_saving(model)
@@ -198,12 +209,27 @@ def check_model(model: Any) -> None:
             f"{type(model).__name__} has neural layers by its class. Choose them with `neural_layers` and its other config "
             "fields, or patch the stock model."
         )
+    if names := compact_layers(model):
+        raise AlreadyPatchedError(
+            f"This {type(model).__name__} is patched already, in {listed(names)}, and compact: its stock queries and keys are "
+            "gone. Load the stock checkpoint again, and patch that."
+        )
     if names := list(patched_modules(model)):
         raise AlreadyPatchedError(
             f"This {type(model).__name__} is patched already, in {listed(names)}. `unpatch(model)` first, then patch it with "
             "all the layers that you want."
         )
     check_unsharded(model)
+
+
+def check_whole(model: nn.Module, what: str) -> None:
+    """Raises a PatchError if a model has compact layers, of which there is nothing to make what is asked for."""
+    if names := compact_layers(model):
+        raise PatchError(
+            f"This {type(model).__name__} cannot be {what}: {listed(names)} {'is' if len(names) == 1 else 'are'} compact, "
+            "whose queries and keys, and the layers that made them, are gone. Load the checkpoint again that was there before "
+            "`compact`."
+        )
 
 
 def check_unsharded(model: nn.Module) -> None:

@@ -17,10 +17,11 @@ from transformers.utils import CONFIG_NAME
 
 import hf_neural_attention
 
-from ..introspection import patched_modules
+from ..introspection import compact_layers, patched_modules
 from ..models.configuration_neural_attention import FORMAT_VERSION
 from ..models.neural_attention_interface import NeuralConfigView, attach_scorer
 from ..registration import FAMILIES
+from .compacting import compact, rebuild_compact
 from .errors import PatchError
 from .records import check_version, check_without_adapters, record_of, scorers_of, transformers_class
 
@@ -67,12 +68,16 @@ def neural_fields(record: dict[str, Any]) -> dict[str, Any] | None:
     settings = [{**each, "per_head": each["num_heads"] is not None} for each in layers.values()]
     if not all(matches) or any(each != settings[0] for each in settings):
         return None
+    names = ("proj_dim", "hidden_dims", "mode", "per_head", "init")
+    fields = {f"neural_{name}": settings[0][name] for name in names if name in settings[0]}
+    if settings[0].get("compact"):
+        fields |= {"neural_compact": True, "neural_mode": "replace", "neural_folded_from": record.get("folded_from")}
     return {
         "model_type": neural_type,
         "architectures": [architecture],
         "neural_format_version": FORMAT_VERSION,
         "neural_layers": sorted(int(match.group(1)) for match in matches if match),
-        **{f"neural_{name}": settings[0][name] for name in ("proj_dim", "hidden_dims", "mode", "per_head", "init")},
+        **fields,
     }
 
 
@@ -124,7 +129,7 @@ def from_pretrained(pretrained_model_name_or_path: Any, *, model_class: Any = No
         model_class (*optional*): Stock class of a patched model that Transformers does not have (a subclass of your own, or
             one whose code comes from the Hub). Default: the one of the name that was saved.
         kwargs: as for `PreTrainedModel.from_pretrained` (`dtype`, `device_map`, `attn_implementation`, `revision` ...), but no
-            `config`.
+            `config`. `neural_compact=True` makes the model compact when it is loaded (see `compact`), if it is not.
 
     Returns:
         The model in evaluation mode, of the class that it was saved from: patched, so that `unpatch` gives the stock model.
@@ -137,6 +142,7 @@ def from_pretrained(pretrained_model_name_or_path: Any, *, model_class: Any = No
             Transformers does not have, or lacks weights of its scorers.
     """
     where, with_info = str(pretrained_model_name_or_path), kwargs.pop("output_loading_info", False)
+    folds = kwargs.pop("neural_compact", None) is True
     names = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
     options = {name: kwargs[name] for name in names if name in kwargs}
     content, _ = PreTrainedConfig.get_config_dict(pretrained_model_name_or_path, **options)
@@ -144,7 +150,9 @@ def from_pretrained(pretrained_model_name_or_path: Any, *, model_class: Any = No
     if content.get("model_type") in FAMILIES and architecture in hf_neural_attention.__all__:
         own = getattr(hf_neural_attention, architecture)
         model, info = own.from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
-        check_complete(info, where)
+        check_complete(info, where, model)
+        if folds and not compact_layers(model):
+            compact(model)
         return (model, info) if with_info else model
     if RECORD not in content:
         raise PatchError(
@@ -166,19 +174,24 @@ def from_pretrained(pretrained_model_name_or_path: Any, *, model_class: Any = No
     model, info = loader.from_pretrained(
         pretrained_model_name_or_path, config=config, output_loading_info=True, **options, **fields
     )
-    check_complete(info, where)
+    check_complete(info, where, model)
     if type(model) is loader:  # skips a model that FSDP has given a class of its own
         model.__class__ = base
     for module in patched_modules(model).values():
         module.scorer.linear3.bias.requires_grad_(False)  # freezes it again, since loading makes everything trainable
     hook_saving(model)
+    if folds and not compact_layers(model):
+        compact(model)
     return (model, info) if with_info else model
 
 
-def check_complete(info: dict[str, Any], where: str) -> None:
-    """Raises a PatchError if scorers were not loaded but drawn."""
-    if missing := sorted(name for name in info["missing_keys"] if ".scorer." in name):
-        raise PatchError(f"{where} lacks weights of its scorers: {', '.join(missing[:5])}. The checkpoint is not complete.")
+def check_complete(info: dict[str, Any], where: str, model: nn.Module) -> None:
+    """Raises a PatchError if scorers, or anything in compact layers, were not loaded but drawn."""
+    inside = tuple(f"{name}." for name in compact_layers(model))
+    if missing := sorted(name for name in info["missing_keys"] if ".scorer." in name or name.startswith(inside)):
+        raise PatchError(
+            f"{where} lacks weights of its neural layers: {', '.join(missing[:5])}. The checkpoint is not complete."
+        )
 
 
 def patched_class(base: Any, record: dict[str, Any], where: str) -> Any:
@@ -187,10 +200,12 @@ def patched_class(base: Any, record: dict[str, Any], where: str) -> Any:
     def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
         base.__init__(self, config, *args, **kwargs)
         modules = dict(self.named_modules())
-        for name, scorer in scorers_of(record, where).items():
+        for name in record["layers"]:
             if name not in modules:
                 raise PatchError(f"config.json of {where} has a patch for {name!r}, and {base.__name__} no such module.")
+        for name, scorer in scorers_of(record, where).items():
             attach_scorer(modules[name], scorer)
+        rebuild_compact(self, record, where)
 
     # keeps the name, by which Transformers looks up what to rename in old checkpoints
     return type(base.__name__, (base,), {"__init__": __init__, "__module__": base.__module__})

@@ -54,6 +54,7 @@ def recording(model: nn.Module, calls: Mapping[str, list[AttentionCall]]) -> Ite
     def record(module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any = None, **arguments: Any):
         lists[module].append(observed_call(query, key, value, mask, arguments))
         batch, num_heads, num_queries, _ = query.shape
+        num_heads = getattr(getattr(module, "scorer", None), "num_query_heads", num_heads)  # packed layers hand on fewer
         # returns weights only where the implementation does, since models use them only there
         returns_weights = module.config.base._attn_implementation == "eager"
         weights = query.new_zeros(batch, num_heads, num_queries, key.shape[2]) if returns_weights else None

@@ -15,10 +15,15 @@ from transformers import PreTrainedModel
 from transformers.utils import CONFIG_NAME
 
 from .. import __version__
-from ..introspection import is_born_neural, patched_modules, unwrap
+from ..introspection import is_born_neural, is_compact, patched_modules, unwrap
 from ..models.neural_attention_scorer import NeuralScorer
 from .errors import PatchError
+from .packing import PackedScorer
 
+
+# Arguments of a compact scorer, and of one in a packed layer
+COMPACT_SETTINGS = ("hidden_dims", "num_heads", "init")
+PACKED_SETTINGS = ("num_query_heads", "num_key_heads", "stock_head_dim", "query_layer", "key_layer")
 
 # Goes up when a reader of the last version would misunderstand what is written
 FORMAT_VERSION = 1
@@ -38,6 +43,7 @@ def record_of(model: nn.Module, base_revision: str | None = None) -> dict[str, A
     layers = patched_modules(base)
     if not layers:
         raise PatchError(f"This {type(base).__name__} is not patched; there is nothing to save.")
+    folded_from = next(filter(None, (getattr(module.scorer, "folded_from", None) for module in layers.values())), None)
     config = getattr(base, "config", None)
     base_name = getattr(config, "name_or_path", "") or None
     return {
@@ -50,6 +56,7 @@ def record_of(model: nn.Module, base_revision: str | None = None) -> dict[str, A
             "model_type": getattr(config, "model_type", None),
         },
         "layers": {name: settings_of(module.scorer) for name, module in layers.items()},
+        **({} if folded_from is None else {"folded_from": folded_from}),
     }
 
 
@@ -73,9 +80,13 @@ def cached_revision(name: str | None) -> str | None:
 
 
 def settings_of(scorer: Any) -> dict[str, Any]:
-    """Arguments of `NeuralScorer` that make one like this."""
-    names = ("head_dim", "proj_dim", "hidden_dims", "mode", "num_heads", "init")
-    return {name: list(value) if isinstance(value := getattr(scorer, name), tuple) else value for name in names}
+    """Arguments of `NeuralScorer` that make one like this. Of a compact layer, those of its own kind of scorer, and
+    `"compact": True`."""
+    names: tuple[str, ...] = ("head_dim", "proj_dim", "hidden_dims", "mode", "num_heads", "init")
+    if is_compact(scorer):
+        names = COMPACT_SETTINGS + (PACKED_SETTINGS if isinstance(scorer, PackedScorer) else ())
+    settings = {name: list(value) if isinstance(value := getattr(scorer, name), tuple) else value for name in names}
+    return settings | ({"compact": True} if is_compact(scorer) else {})
 
 
 def check_plain(name: str, scorer: Any) -> None:
@@ -114,13 +125,15 @@ def check_version(record: Mapping[str, Any], where: str) -> None:
 
 
 def scorers_of(record: Mapping[str, Any], where: str) -> dict[str, NeuralScorer]:
-    """New scorers as a record describes them, by the name of their attention module.
+    """New scorers as a record describes them, by the name of their attention module; none for compact layers.
 
     Raises:
         PatchError: if a layer's settings are not those of a scorer.
     """
     made = {}
     for name, settings in record["layers"].items():
+        if isinstance(settings, dict) and settings.get("compact"):
+            continue
         try:
             made[name] = NeuralScorer(**settings)
         except (TypeError, ValueError) as error:

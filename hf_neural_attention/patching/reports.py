@@ -1,22 +1,25 @@
 """What a patch is, or would be, layer by layer: plain data, and tables of it."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from ..diagnostics import Explanation
+from ..introspection import is_compact
+from .sizes import SIZE_TITLES, ModelSize
 
 
 class PatchedLayer(NamedTuple):
     """One neural layer. `_asdict()` gives plain data that JSON can hold."""
 
     layer: str  # qualified name of the attention module
-    head_dim: int
-    proj_dim: int
+    head_dim: int  # size of the queries and keys that the scorer takes
+    proj_dim: int | None  # None in the compact form, where it decides nothing
     hidden_dims: tuple[int, int]
     mode: str
     per_head: bool
     init: str
-    num_parameters: int
+    compact: bool
+    num_parameters: int  # of the scorer
     num_bytes: int
 
     @classmethod
@@ -25,11 +28,12 @@ class PatchedLayer(NamedTuple):
         return cls(
             layer,
             scorer.head_dim,
-            scorer.proj_dim,
+            getattr(scorer, "proj_dim", None),
             tuple(scorer.hidden_dims),
             scorer.mode,
             scorer.num_heads is not None,
             scorer.init,
+            is_compact(scorer),
             sum(parameter.numel() for parameter in parameters),
             sum(parameter.numel() * parameter.element_size() for parameter in parameters),
         )
@@ -61,17 +65,44 @@ class PatchPlan(NamedTuple):
     layers: PatchStatus
     model_parameters: int  # that the model has now
     backends: Explanation  # what each layer would run on, as `explain` says it
+    stock: ModelSize  # what the model holds now
+    patched: ModelSize  # and with the new layers, whose keys a stock cache keeps whole
 
     def __str__(self) -> str:
         share = self.layers.num_parameters / max(1, self.model_parameters)
         return (
             f"{len(self.layers)} attention layer{'s' if len(self.layers) > 1 else ''} would become neural, with "
             f"{self.layers.num_parameters:,} new parameters ({self.layers.num_bytes:,} bytes; {share:.2%} of the model's "
-            f"{self.model_parameters:,}):\n\n{self.layers}\n\n{self.backends}"
+            f"{self.model_parameters:,}):\n\n{self.layers}\n\n"
+            f"{sizes({'stock': self.stock, 'patched': self.patched})}\n\n{self.backends}"
         )
 
     def __repr__(self) -> str:
         return str(self)
+
+
+class CompactPlan(NamedTuple):
+    """What `compact` would do. `str()` makes tables of it."""
+
+    layers: PatchStatus  # as they would be
+    stock: ModelSize  # of the model without its scorers
+    whole: ModelSize  # of the model now
+    compact: ModelSize  # of the model in the compact form
+    backends: Explanation  # what each layer would run on, as `explain` says it
+
+    def __str__(self) -> str:
+        rows = sizes({"stock": self.stock, "now": self.whole, "compact": self.compact})
+        number = sum(layer.compact for layer in self.layers)
+        plural = "s" if number > 1 else ""
+        return f"{number} attention layer{plural} would be compact:\n\n{self.layers}\n\n{rows}\n\n{self.backends}"
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
+def sizes(models: Mapping[str, ModelSize]) -> str:
+    """A table of them, by name."""
+    return table([("model", *SIZE_TITLES), *((name, *size.cells) for name, size in models.items())])
 
 
 def table(rows: Iterable[Iterable[Any]]) -> str:

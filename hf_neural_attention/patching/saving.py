@@ -18,7 +18,7 @@ from ..models.neural_attention_scorer import NeuralScorer
 from ..uploading import upload
 from .errors import PatchError
 from .layers import attention_modules, listed
-from .patching import attach_scorers, check_model, inspect_layers
+from .patching import attach_scorers, check_model, check_whole, inspect_layers
 from .probing import AttentionCall
 from .records import check_plain, check_version, is_repository, record_of, scorers_of, transformers_class
 
@@ -57,11 +57,12 @@ def save_patch(
         repo_id, token, private, commit_message: for the upload. Default of `repo_id`: the folder's name.
 
     Raises:
-        PatchError: if the model is not patched, or a scorer has adapters inside or is quantised.
+        PatchError: if the model is not patched, or is compact, or a scorer has adapters inside or is quantised.
         RuntimeError: if the upload fails; the folder is whole then, and the message says how to go on.
     """
     if is_main_process is None:
         is_main_process = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+    check_whole(unwrap(model), "saved as a patch for a stock model (`save_pretrained` saves all of it)")
     record = record_of(model, base_revision)
     for name, module in patched_modules(unwrap(model)).items():
         check_plain(name, module.scorer)

@@ -1,13 +1,13 @@
 """The bars: what the fused kernels must reach, beside what they do."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 from benchmarks.cases import Case, Entry
 from benchmarks.checks import Checker
 from benchmarks.measuring import Limits, measure_first_use, peak_bytes, time_entries
-from benchmarks.models import GPT2_124M, measure_steps
+from benchmarks.models import GPT2_124M, STOCK, measure_steps
 from tools.timing_by_turns import Spread, ratio_of
 
 
@@ -90,8 +90,8 @@ def kernel_bars(device: str) -> Iterator[list[RatioBar]]:
         yield [RatioBar(bar, Entry("literal", case), Entry(fused, case))]
 
 
-def measure_kernels(device: str, checker: Checker, limits: Limits) -> Iterator[dict[str, Any]]:
-    for group in kernel_bars(device):
+def measure_kernels(groups: Iterable[list[RatioBar]], checker: Checker, limits: Limits) -> Iterator[dict[str, Any]]:
+    for group in groups:
         timings = time_entries([entry for item in group for entry in (item.entry, item.over)], checker, limits)
         for bar, entry, over in group:
             ours, theirs = timings[entry], timings[over]
@@ -115,26 +115,33 @@ def measure_first_uses() -> Iterator[dict[str, Any]]:
         yield Bar(what, 2, bound, unit="s").row(use.call, note=f"of which finding or compiling, and loading: {use.load:.3f} s")
 
 
+def bar_of_row(bar: Bar, row: dict[str, Any], stock: dict[str, Any]) -> dict[str, Any]:
+    """A bar beside a row of `benchmarks.models`, and that of the stock model."""
+    if "to_stock" not in row:
+        return bar.row(None, note=row["note"])
+    ratio = Spread(*(row[name] for name in ("to_stock_25%", "to_stock", "to_stock_75%")))
+    seconds = {"seconds": row["seconds"], "over_seconds": stock["seconds"]}
+    return bar.row(ratio, **seconds, turns=row["turns"], note=row["note"])
+
+
 def measure_training(device: str, limits: Limits) -> Iterator[dict[str, Any]]:
     stock: dict[str, Any] = {}
-    for row in measure_steps(GPT2_124M, device, limits, batch_size=1, dropouts=TRAINING_DROPOUTS, forward=False):
-        if row["attention"] not in TRAINING_BOUNDS:
+    wanted = (STOCK, *TRAINING_BOUNDS)
+    for row in measure_steps(
+        GPT2_124M, device, limits, batch_size=1, dropouts=TRAINING_DROPOUTS, forward=False, attentions=wanted
+    ):
+        if row["attention"] == STOCK:
             stock = row
             continue
         bar = Bar(
             f"{row['model']}, {row['step']}, {row['attention']}", 2, TRAINING_BOUNDS[row["attention"]], over="stock, SDPA"
         )
-        if "to_stock" not in row:
-            yield bar.row(None, note=row["note"])
-            continue
-        ratio = Spread(*(row[name] for name in ("to_stock_25%", "to_stock", "to_stock_75%")))
-        seconds = {"seconds": row["seconds"], "over_seconds": stock["seconds"]}
-        yield bar.row(ratio, **seconds, turns=row["turns"], note=row["note"])
+        yield bar_of_row(bar, row, stock)
 
 
 def measure_bars(device: str, checker: Checker, limits: Limits, step_limits: Limits) -> Iterator[dict[str, Any]]:
     """A row for each bar."""
-    yield from measure_kernels(device, checker, limits)
+    yield from measure_kernels(kernel_bars(device), checker, limits)
     yield from measure_memory(device)
     if device == "cpu":
         yield from measure_first_uses()

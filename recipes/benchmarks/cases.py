@@ -1,5 +1,6 @@
 """What `benchmark_attention.py` times: the inputs of one call of attention, and the ways to compute it."""
 
+import re
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -37,12 +38,14 @@ MOST_DRAWS = 10_000
 class Case:
     """One call. `decode` is one query against `length` keys; the backends get these projected, as from a `NeuralCache`.
 
+    `shape`: the scorer's hidden layers, as "16x2", or "paper" for `(proj_dim, proj_dim // 2)`.
     `projections`: the attention module as a whole, from hidden states `[B, T, heads * head_dim]` to the same, with its
     projections to queries, keys and values and of the output.
     """
 
     length: int = 1024
     proj_dim: int = 2
+    shape: str = "paper"
     heads: int = 12
     head_dim: int = 64
     batch_size: int = 1
@@ -59,6 +62,20 @@ class Case:
     def __post_init__(self):
         if self.projections and self.phase == "decode":
             raise ValueError("`projections` does not go with the phase `decode`, whose keys come from a cache.")
+        if self.shape != "paper" and not re.fullmatch(r"[1-9]\d*x[1-9]\d*", self.shape):
+            raise ValueError(f"`shape` is {self.shape!r}; it must be paper, or two sizes like 16x2.")
+
+    @property
+    def hidden_dims(self) -> tuple[int, int] | None:
+        if self.shape == "paper":
+            return None
+        first, _, second = self.shape.partition("x")
+        return int(first), int(second)
+
+    @property
+    def width(self) -> int:
+        """Numbers of a pair that the reference holds at once: both projections, or the hidden layers."""
+        return max(2 * self.proj_dim, sum(self.hidden_dims or ()))
 
     @property
     def num_queries(self) -> int:
@@ -156,7 +173,7 @@ def draw_scorer(case: Case, seed: int) -> NeuralScorer:
         torch.manual_seed(seed)
         for _ in range(MOST_DRAWS):
             init = "paper" if case.scorer == "paper" else "mirrored"
-            scorer = NeuralScorer(case.head_dim, case.proj_dim, mode=case.mode, init=init)
+            scorer = NeuralScorer(case.head_dim, case.proj_dim, case.hidden_dims, mode=case.mode, init=init)
             if case.scorer == "random":
                 randomize(scorer)
             with torch.no_grad():
@@ -286,7 +303,7 @@ class Entry(NamedTuple):
     def of(cls, provider: str, case: Case) -> "Entry":
         """The same entry for all cases that are one to the provider: dot products have no scorer."""
         if provider in DOT_PRODUCTS:
-            case = replace(case, proj_dim=1, scorer="initial", mode="replace")
+            case = replace(case, proj_dim=1, shape="paper", scorer="initial", mode="replace")
         return cls(provider, case)
 
 

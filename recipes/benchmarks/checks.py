@@ -32,7 +32,7 @@ from hf_neural_attention.models.neural_attention_reference import reference_scor
 
 DROPOUT_SEED = 7
 
-# Bound the numbers, `pairs * 2 proj_dim`, that the reference works through: in all (with more, it checks only a part of the
+# Bound the numbers, `pairs * width`, that the reference works through: in all (with more, it checks only a part of the
 # queries) and in one block (to bound its memory)
 CHECKED_NUMBERS = 1 << 27
 BLOCK_NUMBERS = 1 << 24
@@ -80,7 +80,7 @@ def check_by_rule(ours: Results, same: Results, exact: Results, dtype: torch.dty
 def checked_rows(case: Case) -> list[range]:
     """Which queries are checked: all, or as many as a check may cost, in groups from the first to the last."""
     queries = case.num_queries
-    affordable = CHECKED_NUMBERS // max(1, case.num_pairs // queries * 2 * case.proj_dim)
+    affordable = CHECKED_NUMBERS // max(1, case.num_pairs // queries * case.width)
     if affordable >= queries:
         return [range(queries)]
     groups = max(2, affordable // ROWS_TOGETHER)
@@ -118,7 +118,7 @@ def reference_results(provider: str, case: Case, inputs: CallInputs, dtype: torc
         heads = tuple(tensors[name] for name in ("query", "key", "value"))
     query, key, value = (tensor.double() for tensor in heads)
     seed = dropout_seed(case)
-    blocks = list(blocks_of(rows, max(1, BLOCK_NUMBERS // (case.heads * case.length * 2 * case.proj_dim))))
+    blocks = list(blocks_of(rows, max(1, BLOCK_NUMBERS // (case.heads * case.length * case.width))))
 
     def attend_block(example: int, block: range, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """One example's queries `[1, H, rows, D]`, keys and values; weights and inputs are rounded to `dtype` here."""

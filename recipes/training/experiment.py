@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArgu
 
 from hf_neural_attention import patch_status
 from hf_neural_attention.analysis import scorer_health
+from hf_neural_attention.models.neural_attention_compact import CompactAttentionMixin
 from training.arms import Arm
 from training.scorer_trainer import ScorerTrainer
 
@@ -63,10 +64,7 @@ class Experiment:
         model = self.build_model(arm)
         if arm.is_neural:
             set_seed(self.training.seed)
-            stock = self.build_model(Arm.DOT).state_dict()
-            missing, unexpected = model.load_state_dict(stock, strict=False)
-            if unexpected or any(".scorer." not in name for name in missing):
-                raise RuntimeError(f"The two models share too little: missing {missing}, unexpected {unexpected}.")
+            share_weights(model, self.build_model(Arm.DOT))
         return model
 
     def trainer(self, arm: Arm, model: PreTrainedModel, *callbacks: TrainerCallback, **changes: Any) -> ScorerTrainer:
@@ -92,3 +90,20 @@ class Experiment:
         batch = self.first_batch("eval_dataset", HEALTH_EXAMPLES)
         with trainer.accelerator.autocast():
             return [layer._asdict() for layer in scorer_health(model, **batch)]
+
+
+def share_weights(model: PreTrainedModel, stock: PreTrainedModel) -> None:
+    """Gives a neural model all weights that it shares with the stock one, whose modules it may take over.
+
+    Raises:
+        RuntimeError: if they share too little.
+    """
+    compact = {name: module for name, module in model.named_modules() if isinstance(module, CompactAttentionMixin)}
+    for name, module in compact.items():
+        module.take_stock(stock.get_submodule(name))
+    own = tuple(f"{name}." for name in compact)
+    shared = {name: tensor for name, tensor in stock.state_dict().items() if not name.startswith(own)}
+    missing, unexpected = model.load_state_dict(shared, strict=False)
+    missing = [name for name in missing if ".scorer." not in name and not name.startswith(own)]
+    if unexpected or missing:
+        raise RuntimeError(f"The two models share too little: missing {missing}, unexpected {unexpected}.")

@@ -32,6 +32,10 @@ class NeuralArguments:
     neural_per_head: bool | None = field(
         default=None, metadata={"help": "A scorer for each head instead of each layer. Default: False."}
     )
+    neural_compact: bool | None = field(
+        default=None,
+        metadata={"help": "Project hidden states straight to the scorers' first layer: the compact form. Default: False."},
+    )
     neural_init: str | None = field(default=None, metadata={"help": "mirrored (default) or paper."})
     scorer_learning_rate: float | None = field(
         default=None, metadata={"help": "Of the scorers' weights. Default: that of all others."}
@@ -60,6 +64,7 @@ class NeuralArguments:
             "neural_hidden_dims": self.neural_hidden_dims,
             "neural_mode": self.neural_mode,
             "neural_per_head": self.neural_per_head,
+            "neural_compact": self.neural_compact,
             "neural_init": self.neural_init,
         }
         return {name: value for name, value in fields.items() if value is not None}

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from tests.helpers.versions import named
+
 
 def use(model: Any, implementation: str) -> Any:
     """A copy of the model under another attention implementation."""
@@ -25,7 +27,7 @@ def main_output(outputs: Any) -> torch.Tensor:
 
 @torch.no_grad()
 def run(model: Any, **inputs) -> torch.Tensor:
-    return main_output(model(**inputs))
+    return main_output(model(**named(inputs)))
 
 
 def assert_near(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-5) -> None:

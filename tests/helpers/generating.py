@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from tests.helpers.neural_models import GPT2
+from tests.helpers.versions import named
 
 
 NEW_TOKENS = 8
@@ -31,7 +32,7 @@ def prompt(padded: bool = True) -> dict[str, torch.Tensor]:
 def generate(model: Any, inputs: dict[str, torch.Tensor], **arguments) -> torch.Tensor:
     """New tokens, of which there are always as many, and more than two different ones."""
     torch.manual_seed(3)
-    tokens = model.generate(**inputs, **{"max_new_tokens": NEW_TOKENS, "do_sample": False, **arguments})
+    tokens = model.generate(**inputs, **{"max_new_tokens": NEW_TOKENS, "do_sample": False, **named(arguments)})
     tokens = tokens[:, inputs["input_ids"].shape[1] :]
     assert tokens.shape[1] == NEW_TOKENS and len(tokens.unique()) > 2, tokens
     return tokens

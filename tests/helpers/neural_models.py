@@ -9,7 +9,8 @@ import transformers
 from torch import nn
 
 import hf_neural_attention
-from hf_neural_attention import NeuralScorer
+from hf_neural_attention.models.modeling_neural_attention import fold_own_model
+from hf_neural_attention.models.neural_attention_scorer import Scorer
 
 
 # Draws weights of standard deviation 0.2 instead of 0.02, so that attention shows in the logits of such tiny models
@@ -39,6 +40,7 @@ VIT_FIELDS = {
     "num_labels": 5,
     "initializer_range": 0.2,
 }
+ALL = {"neural_layers": "all", "neural_proj_dim": 4}
 COMPACT = {"neural_compact": True, "neural_hidden_dims": [4, 2]}
 LAYERS = {
     "one layer": {"neural_layers": [0]},
@@ -46,6 +48,7 @@ LAYERS = {
     "one compact layer": {"neural_layers": [0], **COMPACT},
     "all layers compact": {"neural_layers": "all", **COMPACT},
 }
+WHOLE = ("one layer", "all layers")
 VARIANTS = {
     **LAYERS,
     "residual": {"neural_layers": "all", "neural_mode": "residual"},
@@ -84,7 +87,11 @@ class Family:
         return self.stock_class(head)(self.stock_config(**fields)).eval()
 
     def twin(self, stock: Any, **neural_fields) -> Any:
-        """A neural model with the stock model's weights, its scorers as they are born."""
+        """A neural model with the stock model's weights, its scorers as they are born; compact, it is folded from that."""
+        if neural_fields.pop("neural_compact", False):
+            model = self.twin(stock, **neural_fields)
+            fold_own_model(model)
+            return model
         config_class = getattr(hf_neural_attention, f"Neural{self.stem}Config")
         config = config_class(**{**stock.config.to_diff_dict(), **neural_fields})
         config._attn_implementation = stock.config._attn_implementation
@@ -124,12 +131,15 @@ every_model = pytest.mark.parametrize(
     ids=lambda value: value if isinstance(value, str) else "",
 )
 one_and_all_layers = pytest.mark.parametrize("fields", LAYERS.values(), ids=LAYERS.keys())
+# leaves out compact layers, for what is said of a stock model's queries and keys
+one_and_all_whole_layers = pytest.mark.parametrize("fields", [LAYERS[name] for name in WHOLE], ids=WHOLE)
 all_variants = pytest.mark.parametrize("fields", VARIANTS.values(), ids=VARIANTS.keys())
+whole_and_compact = pytest.mark.parametrize("fields", (ALL, {**ALL, "neural_compact": True}), ids=("whole", "compact"))
 eager_and_sdpa = pytest.mark.parametrize("implementation", ("eager", "sdpa"))
 
 
-def scorers(model: nn.Module) -> list[NeuralScorer]:
-    return [module for module in model.modules() if isinstance(module, NeuralScorer)]
+def scorers(model: nn.Module) -> list[Scorer]:
+    return [module for module in model.modules() if isinstance(module, Scorer)]
 
 
 @torch.no_grad()

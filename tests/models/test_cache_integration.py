@@ -17,6 +17,7 @@ from hf_neural_attention.models.neural_attention_interface import attach_scorer
 from tests.helpers.comparing import assert_near, run
 from tests.helpers.generating import generate, neural, prompt
 from tests.helpers.neural_models import eager_and_sdpa
+from tests.helpers.versions import CACHE
 
 
 ALL = {"neural_layers": "all", "neural_proj_dim": 4}
@@ -79,8 +80,8 @@ def test_grouped_queries_rotary_keys_and_windows(implementation: str, length: in
     inputs = prompt()
     stock = DynamicCache(config=model.config) if length is None else StaticCache(model.config, length)
     cache = NeuralCache(model, length)
-    expected = generate(model, inputs, past_key_values=stock)
-    assert torch.equal(generate(model, inputs, past_key_values=cache), expected)
+    expected = generate(model, inputs, cache=stock)
+    assert torch.equal(generate(model, inputs, cache=cache), expected)
     assert [isinstance(layer, ProjectedKeys) for layer in cache.layers] == [True, True, False]
     assert [layer.is_sliding for layer in cache.layers] == [layer.is_sliding for layer in stock.layers]
     assert any(layer.is_sliding for layer in cache.layers) == (name == "Qwen3")
@@ -101,7 +102,7 @@ def test_encoder_and_decoder(implementation: str, length: int | None):
     inputs = prompt()
 
     def tokens(cache: Any, **arguments) -> torch.Tensor:
-        arguments = {"max_new_tokens": 8, "do_sample": False, "past_key_values": cache, **arguments}
+        arguments = {"max_new_tokens": 8, "do_sample": False, CACHE: cache, **arguments}
         return model.generate(**inputs, **arguments)
 
     for arguments in ({}, {"num_beams": 3}):
@@ -122,11 +123,11 @@ def test_gpt2_with_cross_attention():
     ids, states = prompt()["input_ids"], torch.randn(2, 5, 32)
     whole = run(model, input_ids=ids, encoder_hidden_states=states)
     cache: Any = NeuralCache(model)
-    run(model, input_ids=ids[:, :6], encoder_hidden_states=states, past_key_values=cache)
+    run(model, input_ids=ids[:, :6], encoder_hidden_states=states, cache=cache)
     assert cache.get_seq_length() == 6 and cache.layers[0].keys.shape[-1] == 4
     both = EncoderDecoderCache(NeuralCache(model), DynamicCache(config=model.config))
     for start, end in ((0, 6), (6, 9)):
-        step = run(model, input_ids=ids[:, start:end], encoder_hidden_states=states, past_key_values=both)
+        step = run(model, input_ids=ids[:, start:end], encoder_hidden_states=states, cache=both)
         assert_near(step, whole[:, start:end])
 
 
@@ -155,12 +156,12 @@ def test_adapters_of_the_scorer(length: int | None, whole: bool):
             assert "lora" in name or "modules_to_save" in name
     cache = NeuralCache(model, length)
     adapted = generate(model, inputs, use_cache=False)
-    assert torch.equal(generate(model, inputs, past_key_values=cache), adapted)
+    assert torch.equal(generate(model, inputs, cache=cache), adapted)
     assert cache.layers[0].keys.shape[-1] == 4
     with model.disable_adapter():
         cache.reset()
         plain = generate(model, inputs, use_cache=False)
-        assert torch.equal(generate(model, inputs, past_key_values=cache), plain)
+        assert torch.equal(generate(model, inputs, cache=cache), plain)
     assert not torch.equal(plain, adapted)
 
 
@@ -173,7 +174,7 @@ def test_weights_that_are_kept_elsewhere(fields: dict):
     assert model.transformer.h[0].attn.scorer.linear1.weight.is_meta
     cache = NeuralCache(model)
     for _ in range(2):
-        assert torch.equal(generate(model, inputs, past_key_values=cache), expected)
+        assert torch.equal(generate(model, inputs, cache=cache), expected)
         assert cache.layers[0].keys.device.type == "cpu" and cache.layers[0].keys.shape[-1] == 4
         cache.reset()
 
@@ -185,7 +186,7 @@ def test_offloaded_caches(length: int | None):
     model = neural(**ALL).cuda()
     inputs = {name: tensor.cuda() for name, tensor in prompt().items()}
     cache = NeuralCache(model, length, offloading=True)
-    assert torch.equal(generate(model, inputs, past_key_values=cache), generate(model, inputs, use_cache=False))
+    assert torch.equal(generate(model, inputs, cache=cache), generate(model, inputs, use_cache=False))
     assert "cpu" in {layer.keys.device.type for layer in cache.layers}
 
 
@@ -194,12 +195,12 @@ def test_layers_go_and_come_back():
     model = neural(**ALL)
     inputs, cache = prompt(), NeuralCache(model)
     expected = run(model, **inputs)
-    run(model, input_ids=inputs["input_ids"][:, :8], attention_mask=inputs["attention_mask"][:, :8], past_key_values=cache)
+    run(model, input_ids=inputs["input_ids"][:, :8], attention_mask=inputs["attention_mask"][:, :8], cache=cache)
     for layer in cache.layers:
         layer.offload()
         layer.prefetch()
     last = {**inputs, "input_ids": inputs["input_ids"][:, 8:], "position_ids": torch.tensor([[8], [8]])}
-    assert_near(run(model, **last, past_key_values=cache), expected[:, 8:])
+    assert_near(run(model, **last, cache=cache), expected[:, 8:])
 
 
 def test_gradients_go_through_a_cache():
@@ -208,8 +209,8 @@ def test_gradients_go_through_a_cache():
     weight = model.transformer.h[0].attn.scorer.k_proj.weight
     gradients = []
     for cache in (DynamicCache(config=model.config), NeuralCache(model)):
-        model(input_ids=ids[:, :6], past_key_values=cache)
-        logits = model(input_ids=ids[:, 6:], past_key_values=cache).logits
+        model(input_ids=ids[:, :6], **{CACHE: cache})
+        logits = model(input_ids=ids[:, 6:], **{CACHE: cache}).logits
         gradients.append(torch.autograd.grad(logits.square().mean(), weight)[0])
     assert_near(gradients[1], gradients[0], 1e-4)
 
@@ -225,13 +226,13 @@ def test_compiled_decoding(fields: dict):
     forward = model.forward
     model.forward = torch.compile(forward, fullgraph=True)
     for cache in (NeuralCache(model, LENGTH), NeuralCache(model, LENGTH)):
-        assert torch.equal(generate(model, inputs, past_key_values=cache), expected)
+        assert torch.equal(generate(model, inputs, cache=cache), expected)
         assert type(cache.layers[0]) is StaticProjectedKeyLayer and cache.layers[0].keys.shape == (2, 4, LENGTH, 4)
     model.forward = forward
     # compiles on the CPU as `generate` itself does on a GPU
     compile_config = CompileConfig(fullgraph=True, mode="default")
     compile_config._compile_all_devices = True
-    for arguments in ({"cache_implementation": "neural_static"}, {"past_key_values": NeuralCache(model, LENGTH)}):
+    for arguments in ({"cache_implementation": "neural_static"}, {CACHE: NeuralCache(model, LENGTH)}):
         vars(model).pop("_compiled_call", None)
         assert torch.equal(generate(model, inputs, compile_config=compile_config, **arguments), expected)
         assert "_compiled_call" in vars(model)
@@ -259,7 +260,7 @@ def test_steps_are_compiled_once():
     ids = prompt()["input_ids"]
     cache = NeuralCache(model, LENGTH)
     whole = run(model, input_ids=ids)
-    run(model, input_ids=ids[:, :5], past_key_values=cache)
+    run(model, input_ids=ids[:, :5], cache=cache)
     keys = cache.layers[0].keys
     graphs = 0
 
@@ -272,7 +273,7 @@ def test_steps_are_compiled_once():
     for position in range(5, 9):
         # prepares a mask of all positions of the cache, as `generate` does
         mask = (torch.arange(LENGTH) <= position).expand(2, 1, 1, LENGTH).contiguous()
-        arguments = {"attention_mask": mask, "position_ids": torch.full((2, 1), position), "past_key_values": cache}
+        arguments = {"attention_mask": mask, "position_ids": torch.full((2, 1), position), CACHE: cache}
         logits = run(step, input_ids=ids[:, position : position + 1].contiguous(), **arguments)
         assert_near(logits, whole[:, position : position + 1])
     assert graphs == 1
@@ -305,7 +306,7 @@ arguments = dict(max_new_tokens=8, do_sample=False, eos_token_id=None, return_di
 for name in ("neural", "neural_static"):
     output = model.generate(ids, cache_implementation=name, **arguments)
     assert torch.equal(output.sequences, expected)
-    cache = output.past_key_values
+    cache = getattr(output, CACHE)
     assert type(cache).__name__ == "NeuralCache" and type(cache).__module__.startswith("transformers_modules.")
     assert cache.layers[0].keys.shape[-1] == 2
 """
@@ -318,10 +319,10 @@ from hf_neural_attention import NeuralCache
 
 for length in (None, 30):
     cache = NeuralCache(model, length)
-    assert torch.equal(model.generate(ids, past_key_values=cache, **arguments).sequences, expected)
-    assert type(cache) is not type(output.past_key_values) and cache.layers[0].keys.shape[-1] == 2
+    assert torch.equal(model.generate(ids, **{CACHE: cache}, **arguments).sequences, expected)
+    assert type(cache) is not type(getattr(output, CACHE)) and cache.layers[0].keys.shape[-1] == 2
 try:
-    model.generate(ids, past_key_values=NeuralCache(AutoModelForCausalLM.from_pretrained("saved")), **arguments)
+    model.generate(ids, **{CACHE: NeuralCache(AutoModelForCausalLM.from_pretrained("saved"))}, **arguments)
 except ValueError as error:
     assert "made for another model" in str(error)
 else:

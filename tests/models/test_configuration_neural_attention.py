@@ -18,6 +18,8 @@ DEFAULTS = {
     "neural_hidden_dims": None,
     "neural_mode": "replace",
     "neural_per_head": False,
+    "neural_compact": False,
+    "neural_folded_from": None,
     "neural_init": "mirrored",
 }
 CHANGED = {

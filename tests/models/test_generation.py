@@ -3,7 +3,9 @@
 import pytest
 import torch
 from transformers import (
+    ContinuousBatchingConfig,
     DynamicCache,
+    GenerationConfig,
     PreTrainedTokenizerFast,
     QuantizedCache,
     StaticCache,
@@ -14,10 +16,10 @@ from transformers.utils import is_optimum_quanto_available
 
 from tests.helpers.comparing import assert_near, run, transformers_log
 from tests.helpers.generating import NEW_TOKENS, generate, neural, prompt, stock_model
-from tests.helpers.neural_models import GPT2, all_variants, eager_and_sdpa
+from tests.helpers.neural_models import ALL, GPT2, all_variants, eager_and_sdpa, whole_and_compact
+from tests.helpers.versions import CACHE
 
 
-ALL = {"neural_layers": "all", "neural_proj_dim": 4}
 RESIDUAL = {"neural_layers": "all", "neural_mode": "residual"}
 STRATEGIES = {
     "greedy": {"do_sample": False},
@@ -45,8 +47,9 @@ def test_with_and_without_a_cache(implementation: str, fields: dict):
 
 @eager_and_sdpa
 @strategies
-def test_strategies_with_and_without_a_cache(implementation: str, strategy: dict):
-    assert_caches_agree(neural(attn_implementation=implementation, **ALL), **strategy)
+@whole_and_compact
+def test_strategies_with_and_without_a_cache(implementation: str, strategy: dict, fields: dict):
+    assert_caches_agree(neural(attn_implementation=implementation, **fields), **strategy)
 
 
 @eager_and_sdpa
@@ -63,8 +66,9 @@ def test_left_padding_changes_no_token(implementation: str, fields: dict):
 
 @eager_and_sdpa
 @pytest.mark.parametrize("arguments", ({}, {"cache_implementation": "static"}, {"use_cache": False}), ids=str)
-def test_what_is_generated_is_what_the_logits_say(implementation: str, arguments: dict):
-    model = neural(attn_implementation=implementation, **ALL)
+@whole_and_compact
+def test_what_is_generated_is_what_the_logits_say(implementation: str, arguments: dict, fields: dict):
+    model = neural(attn_implementation=implementation, **fields)
     inputs = prompt(padded=False)
     tokens = generate(model, inputs, **arguments)
     whole = torch.cat((inputs["input_ids"], tokens), dim=1)
@@ -73,29 +77,32 @@ def test_what_is_generated_is_what_the_logits_say(implementation: str, arguments
 
 @eager_and_sdpa
 @strategies
-def test_residual_at_birth_generates_what_the_stock_model_does(implementation: str, strategy: dict):
+@whole_and_compact
+def test_residual_at_birth_generates_what_the_stock_model_does(implementation: str, strategy: dict, fields: dict):
     stock = stock_model(attn_implementation=implementation)
     inputs = prompt()
     expected = generate(stock, inputs, **strategy)
     assert torch.equal(generate(GPT2.twin(stock, **RESIDUAL), inputs, **strategy), expected)
-    assert not torch.equal(generate(GPT2.twin(stock, **ALL), inputs, **strategy), expected)
+    assert not torch.equal(generate(GPT2.twin(stock, **fields), inputs, **strategy), expected)
 
 
 @eager_and_sdpa
 @pytest.mark.parametrize("static", (False, True))
-def test_caches_that_outlive_a_call(implementation: str, static: bool):
-    model = neural(attn_implementation=implementation, **ALL)
+@whole_and_compact
+def test_caches_that_outlive_a_call(implementation: str, static: bool, fields: dict):
+    model = neural(attn_implementation=implementation, **fields)
     inputs = prompt(padded=False)
     cache = StaticCache(model.config, 40) if static else DynamicCache(config=model.config)
-    first = torch.cat((inputs["input_ids"], generate(model, inputs, past_key_values=cache)), dim=1)
+    first = torch.cat((inputs["input_ids"], generate(model, inputs, cache=cache)), dim=1)
     longer = torch.cat((first, torch.randint(3, 98, (2, 3))), dim=1)
     more = {"input_ids": longer, "attention_mask": torch.ones_like(longer)}
-    assert torch.equal(generate(model, more, past_key_values=cache), generate(model, more, use_cache=False))
+    assert torch.equal(generate(model, more, cache=cache), generate(model, more, use_cache=False))
 
 
 @eager_and_sdpa
 @pytest.mark.parametrize("static", (False, True))
-def test_sliding_window_caches(implementation: str, static: bool):
+@whole_and_compact
+def test_sliding_window_caches(implementation: str, static: bool, fields: dict):
     # sets a window that stock GPT-2 ignores, but from which its caches make one
     stock = stock_model(attn_implementation=implementation, sliding_window=8)
     inputs = prompt(padded=False)
@@ -103,12 +110,12 @@ def test_sliding_window_caches(implementation: str, static: bool):
     def with_cache(model) -> torch.Tensor:
         cache = StaticCache(model.config, 40) if static else DynamicCache(config=model.config)
         assert all(layer.is_sliding for layer in cache.layers)
-        return generate(model, inputs, past_key_values=cache)
+        return generate(model, inputs, cache=cache)
 
     expected = with_cache(stock)
     assert not torch.equal(expected, generate(stock, inputs, use_cache=False)), "the window must matter"
     assert torch.equal(with_cache(GPT2.twin(stock, **RESIDUAL)), expected)
-    neural = GPT2.twin(stock, **ALL)
+    neural = GPT2.twin(stock, **fields)
     assert not torch.equal(with_cache(neural), expected)
     # checks that a window that holds everything changes nothing
     neural.config.sliding_window = 40
@@ -123,7 +130,8 @@ QUANTIZED = {
 
 @eager_and_sdpa
 @pytest.mark.parametrize("backend", QUANTIZED)
-def test_quantized_caches(implementation: str, backend: str):
+@whole_and_compact
+def test_quantized_caches(implementation: str, backend: str, fields: dict):
     if backend == "quanto" and not is_optimum_quanto_available():
         pytest.skip("optimum-quanto is not installed")
     if backend == "fp8" and not hasattr(cache_utils, "Fp8QuantizedLayer"):
@@ -135,37 +143,65 @@ def test_quantized_caches(implementation: str, backend: str):
         # copies the dict, since Transformers 5.18 takes entries out of it
         return generate(model, inputs, cache_implementation="quantized", cache_config=dict(QUANTIZED[backend]))
 
-    expected, neural_model = generated(stock), GPT2.twin(stock, **ALL)
+    expected, neural_model = generated(stock), GPT2.twin(stock, **fields)
     assert torch.equal(generated(GPT2.twin(stock, **RESIDUAL)), expected)
     assert not torch.equal(generated(neural_model), expected)
 
     for model in (stock, neural_model):
         cache, plain = QuantizedCache(config=model.config, **QUANTIZED[backend]), DynamicCache(config=model.config)
         for each in (cache, plain):
-            model(input_ids=inputs["input_ids"][:, :8], past_key_values=each)
-        lossy, exact = (run(model, input_ids=inputs["input_ids"][:, 8:], past_key_values=each) for each in (cache, plain))
+            model(input_ids=inputs["input_ids"][:, :8], **{CACHE: each})
+        lossy, exact = (run(model, input_ids=inputs["input_ids"][:, 8:], cache=each) for each in (cache, plain))
         assert 1e-4 < (lossy - exact).abs().max() / exact.abs().max() < 0.5, "something is lost, but little"
+
+
+@pytest.mark.skipif(
+    CACHE != "cache", reason="Transformers before 5.24 asks attention functions to read pages, which ours refuses"
+)
+@pytest.mark.parametrize("fields", (ALL, RESIDUAL, {**ALL, "neural_layers": [1], "neural_per_head": True}), ids=str)
+def test_continuous_batching(fields: dict):
+    model = neural(attn_implementation="sdpa", **fields)
+    prompts = [torch.randint(3, 98, (1, length)) for length in (9, 5)]
+    expected = [generate(model, {"input_ids": ids}).squeeze(0).tolist() for ids in prompts]
+    settings = GenerationConfig(max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    small = ContinuousBatchingConfig(max_batch_tokens=64, num_blocks=8, page_size=16)
+    found = model.generate_batch(
+        [ids.squeeze(0).tolist() for ids in prompts],
+        generation_config=settings,
+        continuous_batching_config=small,
+        warmup=False,
+    )
+    assert [each.generated_tokens for each in found.values()] == expected
+
+
+def test_compact_attention_refuses_pages():
+    attention = neural(neural_compact=True, **ALL).transformer.h[0].attn
+    with pytest.raises(ValueError, match="cannot keep its keys in a object: continuous batching has room for keys"):
+        attention(torch.zeros(1, 3, attention.embed_dim), cache=object())
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="offloaded caches need an accelerator, with stock models too")
 @pytest.mark.parametrize("cache", ("offloaded", "offloaded_static"))
-def test_offloaded_caches(cache: str):
-    model = neural(**ALL).cuda()
+@whole_and_compact
+def test_offloaded_caches(cache: str, fields: dict):
+    model = neural(**fields).cuda()
     inputs = {name: tensor.cuda() for name, tensor in prompt().items()}
     assert torch.equal(generate(model, inputs, cache_implementation=cache), generate(model, inputs, use_cache=False))
 
 
-def test_inputs_embeds():
-    model = neural(**ALL)
+@whole_and_compact
+def test_inputs_embeds(fields: dict):
+    model = neural(**fields)
     inputs = prompt(padded=False)
     embeds = {"inputs_embeds": model.transformer.wte(inputs["input_ids"]), "attention_mask": inputs["attention_mask"]}
     tokens = model.generate(**embeds, max_new_tokens=NEW_TOKENS, do_sample=False)
     assert torch.equal(tokens, generate(model, inputs))
 
 
-def test_scores_and_attentions_are_returned():
-    model = neural(attn_implementation="eager", **ALL)
+@whole_and_compact
+def test_scores_and_attentions_are_returned(fields: dict):
+    model = neural(attn_implementation="eager", **fields)
     outputs = model.generate(
         **prompt(), max_new_tokens=3, do_sample=False, return_dict_in_generate=True, output_scores=True, output_attentions=True
     )
@@ -180,8 +216,9 @@ def test_scores_and_attentions_are_returned():
 
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
-def test_low_precision(dtype: torch.dtype):
-    model = neural(**ALL).to(dtype)
+@whole_and_compact
+def test_low_precision(dtype: torch.dtype, fields: dict):
+    model = neural(**fields).to(dtype)
     inputs = prompt()
     cached, whole = (
         model.generate(
@@ -206,8 +243,9 @@ def tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def test_text_generation_pipeline(tokenizer, tmp_path):
-    neural(**ALL).save_pretrained(tmp_path)
+@whole_and_compact
+def test_text_generation_pipeline(tokenizer, tmp_path, fields: dict):
+    neural(**fields).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     with transformers_log() as log:
         generator = pipeline("text-generation", model=str(tmp_path), tokenizer=str(tmp_path))

@@ -7,7 +7,7 @@ from safetensors.torch import load_file, save_file
 from hf_neural_attention import NeuralScorer
 from hf_neural_attention.models.neural_attention_reference import reference_scores
 from tests.helpers.comparing import assert_near
-from tests.helpers.neural_models import GPT2, VIT, Family, both_families, every_model, one_and_all_layers, scorers
+from tests.helpers.neural_models import GPT2, VIT, Family, both_families, every_model, one_and_all_whole_layers, scorers
 
 
 # Makes models large enough for a sample standard deviation to say something, with the default initializer_range of 0.02
@@ -30,7 +30,7 @@ def assert_same_distribution(ours: torch.Tensor, stock: torch.Tensor, name: str)
 
 
 @every_model
-@one_and_all_layers
+@one_and_all_whole_layers
 def test_everything_but_scorers_starts_as_in_the_stock_model(family: Family, head: str, fields: dict):
     sizes = LARGER[family.stem]
     stock = dict(family.stock(head, **sizes).named_parameters())

@@ -18,7 +18,7 @@ from tests.helpers.neural_models import (
     all_variants,
     both_families,
     every_model,
-    one_and_all_layers,
+    one_and_all_whole_layers,
     scorers,
 )
 
@@ -48,7 +48,7 @@ def assert_only_scorers_missing(info: dict, model, besides: frozenset = frozense
 
 
 @every_model
-@one_and_all_layers
+@one_and_all_whole_layers
 def test_a_stock_checkpoint_keeps_every_weight(family: Family, head: str, fields: dict, tmp_path):
     stock = family.stock(head)
     stock.save_pretrained(tmp_path)
@@ -65,7 +65,7 @@ def test_a_stock_checkpoint_keeps_every_weight(family: Family, head: str, fields
 
 
 @real_checkpoints
-@one_and_all_layers
+@one_and_all_whole_layers
 def test_a_real_checkpoint_keeps_every_weight(name: str, fields: dict):
     folder = CHECKPOINTS / name
     if not folder.exists():

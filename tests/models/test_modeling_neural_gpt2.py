@@ -11,10 +11,10 @@ import torch
 from transformers import DynamicCache, EncoderDecoderCache
 
 from tests.helpers.comparing import assert_far, assert_near, assert_same_gradients, backward, run
-from tests.helpers.neural_models import GPT2, all_variants, eager_and_sdpa, liven, one_and_all_layers
+from tests.helpers.neural_models import ALL, GPT2, all_variants, eager_and_sdpa, liven, one_and_all_layers, whole_and_compact
+from tests.helpers.versions import CACHE
 
 
-ALL = {"neural_layers": "all", "neural_proj_dim": 4}
 RESIDUAL = {"neural_layers": "all", "neural_mode": "residual"}
 
 
@@ -67,7 +67,8 @@ def test_padding_changes_nothing(implementation: str, side: str, fields: dict):
     ("implementation", "kind"),
     [("sdpa", "bool"), ("sdpa", "additive"), ("sdpa", "per head"), ("eager", "additive"), ("eager", "per head")],
 )
-def test_4d_masks(implementation: str, kind: str):
+@whole_and_compact
+def test_4d_masks(implementation: str, kind: str, fields: dict):
     allowed = torch.rand(2, 4 if kind == "per head" else 1, 12, 12) > 0.4
     allowed |= torch.eye(12, dtype=torch.bool)
     lowest = torch.finfo(torch.float32).min
@@ -76,7 +77,7 @@ def test_4d_masks(implementation: str, kind: str):
     batch = ids(2, 12)
     expected = run(stock, input_ids=batch, attention_mask=mask)
     assert_near(run(GPT2.twin(stock, **RESIDUAL), input_ids=batch, attention_mask=mask), expected)
-    model = GPT2.twin(stock, **ALL)
+    model = GPT2.twin(stock, **fields)
     actual = run(model, input_ids=batch, attention_mask=mask)
     assert_far(actual, expected)
     assert_far(actual, run(model, input_ids=batch))
@@ -159,11 +160,12 @@ def cross_attention_inputs() -> dict:
 
 
 @eager_and_sdpa
-def test_cross_attention_keeps_the_dot_product(implementation: str):
+@whole_and_compact
+def test_cross_attention_keeps_the_dot_product(implementation: str, fields: dict):
     stock = GPT2.stock(add_cross_attention=True, attn_implementation=implementation)
     inputs = {"input_ids": ids(2, 9), **cross_attention_inputs()}
     expected = run(stock, **inputs)
-    residual, model = GPT2.twin(stock, **RESIDUAL), GPT2.twin(stock, **ALL)
+    residual, model = GPT2.twin(stock, **RESIDUAL), GPT2.twin(stock, **fields)
     assert_near(run(residual, **inputs), expected)
     assert_far(run(model, **inputs), expected)
     for block in model.transformer.h:
@@ -176,15 +178,16 @@ def test_cross_attention_keeps_the_dot_product(implementation: str):
 
 
 @eager_and_sdpa
-def test_cross_attention_with_a_cache(implementation: str):
-    model = GPT2.neural(add_cross_attention=True, attn_implementation=implementation, **ALL)
+@whole_and_compact
+def test_cross_attention_with_a_cache(implementation: str, fields: dict):
+    model = GPT2.neural(add_cross_attention=True, attn_implementation=implementation, **fields)
     batch, encoder = ids(2, 9), cross_attention_inputs()
     expected = run(model, input_ids=batch, **encoder)
     cache = None
     steps = []
     for part in (batch[:, :6], batch[:, 6:7], batch[:, 7:9]):
-        outputs = model(input_ids=part, past_key_values=cache, use_cache=True, **encoder)
-        cache = outputs.past_key_values
+        outputs = model(input_ids=part, **{CACHE: cache}, use_cache=True, **encoder)
+        cache = getattr(outputs, CACHE)
         steps.append(outputs.logits)
     assert isinstance(cache, EncoderDecoderCache) and cache.cross_attention_cache.layers[0].keys.shape[2] == 5
     assert_near(torch.cat(steps, dim=1), expected)
@@ -208,7 +211,7 @@ def test_a_cache_filled_in_parts_gives_the_same_logits(implementation: str, fiel
             input_ids=batch[:, start:end],
             attention_mask=mask[:, :end],
             position_ids=positions[:, start:end],
-            past_key_values=cache,
+            **{CACHE: cache},
         )
         steps.append(outputs.logits.detach())
     actual = torch.cat(steps, dim=1)
@@ -243,7 +246,8 @@ def tensors_of(outputs) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("head", GPT2.heads)
-def test_heads_compute_what_the_stock_heads_do(head: str):
+@whole_and_compact
+def test_heads_compute_what_the_stock_heads_do(head: str, fields: dict):
     stock = GPT2.stock(head)
     inputs = head_inputs(head)
     expected = tensors_of(stock(**inputs))
@@ -256,20 +260,21 @@ def test_heads_compute_what_the_stock_heads_do(head: str):
         assert_near(value, expected[name])
     for name, value in tensors_of(liven(residual)(**inputs)).items():
         assert (value - expected[name]).abs().max() > 1e-4
-    neural = tensors_of(GPT2.twin(stock, **ALL)(**inputs))
+    neural = tensors_of(GPT2.twin(stock, **fields)(**inputs))
     assert neural.keys() == expected.keys()
     assert all((neural[name] - value).abs().max() > 1e-4 for name, value in expected.items())
 
 
 @pytest.mark.parametrize("head", GPT2.heads)
-def test_heads_train(head: str):
-    model = GPT2.neural(head, **ALL).train()
+@whole_and_compact
+def test_heads_train(head: str, fields: dict):
+    model = GPT2.neural(head, **fields).train()
     outputs = model(**head_inputs(head))
     (outputs.loss if "mc_loss" not in outputs else outputs.loss + outputs.mc_loss).backward()
     for name, parameter in model.named_parameters():
         if "scorer" in name and parameter.requires_grad:
             assert torch.isfinite(parameter.grad).all()
-    assert model.transformer.h[0].attn.scorer.linear1.weight.grad.abs().max() > 0
+    assert model.transformer.h[0].attn.scorer.linear2.weight.grad.abs().max() > 0
 
 
 @pytest.mark.parametrize("problem_type", ("regression", "multi_label_classification"))
@@ -282,7 +287,8 @@ def test_sequence_classification_losses(problem_type: str):
 
 
 @pytest.mark.parametrize("training", (False, True))
-def test_no_neural_layers_is_the_stock_model_bit_for_bit(training: bool):
+@whole_and_compact
+def test_no_neural_layers_is_the_stock_model_bit_for_bit(training: bool, fields: dict):
     stock = GPT2.stock(attn_pdrop=0.1, resid_pdrop=0.1, embd_pdrop=0.1).train(training)
     model = GPT2.twin(stock, neural_layers=[])
     assert list(model.state_dict()) == list(stock.state_dict())
@@ -299,7 +305,7 @@ def test_no_neural_layers_is_the_stock_model_bit_for_bit(training: bool):
     prompt = inputs["input_ids"][:, :5]
     model.eval()
     assert torch.equal(model.generate(prompt, **arguments), stock.eval().generate(prompt, **arguments))
-    assert_far(run(GPT2.twin(stock, **ALL), **inputs), run(stock, **inputs))
+    assert_far(run(GPT2.twin(stock, **fields), **inputs), run(stock, **inputs))
 
 
 def test_residual_gradients_are_the_stock_ones():
@@ -312,8 +318,9 @@ def test_residual_gradients_are_the_stock_ones():
     assert actual["transformer.h.0.attn.scorer.linear3.weight"].abs().max() > 0
 
 
-def test_resizing_embeddings():
-    model = GPT2.neural(**ALL)
+@whole_and_compact
+def test_resizing_embeddings(fields: dict):
+    model = GPT2.neural(**fields)
     batch = ids(2, 9)
     expected = run(model, input_ids=batch)
     model.resize_token_embeddings(120, mean_resizing=False)

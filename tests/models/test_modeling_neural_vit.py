@@ -7,10 +7,9 @@ import pytest
 import torch
 
 from tests.helpers.comparing import assert_far, assert_near, assert_same_gradients, backward, run
-from tests.helpers.neural_models import VIT, all_variants, eager_and_sdpa, liven, one_and_all_layers
+from tests.helpers.neural_models import VIT, all_variants, eager_and_sdpa, liven, one_and_all_layers, whole_and_compact
 
 
-ALL = {"neural_layers": "all", "neural_proj_dim": 4}
 RESIDUAL = {"neural_layers": "all", "neural_mode": "residual"}
 HEADS = (VIT.base, *VIT.heads)
 
@@ -28,7 +27,8 @@ def tensors_of(outputs) -> dict[str, torch.Tensor]:
 
 @eager_and_sdpa
 @pytest.mark.parametrize("head", HEADS)
-def test_classes_compute_what_the_stock_classes_do(implementation: str, head: str):
+@whole_and_compact
+def test_classes_compute_what_the_stock_classes_do(implementation: str, head: str, fields: dict):
     stock = VIT.stock(head, attn_implementation=implementation)
     inputs = head_inputs(head)
     expected = tensors_of(stock(**inputs))
@@ -41,14 +41,15 @@ def test_classes_compute_what_the_stock_classes_do(implementation: str, head: st
         assert_near(value, expected[name])
     for name, value in tensors_of(liven(residual)(**inputs)).items():
         assert (value - expected[name]).abs().max() > 1e-4
-    neural = tensors_of(VIT.twin(stock, **ALL)(**inputs))
+    neural = tensors_of(VIT.twin(stock, **fields)(**inputs))
     assert neural.keys() == expected.keys()
     assert all((neural[name] - value).abs().max() > 1e-4 for name, value in expected.items())
 
 
 @pytest.mark.parametrize("head", VIT.heads)
 @pytest.mark.parametrize("training", (False, True))
-def test_no_neural_layers_is_the_stock_model_bit_for_bit(head: str, training: bool):
+@whole_and_compact
+def test_no_neural_layers_is_the_stock_model_bit_for_bit(head: str, training: bool, fields: dict):
     stock = VIT.stock(head, hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1).train(training)
     model = VIT.twin(stock, neural_layers=[])
     assert list(model.state_dict()) == list(stock.state_dict())
@@ -60,7 +61,7 @@ def test_no_neural_layers_is_the_stock_model_bit_for_bit(head: str, training: bo
     assert torch.equal(loss, stock_loss) and torch.equal(output, stock_output)
     assert gradients.keys() == stock_gradients.keys()
     assert all(torch.equal(gradients[name], gradient) for name, gradient in stock_gradients.items())
-    assert_far(run(VIT.twin(stock, **ALL), **inputs), run(stock, **inputs))
+    assert_far(run(VIT.twin(stock, **fields), **inputs), run(stock, **inputs))
 
 
 def test_residual_gradients_are_the_stock_ones():
@@ -72,11 +73,12 @@ def test_residual_gradients_are_the_stock_ones():
 
 
 @pytest.mark.parametrize("head", VIT.heads)
-def test_heads_train(head: str):
-    model = VIT.neural(head, **ALL).train()
+@whole_and_compact
+def test_heads_train(head: str, fields: dict):
+    model = VIT.neural(head, **fields).train()
     gradients = backward(model, **head_inputs(head))
     assert all(torch.isfinite(gradient).all() for gradient in gradients.values())
-    assert model.vit.layers[0].attention.scorer.linear1.weight.grad.abs().max() > 0
+    assert model.vit.layers[0].attention.scorer.linear2.weight.grad.abs().max() > 0
 
 
 @eager_and_sdpa
@@ -105,13 +107,14 @@ def test_attention_masks(implementation: str, fields: dict):
 
 
 @pytest.mark.parametrize("head", HEADS)
-def test_images_of_another_size(head: str):
+@whole_and_compact
+def test_images_of_another_size(head: str, fields: dict):
     stock = VIT.stock(head)
     pixels = torch.randn(2, 3, 24, 24)
     with pytest.raises(ValueError, match="doesn't match model"):
-        VIT.neural(head, **ALL)(pixel_values=pixels)
+        VIT.neural(head, **fields)(pixel_values=pixels)
     expected = run(stock, pixel_values=pixels, interpolate_pos_encoding=True)
-    residual, neural = VIT.twin(stock, **RESIDUAL), VIT.twin(stock, **ALL)
+    residual, neural = VIT.twin(stock, **RESIDUAL), VIT.twin(stock, **fields)
     assert_near(run(residual, pixel_values=pixels, interpolate_pos_encoding=True), expected)
     assert_far(run(neural, pixel_values=pixels, interpolate_pos_encoding=True), expected)
 
@@ -138,13 +141,14 @@ def test_constructor_arguments_of_the_base_model():
     assert VIT.neural("ViTForImageClassification").vit.embeddings.mask_token is None
 
 
-def test_oblong_images_and_patches():
+@whole_and_compact
+def test_oblong_images_and_patches(fields: dict):
     fields = {"image_size": (8, 16), "patch_size": (4, 8), "qkv_bias": False}
     stock = VIT.stock(**fields)
     pixels = torch.randn(2, 3, 8, 16)
     expected = run(stock, pixel_values=pixels)
     assert_near(run(VIT.twin(stock, **RESIDUAL), pixel_values=pixels), expected)
-    assert_far(run(VIT.twin(stock, **ALL), pixel_values=pixels), expected)
+    assert_far(run(VIT.twin(stock, **fields), pixel_values=pixels), expected)
 
 
 @pytest.mark.parametrize("problem_type", ("regression", "multi_label_classification"))

@@ -133,7 +133,9 @@ def test_attention_maps_of_all_layers_under_eager(family: Family, fields: dict):
             assert weights.triu(1).abs().max() == 0
     # checks that these weights were used: the maps of a stock twin differ where the layer is neural
     stock = family.stock(attn_implementation="eager")
-    stock.load_state_dict(model.state_dict(), strict=False)
+    kept = stock.state_dict()
+    same = {name: tensor for name, tensor in model.state_dict().items() if name in kept and tensor.shape == kept[name].shape}
+    stock.load_state_dict(same, strict=False)
     assert_far(attentions[0], stock(**inputs, output_attentions=True).attentions[0])
 
 

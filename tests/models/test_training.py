@@ -14,6 +14,7 @@ from tests.helpers.comparing import (
     transformers_log,
 )
 from tests.helpers.neural_models import (
+    ALL,
     GPT2,
     VIT,
     Family,
@@ -22,11 +23,11 @@ from tests.helpers.neural_models import (
     eager_and_sdpa,
     one_and_all_layers,
     scorers,
+    whole_and_compact,
 )
 from tests.helpers.versions import CHECKPOINTING
 
 
-ALL = {"neural_layers": "all", "neural_proj_dim": 4}
 DROPOUT = {
     "GPT2": {"attn_pdrop": 0.2, "resid_pdrop": 0.1, "embd_pdrop": 0.1},
     "ViT": {"attention_probs_dropout_prob": 0.2, "hidden_dropout_prob": 0.1},
@@ -73,10 +74,11 @@ def test_eager_and_sdpa_have_the_same_gradients(family: Family, fields: dict):
 
 
 @both_families
-def test_attention_dropout_drops_the_same_under_eager_and_sdpa(family: Family):
+@whole_and_compact
+def test_attention_dropout_drops_the_same_under_eager_and_sdpa(family: Family, fields: dict):
     name = "attn_pdrop" if family is GPT2 else "attention_probs_dropout_prob"
-    sdpa = family.neural(**ALL, **{name: 0.3}).train()
-    eager = family.neural(attn_implementation="eager", **ALL, **{name: 0.3}).train()
+    sdpa = family.neural(**fields, **{name: 0.3}).train()
+    eager = family.neural(attn_implementation="eager", **fields, **{name: 0.3}).train()
     eager.load_state_dict(sdpa.state_dict())
     inputs, outputs = family.inputs(labels=False), []
     for model, seed in ((sdpa, 1), (eager, 1), (sdpa, 2)):
@@ -106,11 +108,12 @@ def test_low_precision(family: Family, implementation: str, fields: dict, dtype:
         gradients = backward(model, **inputs)
     assert all(torch.isfinite(gradient).all() for gradient in gradients.values())
     assert all(gradient.dtype == (torch.float32 if autocast else dtype) for gradient in gradients.values())
-    assert all(scorer.linear1.weight.grad.abs().max() > 0 for scorer in scorers(model))
+    assert all(scorer.linear2.weight.grad.abs().max() > 0 for scorer in scorers(model))
 
 
-def test_half_and_float_keep_the_model_whole():
-    model = GPT2.neural(**ALL)
+@whole_and_compact
+def test_half_and_float_keep_the_model_whole(fields: dict):
+    model = GPT2.neural(**fields)
     batch = GPT2.inputs(labels=False)
     expected = run(model, **batch)
     half = model.half()
@@ -122,7 +125,11 @@ def test_half_and_float_keep_the_model_whole():
 
 @pytest.mark.slow
 @both_families
-@pytest.mark.parametrize("fields", ({"neural_layers": [0]}, {"neural_layers": "all", "neural_mode": "residual"}), ids=str)
+@pytest.mark.parametrize(
+    "fields",
+    ({"neural_layers": [0]}, {"neural_layers": "all", "neural_mode": "residual"}, {**ALL, "neural_compact": True}),
+    ids=("one layer", "residual", "compact"),
+)
 def test_compiled_forward_and_training_step(family: Family, fields: dict):
     torch.compiler.reset()
     model = family.neural(**fields)
@@ -150,9 +157,10 @@ def padded_inputs() -> dict[str, torch.Tensor]:
 
 @pytest.mark.slow
 @eager_and_sdpa
-def test_compiled_with_padding_and_dropout(implementation: str):
+@whole_and_compact
+def test_compiled_with_padding_and_dropout(implementation: str, fields: dict):
     torch.compiler.reset()
-    model = GPT2.neural(attn_implementation=implementation, n_layer=1, **ALL, **DROPOUT["GPT2"])
+    model = GPT2.neural(attn_implementation=implementation, n_layer=1, **fields, **DROPOUT["GPT2"])
     inputs = padded_inputs()
     real = inputs["attention_mask"].bool()
     compiled = torch.compile(model, fullgraph=True)
@@ -162,9 +170,10 @@ def test_compiled_with_padding_and_dropout(implementation: str):
 
 
 @pytest.mark.slow
-def test_compiled_generation_with_a_static_cache():
+@whole_and_compact
+def test_compiled_generation_with_a_static_cache(fields: dict):
     torch.compiler.reset()
-    model = GPT2.neural(n_layer=1, **ALL)
+    model = GPT2.neural(n_layer=1, **fields)
     inputs, arguments = padded_inputs(), {"max_new_tokens": 4, "do_sample": False, "cache_implementation": "static"}
     expected = model.generate(**inputs, **arguments)
     model.forward = torch.compile(model.forward, fullgraph=True)
@@ -185,7 +194,8 @@ def test_lora(family: Family, fields: dict, scorer_too: bool, tmp_path):
     before = run(base, **inputs)
     # names targets with their module, since a scorer has a `.q_proj` too
     attention = LORA_TARGETS[family.stem]
-    targets = [*attention, "linear1"] if scorer_too else rf".*\.{family.attention_name}\.({'|'.join(attention)})"
+    inner = "linear2" if fields.get("neural_compact") else "linear1"
+    targets = [*attention, inner] if scorer_too else rf".*\.{family.attention_name}\.({'|'.join(attention)})"
     config = LoraConfig(target_modules=targets, r=4, fan_in_fan_out=family is GPT2)
     model = get_peft_model(base, config)
     assert torch.equal(run(model, **inputs), before)
@@ -197,7 +207,7 @@ def test_lora(family: Family, fields: dict, scorer_too: bool, tmp_path):
     adapted = {
         name.rsplit(".lora_B", 1)[0] for name, each in model.named_parameters() if "lora_B" in name and each.abs().max() > 0
     }
-    assert any(name.endswith("scorer.linear1") for name in adapted) == scorer_too
+    assert any(name.endswith(f"scorer.{inner}") for name in adapted) == scorer_too
     assert sum(name.endswith(tuple(f"{family.attention_name}.{each}" for each in attention)) for name in adapted) > 0
     trained = run(model.eval(), **inputs)
     assert_far(trained, before)
@@ -215,8 +225,9 @@ def rows_of(family: Family, count: int = 8) -> list[dict]:
 
 @both_families
 @pytest.mark.parametrize("checkpointing", (False, True))
-def test_trainer(family: Family, checkpointing: bool, tmp_path):
-    model = family.neural(**ALL)
+@whole_and_compact
+def test_trainer(family: Family, checkpointing: bool, tmp_path, fields: dict):
+    model = family.neural(**fields)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     arguments = TrainingArguments(
         str(tmp_path),
@@ -270,8 +281,9 @@ def test_trainer_takes_the_loss_as_it_takes_the_stock_model_s(family: Family, sm
 
 
 @both_families
-def test_a_neural_model_learns(family: Family):
-    model = family.neural(**ALL).train()
+@whole_and_compact
+def test_a_neural_model_learns(family: Family, fields: dict):
+    model = family.neural(**fields).train()
     inputs = family.inputs(batch=8)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     losses = []
@@ -284,12 +296,13 @@ def test_a_neural_model_learns(family: Family):
     assert losses[-1] < 0.1 * losses[0]
 
 
-def test_image_classification_pipeline(tmp_path):
+@whole_and_compact
+def test_image_classification_pipeline(tmp_path, fields: dict):
     from PIL import Image
     from transformers import ViTImageProcessorPil
 
     names = {index: f"class {index}" for index in range(5)}
-    VIT.neural(**ALL, id2label=names, label2id={name: index for index, name in names.items()}).save_pretrained(tmp_path)
+    VIT.neural(**fields, id2label=names, label2id={name: index for index, name in names.items()}).save_pretrained(tmp_path)
     ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(tmp_path)
     with transformers_log() as log:
         classifier = pipeline("image-classification", model=str(tmp_path))

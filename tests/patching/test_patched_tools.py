@@ -3,12 +3,15 @@
 import copy
 import io
 import warnings
+from importlib.metadata import version
 from typing import Any
 
 import pytest
 import torch
+from packaging.version import Version
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, TrainingArguments
+from transformers.integrations.peft import MIN_PEFT_VERSION
 
 from hf_neural_attention import NeuralCache, from_pretrained, patch, patch_status, save_patch, unpatch
 from hf_neural_attention.models.neural_attention_interface import neural_attention_forward
@@ -16,7 +19,7 @@ from hf_neural_attention.patching import PatchError
 from tests.helpers.comparing import assert_far, assert_near, assert_same_gradients, assert_same_state, backward, run
 from tests.helpers.neural_models import eager_and_sdpa, liven, scorers
 from tests.helpers.stock_models import FAMILIES, Family
-from tests.helpers.versions import CHECKPOINTING
+from tests.helpers.versions import CACHE, CHECKPOINTING
 
 
 GPT2, LLAMA, MISTRAL, BERT, T5, VIT = (FAMILIES[name] for name in ("gpt2", "llama", "mistral", "bert", "t5", "vit"))
@@ -183,7 +186,7 @@ def test_neural_cache(family: Family, implementation: str):
     cache: Any = NeuralCache(model)
     if family is T5:
         cache = EncoderDecoderCache(cache, DynamicCache(config=model.config))
-    tokens = model.generate(**inputs, **arguments, past_key_values=cache)
+    tokens = model.generate(**inputs, **arguments, **{CACHE: cache})
     assert torch.equal(tokens, model.generate(**inputs, **arguments, use_cache=False))
     assert len(tokens[:, -6:].unique()) > 6
 
@@ -286,6 +289,10 @@ def test_pruned_scorers_train():
     assert all(scorer.linear1.weight_orig.grad.any() for scorer in scorers(model))
 
 
+@pytest.mark.skipif(
+    Version(version("peft")) < Version(MIN_PEFT_VERSION),
+    reason=f"this Transformers refuses peft before {MIN_PEFT_VERSION} in `add_adapter`, of any model",
+)
 @pytest.mark.parametrize("modules_to_save", (None, ["scorer"]))
 def test_adapters_of_transformers_own(modules_to_save: Any, tmp_path):
     from peft import LoraConfig

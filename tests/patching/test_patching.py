@@ -21,6 +21,7 @@ from hf_neural_attention.patching import (
     ProbeError,
     UnsupportedLayerError,
 )
+from hf_neural_attention.patching.sizes import size_of
 from tests.helpers.comparing import assert_far, assert_near, run
 from tests.helpers.neural_models import scorers
 from tests.helpers.stock_models import FAMILIES, SIZES
@@ -319,6 +320,7 @@ def test_dry_run_says_what_patch_then_does():
     assert patch_status(model) == plan.layers and explain(model) == plan.backends
     added = sum(parameter.numel() for scorer in scorers(model) for parameter in scorer.parameters())
     assert (plan.layers.num_parameters, plan.layers.num_bytes, plan.model_parameters) == (added, 4 * added, numbers)
+    assert plan.stock == size_of(GPT2.model()) and plan.patched == size_of(model) and plan.stock.cache_bytes_per_token == 768
     text = str(plan)
     assert repr(plan) == text and f"2 attention layers would become neural, with {added:,} new parameters" in text
     assert re.search(r"transformer.h.2.attn +8 +4 +\(6, 3\) +replace +True +paper", text) and "backend" in text
@@ -330,7 +332,14 @@ def test_status_is_plain_data():
     patch(model, "all", **SETTINGS)
     status = patch_status(model)
     first, *_ = json.loads(json.dumps([layer._asdict() for layer in status]))
-    assert first == {"layer": "transformer.h.0.attn", "head_dim": 8, **SETTINGS, "num_parameters": 604, "num_bytes": 2416}
+    assert first == {
+        "layer": "transformer.h.0.attn",
+        "head_dim": 8,
+        **SETTINGS,
+        "compact": False,
+        "num_parameters": 604,
+        "num_bytes": 2416,
+    }
     assert str(status).splitlines()[-1].split() == ["total", "1,812", "7,248"]
 
 

@@ -202,7 +202,7 @@ def test_what_is_no_patched_checkpoint(tmp_path: Path):
     weights = load_file(folder / "model.safetensors")
     lacking = {name: tensor for name, tensor in weights.items() if "layers.1.self_attn.scorer" not in name}
     save_file(lacking, folder / "model.safetensors", metadata={"format": "pt"})
-    with transformers_log(), pytest.raises(PatchError, match=r"lacks weights of its scorers: model.layers.1"):
+    with transformers_log(), pytest.raises(PatchError, match=r"lacks weights of its neural layers: model.layers.1"):
         from_pretrained(folder)
     content = config_of(folder)
     content["neural_attention_patch"]["format_version"] = 99

@@ -11,6 +11,7 @@ from transformers import DynamicCache
 
 import benchmark_attention
 from benchmarks import bars as benchmark_bars
+from benchmarks import compact_bars
 from benchmarks.bars import Bar, kernel_bars
 from benchmarks.cases import DOT_PRODUCTS, GPU_PROVIDERS, MASKS, PHASES, PROVIDERS, SCORERS, Case, Entry, attend, draw_inputs
 from benchmarks.checks import Checker
@@ -255,12 +256,52 @@ def test_all_bars_come_into_the_files(tmp_path, monkeypatch):
         assert row["reached"] == (not below if row["at_least"] else below) and row["note"] == "all queries"
 
 
+def test_bars_of_the_compact_form_come_into_the_files(tmp_path, monkeypatch):
+    """With few tokens, without the native kernel, and with tiny models."""
+
+    def shrink(entry: Entry) -> Entry:
+        provider = "reference" if entry.provider == "native" else entry.provider
+        return Entry.of(provider, dataclasses.replace(entry.case, length=32))
+
+    groups = [
+        [item._replace(entry=shrink(item.entry), over=shrink(item.over)) for item in group]
+        for group in compact_bars.operation_bars("cpu")
+    ]
+
+    def tiny_steps(family, *arguments, **options):
+        fields = TINY_GPT2 if family is GPT2_124M else TINY_VIT
+        return measure_steps(family, *arguments, **options | fields)
+
+    def tiny_decoding(cached_tokens, *arguments, **options):
+        return measure_decoding(cached_tokens // 64, *arguments, **options | TINY_GPT2 | {"n_positions": 80})
+
+    monkeypatch.setattr(compact_bars, "operation_bars", lambda device: groups)
+    monkeypatch.setattr(compact_bars, "measure_steps", tiny_steps)
+    monkeypatch.setattr(compact_bars, "measure_decoding", tiny_decoding)
+    words = ["--preset", "compact", "--repeats", "2", "--fewest", "2", "--output", f"{tmp_path / 'compact'}"]
+    benchmark_attention.main(words)
+    rows, _, _ = files_of(tmp_path / "compact.x")
+    assert len(rows) == 4 + 2 + 1 + 2 + 1 + 2 and all("measured" in row for row in rows)
+    by_name = {row["what"]: row["measured"] for row in rows}
+    assert by_name["GPT-2 124M compact, bytes of a cached token"] == (2 + 8) / (8 + 8)
+    assert by_name["GPT-2 124M compact, parameters"] < 1
+
+
+def test_shapes_of_the_network():
+    case = Case(shape="16x2")
+    assert draw_inputs(case).scorer.hidden_dims == case.hidden_dims == (16, 2) and Case().hidden_dims is None
+    assert Entry.of("sdpa", case) == Entry.of("sdpa", Case())
+    for wrong in ("16", "x2", "16x0", "16x2x1"):
+        with pytest.raises(ValueError, match="must be paper, or two sizes like 16x2"):
+            Case(shape=wrong)
+
+
 def test_steps_of_whole_models(monkeypatch):
     for family, fields in ((GPT2_124M, TINY_GPT2), (VIT_BASE, TINY_VIT)):
         rows = list(measure_steps(family, "cpu", QUICK, 2, (0.0, 0.1), True, **fields))
         assert [row["attention"] for row in rows] == list(ATTENTIONS) * 3
         assert all(row["turns"] == 2 and row["seconds"] > 0 for row in rows)
-        assert [row["to_stock"] for row in rows[::3]] == [1.0] * 3
+        assert [row["to_stock"] for row in rows[:: len(ATTENTIONS)]] == [1.0] * 3
         assert {row["note"] for row in rows} == {"", "logits and gradient"}
     rows = list(measure_steps(VIT_BASE, "cpu", QUICK, 2, (0.0,), False, attentions=(STOCK, COMPACT), **TINY_VIT))
     assert [row["note"] for row in rows] == ["", "logits and gradient"] and rows[1]["attention"] == COMPACT

@@ -1,0 +1,175 @@
+"""The compact form inside attention modules of any family, whose forward stays as it is.
+
+Such a forward views what its query and key layers make as heads of `head_dim` numbers each. The narrow layers that take their
+places make `H * h1` numbers, and zeros up to the next multiple of `head_dim`; so a few heads hold what all heads have to say
+of a token. A `PackedScorer` takes them apart again, behind the cache.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from ..models.neural_attention_compact import fold
+from ..models.neural_attention_scorer import CompactScorer
+
+
+class PackedScorer(CompactScorer):
+    """A `CompactScorer` that gets the numbers of several heads in each of fewer heads.
+
+    Args:
+        hidden_dims, num_heads, init: as of `CompactScorer`.
+        num_query_heads (`int`): `H`.
+        num_key_heads (`int`): Heads with a `w` of their own: `H` with weights per head, `Hkv` without.
+        stock_head_dim (`int`): Numbers in a head, as the stock forward counts them.
+        query_layer, key_layer (`str`): Names, inside the attention module, of the layers that make them.
+    """
+
+    def __init__(
+        self,
+        hidden_dims: tuple[int, int] | list[int],
+        num_heads: int | None = None,
+        init: str = "mirrored",
+        *,
+        num_query_heads: int,
+        num_key_heads: int,
+        stock_head_dim: int,
+        query_layer: str,
+        key_layer: str,
+    ):
+        super().__init__(hidden_dims, num_heads, init)
+        self.num_query_heads, self.num_key_heads, self.stock_head_dim = num_query_heads, num_key_heads, stock_head_dim
+        self.query_layer, self.key_layer = query_layer, key_layer
+
+    def packed_heads(self, num_heads: int) -> int:
+        """Heads of `stock_head_dim` numbers that hold `h1` numbers of so many heads."""
+        return -(-num_heads * self.hidden_dims[0] // self.stock_head_dim)
+
+    def unpack(self, query: torch.Tensor, key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`u` `[B, H, Tq, h1]` and `w` `[B, H or Hkv, Tk, h1]` of what the stock forward hands on, `[B, packed heads, T, D]`.
+
+        Raises:
+            ValueError: if these are not the packed heads, since a forward has split what it got by a number of its own.
+        """
+        unpacked = []
+        for name, states, num_heads in (("query", query, self.num_query_heads), ("key", key, self.num_key_heads)):
+            wanted = self.packed_heads(num_heads), self.stock_head_dim
+            if (states.shape[1], states.shape[3]) != wanted:
+                raise ValueError(
+                    f"`{name}` has shape {tuple(states.shape)}; a compact layer hands on {wanted[0]} heads of {wanted[1]} "
+                    f"numbers, which hold {self.hidden_dims[0]} numbers for each of {num_heads} heads."
+                )
+            flat = states.transpose(1, 2).flatten(2)[..., : num_heads * self.hidden_dims[0]]
+            unpacked.append(flat.unflatten(2, (num_heads, self.hidden_dims[0])).transpose(1, 2))
+        return unpacked[0], unpacked[1]
+
+    def forward(self, query: torch.Tensor, key: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        return super().forward(*self.unpack(query, key), *args, **kwargs)
+
+
+class Source(NamedTuple):
+    """Where an attention module's queries, or keys, come from."""
+
+    layer: str  # name of the `nn.Linear` inside the module that makes them
+    factor: float  # by which the module multiplies what that makes
+
+
+class PackedLayer(NamedTuple):
+    """What is put in an attention module's place of query layer, key layer and scorer, by their names in it."""
+
+    query: tuple[str, nn.Linear]
+    key: tuple[str, nn.Linear]
+    scorer: PackedScorer
+
+
+def narrow_layer(old: nn.Linear, weight: torch.Tensor, bias: torch.Tensor, size: int) -> nn.Linear:
+    """A linear layer like `old`, with these weights `[n, d_model]` and `[n]`, and rows of zeros up to a multiple of `size`.
+
+    It is a plain `nn.Linear`, so that adapters, quantisers and exporters take it as such. The rows of zeros get no gradients.
+    """
+    made = empty_layer(old, len(weight), size)
+    with torch.no_grad():
+        made.weight.zero_()[: len(weight)] = weight.to(made.weight)
+        made.bias.zero_()[: len(bias)] = bias.to(made.bias)
+    made._is_hf_initialized = True  # type: ignore[assignment]
+    return made.train(old.training)
+
+
+def empty_layer(old: nn.Linear, num_numbers: int, size: int) -> nn.Linear:
+    rows = -(-num_numbers // size) * size
+    return nn.Linear(old.in_features, rows, bias=True, device="meta", dtype=old.weight.dtype).to_empty(
+        device=old.weight.device
+    )
+
+
+def pack(attention: Any, query: Source, key: Source, num_heads: int) -> PackedLayer:
+    """The packed layers that make an attention module with a scorer of mode `"replace"` compute what it computes, up to
+    rounding. The module stays as it is.
+
+    Args:
+        query, key: where its queries and keys come from.
+        num_heads: of its queries.
+    """
+    scorer = attention.scorer
+    size = scorer.head_dim
+    old = {name: attention.get_submodule(name) for name in (query.layer, key.layer)}
+
+    def scaled(source: Source) -> tuple[torch.Tensor, torch.Tensor | None]:
+        layer = old[source.layer]
+        return tuple(None if each is None else each.detach().double() * source.factor for each in (layer.weight, layer.bias))  # type: ignore[return-value]
+
+    weights = scorer.weights()
+    folded = fold(weights, scaled(query), scaled(key), num_heads)
+    with torch.device("meta"):  # draws nothing
+        packed = PackedScorer(
+            scorer.hidden_dims,
+            scorer.num_heads,
+            scorer.init,
+            num_query_heads=num_heads,
+            num_key_heads=folded.key_weight.shape[0],
+            stock_head_dim=size,
+            query_layer=query.layer,
+            key_layer=key.layer,
+        )
+    packed = packed.to(weights.weight2.dtype).to_empty(device=weights.weight2.device).train(scorer.training)
+    packed.reset_parameters(folded.of_pairs)
+    for module in packed.modules():  # lets `init_weights`, should it run again, leave them
+        module._is_hf_initialized = True  # type: ignore[assignment]
+
+    def narrow(source: Source, weight: torch.Tensor, bias: torch.Tensor) -> tuple[str, nn.Linear]:
+        # divides by what the module will multiply with
+        made = weight.flatten(0, 1) / source.factor, bias.flatten() / source.factor
+        return source.layer, narrow_layer(old[source.layer], *made, size)
+
+    return PackedLayer(
+        narrow(query, folded.query_weight, folded.query_bias), narrow(key, folded.key_weight, folded.key_bias), packed
+    )
+
+
+def rebuild(attention: Any, settings: Mapping[str, Any]) -> PackedLayer:
+    """Packed layers for an attention module that has none, without weights that mean anything.
+
+    Args:
+        settings: arguments of `PackedScorer`.
+
+    Raises:
+        AttributeError, TypeError, ValueError: if these do not fit this module.
+    """
+    scorer = PackedScorer(**settings)
+
+    def empty(name: str, num_heads: int) -> tuple[str, nn.Linear]:
+        return name, empty_layer(attention.get_submodule(name), num_heads * scorer.hidden_dims[0], scorer.stock_head_dim)
+
+    return PackedLayer(
+        empty(scorer.query_layer, scorer.num_query_heads), empty(scorer.key_layer, scorer.num_key_heads), scorer
+    )
+
+
+def put_in(parent: nn.Module, name: str, module: nn.Module) -> nn.Module:
+    """Sets a descendant by its dotted name, and returns the one that was there."""
+    *path, child = name.split(".")
+    holder = parent.get_submodule(".".join(path))
+    old = holder.get_submodule(child)
+    setattr(holder, child, module)
+    return old

@@ -1,0 +1,90 @@
+"""How much a model holds: parameters, bytes, and what a cache keeps of each token."""
+
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+import transformers
+from torch import nn
+
+from ..introspection import is_born_neural, unwrap
+from ..registration import FAMILIES
+from .errors import NoPatchableLayerError
+from .layers import CROSS_ATTENTION, attention_modules
+from .probing import AttentionCall, probe
+
+
+class ModelSize(NamedTuple):
+    """What a model holds."""
+
+    num_parameters: int
+    num_bytes: int  # of parameters and buffers, as `get_memory_footprint` counts them
+    cache_bytes_per_token: int | None  # of keys and values in a stock cache; 0 for models without one, None if not known
+
+    @property
+    def cells(self) -> tuple[Any, ...]:
+        cache = {None: "unknown", 0: "no cache"}.get(self.cache_bytes_per_token, self.cache_bytes_per_token)
+        return self.num_parameters, self.num_bytes, cache
+
+
+SIZE_TITLES = ("parameters", "bytes", "cache bytes per token")
+
+Calls = Mapping[nn.Module, list[AttentionCall]]
+
+
+def size_of(model: nn.Module, calls: Calls | None = None, example_inputs: Mapping[str, Any] | None = None) -> ModelSize:
+    """What a model holds now.
+
+    Args:
+        calls: from `probe`, if it has been run already.
+    """
+    tensors = [*model.parameters(), *model.buffers()]
+    num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    return ModelSize(
+        sum(parameter.numel() for parameter in model.parameters()), num_bytes, cache_bytes(model, calls, example_inputs)
+    )
+
+
+def cache_bytes(model: nn.Module, calls: Calls | None, example_inputs: Mapping[str, Any] | None) -> int | None:
+    """Bytes that a stock cache keeps of each token that the model itself has read or written, in all layers together."""
+    base: Any = unwrap(model)
+    decoder = base.get_decoder() if getattr(getattr(base, "config", None), "is_encoder_decoder", False) else base
+    if not hasattr(getattr(decoder, "config", None), "use_cache"):
+        return 0
+    try:
+        found = attention_modules(base)
+    except NoPatchableLayerError:
+        return None
+    inside = set(decoder.modules())
+    caching = [module for name, module in found.items() if module in inside and caches(name, module)]
+    if caching and calls is None:
+        calls, _ = probe(base, found, example_inputs)
+    seen = [next(iter((calls or {}).get(module, [])), None) for module in caching]
+    if None in seen:
+        return None
+    numbers = sum(shape[1] * shape[3] for call in seen if call is not None for shape in (call.key, call.value))
+    return numbers * getattr(base, "dtype", torch.get_default_dtype()).itemsize
+
+
+def caches(name: str, module: Any) -> bool:
+    """Whether an attention module puts keys of the tokens themselves into a cache, and no encoder's."""
+    crosses = getattr(module, "is_cross_attention", False) or re.search(CROSS_ATTENTION, name, re.IGNORECASE)
+    return isinstance(getattr(module, "layer_idx", None), int) and getattr(module, "is_causal", True) and not crosses
+
+
+def stock_twin(model: Any) -> nn.Module:
+    """The stock model that a neural one takes the place of, without numbers (on the meta device).
+
+    Raises:
+        Exception: whatever its class raises, if it takes more than a config.
+    """
+    base: Any = unwrap(model)
+    stock_class, config = type(base), base.config
+    if is_born_neural(base):
+        stock_class = getattr(transformers, type(base).__name__.removeprefix("Neural"))
+        fields = {name: value for name, value in config.to_dict().items() if not name.startswith("neural_")}
+        config = stock_class.config_class.from_dict(fields | {"model_type": FAMILIES[config.model_type]})
+    with torch.device("meta"):
+        made = stock_class(config)
+    return made.to(getattr(base, "dtype", torch.float32))
