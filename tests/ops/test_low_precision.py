@@ -8,7 +8,7 @@ import torch
 
 from hf_neural_attention.functional import neural_attention
 from tests.helpers.numerics import CPU_BACKENDS, assert_no_worse_than_reference, literal_attention, run_with_gradients
-from tests.ops.test_neural_attention import MARKS, Case, every_backend
+from tests.helpers.operation_cases import MARKS, Case, every_backend
 
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")

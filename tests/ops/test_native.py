@@ -18,9 +18,10 @@ from hf_neural_attention.models.neural_attention_masking import draw_dropout_see
 from hf_neural_attention.models.neural_attention_pytorch import Inputs
 from hf_neural_attention.ops import native as backend
 from tests.helpers.numerics import assert_equals_oracle, assert_no_worse_than_reference, literal_attention, run_with_gradients
+from tests.helpers.operation_cases import Case
 from tests.helpers.operators import check_operators
 from tests.helpers.running import run_python
-from tests.ops.test_neural_attention import Case, compare_with_oracle, with_projected_keys
+from tests.ops.test_neural_attention import compare_with_oracle, with_projected_keys
 
 
 WHY_NOT = BACKENDS["native"].reason_against(Inputs("cpu", torch.float64))

@@ -1,6 +1,6 @@
 """Every backend against the authors' formula, forward and every gradient."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,100 +10,12 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from hf_neural_attention import neural_attention
 from hf_neural_attention.models.neural_attention_masking import draw_dropout_seed, dropout_multiplier
-from hf_neural_attention.models.neural_attention_scorer import CompactScorer, NeuralScorer
-from tests.helpers.numerics import (
-    CPU_BACKENDS,
-    assert_equals_oracle,
-    literal_attention,
-    randomize,
-    run_with_gradients,
-)
+from hf_neural_attention.models.neural_attention_scorer import NeuralScorer
+from tests.helpers.numerics import assert_equals_oracle, literal_attention, run_with_gradients
+from tests.helpers.operation_cases import CASES, Case, every_backend
 
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
-# Chooses by mark what other processes run with another kernel: Triton's cases in its interpreter (`make test-triton`), the
-# native ones for older processors (test_native.py)
-MARKS = {"native": pytest.mark.instruction_set, "triton": pytest.mark.interpreter}
-every_backend = pytest.mark.parametrize("backend", [pytest.param(name, marks=MARKS.get(name, ())) for name in CPU_BACKENDS])
-
-
-@dataclass(frozen=True)
-class Case:
-    batch: int = 2
-    heads: int = 2
-    kv_heads: int | None = None
-    queries: int = 7
-    keys: int | None = None
-    head_dim: int = 8
-    value_dim: int | None = None
-    proj_dim: int | None = 4
-    hidden_dims: tuple[int, int] | None = None
-    per_head: bool = False
-    mode: str = "replace"
-    scale: float | None = None
-    is_causal: bool = False
-    mask: str | None = None  # "bool" or "float"
-    mask_shape: tuple[int, ...] | None = None  # default: the full one
-
-    def draw(self) -> tuple[dict[str, torch.Tensor], NeuralScorer]:
-        keys = self.queries if self.keys is None else self.keys
-        kv_heads = self.kv_heads or self.heads
-        tensors = {
-            "query": torch.randn(self.batch, self.heads, self.queries, self.head_dim, dtype=torch.float64),
-            "key": torch.randn(self.batch, kv_heads, keys, self.head_dim, dtype=torch.float64),
-            "value": torch.randn(self.batch, kv_heads, keys, self.value_dim or self.head_dim, dtype=torch.float64),
-        }
-        if self.mask is not None:
-            shape = (self.batch, self.heads, self.queries, keys) if self.mask_shape is None else self.mask_shape
-            attends = torch.rand(shape) < 0.7
-            added = torch.randn(shape, dtype=torch.float64).masked_fill(~attends, float("-inf"))
-            tensors["attn_mask"] = attends if self.mask == "bool" else added
-        scorer = NeuralScorer(
-            self.head_dim, self.proj_dim, self.hidden_dims, self.mode, num_heads=self.heads if self.per_head else None
-        ).double()
-        randomize(scorer)
-        return tensors, scorer
-
-    @property
-    def options(self) -> dict:
-        return {"is_causal": self.is_causal, "scale": self.scale}
-
-
-CASES = {
-    "one token": Case(queries=1),
-    "paper": Case(queries=63, head_dim=64, proj_dim=None, is_causal=True),
-    "111 tokens": Case(batch=1, queries=111, head_dim=128, proj_dim=None),
-    "head size 60": Case(queries=13, head_dim=60, proj_dim=1),
-    "head size 100": Case(queries=13, head_dim=100, proj_dim=3, is_causal=True),
-    "proj_dim 32": Case(queries=9, head_dim=32, proj_dim=32),
-    "wide first layer": Case(hidden_dims=(16, 1)),
-    "wide second layer": Case(hidden_dims=(3, 12), is_causal=True),
-    "more keys": Case(queries=5, keys=11),
-    "more keys, causal": Case(queries=5, keys=11, is_causal=True),
-    "more queries, causal": Case(queries=11, keys=5, is_causal=True),
-    "one query": Case(queries=1, keys=17, mask="bool", mask_shape=(17,)),
-    "value size": Case(value_dim=5, is_causal=True),
-    "grouped queries": Case(heads=6, kv_heads=2, is_causal=True),
-    "multi-query": Case(heads=4, kv_heads=1, mask="float", mask_shape=(4, 7, 7)),
-    "per head": Case(per_head=True, mask="bool"),
-    "per head, grouped": Case(heads=4, kv_heads=2, per_head=True, is_causal=True),
-    "per head, residual": Case(per_head=True, mode="residual", mask="float"),
-    "residual": Case(queries=20, mode="residual", is_causal=True),
-    "residual, scale": Case(mode="residual", scale=0.7, heads=4, kv_heads=2, mask="bool"),
-    "residual, scale 0": Case(mode="residual", scale=0.0),
-    "bool [Tq, Tk]": Case(mask="bool", mask_shape=(7, 7)),
-    "bool [1, Tk]": Case(mask="bool", mask_shape=(1, 7)),
-    "bool [B, 1, 1, Tk]": Case(mask="bool", mask_shape=(2, 1, 1, 7), is_causal=True),
-    "bool [1, H, 1, Tk]": Case(mask="bool", mask_shape=(1, 2, 1, 7)),
-    "bool [B, 1, Tq, Tk]": Case(mask="bool", mask_shape=(2, 1, 7, 7), is_causal=True),
-    "float": Case(mask="float", is_causal=True),
-    "float [Tq, 1]": Case(mask="float", mask_shape=(7, 1)),
-    "float [H, 1, Tk]": Case(mask="float", mask_shape=(2, 1, 7), is_causal=True),
-    "float [1, Tq, Tk]": Case(mask="float", mask_shape=(1, 7, 7)),
-    "float [B, 1, 1, Tk]": Case(mask="float", mask_shape=(2, 1, 1, 7), queries=3, keys=7),
-    "float [B, H, Tq, 1]": Case(mask="float", mask_shape=(2, 2, 7, 1)),
-    "float [1, 1, 1, 1]": Case(mask="float", mask_shape=(1, 1, 1, 1)),
-}  # fmt: skip
 
 
 def compare_with_oracle(case: Case, backend: str) -> dict[str, torch.Tensor]:
@@ -120,70 +32,6 @@ def test_output_and_every_gradient(name: str, backend: str):
     exact = compare_with_oracle(CASES[name], backend)
     if CASES[name].queries > 1 and CASES[name].mask is None:  # checks that the draws are lively: every input matters
         assert all(result.abs().max() > 0 for result in exact.values())
-
-
-def attend_to_projected(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scorer: NeuralScorer, *, form: str, **options
-) -> torch.Tensor:
-    """The operation on `u`, and on `w` as well unless `form` is "queries"."""
-    u = scorer.project_queries(query)
-    if form == "queries":
-        return neural_attention(u, key, value, scorer, queries_projected=True, **options)
-    w = scorer.project_keys(key)
-    if form == "both":
-        return neural_attention(u, w, value, scorer, queries_projected=True, keys_projected=True, **options)
-    compact = CompactScorer(scorer.hidden_dims, scorer.num_heads)
-    compact.linear2, compact.linear3 = scorer.linear2, scorer.linear3
-    return neural_attention(u, w, value, compact, **options)
-
-
-@every_backend
-@pytest.mark.parametrize("form", ("queries", "both", "compact"))
-@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.mode == "replace"])
-def test_projected_queries(name: str, form: str, backend: str):
-    case = CASES[name]
-    tensors, scorer = case.draw()
-    exact = run_with_gradients(literal_attention, tensors, scorer, torch.float64, **case.options)
-    ours = run_with_gradients(attend_to_projected, tensors, scorer, torch.float64, **case.options, form=form, backend=backend)
-    assert_equals_oracle(ours, exact)
-
-
-@every_backend
-@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
-def test_projected_queries_give_outputs_of_the_values_dtype(dtype: torch.dtype, backend: str):
-    tensors, scorer = CASES["paper"].draw()
-    query, key, value = (tensors[name].to(dtype) for name in ("query", "key", "value"))
-    scorer = scorer.to(dtype)
-    whole = neural_attention(query, key, value, scorer, is_causal=True, backend=backend)
-    u, w = scorer.project_queries(query), scorer.project_keys(key)
-    assert u.dtype == torch.float32
-    projected = neural_attention(
-        u, w, value, scorer, is_causal=True, backend=backend, queries_projected=True, keys_projected=True
-    )
-    assert projected.dtype == dtype
-    tolerance = 4 * torch.finfo(dtype).eps * whole.abs().max().float().item()
-    # compares what computes in float32 either way; the reference computes in the dtype of what it is given
-    if backend != "reference":
-        assert (projected.float() - whole.float()).abs().max().item() <= tolerance
-
-
-@pytest.mark.parametrize(
-    ("shape", "options", "message"),
-    [
-        ((1, 2, 3, 8), {"queries_projected": True}, r"with `queries_projected` this scorer expects \[B, H, Tq, 4\] and"),
-        ((1, 2, 3, 4), {}, "have sizes 4 and 8; this scorer was made for head_dim 8"),
-        ((1, 2, 3, 4), {"queries_projected": True, "keys_projected": True}, "`queries_projected` and `keys_projected`"),
-    ],
-)
-def test_errors_of_projected_queries(shape: tuple, options: dict, message: str):
-    key = value = torch.randn(1, 2, 5, 8)
-    with pytest.raises(ValueError, match=message):
-        neural_attention(torch.randn(shape), key, value, NeuralScorer(8, hidden_dims=(4, 2)), **options)
-    residual = NeuralScorer(8, hidden_dims=(4, 2), mode="residual")
-    with pytest.raises(ValueError, match="needs whole queries"):
-        residual.project_queries(key)
-    with pytest.raises(ValueError, match="whole queries and keys"):
-        neural_attention(torch.randn(1, 2, 3, 4), key, value, residual, queries_projected=True)
 
 
 @every_backend

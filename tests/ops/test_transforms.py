@@ -6,7 +6,7 @@ import torch
 from hf_neural_attention import neural_attention
 from hf_neural_attention.models import neural_attention_backends
 from tests.helpers.numerics import CPU_BACKENDS, assert_equals_oracle, literal_attention
-from tests.ops.test_neural_attention import Case
+from tests.helpers.operation_cases import Case
 
 
 # ignores what torch warns of its own forward-mode formulas, which are scripts

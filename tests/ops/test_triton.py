@@ -18,9 +18,9 @@ from hf_neural_attention.models.neural_attention_scorer import NeuralScorer
 from hf_neural_attention.ops import triton as backend
 from hf_neural_attention.ops.triton_blocks import choose_blocks, needed_bytes, padded, uses_cores
 from tests.helpers.numerics import assert_no_worse_than_reference, literal_attention, run_with_gradients
+from tests.helpers.operation_cases import CASES, Case
 from tests.helpers.running import ROOT, run_python
 from tests.ops.test_low_precision import LOW_PRECISION
-from tests.ops.test_neural_attention import CASES, Case
 
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

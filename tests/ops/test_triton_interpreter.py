@@ -13,8 +13,8 @@ from hf_neural_attention.functional import neural_attention
 from hf_neural_attention.ops import triton as backend
 from hf_neural_attention.ops.triton_blocks import Blocks, choose_blocks, uses_cores
 from tests.helpers.numerics import assert_equals_oracle, literal_attention, run_with_gradients
+from tests.helpers.operation_cases import Case
 from tests.helpers.operators import check_operators
-from tests.ops.test_neural_attention import Case
 
 
 pytestmark = [
