@@ -302,6 +302,7 @@ from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained("saved", trust_remote_code=True).eval()
 assert type(model).__module__.startswith("transformers_modules.")
 ids, expected = torch.arange(3, 12)[None], torch.load("tokens.pt")
+CACHE = "{cache}"
 arguments = dict(max_new_tokens=8, do_sample=False, eos_token_id=None, return_dict_in_generate=True)
 for name in ("neural", "neural_static"):
     output = model.generate(ids, cache_implementation=name, **arguments)
@@ -312,7 +313,7 @@ for name in ("neural", "neural_static"):
 """
 
 LOAD_BESIDE = (
-    LOAD.format(block="")
+    LOAD.format(block="", cache=CACHE)
     + """
 # the installed package's serves a model that brought its own code
 from hf_neural_attention import NeuralCache
@@ -334,7 +335,7 @@ else:
 @pytest.mark.slow
 def test_a_model_that_brings_its_code_brings_the_cache(tmp_path):
     environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
-    for script in (SAVE, LOAD.format(block='sys.modules["hf_neural_attention"] = None'), LOAD_BESIDE):
+    for script in (SAVE, LOAD.format(block='sys.modules["hf_neural_attention"] = None', cache=CACHE), LOAD_BESIDE):
         done = subprocess.run(
             [sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
         )

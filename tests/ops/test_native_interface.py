@@ -40,7 +40,7 @@ def assert_refused(build: Build, difference: str, caplog: pytest.LogCaptureFixtu
         (("Problem.keys: int64 at byte 32", "Problem.keys: int64 at byte 40"),
          "`Problem.keys` is int64 at byte 40 in the library and int64 at byte 32 in Python"),
         (("Problem.residual_scale: float64", "Problem.residual_scale: int64"),
-         "`Problem.residual_scale` is int64 at byte 136 in the library and float64 at byte 136 in Python"),
+         "`Problem.residual_scale` is int64 at byte 144 in the library and float64 at byte 144 in Python"),
         (("Tensor.type", "Tensor.kind"), "`Tensor.kind` is int64 at byte 40 in the library and unknown in Python"),
         (("Tensor.type: int64 at byte 40\n", ""), "`Tensor.type` is unknown in the library and int64 at byte 40 in Python"),
         (("ForwardResult: 56", "ForwardResult: 64"), "`ForwardResult` is 64 bytes in the library and 56 bytes in Python"),
@@ -70,7 +70,7 @@ def test_a_library_without_one_of_the_functions_is_refused(name: str, build: Bui
         ("heads, kv_heads, queries", "heads, queries, kv_heads",
          "`Problem.kv_heads` is int64 at byte 24 in the library and int64 at byte 16 in Python"),
         ("double residual_scale;", "int64_t residual_scale;",
-         "`Problem.residual_scale` is int64 at byte 136 in the library and float64 at byte 136 in Python"),
+         "`Problem.residual_scale` is int64 at byte 144 in the library and float64 at byte 144 in Python"),
     ],
     ids=["moved", "another type"],
 )  # fmt: skip
