@@ -269,3 +269,15 @@ def test_long_runs():
     assert round(days["wikitext103"] / 7) == 7 and round(days["cifar100"] / 30.4) == 9
     for page in (README, RESULTS):
         assert "seven weeks for one" in page and "nine months for one" in page
+
+
+def test_bars_of_the_compact_form():
+    for bar in read("benchmarks/compact")["rows"]:
+        assert row(bar["what"], f"{bar['measured']:.2f}", f"{bar['bound']:.2f}") in SPEED
+    by_name = {bar["what"]: bar["measured"] for bar in read("benchmarks/compact")["rows"]}
+    page = " ".join((ROOT / "docs/compact-form.md").read_text().split())
+    step, decode = (
+        by_name[f"GPT-2 124M{what}"]
+        for what in (" compact, training step, 1 x 1,024 tokens, dropout 0.0", ", untied compact, decode, 4,096 cached tokens")
+    )
+    assert f"takes {step:.2f} of the time of stock GPT-2, and a token after 4,096 others {decode:.2f}." in page
