@@ -12,6 +12,10 @@ from .neural_attention_interface import attach_scorer, check_implementation
 from .neural_attention_scorer import NeuralScorer, resolve_sizes
 
 
+# Arguments of `from_pretrained` that say where a config comes from
+HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+
+
 class NeuralPreTrainedModelMixin:
     """Comes before the stock `*PreTrainedModel` among the bases of a family's `Neural*PreTrainedModel`."""
 
@@ -22,8 +26,7 @@ class NeuralPreTrainedModelMixin:
         name = pretrained_model_name_or_path
         folds = kwargs.get("neural_compact") is True and kwargs.get("config") is None and name is not None
         if folds:
-            options = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
-            given = {option: kwargs[option] for option in options if option in kwargs}
+            given = {option: kwargs[option] for option in HUB_OPTIONS if option in kwargs}
             folds = not PreTrainedConfig.get_config_dict(name, **given)[0].get("neural_compact")
         if not folds:
             return super().from_pretrained(name, *model_args, **kwargs)
@@ -108,7 +111,6 @@ def attach_scorers(model: Any, attentions: list[str]) -> None:
     for index in config.neural_layer_indices:
         attention = model.get_submodule(attentions[index])
         if config.neural_compact:
-            parent, _, name = attentions[index].rpartition(".")
             compact = model.compact_attention_class(
                 config,
                 layer_idx=index,
@@ -116,7 +118,7 @@ def attach_scorers(model: Any, attentions: list[str]) -> None:
                 per_head=config.neural_per_head,
                 init=config.neural_init,
             )
-            setattr(model.get_submodule(parent), name, compact)
+            model.set_submodule(attentions[index], compact)
             continue
         scorer = NeuralScorer(
             attention.head_dim,
@@ -141,8 +143,7 @@ def fold_own_model(model: Any) -> None:
         raise ValueError(f"This {type(model).__name__} cannot be made compact: {reason}.")
     stock = next(parent for parent in model.compact_attention_class.__mro__[1:] if parent is not CompactAttentionMixin)
     for name, compact in folded_modules(model, {stock: model.compact_attention_class}).items():
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, compact)
+        model.set_submodule(name, compact)
     mark_compact(model)
 
 

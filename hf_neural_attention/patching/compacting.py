@@ -11,7 +11,7 @@ from transformers.models.vit.modeling_vit import ViTAttention
 from transformers.pytorch_utils import Conv1D
 
 from ..diagnostics import explain
-from ..introspection import is_born_neural, is_sharded, left_as_it_was, neural_layers, patched_modules, unwrap
+from ..introspection import is_born_neural, is_compact, is_sharded, left_as_it_was, neural_layers, patched_modules, unwrap
 from ..models.modeling_neural_attention import mark_compact
 from ..models.modeling_neural_gpt2 import CompactGPT2Attention
 from ..models.modeling_neural_vit import CompactViTAttention
@@ -138,8 +138,7 @@ def reason_against(model: nn.Module) -> str | None:
 
 def takes(classes: Mapping[type, type], attention: Any) -> bool:
     """Whether there is a compact class for an attention module, or it is compact already."""
-    is_folded = not hasattr(attention.scorer, "linear1")
-    return is_folded or (type(attention) in classes and not getattr(attention, "is_cross_attention", False))
+    return is_compact(attention.scorer) or (type(attention) in classes and not getattr(attention, "is_cross_attention", False))
 
 
 def stock_of(compact_class: type) -> type:

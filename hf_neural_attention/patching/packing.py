@@ -168,8 +168,6 @@ def rebuild(attention: Any, settings: Mapping[str, Any]) -> PackedLayer:
 
 def put_in(parent: nn.Module, name: str, module: nn.Module) -> nn.Module:
     """Sets a descendant by its dotted name, and returns the one that was there."""
-    *path, child = name.split(".")
-    holder = parent.get_submodule(".".join(path))
-    old = holder.get_submodule(child)
-    setattr(holder, child, module)
+    old = parent.get_submodule(name)
+    parent.set_submodule(name, module)
     return old

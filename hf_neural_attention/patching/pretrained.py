@@ -19,6 +19,7 @@ import hf_neural_attention
 
 from ..introspection import compact_layers, patched_modules
 from ..models.configuration_neural_attention import FORMAT_VERSION
+from ..models.modeling_neural_attention import HUB_OPTIONS
 from ..models.neural_attention_interface import NeuralConfigView, attach_scorer
 from ..registration import FAMILIES
 from .compacting import compact, rebuild_compact
@@ -143,8 +144,7 @@ def from_pretrained(pretrained_model_name_or_path: Any, *, model_class: Any = No
     """
     where, with_info = str(pretrained_model_name_or_path), kwargs.pop("output_loading_info", False)
     folds = kwargs.pop("neural_compact", None) is True
-    names = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
-    options = {name: kwargs[name] for name in names if name in kwargs}
+    options = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
     content, _ = PreTrainedConfig.get_config_dict(pretrained_model_name_or_path, **options)
     architecture = next(iter(content.get("architectures") or []), "")
     if content.get("model_type") in FAMILIES and architecture in hf_neural_attention.__all__:
