@@ -189,7 +189,9 @@ def call_of(
     scorer: Any = getattr(module, "scorer", None)
     if hasattr(scorer, "unpack"):  # takes heads apart that share one in a packed layer
         query, key = scorer.unpack(query, key)
-    mask, causal, num_keys = mask_of_call(module, query, key, attention_mask, is_causal, position_bias)
+    mask, causal, num_keys = mask_of_call(
+        module, module.config.base._attn_implementation, query, key, attention_mask, is_causal, position_bias
+    )
     scaling = 1.0 / math.sqrt(query.shape[-1]) if scaling is None else scaling
     key = expand_heads(key[:, :, :num_keys], query.shape[1])
     return Call(query.float(), key.float(), mask, causal, scaling)

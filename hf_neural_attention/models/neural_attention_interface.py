@@ -146,6 +146,7 @@ def add_position_bias(attention_mask: torch.Tensor | None, position_bias: torch.
 
 def mask_of_call(
     module: AttentionModule,
+    implementation: str,
     query: torch.Tensor,
     key: torch.Tensor,
     attention_mask: torch.Tensor | None,
@@ -153,7 +154,6 @@ def mask_of_call(
     position_bias: torch.Tensor | None,
 ) -> tuple[torch.Tensor | None, bool, int]:
     """`normalize_mask` of what an attention module hands to its attention function, biases included."""
-    implementation = module.config.base._attn_implementation
     if implementation not in SUPPORTED_IMPLEMENTATIONS:  # refuses it here, since a stock model does not when it is set
         check_implementation(implementation, f"A model with a neural {type(module).__name__}")
     if is_causal is None:
@@ -198,11 +198,13 @@ def neural_attention_forward(
         if kwargs.get(name) is not None:
             raise ValueError(f"Neural Attention cannot honour {feature} (`{name}`), which this model's attention asks for.")
     implementation = module.config.base._attn_implementation
-    mask, causal, num_keys = mask_of_call(module, query, key, attention_mask, is_causal, position_bias)
+    mask, causal, num_keys = mask_of_call(module, implementation, query, key, attention_mask, is_causal, position_bias)
+    if num_keys < key.shape[2]:
+        key, value = key[:, :, :num_keys], value[:, :, :num_keys]
     output, weights = module.scorer(
         query,
-        key[:, :, :num_keys],
-        value[:, :, :num_keys],
+        key,
+        value,
         mask,
         dropout,
         causal,

@@ -55,6 +55,8 @@ class ScorerWeights(NamedTuple):
         return self.weight2.shape[0] if self.per_head else None
 
     def to(self, dtype: torch.dtype) -> "ScorerWeights":
+        if all(tensor is None or tensor.dtype == dtype for tensor in self):
+            return self
         return ScorerWeights(*(None if tensor is None else tensor.to(dtype) for tensor in self))  # type: ignore[arg-type]
 
     def without_first_layer(self) -> "ScorerWeights":
