@@ -19,7 +19,7 @@ import torch
 from benchmarks.bars import kernel_bars, measure_bars
 from benchmarks.cases import DOT_PRODUCTS, DTYPES, GPU_PROVIDERS, MASKS, PHASES, PROVIDERS, SCORERS, Case, Entry
 from benchmarks.checks import Checker
-from benchmarks.compact_bars import measure_compact_bars, planned_compact_bars
+from benchmarks.compact_bars import COMPACT_COLUMNS, measure_compact_bars, planned_compact_bars
 from benchmarks.measuring import Limits, peak_bytes, time_entries
 from benchmarks.models import ATTENTIONS, CACHES, COMPACT, GPT2_124M, STOCK, VIT_BASE, measure_decoding, measure_steps
 from benchmarks.reporting import BARS_COLUMNS, MODELS_COLUMNS, Row, sweep_columns, write_files
@@ -235,8 +235,9 @@ def main(words: list[str] | None = None) -> None:
         measured, columns = sweep(arguments, Checker(), limits), sweep_columns(axes)
     elif arguments.preset in ("bars", "compact"):
         step_limits = LIMITS["models"]._replace(**given)
-        measure_them = measure_bars if arguments.preset == "bars" else measure_compact_bars
-        measured, columns = measure_them(arguments.device, Checker(), limits, step_limits), BARS_COLUMNS
+        measures_bars = {"bars": (measure_bars, BARS_COLUMNS), "compact": (measure_compact_bars, COMPACT_COLUMNS)}
+        measure_them, columns = measures_bars[arguments.preset]
+        measured = measure_them(arguments.device, Checker(), limits, step_limits)
     else:
         measures = {"models": measure_models, "gpu-models": measure_gpu_models, "cache": measure_caches}
         measured, columns = measures[arguments.preset](arguments.device, limits), MODELS_COLUMNS

@@ -15,6 +15,7 @@ from benchmarks import compact_bars
 from benchmarks.bars import Bar, kernel_bars
 from benchmarks.cases import DOT_PRODUCTS, GPU_PROVIDERS, MASKS, PHASES, PROVIDERS, SCORERS, Case, Entry, attend, draw_inputs
 from benchmarks.checks import Checker
+from benchmarks.counted import instructions_per_pair, least_seconds, pairs_of
 from benchmarks.measuring import FirstUse, Limits, measure_first_use, peak_bytes, time_entries
 from benchmarks.models import ATTENTIONS, CACHES, COMPACT, GPT2_124M, STOCK, VIT_BASE, measure_decoding, measure_steps
 from hf_neural_attention.models.neural_attention_backends import BACKENDS
@@ -293,6 +294,15 @@ def test_bars_of_the_compact_form_come_into_the_files(tmp_path, monkeypatch):
     by_name = {row["what"]: row["measured"] for row in rows}
     assert by_name["GPT-2 124M compact, bytes of a cached token"] == (2 + 8) / (8 + 8)
     assert by_name["GPT-2 124M compact, parameters"] < 1
+    assert all(row["least_seconds"] > 0 for row in rows[:4]) and "least ms by count" in (tmp_path / "compact.md").read_text()
+
+
+def test_instructions_of_a_pair():
+    """By hand, of ops/native: 16 maxima, 32 products, two ReLUs and products; the exponential and its sum; 64 values."""
+    assert instructions_per_pair((16, 2), 64, "forward") == 16 + 32 + 4 + 10 + 64
+    assert instructions_per_pair((2, 1), 64, "both") == (2 + 2 + 2 + 10 + 64) + (6 + 10 + 128 + 2 + 4 + 2 * 7)
+    assert pairs_of(Case(length=4, heads=2)) == 2 * 10 and pairs_of(Case(length=4, heads=2, causal=False)) == 2 * 16
+    assert least_seconds(Case(length=4, heads=2, proj_dim=2), rate=1e9) == 20 * 80 / 1e9
 
 
 def test_shapes_of_the_network():
