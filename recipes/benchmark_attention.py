@@ -22,6 +22,7 @@ from benchmarks.checks import Checker
 from benchmarks.compact_bars import COMPACT_COLUMNS, measure_compact_bars, planned_compact_bars
 from benchmarks.measuring import Limits, peak_bytes, time_entries
 from benchmarks.models import ATTENTIONS, CACHES, COMPACT, GPT2_124M, STOCK, VIT_BASE, measure_decoding, measure_steps
+from benchmarks.modules import LENGTHS, MODULES, measure_modules
 from benchmarks.reporting import BARS_COLUMNS, MODELS_COLUMNS, Row, sweep_columns, write_files
 from hf_neural_attention.models.configuration_neural_attention import MODES
 from tools.markdown import table_heading, table_row
@@ -49,6 +50,7 @@ SWEEPS: dict[str, dict[str, list]] = {
 LIMITS = {
     "quick": Limits(repeats=20, seconds=3),
     "lengths": Limits(repeats=20, seconds=3, fewest=3, call=1.5),
+    "modules": Limits(repeats=20, seconds=6, fewest=3),
     "shapes": Limits(repeats=30, seconds=20),
     "bars": Limits(repeats=50, seconds=10),
     "compact": Limits(repeats=50, seconds=10),
@@ -85,7 +87,8 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
         default="quick",
         help="quick, shapes and lengths: calls of attention, whose axes are the flags below; bars: what the kernels must "
         "reach; compact: what the compact form must reach; models: training, forward and decode steps of GPT-2 124M and "
-        "ViT-B; cache: decoding with each kind of cache; gpu and gpu-models: what `make gpu` measures.",
+        "ViT-B; cache: decoding with each kind of cache; modules: the attention module of GPT-2 124M, stock, neural and "
+        "compact, against the length, on the CPU; gpu and gpu-models: what `make gpu` measures.",
     )
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="Of torch and of the native kernel.")
@@ -100,6 +103,8 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
         default = "yes or no" if field.type is bool else f"{field.default} where the preset says nothing"
         axes.add_argument(f"--{field.name}", nargs="+", type=kind, choices=CHOICES.get(field.name), help=default)
     arguments = parser.parse_args(words)
+    if arguments.preset == "modules" and arguments.device != "cpu":
+        parser.error("--preset modules measures on the CPU; on a GPU, take gpu-models")
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no CUDA device here")
     if arguments.preset not in SWEEPS:
@@ -197,6 +202,8 @@ def plan(arguments: argparse.Namespace) -> Iterator[str]:
         yield from ("peak memory", "first uses", f"training steps of {GPT2_124M.name}")
     elif arguments.preset == "compact":
         yield from planned_compact_bars(arguments.device)
+    elif arguments.preset == "modules":
+        yield from (f"{name}, {length:,} tokens" for length in LENGTHS for name in MODULES)
     elif arguments.preset in ("models", "gpu-models"):
         attentions = GPU_ATTENTIONS if arguments.preset == "gpu-models" else tuple(ATTENTIONS)
         yield from (f"{family.name}, {attention}" for family in (GPT2_124M, VIT_BASE) for attention in attentions)
@@ -212,7 +219,8 @@ def describe(arguments: argparse.Namespace, record: dict[str, Any]) -> str:
         f"Measured by `{record['command']}` on {where['cpu']}, {where['threads']} threads, {gpu}, with Python "
         f"{where['python']}, torch {where['torch']}, transformers {where['transformers']}.",
         "Medians and, in parentheses, quartiles. What is compared was timed by turns in one run, and ratios were taken turn "
-        "by turn. Nothing was timed that does not match the reference in float64 on the very inputs that are timed.",
+        "by turn. Nothing was timed that does not match the reference in float64, "
+        + ("at few tokens." if arguments.preset == "modules" else "on the very inputs that are timed."),
     ]
     if arguments.preset in SWEEPS:
         axes = sweep_axes(arguments)
@@ -238,6 +246,9 @@ def main(words: list[str] | None = None) -> None:
         measures_bars = {"bars": (measure_bars, BARS_COLUMNS), "compact": (measure_compact_bars, COMPACT_COLUMNS)}
         measure_them, columns = measures_bars[arguments.preset]
         measured = measure_them(arguments.device, Checker(), limits, step_limits)
+    elif arguments.preset == "modules":
+        axes = ["length", "phase"]
+        measured, columns = measure_modules(limits), sweep_columns(axes)
     else:
         measures = {"models": measure_models, "gpu-models": measure_gpu_models, "cache": measure_caches}
         measured, columns = measures[arguments.preset](arguments.device, limits), MODELS_COLUMNS
