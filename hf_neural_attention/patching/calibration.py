@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_map_only
 from tqdm.auto import tqdm
 
 from ..introspection import Call, call_of, left_as_it_was, neural_layers, observed, unwrap
+from ..models.neural_attention_names import forget_names
 from ..models.neural_attention_reference import key_features, reference_scores
 from .errors import PatchError
 from .patching import check_unsharded, check_whole
@@ -114,6 +115,7 @@ def calibrate(
         for name, module in layers.items():
             bar.set_postfix_str(name)
             report.append(calibrate_layer(name, module, capture(base, name, module, batches), steps, learning_rate, bar))
+    forget_names(model)
     return CalibrationReport(report)
 
 

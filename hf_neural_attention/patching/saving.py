@@ -14,6 +14,7 @@ from torch import nn
 from transformers.utils import cached_file
 
 from ..introspection import patched_modules, unwrap
+from ..models.neural_attention_names import origin_of
 from ..models.neural_attention_scorer import NeuralScorer
 from ..uploading import upload
 from .errors import PatchError
@@ -167,8 +168,8 @@ def load_patch(
     complain(base, record, where, [f"there is no attention module {name!r}" for name in scorers if name not in found])
     calls = inspect_layers(base, list(scorers), example_inputs)
     complain(base, record, where, [text for name, scorer in scorers.items() for text in misfits(name, scorer, calls[name])])
+    made_for, here = record["base_model"]["name_or_path"], origin_of(base)
     attach_scorers(base, scorers)
-    made_for, here = record["base_model"]["name_or_path"], getattr(getattr(base, "config", None), "name_or_path", None)
     if made_for and here and made_for != here:
         logger.warning("The patch %s was made for %s and is now on %s, which it fits in shape.", where, made_for, here)
     return model
