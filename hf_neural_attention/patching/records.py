@@ -142,6 +142,13 @@ def scorers_of(record: Mapping[str, Any], where: str) -> dict[str, NeuralScorer]
     return made
 
 
+def name_in(base: Any, name: str) -> str:
+    """A layer's name in this model, where the patch was made for the same one with a head, or without."""
+    prefix = f"{getattr(base, 'base_model_prefix', '')}."
+    modules = dict(base.named_modules())
+    return next((each for each in (name, name.removeprefix(prefix), prefix + name) if each in modules), name)
+
+
 def transformers_class(record: Mapping[str, Any], where: str, advice: str) -> Any:
     """The class of the base model.
 
