@@ -174,8 +174,12 @@ class NeuralHeadMixin:
     base_model_arguments: dict = {}
 
     def __init__(self, config):
+        # keeps what the stock base model takes out of the config, which old checkpoints have
+        checkpointing = getattr(config, "gradient_checkpointing", False)
         # spends no time on the weights of the base model that the stock constructor hard-codes, since it is replaced below
         with initialization.no_init_weights():
             super().__init__(config)
+        if checkpointing:
+            config.gradient_checkpointing = checkpointing
         setattr(self, self.base_model_prefix, self.base_model_class(config, **self.base_model_arguments))
         self.post_init()
