@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, initialization
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .neural_attention_cache import CACHE_ARGUMENT, NEURAL_CACHES, replace_cache
 from .neural_attention_compact import CompactAttentionMixin, folded_modules, reason_against_folding
@@ -49,7 +50,9 @@ class NeuralPreTrainedModelMixin:
     compact_attention_class: type[CompactAttentionMixin]
 
     def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args, **kwargs) -> str:
-        check_implementation(attn_implementation, type(self).__name__)
+        # leaves what nobody knows to the stock method, which lists what there is
+        if attn_implementation in ALL_ATTENTION_FUNCTIONS or "/" in (attn_implementation or ""):
+            check_implementation(attn_implementation, type(self).__name__)
         return super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)
 
     def _init_weights(self, module: nn.Module) -> None:
