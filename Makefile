@@ -15,7 +15,7 @@ VERSION_TESTS := tests/test_export.py tests/models/test_flat_folder.py tests/tes
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test test-triton gpu test-fast test-versions test-oldest test-newest coverage lint format types docs build
+.PHONY: help quickstart test test-triton gpu test-fast test-versions test-oldest test-newest test-clients coverage lint format types docs build
 .PHONY: release clean
 
 help: ## Show this list
@@ -65,6 +65,16 @@ test-newest:
 	$(TESTS) -m "not slow"
 	$(TESTS) -m slow $(VERSION_TESTS)
 
+# Has an environment of its own, so that all other tests show what works without these libraries
+test-clients: BIN := .venv-clients/bin
+test-clients: .venv-clients/installed ## Run the tests of what others build on Transformers: TRL, torchao, Sentence Transformers
+	$(TESTS) tests/clients
+
+.venv-clients/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv --clear .venv-clients
+	.venv-clients/bin/$(INSTALL) -c constraints.txt -e '.[clients,dev]'
+	@touch $@
+
 test-versions: test-oldest test-newest ## Run the fast tests with the oldest and with the newest versions of all libraries
 	@.venv-newest/bin/python -m tests.helpers.packages
 
@@ -94,6 +104,6 @@ release: lint types ## Do everything of a release but the upload, for which it p
 	.ci/release
 
 clean: ## Remove .venv, caches and built files (trained models in runs/ stay)
-	rm -rf .venv .venv-oldest .venv-newest .coverage .coverage.* build dist site
+	rm -rf .venv .venv-oldest .venv-newest .venv-clients .coverage .coverage.* build dist site
 	rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis *.egg-info
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

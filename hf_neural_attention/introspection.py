@@ -172,6 +172,30 @@ class Call(NamedTuple):
         mask = self.mask if self.mask is None or self.mask.shape[-2] == 1 else self.mask[..., rows, :]
         return mask_scores(scores, mask, causal)
 
+    def without_padding(self, tokens: torch.Tensor | None = None) -> "Call":
+        """The same call in which queries of padding come last and may see nothing, on whichever side they were.
+
+        Args:
+            tokens: `[B, Tq]`, True (or 1) for queries that are no padding. Default: what the mask says of self-attention, that
+                is, positions that some query may see as a key.
+        """
+        batch, _, num_queries, _ = self.query.shape
+        if tokens is None:
+            if self.mask is None or num_queries != self.mask.shape[-1]:
+                return self
+            visible = self.mask if self.mask.dtype == torch.bool else self.mask > float("-inf")
+            tokens = visible.flatten(1, 2).any(1)
+        tokens = tokens.to(self.query.device, torch.bool).expand(batch, num_queries)
+        if tokens.all():
+            return self
+        order = (~tokens).to(torch.int8).argsort(dim=-1, stable=True)[:, None, :, None]
+        count = int(tokens.sum(-1).max())  # leaves out what is padding in all examples
+        order, kept = order[:, :, :count], tokens[:, None, :, None].take_along_dim(order, 2)[:, :, :count]
+        mask = torch.ones((), dtype=torch.bool, device=kept.device) if self.mask is None else self.mask
+        mask = mask.expand(batch, *(mask.shape[1:2] or (1,)), num_queries, self.key.shape[2]).take_along_dim(order, 2)
+        mask = mask & kept if mask.dtype == torch.bool else mask.masked_fill(~kept, float("-inf"))
+        return self._replace(query=self.query.take_along_dim(order, 2), mask=mask)
+
 
 def call_of(
     module: Any,

@@ -43,7 +43,8 @@ def scorer_health(model: Any, **inputs: Any) -> ScorerHealth:
 
     Args:
         model: with neural layers, by class or by `patch`.
-        inputs: for its forward; a few examples of what it is trained on.
+        inputs: for its forward; a few examples of what it is trained on. What their `attention_mask` calls padding does not
+            count.
 
     Returns:
         `ScorerHealth`: of each layer that the forward reaches (its first call), in the order of the model.

@@ -8,11 +8,15 @@ from torch.utils._pytree import tree_map_only
 
 from ..introspection import Call, call_of, left_as_it_was, neural_layers, observed, unwrap
 from ..models.neural_attention_interface import neural_attention_forward
+from ..patching.layers import padding_of_queries
 
 
 @torch.no_grad()
-def watch(model: Any, inputs: Mapping[str, Any], look: Callable[[Any, Call], Any]) -> dict[str, Any]:
+def watch(model: Any, inputs: Mapping[str, Any], look: Callable[[Any, Call], Any], *, padded: bool = False) -> dict[str, Any]:
     """What `look` makes of each neural layer's scorer and its call (the first, if there are several), by name.
+
+    Args:
+        padded: whether `look` gets queries of padding as well, and all in their places.
 
     The model runs in evaluation mode and is left as it was.
 
@@ -24,11 +28,15 @@ def watch(model: Any, inputs: Mapping[str, Any], look: Callable[[Any, Call], Any
     if not layers:
         raise ValueError(f"This {type(base).__name__} has no neural layer.")
     seen: dict[Any, Any] = {}
+    names = {module: name for name, module in layers.items()}
 
     def look_and_go_on(module: Any, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
         if module not in seen:
+            call = call_of(module, *args, **kwargs)
+            if not padded:
+                call = call.without_padding(**padding_of_queries(names[module], module, inputs))
             # looks here, where a sharded model has its weights together
-            seen[module] = look(module.scorer, call_of(module, *args, **kwargs))
+            seen[module] = look(module.scorer, call)
         return neural_attention_forward(module, *args, **kwargs)
 
     with left_as_it_was(base) as device, observed(layers.values(), look_and_go_on):
@@ -50,7 +58,7 @@ class QueriesAndKeys(NamedTuple):
 
 
 def queries_and_keys(model: Any, **inputs: Any) -> dict[str, QueriesAndKeys]:
-    """What every neural layer's scorer sees of some inputs, by the layer's name.
+    """What every neural layer's scorer sees of some inputs, padding included, by the layer's name.
 
     Args:
         model: with neural layers, by class or by `patch`; left as it was.
@@ -59,4 +67,4 @@ def queries_and_keys(model: Any, **inputs: Any) -> dict[str, QueriesAndKeys]:
     Raises:
         ValueError: if the model has no neural layer, or the inputs reach none.
     """
-    return watch(model, inputs, lambda scorer, call: QueriesAndKeys(call.query, call.key, call.scaling))
+    return watch(model, inputs, lambda scorer, call: QueriesAndKeys(call.query, call.key, call.scaling), padded=True)

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .neural_attention_initialization import CompactWeights, draw_compact_weights
+from .neural_attention_initialization import CompactWeights, draw_compact_weights, needs_weights
 from .neural_attention_interface import NeuralConfigView
 from .neural_attention_reference import ScorerWeights, first_layer_of_key, first_layer_of_query
 from .neural_attention_scorer import CompactScorer
@@ -67,7 +67,7 @@ class CompactAttentionMixin:
 
     def reset_parameters(self) -> None:
         """Draws new weights of what is not stock. Weights that `from_pretrained` has just loaded are left as they are."""
-        if self.scorer.linear2.weight.is_meta:
+        if not needs_weights(self):  # type: ignore[arg-type]
             self.scorer.reset_parameters()
             return
         self.write_weights(

@@ -40,6 +40,14 @@ def paper_weights(head_dim: int, proj_dim: int, first: int, second: int) -> Scor
     )
 
 
+def needs_weights(module: nn.Module) -> bool:
+    """Whether a module has parameters in memory that `from_pretrained` has not just loaded. Only then is anything drawn, since
+    that takes time, random numbers of the program, and threads that forked processes would miss."""
+    return not any(parameter.is_meta for parameter in module.parameters()) and not all(
+        getattr(parameter, "_is_hf_initialized", False) for parameter in module.parameters()
+    )
+
+
 def mirrored_weights(head_dim: int, proj_dim: int, first: int, second: int) -> ScorerWeights:
     """An initialisation that no draw leaves dead and that starts with scores of standard deviation one.
 

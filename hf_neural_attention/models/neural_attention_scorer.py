@@ -10,7 +10,7 @@ from transformers import initialization
 from .configuration_neural_attention import INITIALIZATIONS, MODES
 from .neural_attention_blockwise import without_autocast
 from .neural_attention_functional import scorer_attention
-from .neural_attention_initialization import draw_weights
+from .neural_attention_initialization import draw_weights, needs_weights
 from .neural_attention_reference import ScorerWeights, expand_heads, key_features, query_features
 
 
@@ -179,7 +179,7 @@ class NeuralScorer(Scorer):
         """Draws new weights by `self.init`. Weights that `from_pretrained` has just loaded are left as they are."""
         # freezes it here, since `from_pretrained` makes everything trainable, and DDP stops at a parameter without a gradient
         self.linear3.bias.requires_grad_(False)
-        if self.linear1.weight.is_meta:
+        if not needs_weights(self):
             return
         drawn: Any = draw_weights(self.init, self.head_dim, self.proj_dim, self.hidden_dims, self.num_heads)
         targets = [parameter for layer in self.layers for parameter in (layer.weight, layer.bias)]
@@ -267,7 +267,7 @@ class CompactScorer(Scorer):
     def reset_parameters(self, drawn: ScorerWeights | None = None) -> None:
         """Sets the weights to these, or to new ones by `self.init`. Those that `from_pretrained` has just loaded are left."""
         self.linear3.bias.requires_grad_(False)
-        if self.linear2.weight.is_meta:
+        if not needs_weights(self):
             return
         if drawn is None:
             drawn = draw_weights(self.init, self.hidden_dims[0], self.hidden_dims[0], self.hidden_dims, self.num_heads)

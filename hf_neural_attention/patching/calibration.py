@@ -18,8 +18,10 @@ from torch.utils._pytree import tree_map_only
 from tqdm.auto import tqdm
 
 from ..introspection import Call, call_of, left_as_it_was, neural_layers, observed, unwrap
+from ..models.neural_attention_names import forget_names
 from ..models.neural_attention_reference import key_features, reference_scores
 from .errors import PatchError
+from .layers import padding_of_queries
 from .patching import check_unsharded, check_whole
 from .records import check_plain
 from .reports import table
@@ -71,7 +73,7 @@ def calibrate(
         model (`nn.Module`): A model that `patch(..., mode="replace")` has changed, or one of this package's own classes with
             the weights of a stock checkpoint. Not compiled, wrapped or sharded for training yet; peft may be around it.
         data (iterable of `dict`): Batches of arguments for the model's forward, a `DataLoader` for instance. Every fourth,
-            and one if there are two or more, is kept for the report.
+            and one if there are two or more, is kept for the report. What their `attention_mask` calls padding does not count.
         steps (`int`): Of the optimiser, for each layer; each takes some queries of one batch. Default: 300.
         learning_rate (`float`): Of AdamW without weight decay, falling to zero along a cosine. Default: 0.01.
         max_batches (`int`): How much of `data` is used. Default: 8.
@@ -114,12 +116,13 @@ def calibrate(
         for name, module in layers.items():
             bar.set_postfix_str(name)
             report.append(calibrate_layer(name, module, capture(base, name, module, batches), steps, learning_rate, bar))
+    forget_names(model)
     return CalibrationReport(report)
 
 
 @torch.no_grad()
 def capture(model: nn.Module, name: str, module: Any, batches: list[dict[str, Any]]) -> list[Call]:
-    """The call of one layer's attention function in each batch."""
+    """The call of one layer's attention function in each batch, without padding."""
     calls: list[Call] = []
 
     def keep_and_stop(*args: Any, **kwargs: Any) -> Any:
@@ -131,6 +134,7 @@ def capture(model: nn.Module, name: str, module: Any, batches: list[dict[str, An
             try:
                 model(**batch)
             except LayerReached:
+                calls[-1] = calls[-1].without_padding(**padding_of_queries(name, module, batch))
                 continue
             raise PatchError(f"`data` does not reach {name!r}: a forward ended without calling its attention.")
     return calls

@@ -17,6 +17,7 @@ from ..models.modeling_neural_gpt2 import CompactGPT2Attention
 from ..models.modeling_neural_vit import CompactViTAttention
 from ..models.neural_attention_compact import folded_modules, reason_against_folding
 from ..models.neural_attention_interface import SUPPORTED_IMPLEMENTATIONS, attach_scorer
+from ..models.neural_attention_names import forget_names, origin_of
 from .errors import PatchError, UnsupportedLayerError
 from .layers import attention_modules, listed
 from .packing import pack, put_in, rebuild
@@ -88,7 +89,7 @@ def compact(model: ModelT, *, example_inputs: Mapping[str, Any] | None = None, d
             packed = pack(others[name], found.query, found.key, found.num_heads)
             parts = (*packed[:2], ("scorer", packed.scorer))
             swaps += [Swap(f"{name}.{part}", made) for part, made in parts]
-    folded_from = getattr(getattr(model, "config", None), "name_or_path", "") or type(model).__name__
+    folded_from = origin_of(model) or type(model).__name__
     for swap in swaps:
         if hasattr(scorer := getattr(swap.new, "scorer", swap.new), "hidden_dims"):
             scorer.folded_from = folded_from
@@ -103,6 +104,7 @@ def compact(model: ModelT, *, example_inputs: Mapping[str, Any] | None = None, d
         raise
     if own:
         mark_compact(model)
+    forget_names(model)
     return model
 
 

@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeAlias
 
+import torch
 from torch import nn
 
 from ..models.neural_attention_compact import CompactAttentionMixin
@@ -157,6 +158,15 @@ def self_attention_stacks(
             "a predicate `(name, module) -> bool`."
         )
     return kept
+
+
+def padding_of_queries(name: str, module: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of `Call.without_padding` for an attention module. The mask of cross-attention says nothing of queries: there,
+    what the model's inputs say of its decoder."""
+    if not re.search(CROSS_ATTENTION, name, re.IGNORECASE) and not getattr(module, "is_cross_attention", False):
+        return {}
+    mask = inputs.get("decoder_attention_mask")
+    return {"tokens": torch.ones(1, 1) if mask is None or mask.dim() != 2 else mask}
 
 
 def is_index(value: Any) -> bool:

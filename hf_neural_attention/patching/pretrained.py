@@ -24,7 +24,7 @@ from ..models.neural_attention_interface import NeuralConfigView, attach_scorer
 from ..registration import FAMILIES
 from .compacting import compact, rebuild_compact
 from .errors import PatchError
-from .records import check_version, check_without_adapters, record_of, scorers_of, transformers_class
+from .records import check_version, check_without_adapters, name_in, record_of, scorers_of, transformers_class
 
 
 RECORD = "neural_attention_patch"
@@ -127,20 +127,21 @@ def from_pretrained(pretrained_model_name_or_path: Any, *, model_class: Any = No
 
     Args:
         pretrained_model_name_or_path (`str` or path): A folder, or a repository on the Hub.
-        model_class (*optional*): Stock class of a patched model that Transformers does not have (a subclass of your own, or
-            one whose code comes from the Hub). Default: the one of the name that was saved.
+        model_class (*optional*): Stock class that the model shall have: with another head, with one, or without; or one that
+            Transformers does not have (a subclass of your own, or one whose code comes from the Hub). Default: the one of the
+            name that was saved.
         kwargs: as for `PreTrainedModel.from_pretrained` (`dtype`, `device_map`, `attn_implementation`, `revision` ...), but no
             `config`. `neural_compact=True` makes the model compact when it is loaded (see `compact`), if it is not.
 
     Returns:
-        The model in evaluation mode, of the class that it was saved from: patched, so that `unpatch` gives the stock model.
+        The model in evaluation mode, of that class: patched, so that `unpatch` gives the stock model.
         A patched GPT-2 or ViT comes as the class of this package that computes the same (`NeuralGPT2LMHeadModel` ...), as
         `AutoModel` loads it.
 
     Raises:
         OSError: if there is no such folder or repository.
         PatchError: if the checkpoint has no neural layers, is of a later version of this package or of a class that this
-            Transformers does not have, or lacks weights of its scorers.
+            Transformers does not have, does not fit `model_class`, or lacks weights of its scorers.
     """
     where, with_info = str(pretrained_model_name_or_path), kwargs.pop("output_loading_info", False)
     folds = kwargs.pop("neural_compact", None) is True
@@ -148,7 +149,7 @@ def from_pretrained(pretrained_model_name_or_path: Any, *, model_class: Any = No
     content, _ = PreTrainedConfig.get_config_dict(pretrained_model_name_or_path, **options)
     architecture = next(iter(content.get("architectures") or []), "")
     if content.get("model_type") in FAMILIES and architecture in hf_neural_attention.__all__:
-        own = getattr(hf_neural_attention, architecture)
+        own = own_class(architecture, model_class, where)
         model, info = own.from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
         check_complete(info, where, model)
         if folds and not compact_layers(model):
@@ -185,6 +186,26 @@ def from_pretrained(pretrained_model_name_or_path: Any, *, model_class: Any = No
     return (model, info) if with_info else model
 
 
+def own_class(architecture: str, model_class: Any, where: str) -> Any:
+    """The class of this package that `architecture` names, or the one that does what a stock class of its family does.
+
+    Raises:
+        PatchError: if there is none.
+    """
+    saved = getattr(hf_neural_attention, architecture)
+    if model_class is None:
+        return saved
+    candidates = [getattr(hf_neural_attention, name) for name in hf_neural_attention.__all__]
+    family = [each for each in candidates if getattr(each, "config_class", None) is saved.config_class]
+    for own in family:
+        if own is model_class or own.__name__ == f"Neural{model_class.__name__}":
+            return own
+    raise PatchError(
+        f"{where} holds a {architecture}, which cannot be loaded as a {model_class.__name__}: expected one of "
+        f"{', '.join(own.__name__ for own in family)}, or the stock class of one of these."
+    )
+
+
 def check_complete(info: dict[str, Any], where: str, model: nn.Module) -> None:
     """Raises a PatchError if scorers, or anything in compact layers, were not loaded but drawn."""
     inside = tuple(f"{name}." for name in compact_layers(model))
@@ -200,12 +221,13 @@ def patched_class(base: Any, record: dict[str, Any], where: str) -> Any:
     def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
         base.__init__(self, config, *args, **kwargs)
         modules = dict(self.named_modules())
-        for name in record["layers"]:
+        here = record | {"layers": {name_in(self, name): settings for name, settings in record["layers"].items()}}
+        for name in here["layers"]:
             if name not in modules:
                 raise PatchError(f"config.json of {where} has a patch for {name!r}, and {base.__name__} no such module.")
-        for name, scorer in scorers_of(record, where).items():
+        for name, scorer in scorers_of(here, where).items():
             attach_scorer(modules[name], scorer)
-        rebuild_compact(self, record, where)
+        rebuild_compact(self, here, where)
 
     # keeps the name, by which Transformers looks up what to rename in old checkpoints
     return type(base.__name__, (base,), {"__init__": __init__, "__module__": base.__module__})

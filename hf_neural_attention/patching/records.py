@@ -16,6 +16,7 @@ from transformers.utils import CONFIG_NAME
 
 from .. import __version__
 from ..introspection import is_born_neural, is_compact, patched_modules, unwrap
+from ..models.neural_attention_names import origin_of
 from ..models.neural_attention_scorer import NeuralScorer
 from .errors import PatchError
 from .packing import PackedScorer
@@ -45,7 +46,7 @@ def record_of(model: nn.Module, base_revision: str | None = None) -> dict[str, A
         raise PatchError(f"This {type(base).__name__} is not patched; there is nothing to save.")
     folded_from = next(filter(None, (getattr(module.scorer, "folded_from", None) for module in layers.values())), None)
     config = getattr(base, "config", None)
-    base_name = getattr(config, "name_or_path", "") or None
+    base_name = origin_of(base) or None
     return {
         "format_version": FORMAT_VERSION,
         "hf_neural_attention_version": __version__,
@@ -139,6 +140,13 @@ def scorers_of(record: Mapping[str, Any], where: str) -> dict[str, NeuralScorer]
         except (TypeError, ValueError) as error:
             raise PatchError(f"{where} has settings for {name!r} that make no scorer: {error}") from None
     return made
+
+
+def name_in(base: Any, name: str) -> str:
+    """A layer's name in this model, where the patch was made for the same one with a head, or without."""
+    prefix = f"{getattr(base, 'base_model_prefix', '')}."
+    modules = dict(base.named_modules())
+    return next((each for each in (name, name.removeprefix(prefix), prefix + name) if each in modules), name)
 
 
 def transformers_class(record: Mapping[str, Any], where: str, advice: str) -> Any:
