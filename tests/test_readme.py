@@ -130,7 +130,7 @@ def test_the_readme_leads_to_every_guide():
 
 def test_messages_that_troubleshooting_quotes_are_those_of_the_code():
     literals = []
-    for path in (ROOT / "hf_neural_attention").rglob("*.py"):
+    for path in (path for folder in ("hf_neural_attention", "recipes") for path in (ROOT / folder).rglob("*.py")):
         nodes = ast.walk(ast.parse(path.read_text()))
         literals += [node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)]
     quotes = re.findall(r"^> .*(?:\n> .*)*", GUIDES["troubleshooting"], re.MULTILINE)
