@@ -25,6 +25,7 @@ from hf_neural_attention import (
     patch,
 )
 from hf_neural_attention.patching import PatchError
+from tests.helpers.documents import python_blocks
 from tests.helpers.hub import running_hub
 
 
@@ -118,6 +119,7 @@ def test_it_loads_in_every_way(family: str, tmp_path: Path):
     assert model.config.use_cache is False
     for code in (SAVE, WITHOUT, UNTRUSTED, PIPELINE[family]):
         script(code.format(name="model", auto=AUTO[family], inputs=INPUTS[family]), tmp_path)
+    script("\n".join(code for _, code in python_blocks((tmp_path / "model/README.md").read_text())), tmp_path)
 
 
 def test_what_is_in_the_folder(tmp_path: Path):

@@ -192,7 +192,7 @@ class NeuralCache(Cache):
 
     ```python
     cache = NeuralCache(model)
-    tokens = model.generate(**inputs, cache=cache, max_new_tokens=20)
+    tokens = model.generate(**inputs, past_key_values=cache, max_new_tokens=20)  # `cache=cache` from Transformers 5.24 on
     cache.nbytes
     ```
     """
