@@ -12,6 +12,7 @@ from .introspection import hooks_of, neural_layers, place_of
 from .models.neural_attention_backends import AUTO, BACKENDS, check_devices, choose_backend
 from .models.neural_attention_functional import check_arguments
 from .models.neural_attention_pytorch import Inputs
+from .models.neural_attention_scorer import is_quantised
 from .ops import asked_backend
 
 
@@ -186,6 +187,8 @@ def notes_on_layer(layer: Any, inputs: Inputs) -> Iterator[str]:
                 "with quantised activations, scaled for the identity matrix instead of tokens, its weights are inexact: leave "
                 'scorers out (`exclude="*scorer*"`)'
             )
+    elif is_quantised(base.weight):
+        yield f"the weight is quantised ({type(base.weight).__name__}); the numbers that it stands for are used"
     elif type(base.weight) not in (nn.Parameter, torch.Tensor):
         yield f"the weight is a {type(base.weight).__name__}, which is used as it is and untried"
     elif base.weight.is_meta and hooks_of(base):

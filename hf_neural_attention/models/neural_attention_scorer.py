@@ -277,13 +277,23 @@ class CompactScorer(Scorer):
             initialization.copy_(target, source)
 
 
+def is_quantised(weight: torch.Tensor) -> bool:
+    """Whether a weight is a tensor around others that its own linear layer knows to read, as torchao makes them. A DTensor,
+    which any operator takes, is none."""
+    return hasattr(type(weight), "__tensor_flatten__") and not hasattr(type(weight), "full_tensor")
+
+
 def effective_weights(layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weight `[out, in]` and bias `[out]` of a linear layer, plain, per head (leading dimension H), or wrapped."""
+    """Weight `[out, in]` and bias `[out]` of a linear layer, plain, per head (leading dimension H), quantised or wrapped."""
     # passes over layers with hooks, since torch's pruning computes the weight in one, before each call
     if type(layer) in (nn.Linear, PerHeadLinear) and not layer._forward_pre_hooks:
-        # brings in what accelerate keeps on the CPU or on disk
-        with align_module_device(layer) if layer.weight.is_meta else nullcontext():
-            return layer.weight, layer.bias
+        if not is_quantised(layer.weight):
+            # brings in what accelerate keeps on the CPU or on disk
+            with align_module_device(layer) if layer.weight.is_meta else nullcontext():
+                return layer.weight, layer.bias
+        if type(layer.weight).dequantize is not torch.Tensor.dequantize:
+            # takes NaN for zero, since float8 divides a row of zeros by its largest number: `linear3` of a new residual scorer
+            return layer.weight.dequantize().nan_to_num(), layer.bias
     base = layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
     stored = base.bias() if callable(base.bias) else base.bias  # calls the method of torch's dynamically quantised layers
     dtype = stored.dtype if stored.is_floating_point() else torch.float32

@@ -17,7 +17,7 @@ from transformers.utils import CONFIG_NAME
 from .. import __version__
 from ..introspection import is_born_neural, is_compact, patched_modules, unwrap
 from ..models.neural_attention_names import origin_of
-from ..models.neural_attention_scorer import NeuralScorer
+from ..models.neural_attention_scorer import NeuralScorer, is_quantised
 from .errors import PatchError
 from .packing import PackedScorer
 
@@ -94,7 +94,9 @@ def check_plain(name: str, scorer: Any) -> None:
     """Raises a PatchError if a scorer holds other weights than its own."""
     with torch.device("meta"):
         plain = NeuralScorer(**settings_of(scorer)).state_dict()
-    if foreign := sorted(scorer.state_dict().keys() ^ plain.keys()):
+    weights = scorer.state_dict()
+    quantised = {part for part, weight in weights.items() if is_quantised(weight)}
+    if foreign := sorted(quantised | weights.keys() ^ plain.keys()):
         raise PatchError(
             f"The scorer of {name!r} holds what is no part of a patch ({', '.join(foreign[:3])}, ...): adapters, or quantised "
             "weights. Merge adapters first: `model = model.merge_and_unload()` in peft. Of a quantised model, "
