@@ -42,7 +42,8 @@ def neural_attention(
             the network are never scaled, so `mode="replace"` takes no notice of it.
         backend (`str`, *optional*): `"native"` (fused, CPU), `"triton"` (fused, GPU), `"blockwise"` (PyTorch operators,
             linear memory), `"reference"` (literal; memory `B * H * Tq * Tk * proj_dim`), or `"auto"`, the first of these that
-            can take the inputs. Default: what `use_backend`, `set_backend` or `HF_NEURAL_ATTENTION_BACKEND` says, else
+            can take the inputs. A scorer of mode `"thin"` takes notice of `"reference"` alone: otherwise it runs through
+            `scaled_dot_product_attention` (with dropout, through the reference). Default: what `use_backend`, `set_backend` or `HF_NEURAL_ATTENTION_BACKEND` says, else
             `"auto"`.
         keys_projected (`bool`): `key` is what `scorer.project_keys(key)` returned: `[B, Hkv, Tk, h1]` (`H` heads with weights
             per head), with `h1 = scorer.hidden_dims[0]`. Not in `mode="residual"`. Default: False.

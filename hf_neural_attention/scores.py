@@ -61,15 +61,16 @@ def score_statistics(model: Any, **inputs: Any) -> ScoreStatistics:
             changes scores in another way (soft-capping, attention sinks).
     """
     base = unwrap(model)
-    found = watch_layers(base, inputs, attention_modules(base), statistics_of_layer)
+    found = watch_layers(model, base, inputs, attention_modules(base), statistics_of_layer)
     return ScoreStatistics(statistics._replace(layer=name) for name, statistics in found.items())
 
 
 @torch.no_grad()
 def watch_layers(
-    model: nn.Module, inputs: Mapping[str, Any], modules: Mapping[str, Any], look: Callable[[Any, Call], Any]
+    model: Any, base: nn.Module, inputs: Mapping[str, Any], modules: Mapping[str, Any], look: Callable[[Any, Call], Any]
 ) -> dict[str, Any]:
-    """What `look(module, call)` makes of the first call of each of these attention modules, by name, in one forward.
+    """What `look(module, call)` makes of the first call of each of these attention modules, by name, in one forward of a model
+    (`base`, and what is around it).
 
     Raises:
         ValueError: if the inputs reach none of them.
@@ -82,10 +83,10 @@ def watch_layers(
             seen[module] = look(module, call_of(module, *args, **kwargs))
         return attend(module, *args, **kwargs)
 
-    with left_as_it_was(model) as device, observed(modules.values(), look_and_go_on):
+    with left_as_it_was(base) as device, observed(modules.values(), look_and_go_on):
         model(**tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), dict(inputs)))
     if not seen:
-        raise ValueError(f"These inputs reach none of the attention layers of this {type(model).__name__}.")
+        raise ValueError(f"These inputs reach none of these layers of this {type(base).__name__}.")
     return {name: seen[module] for name, module in modules.items() if module in seen}
 
 

@@ -1,5 +1,6 @@
 """Looks into neural layers: attention maps, score surfaces, the health of scorers; as arrays, and as pictures (matplotlib)."""
 
+from ..scores import LayerScores, ScoreStatistics, score_statistics
 from .callback import ScorerHealthCallback
 from .drawing import draw_attention, draw_attention_over_image, draw_health, draw_surface
 from .health import LayerHealth, ScorerHealth, scorer_health
@@ -10,7 +11,9 @@ from .watching import QueriesAndKeys, queries_and_keys
 
 __all__ = [
     "LayerHealth",
+    "LayerScores",
     "QueriesAndKeys",
+    "ScoreStatistics",
     "ScoreSurface",
     "ScorerHealth",
     "ScorerHealthCallback",
@@ -21,6 +24,7 @@ __all__ = [
     "draw_health",
     "draw_surface",
     "queries_and_keys",
+    "score_statistics",
     "score_surface",
     "scorer_health",
 ]

@@ -114,7 +114,7 @@ class CompactWeights(NamedTuple):
 
 
 def draw_compact_weights(
-    init: str, hidden_size: int, hidden_dims: tuple[int, int], num_heads: int, per_head: bool
+    init: str, hidden_size: int, hidden_dims: tuple[int, int], num_heads: int, per_head: bool, mode: str = "replace"
 ) -> CompactWeights:
     """New weights, in float32 on the CPU: those of one scorer a head that sees hidden states as its queries and keys.
 
@@ -122,7 +122,10 @@ def draw_compact_weights(
     which is what a LayerNorm hands on. Where heads share the layers that act on pairs, the first layer of each head is scaled
     to that.
     """
-    drawn = draw_weights(init, hidden_size, hidden_dims[0], hidden_dims, num_heads)
+    drawn = draw_weights(init, hidden_size, hidden_dims[0], (hidden_dims[0], hidden_dims[1] or 1), num_heads)
+    if mode == "thin":
+        nothing: Any = ScorerWeights(*[None] * len(ScorerWeights._fields))  # type: ignore[arg-type]
+        return CompactWeights(*drawn[:4], nothing)  # type: ignore[arg-type]
     query_weight, query_bias = first_layer_of_query(drawn)
     key_weight, key_bias = first_layer_of_key(drawn)
     of_pairs = drawn.without_first_layer()

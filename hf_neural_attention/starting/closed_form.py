@@ -34,6 +34,9 @@ def spread_in_closed_form(
         return f"more than one of its layers makes its queries or its keys; {ASK}"
     if any(source.normalised is None for source in (*query, *key)):
         return f"its input is not what a norm hands on; {ASK}"
+    layers = [layer for source in (*query, *key) for layer in (source.layer, source.normalised)]
+    if any(getattr(layer, "bias", None) is not None and layer.bias.any() for layer in layers):  # type: ignore[union-attr]
+        return f"it has biases that are not zero; {ASK}"
     scorer: Any = getattr(module, "scorer", None)
     sizes = [factor * source.size() for factor, (source,) in zip(factors, (query, key), strict=True)]
     if scorer is None or scorer.mode == "residual":
@@ -59,11 +62,14 @@ def covariances(source: Source, num_heads: int) -> torch.Tensor:
 
 def spread_of_features(mode: str, weights: ScorerWeights, of_query: torch.Tensor, of_key: torch.Tensor) -> float | str:
     """Of scores of normal `u` and `w` with these covariances, `[h1, h1]` or `[H, h1, h1]`."""
-    if any(bias is not None and bias.any() for bias in (weights.bias1, weights.bias2)) or (weights.weight2 < 0).any():
+    if any(bias is not None and bias.any() for bias in weights[1:-2:2]) or (mode != "thin" and (weights.weight2 < 0).any()):
         return f'only scorers that start "mirrored" have a closed form; {ASK}'
+    if mode == "thin":
+        variances = (of_query @ of_key).diagonal(dim1=-2, dim2=-1).sum(-1) / of_query.shape[-1]
+        return variances.mean().sqrt().item()
     coefficients = (weights.weight3 @ weights.weight2).squeeze(-2)
     heads = torch.broadcast_shapes(of_query.shape[:-2], of_key.shape[:-2], coefficients.shape[:-1])
-    variances = [
+    by_head = [
         relu_sum_spread(each, one, other) ** 2
         for each, one, other in zip(
             coefficients.expand(*heads, -1).reshape(-1, coefficients.shape[-1]),
@@ -72,4 +78,4 @@ def spread_of_features(mode: str, weights: ScorerWeights, of_query: torch.Tensor
             strict=True,
         )
     ]
-    return math.sqrt(sum(variances) / len(variances))
+    return math.sqrt(sum(by_head) / len(by_head))

@@ -56,10 +56,7 @@ class Source:
         if is_norm(self.layer):
             return rms(gain_of(self.layer)[self.units])
         weight = self.rows() * gain_of(self.normalised)
-        total = weight.square().sum(-1)
-        if self.layer.bias is not None:
-            total = total + self.layer.bias.detach()[self.units].square()
-        return total.mean().sqrt().item()
+        return weight.square().sum(-1).mean().sqrt().item()
 
     def rows(self) -> torch.Tensor:
         """`[units, inputs]`."""
@@ -108,7 +105,9 @@ class Sources:
     def __init__(self, model: nn.Module, modules: dict[str, Any]):
         self.model, self.modules = model, modules
         # by attention module, while it has not been asked: name, layer, input without and with a history, output without
-        self.made: dict[Any, list[tuple[str, Any, torch.Tensor, torch.Tensor, torch.Tensor]]] = {each: [] for each in modules.values()}
+        self.made: dict[Any, list[tuple[str, Any, torch.Tensor, torch.Tensor, torch.Tensor]]] = {
+            each: [] for each in modules.values()
+        }
         self.of_norms: dict[int, tuple[torch.Tensor, Any]] = {}
 
     @contextmanager
@@ -155,7 +154,9 @@ class Sources:
             if degree is None:
                 return "its queries or keys are not made by layers of its own"
             if not abs(degree - 1.0) < 0.01:
-                return "its queries or keys do not grow as the weights that make them (a norm without gains, say, is in between)"
+                return (
+                    "its queries or keys do not grow as the weights that make them (a norm without gains, say, is in between)"
+                )
         of_query, of_key, of_value = used
 
         def sources(of_states: list[torch.Tensor]) -> list[Source]:

@@ -16,7 +16,7 @@ from ..patching.reports import table
 from ..patching.tracing import run_until_reached
 from ..scores import attend, statistics_of_layer
 from .closed_form import spread_in_closed_form
-from .sources import Source, Sources, is_norm, rms
+from .sources import Source, Sources, is_norm, offset_of_gain, rms
 
 
 # How far the measured spread may be from the one that was asked for, relative to it
@@ -51,9 +51,16 @@ class Plan:
     """What is to be scaled in one layer, and how far its scores spread."""
 
     scorer: str
-    sources: list[Source]  # empty if the last layer of the scorer is scaled
+    sources: list[Source]  # empty if the scorer itself is scaled
     degree: int  # of the scores, in all that is scaled
     spread: float
+
+    @property
+    def goes_to_zero(self) -> bool:
+        """Whether the scores are zero for ever once they are: gradients of queries need keys, and the other way round."""
+        return (
+            self.scorer == "dot product" and self.degree == 2 and not any(offset_of_gain(each.layer) for each in self.sources)
+        )
 
     def factor(self, wanted: float) -> float:
         return (wanted / self.spread) ** (1 / self.degree)
@@ -71,9 +78,10 @@ def start_scores(
     the layer (root of the mean variance, each row counted by its degrees of freedom), as `analysis.score_statistics` has it.
 
     What is multiplied: the weights and biases that make queries and keys (gains of the norms that come after them, if there
-    are such), both by the same factor: by its square root in layers of the dot product, whose scores grow with both. Fused
-    projections keep their values. A layer whose queries or keys make values as well has the other one scaled alone. Of scorers
-    with biases in front of a ReLU (`init="paper"`) the last layer is scaled instead. Nothing is drawn anew.
+    are such), both by the same factor: by its square root in layers of the dot product, thin or not, whose scores grow with
+    both. Fused projections keep their values. A layer whose queries or keys make values as well has the other one scaled
+    alone. Scorers with biases (`init="paper"`) are scaled themselves: the last layer, or both of mode `"thin"`. Nothing is
+    drawn anew.
 
     Args:
         model (`nn.Module`): A new model: stock, patched, or of this package's own classes, compact or not, whose attention
@@ -82,8 +90,9 @@ def start_scores(
             with the layers before it started already. Without it, the spread comes in closed form for hidden states as a norm
             hands them on, independent from token to token; those of real data have something in common, so they measure less
             (about 0.7 of it in a small ViT). A layer whose input no norm makes needs `inputs`.
-        spread (`float`): Positive. Zero is refused: queries and keys of zero get no gradient from each other, so attention
-            would stay uniform for ever. Default: 1.0, that of the dot product of unit-normal queries and keys.
+        spread (`float`): Default: 1.0, that of the dot product of unit-normal queries and keys. Zero is for controls, and for
+            dot products alone: query and key weights of zero get no gradient from each other, so attention is uniform and
+            stays so, however long the model is trained. For a start that is almost uniform and learns, take 0.01.
         allow_trained (`bool`): Change a model also if it seems trained. A model seems trained if the gains of one of its norms
             differ: they start equal, and training changes them at once. Default: False.
 
@@ -91,14 +100,11 @@ def start_scores(
         `ScoreStart`: for each attention layer what was multiplied and the spread before and after; printing it shows a table.
 
     Raises:
-        ValueError: if `spread` is not positive and finite; if the model seems trained; or if a layer's spread cannot be set,
+        ValueError: if `spread` is negative or not finite; if the model seems trained; or if a layer's spread cannot be set,
             with the reason. The model is then what it was.
     """
-    if not (isinstance(spread, int | float) and 0 < spread < math.inf):
-        raise ValueError(
-            f"`spread` is {spread!r}; it must be a positive number. At zero, queries and keys would get no gradient from each "
-            "other, and attention would stay uniform for ever; 0.01 is uniform, and learns."
-        )
+    if not (isinstance(spread, int | float) and 0 <= spread < math.inf):
+        raise ValueError(f"`spread` is {spread!r}; it must be a number of at least zero.")
     base = unwrap(model)
     check_unsharded(model)
     modules = attention_modules(base)
@@ -112,12 +118,13 @@ def start_scores(
         )
     with restored_after_errors(base):
         before, factors = survey(base, modules, inputs, spread)
-        after, _ = survey(base, modules, inputs, None)
-        wrong = [name for name in before if not abs(after[name].spread / spread - 1) < TOLERANCE]
+        # takes zero as it is, since weights of zero show no more what they make
+        after = {name: plan.spread for name, plan in survey(base, modules, inputs, None)[0].items()} if spread else {}
+        wrong = [name for name in before if spread and not abs(after[name] / spread - 1) < TOLERANCE]
         if wrong:
             raise ValueError(f"The scores of {listed(wrong)} do not grow as expected with the weights that make them.")
     report = ScoreStart(
-        StartedLayer(name, plan.scorer, changed_in(plan), factors[name], plan.spread, after[name].spread)
+        StartedLayer(name, plan.scorer, changed_in(plan), factors[name], plan.spread, after.get(name, 0.0))
         for name, plan in before.items()
     )
     report.measured = inputs is not None
@@ -131,7 +138,8 @@ def trained_norm(model: nn.Module) -> str | None:
 
 
 def changed_in(plan: Plan) -> str:
-    return ", ".join(dict.fromkeys(source.name for source in plan.sources)) or "scorer.linear3"
+    own = "scorer" if plan.scorer == "thin" else "scorer.linear3"
+    return ", ".join(dict.fromkeys(source.name for source in plan.sources)) or own
 
 
 @contextmanager
@@ -187,8 +195,11 @@ def survey(
             failures = ""
         else:
             _, failures = run_until_reached(model, modules, plans.__contains__, None)
-    if inputs is None and (missing := [name for name, module in modules.items() if module not in plans]):
-        raise ValueError(f"No run of the model reached {listed(missing)}. {failures} Give `inputs` that do.".replace("  ", " "))
+    # passes over what a run that went well does not reach, as cross-attention of a decoder by itself
+    if failures and (missing := [name for name, module in modules.items() if module not in plans]):
+        raise ValueError(
+            f"No run of the model reached {listed(missing)}. {failures} Give `inputs` that do.".replace("  ", " ")
+        )
     if not plans:
         raise ValueError(f"These inputs reach none of the attention layers of this {type(model).__name__}.")
     against: dict[str, list[str]] = {}
@@ -219,16 +230,17 @@ def plan_of(
 ) -> Plan | str:
     """What to scale in a layer, and how far its scores spread now; or in words why that cannot be."""
     scorer: Any = getattr(module, "scorer", None)
-    is_dot = scorer is None or scorer.mode == "residual"
+    is_dot = scorer is None or scorer.mode in ("residual", "thin")
     if scorer is not None and scorer.mode == "residual" and scorer.linear3.weight.any():
         return 'its network adds to the dot product already: a scorer of mode "residual" that is not new'
     sources = [*of_query, *of_key]
     if len(of_query) == len(of_key) and all(map(Source.same_as, of_query, of_key)):
         sources = of_query  # makes queries and keys that are the same larger once
     degree = (bool(of_query) + bool(of_key)) if is_dot else 1
-    if not is_dot and (not of_query or not of_key or has_biases(scorer)):
-        sources = []
-    if is_dot and not sources:
+    has_layers = scorer is not None and any(layer is not None for layer in scorer.layers)
+    if has_layers and scorer.mode != "residual" and (not of_query or not of_key or has_biases(scorer)):
+        sources, degree = [], 2 if is_dot else 1  # scales the scorer itself
+    elif not sources:
         return "what makes its queries and keys makes its values as well"
     if measured:
         spread: float | str = statistics_of_layer(module, call).spread
@@ -248,13 +260,22 @@ def plan_of(
 
 def has_biases(scorer: Any) -> bool:
     """Whether scores do not grow as queries and keys do."""
-    return any(layer is not None and layer.bias.any() for layer in scorer.layers[:-1])
+    return any(bias is not None and bias.any() for bias in scorer.weights()[1:-2:2])
 
 
 def carry_out(module: Any, plan: Plan, wanted: float) -> float:
-    """Returns the factor by which it has scaled."""
+    """Returns the factor by which it has scaled.
+
+    Raises:
+        ValueError: if that is not possible, with the reason.
+    """
+    if wanted == 0 and not plan.goes_to_zero:
+        raise ValueError("a spread of zero would not stay zero, since only a dot product of both queries and keys stays there")
     factor = plan.factor(wanted)
-    if not plan.sources:
+    if not plan.sources and plan.scorer == "thin":
+        for parameter in module.scorer.parameters():
+            parameter.mul_(factor)
+    elif not plan.sources:
         module.scorer.linear3.weight.mul_(factor)
     for source in plan.sources:
         source.scale(factor)
