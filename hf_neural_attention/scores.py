@@ -117,7 +117,7 @@ def scores_of(scorer: Any, call: Call, rows: torch.Tensor, keys: torch.Tensor | 
     """
     query = call.query[:, :, rows]
     residual = scorer is None or scorer.mode == "residual"
-    dot = query @ call.key.transpose(-1, -2) * call.scaling if residual else 0.0
+    dot: Any = query @ call.key.transpose(-1, -2) * call.scaling if residual else 0.0
     if scorer is None:
         return dot
     weights = scorer.weights().to(torch.float32)

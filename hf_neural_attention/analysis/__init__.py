@@ -1,8 +1,9 @@
-"""Looks into neural layers: attention maps, score surfaces, the health of scorers; as arrays, and as pictures (matplotlib)."""
+"""Looks into attention layers: their scores, whatever makes them, attention maps; score surfaces and the health of scorers; as
+arrays, and as pictures (matplotlib)."""
 
 from ..scores import LayerScores, ScoreStatistics, score_statistics
-from .callback import ScorerHealthCallback
-from .drawing import draw_attention, draw_attention_over_image, draw_health, draw_surface
+from .callback import ScoreCallback, ScorerHealthCallback, WatchingCallback
+from .drawing import draw_attention, draw_attention_over_image, draw_health, draw_scores, draw_surface
 from .health import LayerHealth, ScorerHealth, scorer_health
 from .maps import attention_maps, attention_over_image
 from .surface import ScoreSurface, score_surface
@@ -13,15 +14,18 @@ __all__ = [
     "LayerHealth",
     "LayerScores",
     "QueriesAndKeys",
+    "ScoreCallback",
     "ScoreStatistics",
     "ScoreSurface",
     "ScorerHealth",
     "ScorerHealthCallback",
+    "WatchingCallback",
     "attention_maps",
     "attention_over_image",
     "draw_attention",
     "draw_attention_over_image",
     "draw_health",
+    "draw_scores",
     "draw_surface",
     "queries_and_keys",
     "score_statistics",

@@ -124,8 +124,7 @@ class NeuralAttentionConfigMixin:
     def validate_neural_mode(self) -> None:
         if self.neural_mode == "thin" and self.neural_hidden_dims is not None:
             raise ValueError(
-                f'`neural_hidden_dims` is {self.neural_hidden_dims!r}, and `neural_mode="thin"` has no hidden layers; leave it '
-                "None."
+                f'`neural_hidden_dims` is {self.neural_hidden_dims!r}; `neural_mode="thin"` has no hidden layers: leave it.'
             )
 
     @property

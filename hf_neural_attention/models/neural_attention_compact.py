@@ -1,7 +1,7 @@
 """The compact form: attention whose queries and keys are the first layer of its scorer.
 
-A scorer sees a query and a key through linear maps to `h1` numbers each. In modes `"replace"` and `"thin"`, and where nothing happens to
-queries and keys between their projection and the scorer, hidden states can be projected to these numbers at once:
+A scorer sees a query and a key through linear maps to `h1` numbers each. In modes `"replace"` and `"thin"`, and where nothing
+happens to queries and keys between their projection and the scorer, hidden states can be projected to these numbers at once:
 
     u = A (W_Q x + b_Q) + a = (A W_Q) x + (A b_Q + a)        d_model -> H * h1
     w = C (W_K x + b_K) + c = (C W_K) x + (C b_K + c)        d_model -> H * h1

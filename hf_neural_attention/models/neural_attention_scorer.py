@@ -177,6 +177,8 @@ class NeuralScorer(Scorer):
         check_choices(sizes | {"num_heads": 1 if num_heads is None else num_heads}, mode, init)
         self.head_dim, self.proj_dim, self.hidden_dims = head_dim, proj_dim, (first, second)
         self.mode, self.num_heads, self.init = mode, num_heads, init
+        self.linear1: Any
+        self.linear2: Any
 
         self.q_proj = linear_layer(num_heads, head_dim, proj_dim)
         self.k_proj = linear_layer(num_heads, head_dim, proj_dim)

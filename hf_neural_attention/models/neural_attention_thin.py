@@ -37,10 +37,19 @@ def thin_attention(
     Returns:
         Output `[B, H, Tq, Dv]`, in the query's dtype (the value's, if queries come projected).
     """
-    projected = {"keys_projected": keys_projected, "queries_projected": queries_projected}
     if literal or dropout_seed is not None:
-        masks = {"attn_mask": attn_mask, "dropout_p": dropout_p, "dropout_seed": dropout_seed, "is_causal": is_causal}
-        return reference_attention(query, key, value, weights, **masks, **projected)[0]
+        return reference_attention(
+            query,
+            key,
+            value,
+            weights,
+            attn_mask=attn_mask,
+            dropout_p=dropout_p,
+            dropout_seed=dropout_seed,
+            is_causal=is_causal,
+            keys_projected=keys_projected,
+            queries_projected=queries_projected,
+        )[0]
     dtype = value.dtype if queries_projected else query.dtype
     num_heads = query.shape[1]
     if weights.per_head and not keys_projected:

@@ -140,7 +140,9 @@ class Sources:
 
         return hook
 
-    def of(self, module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[list[Source], ...] | str:
+    def of(
+        self, module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    ) -> tuple[list[Source], list[Source]] | str:
         """The sources of a module's queries and of its keys, each empty if they make values as well; or in words why they
         cannot be told. Asked once for each module, inside its attention function."""
         made = self.made.pop(module)
@@ -179,9 +181,9 @@ def derivatives(states: torch.Tensor, leaves: list[torch.Tensor]) -> tuple[list[
     generator = torch.Generator().manual_seed(0)
     direction = torch.randn(states.shape, generator=generator).to(states)
     total = (states * direction).sum()
-    gradients = torch.autograd.grad(total, leaves, retain_graph=True, allow_unused=True)
-    gradients = [torch.zeros_like(leaf) if each is None else each for each, leaf in zip(gradients, leaves, strict=True)]
+    found = torch.autograd.grad(total, leaves, retain_graph=True, allow_unused=True)
+    gradients = [torch.zeros_like(leaf) if each is None else each for each, leaf in zip(found, leaves, strict=True)]
     if not total.abs() > 0:
         return gradients, None
-    reached = sum((gradient * leaf).sum() for gradient, leaf in zip(gradients, leaves, strict=True))
-    return gradients, (reached / total).item()
+    reached = sum((gradient * leaf).sum().item() for gradient, leaf in zip(gradients, leaves, strict=True))
+    return gradients, reached / total.item()
