@@ -30,6 +30,7 @@ from .models.neural_attention_scorer import CompactScorer, NeuralScorer
 from .ops import set_backend, use_backend
 from .patching import calibrate, compact, from_pretrained, load_patch, patch, patch_status, patched, save_patch, unpatch
 from .registration import register_auto_classes
+from .starting import start_scores
 
 
 __all__ = [
@@ -62,6 +63,7 @@ __all__ = [
     "patched",
     "save_patch",
     "set_backend",
+    "start_scores",
     "unpatch",
     "use_backend",
 ]

@@ -24,7 +24,6 @@ from benchmarks.measuring import Limits, peak_bytes, time_entries
 from benchmarks.models import ATTENTIONS, CACHES, COMPACT, GPT2_124M, STOCK, VIT_BASE, measure_decoding, measure_steps
 from benchmarks.modules import LENGTHS, MODULES, measure_modules
 from benchmarks.reporting import BARS_COLUMNS, MODELS_COLUMNS, Row, sweep_columns, write_files
-from hf_neural_attention.models.configuration_neural_attention import MODES
 from tools.markdown import table_heading, table_row
 from tools.provenance import command_line, environment
 from tools.timing_by_turns import Spread, ratio_of
@@ -66,7 +65,7 @@ LIMITS_HELP = {
     "memory": "GiB that a provider may hold for its pairs.",
     "call": "Seconds of a call, by its time at a shorter length, beyond which only SDPA and fused kernels go on.",
 }
-CHOICES = {"phase": PHASES, "dtype": tuple(DTYPES), "mask": MASKS, "mode": MODES, "scorer": SCORERS}
+CHOICES = {"phase": PHASES, "dtype": tuple(DTYPES), "mask": MASKS, "mode": ("replace", "residual"), "scorer": SCORERS}
 AXES = [field for field in dataclasses.fields(Case) if field.name != "device"]
 CACHED_TOKENS = (1024, 4096)
 GPU_ATTENTIONS = (STOCK, 'neural_layers="all"', COMPACT)

@@ -50,9 +50,9 @@ def scorer_health(model: Any, **inputs: Any) -> ScorerHealth:
         `ScorerHealth`: of each layer that the forward reaches (its first call), in the order of the model.
 
     Raises:
-        ValueError: if the model has no neural layer, or the inputs reach none.
+        ValueError: if no neural layer of the model has a network (mode `"thin"` has none), or the inputs reach none.
     """
-    found = watch(model, inputs, health_of_layer)
+    found = watch(model, inputs, health_of_layer, networks_alone=True)
     return ScorerHealth(health._replace(layer=name) for name, health in found.items())
 
 

@@ -129,9 +129,12 @@ def attach_scorers(model: Any, attentions: list[str]) -> None:
             compact = model.compact_attention_class(
                 config,
                 layer_idx=index,
-                hidden_dims=resolve_sizes(attention.head_dim, config.neural_proj_dim, config.neural_hidden_dims)[1],
+                hidden_dims=resolve_sizes(
+                    attention.head_dim, config.neural_proj_dim, config.neural_hidden_dims, config.neural_mode
+                )[1],
                 per_head=config.neural_per_head,
                 init=config.neural_init,
+                mode=config.neural_mode,
             )
             model.set_submodule(attentions[index], compact)
             continue

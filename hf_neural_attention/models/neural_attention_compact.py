@@ -1,7 +1,7 @@
 """The compact form: attention whose queries and keys are the first layer of its scorer.
 
-A scorer sees a query and a key through linear maps to `h1` numbers each. In mode `"replace"`, and where nothing happens to
-queries and keys between their projection and the scorer, hidden states can be projected to these numbers at once:
+A scorer sees a query and a key through linear maps to `h1` numbers each. In modes `"replace"` and `"thin"`, and where nothing
+happens to queries and keys between their projection and the scorer, hidden states can be projected to these numbers at once:
 
     u = A (W_Q x + b_Q) + a = (A W_Q) x + (A b_Q + a)        d_model -> H * h1
     w = C (W_K x + b_K) + c = (C W_K) x + (C b_K + c)        d_model -> H * h1
@@ -36,11 +36,17 @@ class CompactAttentionMixin:
     head_dim: int
 
     def make_compact(
-        self, config: Any, hidden_dims: tuple[int, int], num_heads: int, per_head: bool, init: str = "mirrored"
+        self,
+        config: Any,
+        hidden_dims: tuple[int, int],
+        num_heads: int,
+        per_head: bool,
+        init: str = "mirrored",
+        mode: str = "replace",
     ) -> None:
         """Gives the module a scorer, and the view of its config that tells what is neural."""
         self.hidden_size, self.num_attention_heads = config.hidden_size, num_heads
-        self.scorer = CompactScorer(hidden_dims, num_heads if per_head else None, init)
+        self.scorer = CompactScorer(hidden_dims, num_heads if per_head else None, init, mode)
         self.config = NeuralConfigView(config)
 
     @property
@@ -77,6 +83,7 @@ class CompactAttentionMixin:
                 self.scorer.hidden_dims,
                 self.num_attention_heads,
                 self.scorer.num_heads is not None,
+                self.scorer.mode,
             )
         )
 
@@ -104,7 +111,7 @@ def fold(
     Computes in float64, and returns float64: rounded once, to the dtype of the model.
 
     Args:
-        weights: of a `NeuralScorer` of mode `"replace"`.
+        weights: of a `NeuralScorer` of mode `"replace"` or `"thin"`.
         query, key: weight `[H * D, d_model]`, or `[Hkv * D, d_model]` of keys, and bias or None.
         num_heads: `H`.
     """
@@ -137,7 +144,7 @@ def reason_against_folding(model: nn.Module) -> str | None:
     if not whole:
         return "it is compact already" if neural else "it has no neural layer"
     for name, module in whole.items():
-        if module.scorer.mode != "replace":
+        if module.scorer.mode == "residual":
             return f"the scorer of {name!r} has mode {module.scorer.mode!r}, whose dot product needs whole queries and keys"
         for part_name, part in module.named_modules():
             where = f"{name}.{part_name}".rstrip(".")
@@ -156,7 +163,7 @@ def reason_against_folding(model: nn.Module) -> str | None:
 
 
 def fold_attention(attention: Any, compact_class: type) -> Any:
-    """A compact module that computes what a stock attention module with a scorer of mode `"replace"` computes, up to rounding.
+    """A compact module that computes what a stock attention module with a scorer computes, up to rounding.
     It takes over what the stock module has beside queries and keys, and leaves that module as it is."""
     scorer = attention.scorer
     arguments = {
@@ -164,12 +171,13 @@ def fold_attention(attention: Any, compact_class: type) -> Any:
         "hidden_dims": scorer.hidden_dims,
         "per_head": scorer.num_heads is not None,
         "init": scorer.init,
+        "mode": scorer.mode,
     }
     weights = scorer.weights()
     with torch.device("meta"):  # draws nothing
         compact = compact_class(attention.config.base, **arguments)
     # takes dtype and device from the stock module, of which the scorer's may differ
-    compact = compact.to(next(attention.parameters()).dtype).to_empty(device=weights.weight2.device)
+    compact = compact.to(next(attention.parameters()).dtype).to_empty(device=scorer.q_proj.weight.device)
     query, key = compact.take_stock(attention)
     compact.write_weights(fold(weights, query, key, compact.num_attention_heads))
     for module in compact.modules():  # lets `init_weights`, should it run again, leave them

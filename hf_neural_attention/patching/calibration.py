@@ -65,7 +65,7 @@ def calibrate(
     max_batches: int = 8,
     progress: bool = True,
 ) -> CalibrationReport:
-    """Fits each scorer of a model with mode `"replace"` to the dot-product attention of its layer, in place.
+    """Fits each scorer of a model with mode `"replace"` (or `"thin"`) to the dot-product attention of its layer, in place.
 
     Nothing but the scorers' weights changes, and a layer whose divergence would not become smaller keeps what it has.
 
@@ -98,7 +98,7 @@ def calibrate(
     check_whole(base, "calibrated")
     for name, module in layers.items():
         check_plain(name, module.scorer)
-        if module.scorer.linear1.weight.is_meta:
+        if module.scorer.q_proj.weight.is_meta:
             raise PatchError(f"The scorer of {name!r} is offloaded; calibrate the model where it is in memory.")
     if residual := [name for name, module in layers.items() if module.scorer.mode == "residual"]:
         raise PatchError(
@@ -147,7 +147,8 @@ def calibrate_layer(name: str, module: Any, calls: list[Call], steps: int, learn
     held_out = [calls[index] for index in kept] or fitted
     # fits in float32 whatever the model's dtype is, since steps this small would be lost in bfloat16
     scorer = copy.deepcopy(module.scorer).float().requires_grad_()
-    scorer.linear3.bias.requires_grad_(False)
+    if scorer.linear3 is not None:
+        scorer.linear3.bias.requires_grad_(False)
     before = mean_divergence(scorer, held_out)
     fit(scorer, fitted, steps, learning_rate, bar)
     after = mean_divergence(scorer, held_out)

@@ -42,10 +42,10 @@ class Swap(NamedTuple):
 def compact(model: ModelT, *, example_inputs: Mapping[str, Any] | None = None, dry_run: bool = False) -> Any:
     """Makes the neural layers of a model compact, in place: they compute the same, up to rounding, with fewer parameters.
 
-    A scorer sees a query and a key through linear maps to `h1 = hidden_dims[0]` numbers. In mode `"replace"`, and where
-    nothing happens to queries and keys between their projection and the scorer, hidden states are projected to these numbers
-    at once, and any cache keeps `h1` numbers of a key and head, not `head_dim`. Queries and keys are gone then: such a model
-    is trained, saved and run like others, but not patched, unpatched or calibrated.
+    A scorer sees a query and a key through linear maps to `h1 = hidden_dims[0]` numbers. In modes `"replace"` and `"thin"`,
+    where nothing happens to queries and keys between their projection and the scorer, hidden states are projected to these
+    numbers at once, and any cache keeps `h1` numbers of a key and head, not `head_dim`. Queries and keys are gone then: such a
+    model is trained, saved and run like others, but not patched, unpatched or calibrated.
 
     It takes models of this package, GPT-2 and ViT that `patch` has changed, and patched models of other families whose
     queries and keys are what a linear layer inside the attention module makes, times a constant at most (BERT, BART, T5, CLIP
@@ -258,4 +258,5 @@ def made_for(attention: Any, compact_class: Any, settings: Mapping[str, Any]) ->
         hidden_dims=tuple(settings["hidden_dims"]),
         per_head=settings["num_heads"] is not None,
         init=settings["init"],
+        mode=settings.get("mode", "replace"),
     )

@@ -19,7 +19,7 @@ class PackedScorer(CompactScorer):
     """A `CompactScorer` that gets the numbers of several heads in each of fewer heads.
 
     Args:
-        hidden_dims, num_heads, init: as of `CompactScorer`.
+        hidden_dims, num_heads, init, mode: as of `CompactScorer`.
         num_query_heads (`int`): `H`.
         num_key_heads (`int`): Heads with a `w` of their own: `H` with weights per head, `Hkv` without.
         stock_head_dim (`int`): Numbers in a head, as the stock forward counts them.
@@ -31,6 +31,7 @@ class PackedScorer(CompactScorer):
         hidden_dims: tuple[int, int] | list[int],
         num_heads: int | None = None,
         init: str = "mirrored",
+        mode: str = "replace",
         *,
         num_query_heads: int,
         num_key_heads: int,
@@ -38,7 +39,7 @@ class PackedScorer(CompactScorer):
         query_layer: str,
         key_layer: str,
     ):
-        super().__init__(hidden_dims, num_heads, init)
+        super().__init__(hidden_dims, num_heads, init, mode)
         self.num_query_heads, self.num_key_heads, self.stock_head_dim = num_query_heads, num_key_heads, stock_head_dim
         self.query_layer, self.key_layer = query_layer, key_layer
 
@@ -104,8 +105,8 @@ def empty_layer(old: nn.Linear, num_numbers: int, size: int) -> nn.Linear:
 
 
 def pack(attention: Any, query: Source, key: Source, num_heads: int) -> PackedLayer:
-    """The packed layers that make an attention module with a scorer of mode `"replace"` compute what it computes, up to
-    rounding. The module stays as it is.
+    """The packed layers that make an attention module with a scorer of mode `"replace"` or `"thin"` compute what it computes,
+    up to rounding. The module stays as it is.
 
     Args:
         query, key: where its queries and keys come from.
@@ -126,13 +127,15 @@ def pack(attention: Any, query: Source, key: Source, num_heads: int) -> PackedLa
             scorer.hidden_dims,
             scorer.num_heads,
             scorer.init,
+            scorer.mode,
             num_query_heads=num_heads,
             num_key_heads=folded.key_weight.shape[0],
             stock_head_dim=size,
             query_layer=query.layer,
             key_layer=key.layer,
         )
-    packed = packed.to(weights.weight2.dtype).to_empty(device=weights.weight2.device).train(scorer.training)
+    stored = scorer.q_proj.weight
+    packed = packed.to(stored.dtype).to_empty(device=stored.device).train(scorer.training)
     packed.reset_parameters(folded.of_pairs)
     for module in packed.modules():  # lets `init_weights`, should it run again, leave them
         module._is_hf_initialized = True  # type: ignore[assignment]

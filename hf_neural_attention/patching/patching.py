@@ -96,8 +96,8 @@ def patch(
             over names and modules. Default: `[0]`.
         proj_dim, hidden_dims, init: as in `NeuralScorer`.
         mode (`str`): `"residual"` (the network's score is added to the dot product's and starts at zero: the model computes
-            what it computed before, and learns from there) or `"replace"` (the network alone: the paper's). Default:
-            `"residual"`.
+            what it computed before, and learns from there), `"replace"` (the network alone: the paper's) or `"thin"` (no
+            network: the dot product of `proj_dim` numbers). Default: `"residual"`.
         per_head (`bool`): A network for each query head, not one for all. Default: False.
         example_inputs (`dict`, *optional*): Arguments for the model's forward, for models that do not run on inputs made from
             their config. Encoder and decoder inputs should differ in length, and they should reach all layers that count.

@@ -72,7 +72,10 @@ def neural_fields(record: dict[str, Any]) -> dict[str, Any] | None:
     names = ("proj_dim", "hidden_dims", "mode", "per_head", "init")
     fields = {f"neural_{name}": settings[0][name] for name in names if name in settings[0]}
     if settings[0].get("compact"):
-        fields |= {"neural_compact": True, "neural_mode": "replace", "neural_folded_from": record.get("folded_from")}
+        mode = settings[0].get("mode", "replace")
+        fields |= {"neural_compact": True, "neural_mode": mode, "neural_folded_from": record.get("folded_from")}
+    if fields["neural_mode"] == "thin":
+        fields |= {"neural_proj_dim": settings[0]["hidden_dims"][0], "neural_hidden_dims": None}
     return {
         "model_type": neural_type,
         "architectures": [architecture],
@@ -179,7 +182,7 @@ def from_pretrained(pretrained_model_name_or_path: Any, *, model_class: Any = No
     if type(model) is loader:  # skips a model that FSDP has given a class of its own
         model.__class__ = base
     for module in patched_modules(model).values():
-        module.scorer.linear3.bias.requires_grad_(False)  # freezes it again, since loading makes everything trainable
+        module.scorer.freeze_idle()
     hook_saving(model)
     if folds and not compact_layers(model):
         compact(model)

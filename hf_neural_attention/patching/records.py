@@ -87,7 +87,10 @@ def settings_of(scorer: Any) -> dict[str, Any]:
     if is_compact(scorer):
         names = COMPACT_SETTINGS + (PACKED_SETTINGS if isinstance(scorer, PackedScorer) else ())
     settings = {name: list(value) if isinstance(value := getattr(scorer, name), tuple) else value for name in names}
-    return settings | ({"compact": True} if is_compact(scorer) else {})
+    if not is_compact(scorer):
+        return settings
+    # says the mode only where it is not what all compact layers of earlier records have
+    return settings | ({"compact": True} if scorer.mode == "replace" else {"compact": True, "mode": scorer.mode})
 
 
 def check_plain(name: str, scorer: Any) -> None:

@@ -52,4 +52,5 @@ class PreparedData:
             trainer_arguments=self.trainer_arguments,
             settings=settings_of(*others, neural, training) | ({"train_tokens": self.fingerprint} if self.fingerprint else {}),
             scorer_settings=neural.scorer_settings(),
+            score_spread=neural.score_spread,
         )
