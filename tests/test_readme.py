@@ -97,7 +97,15 @@ def check(page: str, heading: str, scope: dict, printed: str) -> None:
 
 def test_every_page_with_code_is_found():
     pages = {page for page, _, _ in BLOCKS}
-    named = {"looking-inside", "patching", "publishing-and-export", "speed-and-backends", "training", "versions"}
+    named = {
+        "how-scorers-start",
+        "looking-inside",
+        "patching",
+        "publishing-and-export",
+        "speed-and-backends",
+        "training",
+        "versions",
+    }
     assert pages == {"README", "compact-form", *named}
     assert len(BLOCKS) == sum(text.count("```python") for text in (README, *GUIDES.values()))
 

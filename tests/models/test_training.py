@@ -65,7 +65,8 @@ def test_gradient_checkpointing_changes_no_gradient(family: Family, implementati
         results.append(backward(model, **inputs))
         getattr(model, f"{CHECKPOINTING}_disable")()
     plain, *checkpointed = results
-    assert any("scorer" in name for name in plain)
+    has_weights = any("scorer" in name for name, _ in model.named_parameters())  # compact thin scorers have none
+    assert any("scorer" in name for name in plain) == has_weights
     assert len(calls) == 1 + 2 + 2, "checkpointed layers run again in backward"
     for gradients in checkpointed:
         assert_same_gradients(gradients, plain)
