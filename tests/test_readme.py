@@ -181,6 +181,8 @@ def test_messages_that_troubleshooting_quotes_are_those_of_the_code():
     for path in (path for folder in ("hf_neural_attention", "recipes") for path in (ROOT / folder).rglob("*.py")):
         nodes = ast.walk(ast.parse(path.read_text()))
         literals += [node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    # Transformers puts what it reads there into its own error
+    literals += [path.read_text() for path in (ROOT / "hf_neural_attention").rglob("*.json")]
     quotes = re.findall(r"^> .*(?:\n> .*)*", GUIDES["troubleshooting"], re.MULTILINE)
     assert len(quotes) > 15
     for quote in quotes:
