@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from accelerate.utils import extract_model_from_parallel
 from torch import nn
+from torch.utils._pytree import tree_map_only
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
@@ -115,6 +116,11 @@ def left_as_it_was(model: nn.Module) -> Iterator[torch.device]:
     finally:
         for module, training in modes.items():
             module.training = training
+
+
+def moved(inputs: Any, device: torch.device) -> Any:
+    """Inputs of a model, however nested, with their tensors on a device."""
+    return tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), inputs)
 
 
 OBSERVER_NAME = "neural_attention_observer"

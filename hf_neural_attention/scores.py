@@ -6,14 +6,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_map_only
 
-from .introspection import Call, call_of, left_as_it_was, observed, unwrap
+from .introspection import Call, call_of, left_as_it_was, moved, observed, unwrap
 from .models.neural_attention_blockwise import without_autocast
 from .models.neural_attention_interface import UNSUPPORTED_ARGUMENTS, neural_attention_forward
 from .models.neural_attention_reference import expand_heads, key_features, reference_scores, softmax_or_zero
 from .patching.calibration import NUMBERS_AT_ONCE
-from .patching.layers import attention_modules, padding_of_queries
+from .patching.layers import attention_modules, tokens_of_queries
 from .patching.reports import table
 
 
@@ -91,13 +90,13 @@ def watch_layers(
         if module not in seen:
             call = call_of(module, *args, **kwargs)
             if not padded:
-                call = call.without_padding(**padding_of_queries(names[module], module, inputs))
+                call = call.without_padding(tokens_of_queries(names[module], module, inputs))
             # looks here, where a sharded model has its weights together
             seen[module] = look(module, call)
         return attend(module, *args, **kwargs)
 
     with left_as_it_was(base) as device, observed(modules.values(), look_and_go_on):
-        model(**tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), dict(inputs)))
+        model(**moved(dict(inputs), device))
     if not seen:
         raise ValueError(f"These inputs reach none of these layers of this {type(base).__name__}.")
     return {name: seen[module] for name, module in modules.items() if module in seen}
@@ -158,7 +157,8 @@ class RowFigures:
     """Sums over the rows of attention that have a choice."""
 
     def __init__(self) -> None:
-        self.squares = self.freedom = self.entropy = self.uniform = self.saturated = self.rows = 0.0
+        self.squares = self.freedom = self.deviations = 0.0
+        self.entropy = self.uniform = self.saturated = self.rows = 0.0
 
     def add(self, scores: torch.Tensor, masked: torch.Tensor) -> None:
         """
@@ -174,6 +174,7 @@ class RowFigures:
         weights = softmax_or_zero(masked)
         self.squares += squares[counted].sum().item()
         self.freedom += (number - 1)[counted].sum().item()
+        self.deviations += (squares / number.clamp_min(1)).sqrt()[counted].sum().item()
         self.entropy += torch.special.entr(weights).sum(-1)[counted].sum().item()
         self.uniform += number[counted].float().log().sum().item()
         self.saturated += (weights.amax(-1) > SATURATED)[counted].sum().item()

@@ -54,12 +54,19 @@ def scorer_attention(
         arguments["queries_projected"] = True
     if mode == "residual":
         arguments["residual_scale"] = 1.0 / math.sqrt(weights.head_dim) if scale is None else scale
-    if need_weights:
-        return reference_attention(query, key, value, weights, **arguments)
-    if weights.is_thin:
-        del arguments["residual_scale"]
+    literal = need_weights
+    if weights.is_thin and not literal:
         check_devices(query, key=key, value=value, attn_mask=attn_mask, **weights._asdict())
-        return thin_attention(query, key, value, weights, **arguments, literal=asks_for_reference(backend)), None
+        # drops what every backend drops for a seed, which torch's own attention would not
+        literal = asks_for_reference(backend) or arguments["dropout_seed"] is not None
+    if literal:
+        output, attention = reference_attention(query, key, value, weights, **arguments)
+        return output, attention if need_weights else None
+    if weights.is_thin:
+        projected = {"keys_projected": keys_projected, "queries_projected": queries_projected}
+        mask = arguments["attn_mask"]
+        output = thin_attention(query, key, value, weights, attn_mask=mask, is_causal=is_causal, **projected)
+        return output, None
     output = run_backend(backend, query, key, value, weights, **arguments)
     if weights.bias3.requires_grad:  # gives it a gradient if peft or others thaw it, since DDP stops at one of None
         output = output + 0.0 * weights.bias3.sum().to(output.dtype)

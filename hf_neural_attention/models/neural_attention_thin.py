@@ -10,7 +10,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from .neural_attention_masking import causal_pairs
-from .neural_attention_reference import ScorerWeights, expand_heads, key_features, query_features, reference_attention
+from .neural_attention_reference import ScorerWeights, expand_heads, key_features, query_features
 
 
 def thin_attention(
@@ -20,36 +20,15 @@ def thin_attention(
     weights: ScorerWeights,
     *,
     attn_mask: torch.Tensor | None,
-    dropout_p: float,
-    dropout_seed: torch.Tensor | None,
     is_causal: bool,
-    keys_projected: bool = False,
-    queries_projected: bool = False,
-    literal: bool = False,
+    keys_projected: bool,
+    queries_projected: bool,
 ) -> torch.Tensor:
-    """The operation in mode `"thin"`; arguments are checked and described by `neural_attention`.
-
-    With dropout it runs the literal formula, which drops what every backend drops for this seed, and holds all weights.
-
-    Args:
-        literal: run the literal formula in any case.
+    """The operation in mode `"thin"` without dropout; arguments are checked and described by `neural_attention`.
 
     Returns:
         Output `[B, H, Tq, Dv]`, in the query's dtype (the value's, if queries come projected).
     """
-    if literal or dropout_seed is not None:
-        return reference_attention(
-            query,
-            key,
-            value,
-            weights,
-            attn_mask=attn_mask,
-            dropout_p=dropout_p,
-            dropout_seed=dropout_seed,
-            is_causal=is_causal,
-            keys_projected=keys_projected,
-            queries_projected=queries_projected,
-        )[0]
     dtype = value.dtype if queries_projected else query.dtype
     num_heads = query.shape[1]
     if weights.per_head and not keys_projected:

@@ -14,14 +14,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 from torch.nn.functional import kl_div, log_softmax
-from torch.utils._pytree import tree_map_only
 from tqdm.auto import tqdm
 
-from ..introspection import Call, call_of, left_as_it_was, neural_layers, observed, unwrap
+from ..introspection import Call, call_of, left_as_it_was, moved, neural_layers, observed, unwrap
 from ..models.neural_attention_names import forget_names
 from ..models.neural_attention_reference import key_features, reference_scores
 from .errors import PatchError
-from .layers import padding_of_queries
+from .layers import tokens_of_queries
 from .patching import check_unsharded, check_whole
 from .records import check_plain
 from .reports import table
@@ -112,7 +111,7 @@ def calibrate(
         raise ValueError("`data` has no batches; `calibrate` needs at least one dict of arguments for the model's forward.")
     report = []
     with left_as_it_was(base) as device, tqdm(total=len(layers) * steps, desc="calibrating", disable=not progress) as bar:
-        batches = tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), batches)
+        batches = moved(batches, device)
         for name, module in layers.items():
             bar.set_postfix_str(name)
             report.append(calibrate_layer(name, module, capture(base, name, module, batches), steps, learning_rate, bar))
@@ -134,7 +133,7 @@ def capture(model: nn.Module, name: str, module: Any, batches: list[dict[str, An
             try:
                 model(**batch)
             except LayerReached:
-                calls[-1] = calls[-1].without_padding(**padding_of_queries(name, module, batch))
+                calls[-1] = calls[-1].without_padding(tokens_of_queries(name, module, batch))
                 continue
             raise PatchError(f"`data` does not reach {name!r}: a forward ended without calling its attention.")
     return calls

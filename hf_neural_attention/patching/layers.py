@@ -160,13 +160,13 @@ def self_attention_stacks(
     return kept
 
 
-def padding_of_queries(name: str, module: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of `Call.without_padding` for an attention module. The mask of cross-attention says nothing of queries: there,
-    what the model's inputs say of its decoder."""
+def tokens_of_queries(name: str, module: nn.Module, inputs: Mapping[str, Any]) -> torch.Tensor | None:
+    """Which queries of an attention module are no padding, `[B or 1, Tq or 1]`, as `Call.without_padding` takes it. None leaves
+    that to the mask, but that of cross-attention says nothing of queries: there, it is what the inputs say of the decoder."""
     if not re.search(CROSS_ATTENTION, name, re.IGNORECASE) and not getattr(module, "is_cross_attention", False):
-        return {}
+        return None
     mask = inputs.get("decoder_attention_mask")
-    return {"tokens": torch.ones(1, 1) if mask is None or mask.dim() != 2 else mask}
+    return torch.ones(1, 1) if mask is None or mask.dim() != 2 else mask
 
 
 def is_index(value: Any) -> bool:

@@ -12,10 +12,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_map_only
 from transformers import PreTrainedModel
 
-from ..introspection import left_as_it_was, observed
+from ..introspection import left_as_it_was, moved, observed
 from ..models.neural_attention_interface import neural_attention_forward
 from .inputs import possible_inputs
 from .packing import Source
@@ -77,7 +76,7 @@ def run_until_reached(
         if example_inputs is None:
             candidates = random_inputs(part, device, dtype) if isinstance(part, PreTrainedModel) else iter(())
         elif not name:
-            candidates = iter([tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), dict(example_inputs))])
+            candidates = iter([moved(dict(example_inputs), device)])
         else:
             break
         reason = "its inputs are not known here"

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from ..introspection import call_of, left_as_it_was, observed, unwrap
-from ..patching.layers import attention_modules, listed, padding_of_queries
+from ..introspection import call_of, left_as_it_was, moved, observed, unwrap
+from ..patching.layers import attention_modules, listed, tokens_of_queries
 from ..patching.patching import check_unsharded
 from ..patching.reports import table
 from ..patching.tracing import run_until_reached
@@ -175,7 +175,7 @@ def survey(
             with torch.no_grad():
                 call = call_of(module, query, key, value, *args, **kwargs)
                 if inputs is not None:
-                    call = call.without_padding(**padding_of_queries(names[module], module, inputs))
+                    call = call.without_padding(tokens_of_queries(names[module], module, inputs))
                 plan = found if isinstance(found, str) else plan_of(module, *found, query, key, call, inputs is not None)
                 plans[module] = plan
                 if wanted is not None and isinstance(plan, Plan):
@@ -191,10 +191,9 @@ def survey(
         with torch.no_grad():
             return attend(module, query, key, value, *args, **kwargs)
 
-    with left_as_it_was(model), sources.noted(), observed(modules.values(), look):
+    with left_as_it_was(model) as device, sources.noted(), observed(modules.values(), look):
         if inputs is not None:
-            device = next(model.parameters()).device
-            model(**{name: given.to(device) if isinstance(given, torch.Tensor) else given for name, given in inputs.items()})
+            model(**moved(dict(inputs), device))
             failures = ""
         else:
             _, failures = run_until_reached(model, modules, plans.__contains__, None)
