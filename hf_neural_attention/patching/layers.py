@@ -161,7 +161,7 @@ def self_attention_stacks(
 
 
 def tokens_of_queries(name: str, module: nn.Module, inputs: Mapping[str, Any]) -> torch.Tensor | None:
-    """Which queries of an attention module are no padding, `[B or 1, Tq or 1]`, as `Call.without_padding` takes it. None leaves
+    """Which queries of an attention layer are no padding, `[B or 1, Tq or 1]`, as `Call.without_padding` wants it. None leaves
     that to the mask, but that of cross-attention says nothing of queries: there, it is what the inputs say of the decoder."""
     if not re.search(CROSS_ATTENTION, name, re.IGNORECASE) and not getattr(module, "is_cross_attention", False):
         return None
