@@ -15,7 +15,7 @@ VERSION_TESTS := tests/test_export.py tests/models/test_flat_folder.py tests/tes
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test test-triton gpu test-fast test-versions test-oldest test-newest test-clients coverage lint format types docs build
+.PHONY: help quickstart test test-slow test-triton gpu test-versions test-oldest test-newest test-clients coverage lint format types docs build
 .PHONY: release clean
 
 help: ## Show this list
@@ -32,17 +32,17 @@ $(STAMP): pyproject.toml constraints.txt
 quickstart: $(STAMP) ## Train a small GPT-2 with Neural Attention and one with the dot product, and compare them
 	$(BIN)/python recipes/language_modeling.py recipes/configs/quickstart.yaml
 
-test: $(STAMP) ## Run all tests but those of `make test-triton`
-	$(TESTS)
+test: $(STAMP) ## Run the tests that are not marked slow: some of every part
+	$(TESTS) -m "not slow"
+
+test-slow: $(STAMP) ## Run the tests that are marked slow
+	$(TESTS) -m slow
 
 test-triton: $(STAMP) ## Run the tests of the Triton kernels on the CPU, in Triton's interpreter
 	TRITON_INTERPRET=1 $(TESTS) -m interpreter tests/ops
 
 gpu: ## Test the Triton kernels on a GPU and measure them, in 8 minutes; without one, say what that would be
 	$(PYTHON) recipes/benchmark_gpu.py
-
-test-fast: $(STAMP) ## Run the tests that are not marked slow
-	$(TESTS) -m "not slow"
 
 # Old libraries call what others have deprecated since: there, and only there, deprecations are no errors
 test-oldest: BIN := .venv-oldest/bin

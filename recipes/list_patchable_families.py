@@ -15,6 +15,7 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Iterator
+from itertools import starmap
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from hf_neural_attention.patching.inputs import possible_inputs
 from hf_neural_attention.patching.layers import attention_modules, stack_name
 from hf_neural_attention.patching.probing import probe, recording
 from tools.json_files import write_json
+from tools.markdown import markdown_table
 from tools.provenance import command_line, environment
 
 
@@ -280,18 +282,23 @@ def markdown(record: dict[str, Any]) -> str:
         f"Made by `{record['command']}` with Transformers {record['environment']['transformers']} and torch "
         f"{record['environment']['torch']}.",
         "",
-        "| | families | |",
-        "| --- | --- | --- |",
-        *(f"| {status} | {counts[status]} | {meaning} |" for status, meaning in meanings.items() if counts[status]),
+        markdown_table(
+            ["", "families", ""], [[name, str(counts[name]), text] for name, text in meanings.items() if counts[name]]
+        ),
         "",
-        "| family | result | model | layers patched, of all attention layers | |",
-        "| --- | --- | --- | --- | --- |",
+        markdown_table(
+            ["family", "result", "model", "layers patched, of all attention layers", ""], starmap(cells, results.items())
+        ),
+        "",
     ]
-    for name, result in results.items():
-        layers = f"{result['patched_layers']} of {result['attention_layers']}" if "patched_layers" in result else ""
-        reason = (result.get("reason") or ", ".join(f"`{stack}`" for stack in result["stacks"])).replace("|", "\\|")
-        lines.append(f"| {name} | {result['status']} | {result.get('class', '')} | {layers} | {reason} |")
-    return "\n".join([*lines, ""])
+    return "\n".join(lines)
+
+
+def cells(name: str, result: dict[str, Any]) -> list[str]:
+    """A family's row of the table."""
+    layers = f"{result['patched_layers']} of {result['attention_layers']}" if "patched_layers" in result else ""
+    reason = (result.get("reason") or ", ".join(f"`{stack}`" for stack in result["stacks"])).replace("|", "\\|")
+    return [name, result["status"], result.get("class", ""), layers, reason]
 
 
 def main() -> None:

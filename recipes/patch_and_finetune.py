@@ -35,6 +35,7 @@ from transformers import (
 from hf_neural_attention import calibrate, load_patch, patch, patch_status, save_patch
 from tools.command_lines import at_least, parse_arguments, value_of_flag
 from tools.json_files import write_json
+from tools.markdown import markdown_table
 from training import image_task, text_task
 from training.argument_checks import check_training
 from training.arms import Arm
@@ -179,21 +180,21 @@ def stages_table(stages: dict[str, Any], results: Results, task: Task) -> str:
         "calibrated": (None, stages.get("calibrated")),
         "fine-tuned": (stock, patched),
     }
-    lines = [f"| | {' | '.join(f'stock, {name} | patched, {name}' for name in ('validation', 'test'))} |", "| --- " * 5 + "|"]
-    for stage, figures in rows.items():
-        cells = [f"{figure[name]:.4g}" if figure else "" for name in names for figure in figures]
-        if any(cells):
-            lines.append(f"| {stage} | {' | '.join(cells)} |")
-    text = f"{task.metrics[task.main_metric].removeprefix('test ').capitalize()}, stage by stage:\n\n" + "\n".join(lines)
+    cells = [
+        [stage, *(f"{figure[name]:.4g}" if figure else "" for name in names for figure in figures)]
+        for stage, figures in rows.items()
+        if any(figures)
+    ]
+    header = ["", *(f"{arm}, {name}" for name in ("validation", "test") for arm in ("stock", "patched"))]
+    metric = task.metrics[task.main_metric].removeprefix("test ").capitalize()
+    text = f"{metric}, stage by stage:\n\n{markdown_table(header, cells)}"
     if "calibration" in stages:
-        layers = [
-            f"| `{layer['layer']}` | {layer['kl_before']:.3f} | {layer['kl_after']:.3f} | {layer['kl_uniform']:.3f} |"
-            for layer in stages["calibration"]
-        ]
+        names = ["kl_before", "kl_after", "kl_uniform"]
+        layers = [[f"`{layer['layer']}`", *(f"{layer[name]:.3f}" for name in names)] for layer in stages["calibration"]]
         text += (
             "\n\nCalibration: KL divergence of the network's attention from the dot product's, in nats per attention row, on "
             "batches that were not fitted; last that of attention which is the same for all keys.\n\n"
-            "| layer | before | after | uniform |\n| --- | --- | --- | --- |\n" + "\n".join(layers)
+            f"{markdown_table(['layer', 'before', 'after', 'uniform'], layers)}"
         )
     return text
 

@@ -129,7 +129,8 @@ QUANTIZED = {
 
 
 @eager_and_sdpa
-@pytest.mark.parametrize("backend", QUANTIZED)
+# Marks quanto's as slow, since its first use compiles C++
+@pytest.mark.parametrize("backend", (pytest.param("quanto", marks=pytest.mark.slow), "fp8"))
 @whole_and_compact
 def test_quantized_caches(implementation: str, backend: str, fields: dict):
     if backend == "quanto" and not is_optimum_quanto_available():
