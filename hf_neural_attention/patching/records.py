@@ -15,8 +15,8 @@ from transformers import PreTrainedModel
 from transformers.utils import CONFIG_NAME
 
 from .. import __version__
-from ..introspection import is_born_neural, is_compact, patched_modules, unwrap
-from ..models.neural_attention_scorer import NeuralScorer
+from ..introspection import is_born_neural, patched_modules, unwrap
+from ..models.neural_attention_scorer import NeuralScorer, is_compact
 from .errors import PatchError
 from .packing import PackedScorer
 
