@@ -17,6 +17,7 @@ from transformers.masking_utils import sdpa_mask
 from .models.neural_attention_interface import NeuralConfigView, mask_of_call
 from .models.neural_attention_masking import mask_scores
 from .models.neural_attention_reference import expand_heads
+from .models.neural_attention_scorer import is_compact
 
 
 # Classes that count a model's parameters when put around it, by name, since not every build of torch has them
@@ -45,11 +46,6 @@ def is_sharded(module: nn.Module) -> bool:
 def is_scorer(module: nn.Module) -> bool:
     """By what it can do: models from the Hub bring scorer classes of their own, and peft may wrap one."""
     return hasattr(module, "weights") and hasattr(module, "linear3")
-
-
-def is_compact(scorer: Any) -> bool:
-    """Whether a scorer lacks the first layer, since its attention module projects hidden states straight to that."""
-    return not hasattr(scorer, "linear1")
 
 
 def compact_layers(model: nn.Module) -> list[str]:

@@ -159,8 +159,8 @@ def fold_own_model(model: Any) -> None:
     """
     if reason := reason_against_folding(model):
         raise ValueError(f"This {type(model).__name__} cannot be made compact: {reason}.")
-    stock = next(parent for parent in model.compact_attention_class.__mro__[1:] if parent is not CompactAttentionMixin)
-    for name, compact in folded_modules(model, {stock: model.compact_attention_class}).items():
+    compact_class = model.compact_attention_class
+    for name, compact in folded_modules(model, {compact_class.stock_class(): compact_class}).items():
         model.set_submodule(name, compact)
     mark_compact(model)
 

@@ -35,7 +35,6 @@ class CompactGPT2Attention(CompactAttentionMixin, GPT2Attention):
         super().__init__(config, layer_idx=layer_idx)
         self.make_compact(config, num_heads=self.num_heads, **scorer_arguments)
         self.c_attn = Conv1D(2 * self.projection_size + self.embed_dim, self.embed_dim)
-        self.reset_parameters()
 
     def write_first_layer(self, query_weight, query_bias, key_weight, key_bias):
         for parameter, parts in (

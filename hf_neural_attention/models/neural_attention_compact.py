@@ -19,7 +19,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .neural_attention_initialization import CompactWeights, draw_compact_weights, needs_weights
 from .neural_attention_interface import NeuralConfigView
 from .neural_attention_reference import ScorerWeights, first_layer_of_key, first_layer_of_query
-from .neural_attention_scorer import CompactScorer
+from .neural_attention_scorer import CompactScorer, is_compact
 
 
 class CompactAttentionMixin:
@@ -35,6 +35,13 @@ class CompactAttentionMixin:
     num_attention_heads: int
     head_dim: int
 
+    @classmethod
+    def stock_class(cls) -> type:
+        """The stock attention class whose place it takes."""
+        return next(
+            parent for parent in cls.__mro__ if issubclass(parent, nn.Module) and not issubclass(parent, CompactAttentionMixin)
+        )
+
     def make_compact(
         self,
         config: Any,
@@ -44,7 +51,8 @@ class CompactAttentionMixin:
         init: str = "mirrored",
         mode: str = "replace",
     ) -> None:
-        """Gives the module a scorer, and the view of its config that tells what is neural."""
+        """Gives the module a scorer, and the view of its config that tells what is neural. The model's initialisation draws
+        the weights."""
         self.hidden_size, self.num_attention_heads = config.hidden_size, num_heads
         self.scorer = CompactScorer(hidden_dims, num_heads if per_head else None, init, mode)
         self.config = NeuralConfigView(config)
@@ -140,7 +148,7 @@ def reason_against_folding(model: nn.Module) -> str | None:
     neural = {
         name: module for name, module in model.named_modules() if isinstance(getattr(module, "config", None), NeuralConfigView)
     }
-    whole = {name: module for name, module in neural.items() if not isinstance(module.scorer, CompactScorer)}
+    whole = {name: module for name, module in neural.items() if not is_compact(module.scorer)}
     if not whole:
         return "it is compact already" if neural else "it has no neural layer"
     for name, module in whole.items():
@@ -173,16 +181,25 @@ def fold_attention(attention: Any, compact_class: type) -> Any:
         "init": scorer.init,
         "mode": scorer.mode,
     }
-    weights = scorer.weights()
     with torch.device("meta"):  # draws nothing
         compact = compact_class(attention.config.base, **arguments)
-    # takes dtype and device from the stock module, of which the scorer's may differ
-    compact = compact.to(next(attention.parameters()).dtype).to_empty(device=scorer.q_proj.weight.device)
+    place_like(compact, attention)
     query, key = compact.take_stock(attention)
-    compact.write_weights(fold(weights, query, key, compact.num_attention_heads))
+    compact.write_weights(fold(scorer.weights(), query, key, compact.num_attention_heads))
     for module in compact.modules():  # lets `init_weights`, should it run again, leave them
         module._is_hf_initialized = True
     return compact.train(attention.training)
+
+
+def place_like(new: nn.Module, old: nn.Module) -> None:
+    """Gives a module on the meta device memory, parameter by parameter: of dtype and device of the one of the same name in
+    another module, and trainable where that one is. A bias that the other has not goes with its layer's weight."""
+    known = dict(old.named_parameters())
+    for name, parameter in list(new.named_parameters()):
+        layer, _, leaf = name.rpartition(".")
+        like = known[name] if name in known else known[f"{layer}.weight".lstrip(".")]
+        made = torch.empty_like(parameter, dtype=like.dtype, device=like.device)
+        setattr(new.get_submodule(layer), leaf, nn.Parameter(made, requires_grad=like.requires_grad))
 
 
 def folded_modules(model: nn.Module, compact_classes: dict[type, type]) -> dict[str, Any]:

@@ -320,6 +320,12 @@ def is_quantised(weight: torch.Tensor) -> bool:
     return hasattr(type(weight), "__tensor_flatten__") and not hasattr(type(weight), "full_tensor")
 
 
+def is_compact(scorer: Any) -> bool:
+    """Whether a scorer is one without a first layer, as a `CompactScorer` is. Asks what it has, not its class, since every
+    model from the Hub that brings its code has classes of its own."""
+    return hasattr(scorer, "linear3") and not hasattr(scorer, "linear1")
+
+
 def effective_weights(layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """Weight `[out, in]` and bias `[out]` of a linear layer, plain, per head (leading dimension H), quantised or wrapped."""
     # passes over layers with hooks, since torch's pruning computes the weight in one, before each call

@@ -6,21 +6,20 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from accelerate.utils.other import is_compiled_module
 from torch import nn
-from transformers.models.gpt2.modeling_gpt2 import GPT2Attention
-from transformers.models.vit.modeling_vit import ViTAttention
 from transformers.pytorch_utils import Conv1D
 
 from ..diagnostics import explain
-from ..introspection import is_born_neural, is_compact, is_sharded, left_as_it_was, neural_layers, patched_modules, unwrap
+from ..introspection import is_born_neural, is_sharded, left_as_it_was, neural_layers, patched_modules, unwrap
 from ..models.modeling_neural_attention import mark_compact
 from ..models.modeling_neural_gpt2 import CompactGPT2Attention
 from ..models.modeling_neural_vit import CompactViTAttention
 from ..models.neural_attention_compact import folded_modules, reason_against_folding
 from ..models.neural_attention_interface import SUPPORTED_IMPLEMENTATIONS, attach_scorer
 from ..models.neural_attention_names import forget_names, origin_of
+from ..models.neural_attention_scorer import is_compact
 from .errors import PatchError, UnsupportedLayerError
 from .layers import attention_modules, listed
-from .packing import pack, put_in, rebuild
+from .packing import pack, put_in, rebuild, watch_caches
 from .reports import CompactPlan, PatchedLayer, PatchStatus
 from .sizes import ModelSize, size_of
 from .tracing import Refusal, Run, outputs_of, run, trace
@@ -29,7 +28,7 @@ from .tracing import Refusal, Run, outputs_of, run, trace
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
 # Attention modules that have a compact class of their own; in modules of all others, layers inside them are replaced
-COMPACT_CLASSES: dict[type, type] = {GPT2Attention: CompactGPT2Attention, ViTAttention: CompactViTAttention}
+COMPACT_CLASSES: dict[type, type] = {each.stock_class(): each for each in (CompactGPT2Attention, CompactViTAttention)}
 
 
 class Swap(NamedTuple):
@@ -76,7 +75,7 @@ def compact(model: ModelT, *, example_inputs: Mapping[str, Any] | None = None, d
         raise PatchError(f"This {type(model).__name__} cannot be made compact: {reason}. Nothing was changed.")
     base: Any = model
     own = is_born_neural(model)
-    classes = {stock_of(base.compact_attention_class): base.compact_attention_class} if own else COMPACT_CLASSES
+    classes = {base.compact_attention_class.stock_class(): base.compact_attention_class} if own else COMPACT_CLASSES
     layers = patched_modules(model)
     others = {name: module for name, module in layers.items() if not takes(classes, module)}
     traces, runs = trace(model, others, example_inputs) if others else ({}, [])
@@ -102,6 +101,8 @@ def compact(model: ModelT, *, example_inputs: Mapping[str, Any] | None = None, d
     except BaseException:
         undo()
         raise
+    for module in others.values():
+        watch_caches(module)
     if own:
         mark_compact(model)
     forget_names(model)
@@ -141,11 +142,6 @@ def reason_against(model: nn.Module) -> str | None:
 def takes(classes: Mapping[type, type], attention: Any) -> bool:
     """Whether there is a compact class for an attention module, or it is compact already."""
     return is_compact(attention.scorer) or (type(attention) in classes and not getattr(attention, "is_cross_attention", False))
-
-
-def stock_of(compact_class: type) -> type:
-    """The stock attention class of a compact one."""
-    return next(stock for stock in compact_class.__mro__ if stock in COMPACT_CLASSES)
 
 
 def check_traces(refusals: Mapping[str, Refusal]) -> None:
@@ -244,6 +240,7 @@ def rebuild_compact(model: nn.Module, record: Mapping[str, Any], where: str) -> 
                 for part, made in packed[:2]:
                     put_in(attention, part, made)
                 attach_scorer(attention, packed.scorer)
+                watch_caches(attention)
                 scorer = packed.scorer
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise PatchError(f"{where} has settings for {name!r} that make no compact layer: {error}") from None

@@ -10,8 +10,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from transformers import Cache, EncoderDecoderCache
+from transformers.cache_utils import StaticLayer
 
-from ..models.neural_attention_compact import fold
+from ..models.neural_attention_compact import fold, place_like
 from ..models.neural_attention_scorer import CompactScorer
 
 
@@ -98,10 +100,9 @@ def narrow_layer(old: nn.Linear, weight: torch.Tensor, bias: torch.Tensor, size:
 
 
 def empty_layer(old: nn.Linear, num_numbers: int, size: int) -> nn.Linear:
-    rows = -(-num_numbers // size) * size
-    return nn.Linear(old.in_features, rows, bias=True, device="meta", dtype=old.weight.dtype).to_empty(
-        device=old.weight.device
-    )
+    made = nn.Linear(old.in_features, -(-num_numbers // size) * size, bias=True, device="meta")
+    place_like(made, old)
+    return made
 
 
 def pack(attention: Any, query: Source, key: Source, num_heads: int) -> PackedLayer:
@@ -120,8 +121,7 @@ def pack(attention: Any, query: Source, key: Source, num_heads: int) -> PackedLa
         layer = old[source.layer]
         return tuple(None if each is None else each.detach().double() * source.factor for each in (layer.weight, layer.bias))  # type: ignore[return-value]
 
-    weights = scorer.weights()
-    folded = fold(weights, scaled(query), scaled(key), num_heads)
+    folded = fold(scorer.weights(), scaled(query), scaled(key), num_heads)
     with torch.device("meta"):  # draws nothing
         packed = PackedScorer(
             scorer.hidden_dims,
@@ -134,8 +134,7 @@ def pack(attention: Any, query: Source, key: Source, num_heads: int) -> PackedLa
             query_layer=query.layer,
             key_layer=key.layer,
         )
-    stored = scorer.q_proj.weight
-    packed = packed.to(stored.dtype).to_empty(device=stored.device).train(scorer.training)
+    place_like(packed.train(scorer.training), scorer)
     packed.reset_parameters(folded.of_pairs)
     for module in packed.modules():  # lets `init_weights`, should it run again, leave them
         module._is_hf_initialized = True  # type: ignore[assignment]
@@ -167,6 +166,32 @@ def rebuild(attention: Any, settings: Mapping[str, Any]) -> PackedLayer:
     return PackedLayer(
         empty(scorer.query_layer, scorer.num_query_heads), empty(scorer.key_layer, scorer.num_key_heads), scorer
     )
+
+
+def watch_caches(attention: Any) -> None:
+    """Lets an attention module with packed layers refuse caches that cannot hold its keys, before it touches one."""
+    attention.register_forward_pre_hook(refuse_fixed_sizes, with_kwargs=True)
+
+
+def refuse_fixed_sizes(attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """A hook that runs before the forward of an attention module with packed layers.
+
+    Raises:
+        ValueError: if it gets a cache of fixed size, whose layers have room for as many heads of values as of keys.
+    """
+    scorer, index = attention.scorer, getattr(attention, "layer_idx", None)
+    num_heads = scorer.packed_heads(scorer.num_key_heads)
+    if index is None or num_heads == scorer.num_key_heads:
+        return
+    for cache in (*args, *kwargs.values()):
+        both = isinstance(cache, EncoderDecoderCache)
+        for part in (cache.self_attention_cache, cache.cross_attention_cache) if both else (cache,):
+            if isinstance(part, Cache) and any(isinstance(layer, StaticLayer) for layer in part.layers[index : index + 1]):
+                raise ValueError(
+                    f"This {type(attention).__name__} is compact, and packs the keys of {scorer.num_key_heads} heads into "
+                    f"{num_heads}, but not the values. A {type(part).__name__} has a fixed size, with room for as many heads "
+                    "of keys as of values. Use a DynamicCache, which `generate` makes without `cache_implementation`."
+                )
 
 
 def put_in(parent: nn.Module, name: str, module: nn.Module) -> nn.Module:

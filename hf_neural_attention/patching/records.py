@@ -15,9 +15,9 @@ from transformers import PreTrainedModel
 from transformers.utils import CONFIG_NAME
 
 from .. import __version__
-from ..introspection import is_born_neural, is_compact, patched_modules, unwrap
+from ..introspection import is_born_neural, patched_modules, unwrap
 from ..models.neural_attention_names import origin_of
-from ..models.neural_attention_scorer import NeuralScorer, is_quantised
+from ..models.neural_attention_scorer import NeuralScorer, is_compact, is_quantised
 from .errors import PatchError
 from .packing import PackedScorer
 

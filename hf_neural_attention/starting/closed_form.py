@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from ..introspection import is_compact
 from ..models.neural_attention_compact import CompactAttentionMixin
 from ..models.neural_attention_initialization import relu_sum_spread
 from ..models.neural_attention_reference import ScorerWeights, first_layer_of_key, first_layer_of_query
+from ..models.neural_attention_scorer import is_compact
 from .sources import Source, gain_of
 
 
