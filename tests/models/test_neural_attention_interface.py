@@ -27,7 +27,6 @@ REFUSED = {
     "flash_attention_2": "kernel computes dot products",
     "flash_attention_3": "kernel computes dot products",
     "flex_attention": "kernel computes dot products",
-    "paged|eager": "keeps keys in pages",
     "unheard_of": "kernel computes dot products",
     ATTENTION_NAME: "what single layers run",
 }
