@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from ..models.neural_attention_compact import fold
-from ..models.neural_attention_scorer import CompactScorer
+from .neural_attention_compact import fold
+from .neural_attention_scorer import CompactScorer
 
 
 class PackedScorer(CompactScorer):
