@@ -29,6 +29,7 @@ from .models.neural_attention_cache import NeuralCache
 from .models.neural_attention_scorer import CompactScorer, NeuralScorer
 from .ops import set_backend, use_backend
 from .patching import calibrate, compact, from_pretrained, load_patch, patch, patch_status, patched, save_patch, unpatch
+from .patching.auto_classes import register_patched_models
 from .registration import register_auto_classes
 from .starting import start_scores
 
@@ -69,3 +70,4 @@ __all__ = [
 ]
 
 register_auto_classes()
+register_patched_models()

@@ -55,6 +55,9 @@ import torch, transformers
 model = transformers.{{auto}}.from_pretrained("{{name}}", trust_remote_code=True)
 assert type(model).__module__.startswith("transformers_modules."), type(model)
 assert torch.equal(model(**{{inputs}}).logits, torch.load("logits.pt"))
+config = transformers.AutoConfig.from_pretrained("{{name}}", trust_remote_code=True)
+found = getattr(transformers, config.architectures[0]).from_pretrained("{{name}}", trust_remote_code=True)  # as serving does
+assert torch.equal(found(**{{inputs}}).logits, torch.load("logits.pt"))
 base = transformers.AutoModel.from_pretrained("{{name}}", trust_remote_code=True)
 assert not hasattr(base, "lm_head") and type(base).__name__.endswith("Model")
 """

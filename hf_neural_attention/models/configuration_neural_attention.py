@@ -6,6 +6,8 @@ from typing import Any, Literal, TypeAlias, get_args
 
 from huggingface_hub.dataclasses import validated_field
 
+from .neural_attention_lookup import stand_in
+
 
 # Counts formats of the neural fields and scorers' weights: goes up when code of the last version would misread what is saved
 FORMAT_VERSION = 1
@@ -110,6 +112,12 @@ class NeuralAttentionConfigMixin:
         super().__post_init__(**kwargs)
         # removes the model type that the config.json of a stock checkpoint leaves on the instance
         self.__dict__.pop("model_type", None)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        made = super().from_dict(config_dict, **kwargs)
+        stand_in(made[0] if isinstance(made, tuple) else made)
+        return made
 
     def validate_neural_layers(self) -> None:
         resolve_layers(self.neural_layers, self.num_hidden_layers)

@@ -11,24 +11,20 @@ from transformers.pytorch_utils import Conv1D
 from ..diagnostics import explain
 from ..introspection import is_born_neural, is_sharded, left_as_it_was, neural_layers, patched_modules, unwrap
 from ..models.modeling_neural_attention import mark_compact
-from ..models.modeling_neural_gpt2 import CompactGPT2Attention
-from ..models.modeling_neural_vit import CompactViTAttention
+from ..models.modeling_neural_patched import COMPACT_CLASSES
 from ..models.neural_attention_compact import folded_modules, reason_against_folding
-from ..models.neural_attention_interface import SUPPORTED_IMPLEMENTATIONS, attach_scorer
+from ..models.neural_attention_interface import SUPPORTED_IMPLEMENTATIONS
 from ..models.neural_attention_names import forget_names, origin_of
+from ..models.neural_attention_packing import pack, put_in, watch_caches
 from ..models.neural_attention_scorer import is_compact
 from .errors import PatchError, UnsupportedLayerError
 from .layers import attention_modules, listed
-from .packing import pack, put_in, rebuild, watch_caches
 from .reports import CompactPlan, PatchedLayer, PatchStatus
 from .sizes import ModelSize, size_of
 from .tracing import Refusal, Run, outputs_of, run, trace
 
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
-
-# Attention modules that have a compact class of their own; in modules of all others, layers inside them are replaced
-COMPACT_CLASSES: dict[type, type] = {each.stock_class(): each for each in (CompactGPT2Attention, CompactViTAttention)}
 
 
 class Swap(NamedTuple):
@@ -217,43 +213,3 @@ def plan_of(
         before.cache_bytes_per_token,
     )
     return CompactPlan(status, stock, before, after, backends)
-
-
-def rebuild_compact(model: nn.Module, record: Mapping[str, Any], where: str) -> None:
-    """Gives a stock model the compact layers of a record, without weights that mean anything.
-
-    Raises:
-        PatchError: if a layer's settings do not fit the model.
-    """
-    for name, settings in record["layers"].items():
-        if not settings.get("compact"):
-            continue
-        attention: Any = model.get_submodule(name)
-        own = COMPACT_CLASSES.get(type(attention))
-        try:
-            if own is not None:
-                compact_attention = made_for(attention, own, settings)
-                put_in(model, name, compact_attention)
-                scorer = compact_attention.scorer
-            else:
-                packed = rebuild(attention, {key: value for key, value in settings.items() if key != "compact"})
-                for part, made in packed[:2]:
-                    put_in(attention, part, made)
-                attach_scorer(attention, packed.scorer)
-                watch_caches(attention)
-                scorer = packed.scorer
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise PatchError(f"{where} has settings for {name!r} that make no compact layer: {error}") from None
-        scorer.folded_from = record.get("folded_from")
-
-
-def made_for(attention: Any, compact_class: Any, settings: Mapping[str, Any]) -> Any:
-    """A new compact module for the place of a stock one."""
-    return compact_class(
-        attention.config,
-        layer_idx=getattr(attention, "layer_idx", None),
-        hidden_dims=tuple(settings["hidden_dims"]),
-        per_head=settings["num_heads"] is not None,
-        init=settings["init"],
-        mode=settings.get("mode", "replace"),
-    )

@@ -79,7 +79,7 @@ def patch(
     with a sentence, until the model is saved whole and loaded from there.
 
     `save_pretrained` of the model, and of models inside it, then writes a checkpoint for `hf_neural_attention.from_pretrained`
-    (and the Auto classes, of GPT-2 and ViT); a larger model that holds it would save the patch without a word about it, so
+    and the Auto classes; a larger model that holds it would save the patch without a word about it, so
     patch the outermost one. A stock class that loads such a checkpoint warns of the model type and drops the scorers.
 
     In mode `"residual"` the outputs stay as they were: to rounding under "sdpa", to the bit in float32 under "eager". But

@@ -2,7 +2,8 @@
 
 The weights of a patched model are saved like any others. Its config.json would be that of the stock model, which would load
 without a word about the scorers. So `patch` gives the instance a `save_pretrained` that writes another `model_type`: for
-GPT-2 and ViT that of our own classes, which the Auto classes know; else one that tells whoever reads the error what to do.
+GPT-2 and ViT that of our own classes, else that of patched models, which tells whoever reads the error what to do. The Auto
+classes know both once this package is imported.
 """
 
 import json
@@ -19,18 +20,14 @@ import hf_neural_attention
 
 from ..introspection import compact_layers, patched_modules
 from ..models.configuration_neural_attention import FORMAT_VERSION
+from ..models.configuration_neural_patched import PATCHED_TYPE, RECORD, PatchError, check_version
 from ..models.modeling_neural_attention import HUB_OPTIONS
-from ..models.neural_attention_interface import NeuralConfigView, attach_scorer
+from ..models.modeling_neural_patched import PREFIX, load_patched, split_config
+from ..models.neural_attention_interface import NeuralConfigView
 from ..registration import FAMILIES
-from .compacting import compact, rebuild_compact
-from .errors import PatchError
-from .records import check_version, check_without_adapters, name_in, record_of, scorers_of, transformers_class
+from .compacting import compact
+from .records import check_without_adapters, record_of, transformers_class
 
-
-RECORD = "neural_attention_patch"
-
-# Part of a model type that Transformers does not know, and shows in its error
-HOW_TO_LOAD = "patched by hf_neural_attention (install it, and load this with hf_neural_attention.from_pretrained)"
 
 # Names of the layers that `neural_layers` of our own configs counts, by the stock model type
 COUNTED_LAYERS = {"gpt2": r"(?:.+\.)?h\.(\d+)\.attn", "vit": r"(?:.+\.)?layers\.(\d+)\.attention"}
@@ -52,7 +49,8 @@ class ConfigToSave(NeuralConfigView):
         path = Path(save_directory) / CONFIG_NAME
         content = json.loads(path.read_text())
         content |= neural_fields(self.record) or {
-            "model_type": f"{self.base.model_type} {HOW_TO_LOAD}",
+            "model_type": PATCHED_TYPE,
+            "architectures": [f"{PREFIX}{self.record['base_model']['class']}"],
             RECORD: self.record,
         }
         path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
@@ -155,35 +153,23 @@ def from_pretrained(pretrained_model_name_or_path: Any, *, model_class: Any = No
         own = own_class(architecture, model_class, where)
         model, info = own.from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
         check_complete(info, where, model)
-        if folds and not compact_layers(model):
-            compact(model)
-        return (model, info) if with_info else model
-    if RECORD not in content:
+    elif RECORD not in content:
         raise PatchError(
             f"{where} has no neural layers: its model type is {content.get('model_type')!r} and its config.json has no "
             f"`{RECORD}`. Load it with Transformers, and give it neural layers by `hf_neural_attention.patch`, or by "
             "`load_patch` if what you have is a patch for it."
         )
-    record = content.pop(RECORD)
-    check_version(record, f"config.json of {where}")
-    advice = "Give that class as `model_class`."
-    base = transformers_class(record, where, advice) if model_class is None else model_class
-    content["model_type"] = record["base_model"]["model_type"]
-    # keeps these from the config, which would take what is meant for the model
-    options |= {name: kwargs[name] for name in ("dtype", "torch_dtype", "quantization_config") if name in kwargs}
-    fields = {name: value for name, value in kwargs.items() if name not in options}
-    config, fields = base.config_class.from_dict(content, return_unused_kwargs=True, **fields)
-    config.name_or_path = where
-    loader = patched_class(base, record, where)
-    model, info = loader.from_pretrained(
-        pretrained_model_name_or_path, config=config, output_loading_info=True, **options, **fields
-    )
-    check_complete(info, where, model)
-    if type(model) is loader:  # skips a model that FSDP has given a class of its own
-        model.__class__ = base
-    for module in patched_modules(model).values():
-        module.scorer.freeze_idle()
-    hook_saving(model)
+    else:
+        record = content.pop(RECORD)
+        check_version(record, f"config.json of {where}")
+        advice = "Give that class as `model_class`."
+        base = transformers_class(record, where, advice) if model_class is None else model_class
+        content["model_type"] = record["base_model"]["model_type"]
+        content.pop("auto_map", None)
+        config, arguments = split_config(content, kwargs, base.config_class)
+        config.name_or_path = where
+        model, info = load_patched(base, record, where, config, **arguments)
+        hook_saving(model)
     if folds and not compact_layers(model):
         compact(model)
     return (model, info) if with_info else model
@@ -216,21 +202,3 @@ def check_complete(info: dict[str, Any], where: str, model: nn.Module) -> None:
         raise PatchError(
             f"{where} lacks weights of its neural layers: {', '.join(missing[:5])}. The checkpoint is not complete."
         )
-
-
-def patched_class(base: Any, record: dict[str, Any], where: str) -> Any:
-    """The class of a model whose instances are patched when they are made, so that all weights are loaded in one go."""
-
-    def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
-        base.__init__(self, config, *args, **kwargs)
-        modules = dict(self.named_modules())
-        here = record | {"layers": {name_in(self, name): settings for name, settings in record["layers"].items()}}
-        for name in here["layers"]:
-            if name not in modules:
-                raise PatchError(f"config.json of {where} has a patch for {name!r}, and {base.__name__} no such module.")
-        for name, scorer in scorers_of(here, where).items():
-            attach_scorer(modules[name], scorer)
-        rebuild_compact(self, here, where)
-
-    # keeps the name, by which Transformers looks up what to rename in old checkpoints
-    return type(base.__name__, (base,), {"__init__": __init__, "__module__": base.__module__})

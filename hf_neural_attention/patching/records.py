@@ -16,18 +16,16 @@ from transformers.utils import CONFIG_NAME
 
 from .. import __version__
 from ..introspection import is_born_neural, patched_modules, unwrap
+from ..models.configuration_neural_patched import FORMAT_VERSION
 from ..models.neural_attention_names import origin_of
+from ..models.neural_attention_packing import PackedScorer
 from ..models.neural_attention_scorer import NeuralScorer, is_compact, is_quantised
 from .errors import PatchError
-from .packing import PackedScorer
 
 
 # Arguments of a compact scorer, and of one in a packed layer
 COMPACT_SETTINGS = ("hidden_dims", "num_heads", "init")
 PACKED_SETTINGS = ("num_query_heads", "num_key_heads", "stock_head_dim", "query_layer", "key_layer")
-
-# Goes up when a reader of the last version would misunderstand what is written
-FORMAT_VERSION = 1
 
 
 def record_of(model: nn.Module, base_revision: str | None = None) -> dict[str, Any]:
@@ -116,20 +114,6 @@ def check_without_adapters(model: nn.Module) -> None:
         )
 
 
-def check_version(record: Mapping[str, Any], where: str) -> None:
-    """Raises a PatchError if a record comes from a later version of this package, or is none."""
-    record = record if isinstance(record, dict) else {}
-    version = record.get("format_version")
-    whole = all(isinstance(record.get(name), dict) and record[name] for name in ("layers", "base_model"))
-    if not isinstance(version, int) or not whole:
-        raise PatchError(f"{where} is no record of a patch: it lacks `format_version`, `layers` or `base_model`.")
-    if version > FORMAT_VERSION:
-        raise PatchError(
-            f"{where} was written by hf_neural_attention {record.get('hf_neural_attention_version')} in format {version}; "
-            f"this is {__version__}, which reads formats up to {FORMAT_VERSION}. Install a newer hf_neural_attention."
-        )
-
-
 def scorers_of(record: Mapping[str, Any], where: str) -> dict[str, NeuralScorer]:
     """New scorers as a record describes them, by the name of their attention module; none for compact layers.
 
@@ -145,13 +129,6 @@ def scorers_of(record: Mapping[str, Any], where: str) -> dict[str, NeuralScorer]
         except (TypeError, ValueError) as error:
             raise PatchError(f"{where} has settings for {name!r} that make no scorer: {error}") from None
     return made
-
-
-def name_in(base: Any, name: str) -> str:
-    """A layer's name in this model, where the patch was made for the same one with a head, or without."""
-    prefix = f"{getattr(base, 'base_model_prefix', '')}."
-    modules = dict(base.named_modules())
-    return next((each for each in (name, name.removeprefix(prefix), prefix + name) if each in modules), name)
 
 
 def transformers_class(record: Mapping[str, Any], where: str, advice: str) -> Any:

@@ -14,6 +14,8 @@ from torch import nn
 from transformers.utils import cached_file
 
 from ..introspection import patched_modules, unwrap
+from ..models.configuration_neural_patched import check_version
+from ..models.modeling_neural_patched import name_in
 from ..models.neural_attention_names import origin_of
 from ..models.neural_attention_scorer import NeuralScorer
 from ..uploading import upload
@@ -21,7 +23,7 @@ from .errors import PatchError
 from .layers import attention_modules, listed
 from .patching import attach_scorers, check_model, check_whole, inspect_layers
 from .probing import AttentionCall
-from .records import check_plain, check_version, is_repository, name_in, record_of, scorers_of, transformers_class
+from .records import check_plain, is_repository, record_of, scorers_of, transformers_class
 
 
 WEIGHTS, RECORD = "neural_patch.safetensors", "neural_patch.json"

@@ -16,8 +16,8 @@ from transformers import PreTrainedModel
 
 from ..introspection import left_as_it_was, moved, observed
 from ..models.neural_attention_interface import neural_attention_forward
+from ..models.neural_attention_packing import Source
 from .inputs import possible_inputs
-from .packing import Source
 from .probing import describe, quiet
 
 

@@ -27,7 +27,6 @@ REFUSED = {
     "flash_attention_2": "kernel computes dot products",
     "flash_attention_3": "kernel computes dot products",
     "flex_attention": "kernel computes dot products",
-    "paged|eager": "keeps keys in pages",
     ATTENTION_NAME: "what single layers run",
 }
 refused = pytest.mark.parametrize(("name", "reason"), REFUSED.items(), ids=REFUSED.keys())

@@ -26,8 +26,8 @@ from hf_neural_attention import (
     patch_status,
 )
 from hf_neural_attention.analysis import attention_maps, draw_surface, queries_and_keys, score_surface, scorer_health
+from hf_neural_attention.models.neural_attention_packing import PackedScorer
 from hf_neural_attention.patching import PatchError
-from hf_neural_attention.patching.packing import PackedScorer
 from hf_neural_attention.patching.sizes import size_of, stock_twin
 from tests.helpers.compacted_models import WITH_CLASSES, every_setting, folded_families, neural
 from tests.helpers.comparing import assert_near, run

@@ -13,8 +13,8 @@ from torch import nn
 from transformers import Cache, EncoderDecoderCache
 from transformers.cache_utils import StaticLayer
 
-from ..models.neural_attention_compact import fold, place_like
-from ..models.neural_attention_scorer import CompactScorer
+from .neural_attention_compact import fold, place_like
+from .neural_attention_scorer import CompactScorer
 
 
 class PackedScorer(CompactScorer):
