@@ -17,6 +17,8 @@ def neural_attention(
     scale: float | None = None,
     *,
     backend: str | None = None,
+    sinks: torch.Tensor | None = None,
+    softcap: float | None = None,
     keys_projected: bool = False,
     queries_projected: bool = False,
 ) -> torch.Tensor:
@@ -46,6 +48,12 @@ def neural_attention(
             can take the inputs. A scorer of mode `"thin"` takes notice of `"reference"` alone: otherwise it runs through
             `scaled_dot_product_attention`, or with dropout through the reference. Default: what `use_backend`, `set_backend`
             or `HF_NEURAL_ATTENTION_BACKEND` says, else `"auto"`.
+        sinks (`torch.Tensor` of shape `(H,)`, *optional*): Attention sinks: the logit of one more key per query head, which
+            takes its share of the softmax and has no value (Xiao et al., arXiv 2309.17453; learnt, as in gpt-oss).
+            Differentiable.
+        softcap (`float`, *optional*): In `mode="residual"`, the scaled dot product becomes `softcap * tanh(it / softcap)`
+            before the network's score is added (Gemma 2, arXiv 2408.00118, section 2.3). The other modes take no notice of
+            it, since the scores that it bounds are not there.
         keys_projected (`bool`): `key` is what `scorer.project_keys(key)` returned: `[B, Hkv, Tk, h1]` (`H` heads with weights
             per head), with `h1 = scorer.hidden_dims[0]`. Not in `mode="residual"`. Default: False.
         queries_projected (`bool`): `query` is what `scorer.project_queries(query)` returned: `[B, H, Tq, h1]`. Not in
@@ -70,6 +78,8 @@ def neural_attention(
         scale,
         mode=scorer.mode,
         backend=backend,
+        sinks=sinks,
+        softcap=softcap,
         keys_projected=keys_projected,
         queries_projected=queries_projected,
     )[0]

@@ -16,7 +16,7 @@ from transformers.masking_utils import sdpa_mask
 
 from .models.neural_attention_interface import NeuralConfigView, mask_of_call
 from .models.neural_attention_masking import mask_scores
-from .models.neural_attention_reference import expand_heads
+from .models.neural_attention_reference import cap, expand_heads
 from .models.neural_attention_scorer import is_compact
 
 
@@ -167,6 +167,12 @@ class Call(NamedTuple):
     mask: torch.Tensor | None  # bool or float, broadcasts to [B, H, Tq, Tk]
     is_causal: bool
     scaling: float
+    softcap: float | None = None  # of dot products
+    sinks: torch.Tensor | None = None  # [H]: logits of a key without value
+
+    def dot_products(self, rows: torch.Tensor) -> torch.Tensor:
+        """Scores `[B, H, rows, Tk]` of stock attention before any mask, of some queries."""
+        return cap(self.query[:, :, rows] @ self.key.transpose(-1, -2) * self.scaling, self.softcap)
 
     def masked_rows(self, scores: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """Scores `[B, H, rows, Tk]` of some queries, with -inf for what they may not see."""
@@ -208,6 +214,9 @@ def call_of(
     scaling: float | None = None,
     is_causal: bool | None = None,
     position_bias: torch.Tensor | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> Call:
     """What the attention function of a module was called with, in float32, all heads with their keys. Takes what an attention
@@ -220,4 +229,5 @@ def call_of(
     )
     scaling = 1.0 / math.sqrt(query.shape[-1]) if scaling is None else scaling
     key = expand_heads(key[:, :, :num_keys], query.shape[1])
-    return Call(query.float(), key.float(), mask, causal, scaling)
+    sinks = sinks if s_aux is None else s_aux
+    return Call(query.float(), key.float(), mask, causal, scaling, softcap, None if sinks is None else sinks.float())

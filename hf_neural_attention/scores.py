@@ -57,7 +57,7 @@ def score_statistics(model: Any, **inputs: Any) -> ScoreStatistics:
 
     Raises:
         ValueError: if no attention module of the model can be looked at, the inputs reach none, or a layer asks for what
-            changes scores in another way (soft-capping, attention sinks).
+            chooses keys in another way (indexers).
     """
     base = unwrap(model)
     found = watch_layers(model, base, inputs, attention_modules(base), statistics_of_layer)
@@ -115,7 +115,7 @@ def attend(
     call = call_of(module, query, key, value, *args, **kwargs)
     rows = torch.arange(query.shape[2], device=query.device)
     with without_autocast(query):
-        weights = softmax_or_zero(call.masked_rows(scores_of(None, call, rows), rows)).to(value.dtype)
+        weights = softmax_or_zero(call.masked_rows(scores_of(None, call, rows), rows), call.sinks).to(value.dtype)
         output = weights @ expand_heads(value[:, :, : call.key.shape[2]], query.shape[1])
     return output.transpose(1, 2).contiguous(), weights if module.config.base._attn_implementation == "eager" else None
 
@@ -127,14 +127,13 @@ def scores_of(scorer: Any, call: Call, rows: torch.Tensor, keys: torch.Tensor | 
         scorer: None for the dot product.
         keys: `key_features` of the call's keys, so as not to make them anew for other rows.
     """
-    query = call.query[:, :, rows]
     residual = scorer is None or scorer.mode == "residual"
-    dot: Any = query @ call.key.transpose(-1, -2) * call.scaling if residual else 0.0
+    dot: Any = call.dot_products(rows) if residual else 0.0
     if scorer is None:
         return dot
     weights = scorer.weights().to(torch.float32)
     keys = key_features(call.key, weights) if keys is None else keys
-    return reference_scores(query, keys, weights, keys_projected=True) + dot
+    return reference_scores(call.query[:, :, rows], keys, weights, keys_projected=True) + dot
 
 
 def statistics_of_layer(module: Any, call: Call) -> LayerScores:
@@ -146,7 +145,7 @@ def statistics_of_layer(module: Any, call: Call) -> LayerScores:
         if scorer is not None:
             keys = key_features(call.key, scorer.weights().to(torch.float32))
             numbers *= keys.shape[-1]
-        figures = RowFigures()
+        figures = RowFigures(call.sinks)
         for rows in torch.arange(num_queries, device=call.query.device).split(max(1, NUMBERS_AT_ONCE // numbers)):
             scores = scores_of(scorer, call, rows, keys)
             figures.add(scores, call.masked_rows(scores, rows))
@@ -154,9 +153,14 @@ def statistics_of_layer(module: Any, call: Call) -> LayerScores:
 
 
 class RowFigures:
-    """Sums over the rows of attention that have a choice."""
+    """Sums over the rows of attention that have a choice.
 
-    def __init__(self) -> None:
+    Args:
+        sinks: `[H]`, see `Call`; they take weight, and count neither as a key nor in the entropy.
+    """
+
+    def __init__(self, sinks: torch.Tensor | None = None) -> None:
+        self.sinks = sinks
         self.squares = self.freedom = self.deviations = 0.0
         self.entropy = self.uniform = self.saturated = self.rows = 0.0
 
@@ -171,7 +175,7 @@ class RowFigures:
         counted = number > 1
         mean = (scores * seen).sum(-1) / number.clamp_min(1)
         squares = ((scores - mean.unsqueeze(-1)).square() * seen).sum(-1)
-        weights = softmax_or_zero(masked)
+        weights = softmax_or_zero(masked, self.sinks)
         self.squares += squares[counted].sum().item()
         self.freedom += (number - 1)[counted].sum().item()
         self.deviations += (squares / number.clamp_min(1)).sqrt()[counted].sum().item()

@@ -44,7 +44,8 @@ FLASH = "flash forward"  # the dot product's, for comparison
 DTYPES = {"fp32": 4, "bf16": 2, "fp16": 2}
 # head_dim and hidden_dims: the defaults of heads of 64 and 128, and proj_dim 16 as in the paper and with fewer units
 SIZES = ((64, (2, 1)), (128, (4, 2)), (64, (16, 8)), (64, (16, 2)))
-MODES = ("replace", "residual", "masked")  # masked: residual with a float mask, its gradient, dropout and grouped heads
+# masked: residual with a float mask, its gradient, dropout and grouped heads; capped: residual with a soft cap and sinks
+MODES = ("replace", "residual", "masked", "capped")
 COUNTED: dict[str, list[Any]] = {
     "targets": ["sm_80", "sm_90", "gfx942"],
     "dtypes": ["bf16"],
@@ -72,11 +73,13 @@ def compile_kernel(
     if blocks is None:
         blocks = choose_blocks(kernel, query_dim, head_dim, hidden, DTYPES[dtype], target.shared_bytes, target.warp_size)
     flags = {"PER_HEAD": False, "IS_CAUSAL": True, "MASK": 2 if mode == "masked" else 0, "WIDEN": False}
+    flags["SOFTCAP"] = mode == "capped"
     cores = uses_cores(hidden, DTYPES[dtype], target.warp_size)
     constants = kernel_constants(kernel, blocks, query_dim, head_dim, hidden, cores, **flags)
     pointers = dict.fromkeys(("p_v", "p_o", "p_do", "p_dv", "p_q", "p_k", "p_dq", "p_dk"), f"*{dtype}") | {"p_seed": "*i64"}
     absent = set() if residual else {"p_q", "p_k", "p_dq", "p_dk"}
     absent |= set() if mode == "masked" else {"p_mask", "p_seed", "p_dmask"}
+    absent |= set() if mode == "capped" else {"p_sinks"}
 
     function = kernel_function(kernel)
     signature: dict[str, Any] = {}
@@ -96,7 +99,7 @@ def compile_kernel(
             if name in ("s_v", "s_q", "s_k", "s_do"):
                 hints |= {(index, position): aligned for position in range(3)}
         else:
-            signature[name] = "i32"
+            signature[name] = "fp32" if name == "softcap" else "i32"
     return compile_source(function, signature, values, hints, target, blocks), blocks
 
 
@@ -216,8 +219,8 @@ RESOURCES_CARD = """# What the Triton kernels need of a GPU
 
 Compiled without one by `{command}` with Triton {triton}; nothing here was run or timed. \
 All kernels are causal. `query` and `key` are the two of backward. Mode `masked` is residual with a float mask, \
-its gradient, and dropout. Registers are those of a thread (at most 255 on NVIDIA, 512 on AMD), spilled bytes \
-the local memory of a thread, shared bytes those of a program.
+its gradient, and dropout; `capped` is residual with a soft cap on its dot products, and attention sinks. Registers are those \
+of a thread (at most 255 on NVIDIA, 512 on AMD), spilled bytes the local memory of a thread, shared bytes those of a program.
 
 {table}
 """

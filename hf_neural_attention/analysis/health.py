@@ -70,7 +70,7 @@ def health_in_float32(scorer: Any, call: Call) -> LayerHealth:
     batch, heads, num_queries, _ = call.query.shape
     at_once = max(1, NUMBERS_AT_ONCE // (batch * heads * keys.shape[3] * keys.shape[4]))
     active_pairs: Any = 0  # [H, h2]
-    figures, pairs = RowFigures(), 0.0
+    figures, pairs = RowFigures(call.sinks), 0.0
     for rows in torch.arange(num_queries, device=call.query.device).split(at_once):
         query = call.query[:, :, rows]
         hidden = relu(query_features(query, weights).unsqueeze(3) + keys)
@@ -78,7 +78,7 @@ def health_in_float32(scorer: Any, call: Call) -> LayerHealth:
         network = apply_linear(relu(active), weights.weight3, weights.bias3).squeeze(-1)
         scores = network
         if scorer.mode == "residual":
-            scores = scores + query @ call.key.transpose(-1, -2) * call.scaling
+            scores = scores + call.dot_products(rows)
         scores = call.masked_rows(scores, rows)
         seen = scores > float("-inf")
         active_pairs = active_pairs + ((active > 0) & seen.unsqueeze(-1)).sum((0, 2, 3))

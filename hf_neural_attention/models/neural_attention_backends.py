@@ -118,7 +118,8 @@ def run_backend(
     Raises:
         ValueError: if the tensors are not all on one device, or as `choose_backend` does.
     """
-    check_devices(query, key=key, value=value, attn_mask=arguments["attn_mask"], **weights._asdict())
+    others = {"attn_mask": arguments["attn_mask"], "sinks": arguments.get("sinks")}
+    check_devices(query, key=key, value=value, **others, **weights._asdict())
     if only_plain_operators():
         chosen = choose_backend(name, Inputs(query.device.type, query.dtype, exporting=True)).name
     else:

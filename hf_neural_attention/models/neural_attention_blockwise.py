@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 
 from .neural_attention_masking import causal_pairs, dropout_multiplier, mask_scores
-from .neural_attention_reference import ScorerWeights, expand_heads, key_features, query_features
+from .neural_attention_reference import ScorerWeights, expand_heads, key_features, query_features, relative_sinks
 
 
 # Numbers in the largest tensor of a block, [heads, h1, queries, keys]: about the size of a core's cache, by measurement
@@ -103,6 +103,7 @@ class Activations(NamedTuple):
     hidden1: torch.Tensor  # [B, H, h1, rows * keys]
     hidden2: torch.Tensor  # [B, H, h2, rows * keys]
     scores: torch.Tensor  # [B, H, rows, keys], masked
+    capped: torch.Tensor | None  # [B, H, rows, keys]: dot products over the cap they are under, if they are
 
 
 def score_block(
@@ -114,8 +115,10 @@ def score_block(
     key: torch.Tensor | None,
     attn_mask: torch.Tensor | None,
     is_causal: bool,
+    softcap: float | None,
 ) -> Activations:
     """Scores of a block. `u` is `[B, H, Tq, h1]`, `w` `[B, H, Tk, h1]`; `query` is scaled, or None in replace mode."""
+    capped = None
     layers = layers.heads_of(block)
     rows = block.queries_of(u).transpose(-1, -2).unsqueeze(-1)  # [B, H, h1, rows, 1]
     columns = block.keys_of(w).transpose(-1, -2).unsqueeze(-2).contiguous()  # [B, H, h1, 1, keys]
@@ -123,18 +126,32 @@ def score_block(
     hidden2 = matmul_heads(layers.weight2, hidden1).add_(layers.bias2.unsqueeze(-1)).relu_()
     scores = matmul_heads(layers.weight3, hidden2).view(*hidden1.shape[:2], len(block.rows), block.num_keys)
     if query is not None and key is not None:
-        scores += block.queries_of(query) @ block.keys_of(key).transpose(-1, -2)
+        products = block.queries_of(query) @ block.keys_of(key).transpose(-1, -2)
+        if softcap is None:
+            scores += products
+        else:
+            capped = products.div_(softcap).tanh_()
+            scores.add_(capped, alpha=softcap)
     causal = causal_pairs(block.rows, block.num_keys, u.device) if is_causal else None
     mask = None if attn_mask is None else block.mask_of(attn_mask)
-    return Activations(hidden1, hidden2, mask_scores(scores, mask, causal))
+    return Activations(hidden1, hidden2, mask_scores(scores, mask, causal), capped)
 
 
-def softmax_keys(scores: torch.Tensor, attn_mask: torch.Tensor | None) -> torch.Tensor:
-    """Softmax over the last dimension; rows of -inf only, which no mask but `attn_mask` can leave, become zeros."""
+def softmax_keys(scores: torch.Tensor, attn_mask: torch.Tensor | None, sinks: torch.Tensor | None) -> torch.Tensor:
+    """Softmax over the last dimension; rows of -inf only, which no mask but `attn_mask` can leave, become zeros.
+
+    With `sinks`, `[heads]`, the last column of the result is their weights, of one key more than there are scores.
+    """
+    if sinks is not None:
+        return torch.cat((scores, sinks.view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)), dim=-1).softmax(dim=-1)
     probabilities = scores.softmax(dim=-1)
     if attn_mask is None:
         return probabilities
     return probabilities.masked_fill_(scores.amax(dim=-1, keepdim=True) == float("-inf"), 0.0)
+
+
+def sinks_of(block: Block, sinks: torch.Tensor | None) -> torch.Tensor | None:
+    return None if sinks is None else sinks[as_slice(block.heads)]
 
 
 def block_dropout(
@@ -166,12 +183,15 @@ def blockwise_forward(
     key: torch.Tensor | None,
     attn_mask: torch.Tensor | None,
     dropout_seed: torch.Tensor | None,
+    sinks: torch.Tensor | None,
     dropout_p: float,
     is_causal: bool,
+    softcap: float | None,
 ) -> torch.Tensor:
     """Output `[B, H, Tq, Dv]`.
 
-    All float tensors but `attn_mask` have one dtype and `H` heads; `query` is scaled. `attn_mask` has four dimensions.
+    All float tensors but `attn_mask` have one dtype and `H` heads (`sinks` is `[H]`); `query` is scaled. `attn_mask` has four
+    dimensions.
     """
     batch, num_heads, num_queries, width = u.shape
     num_keys = w.shape[2]
@@ -181,8 +201,8 @@ def blockwise_forward(
         return output
     with without_autocast(u):
         for block in cut_into_blocks(batch, num_heads, num_queries, num_keys, width, is_causal):
-            scores = score_block(block, u, w, layers, query, key, attn_mask, is_causal).scores
-            probabilities = softmax_keys(scores, attn_mask)
+            scores = score_block(block, u, w, layers, query, key, attn_mask, is_causal, softcap).scores
+            probabilities = softmax_keys(scores, attn_mask, sinks_of(block, sinks))[..., : block.num_keys]
             dropout = block_dropout(block, dropout_seed, dropout_p, num_heads, u.dtype)
             if dropout is not None:
                 probabilities *= dropout
@@ -191,7 +211,7 @@ def blockwise_forward(
 
 
 @blockwise_forward.register_fake
-def _(u, w, value, weight2, bias2, weight3, query, key, attn_mask, dropout_seed, dropout_p, is_causal):
+def _(u, w, value, weight2, bias2, weight3, query, key, attn_mask, dropout_seed, sinks, dropout_p, is_causal, softcap):
     return u.new_empty(*u.shape[:3], value.shape[-1])
 
 
@@ -208,13 +228,15 @@ def blockwise_backward(
     key: torch.Tensor | None,
     attn_mask: torch.Tensor | None,
     dropout_seed: torch.Tensor | None,
+    sinks: torch.Tensor | None,
     dropout_p: float,
     is_causal: bool,
+    softcap: float | None,
     mask_needs_grad: bool,
 ) -> list[torch.Tensor]:
-    """Gradients of u, w, value, weight2, bias2, weight3, query, key and attn_mask; empty tensors for those not asked."""
-    gradients = allocate_gradients(u, w, value, weight2, bias2, weight3, query, key, attn_mask, mask_needs_grad)
-    grad_u, grad_w, grad_value, grad_weight2, grad_bias2, grad_weight3, grad_query, grad_key, grad_mask = gradients
+    """Gradients of u, w, value, weight2, bias2, weight3, query, key, attn_mask and sinks; empty where not asked."""
+    gradients = allocate_gradients(u, w, value, weight2, bias2, weight3, query, key, attn_mask, sinks, mask_needs_grad)
+    grad_u, grad_w, grad_value, grad_weight2, grad_bias2, grad_weight3, grad_query, grad_key, grad_mask, grad_sinks = gradients
     batch, num_heads, num_queries, width = u.shape
     num_keys = w.shape[2]
     all_layers = PairLayers(weight2, bias2, weight3)
@@ -223,8 +245,9 @@ def blockwise_backward(
     with without_autocast(u):
         for block in cut_into_blocks(batch, num_heads, num_queries, num_keys, width, is_causal):
             layers = all_layers.heads_of(block)
-            hidden1, hidden2, scores = score_block(block, u, w, all_layers, query, key, attn_mask, is_causal)
-            probabilities = softmax_keys(scores, attn_mask)
+            hidden1, hidden2, scores, capped = score_block(block, u, w, all_layers, query, key, attn_mask, is_causal, softcap)
+            all_weights = softmax_keys(scores, attn_mask, sinks_of(block, sinks))
+            probabilities = all_weights[..., : block.num_keys]
             grad_out = block.queries_of(grad_output)
             grad_scores = grad_out @ block.keys_of(value).transpose(-1, -2)
             dropped = probabilities
@@ -235,11 +258,15 @@ def blockwise_backward(
             block.keys_of(grad_value).add_(dropped.transpose(-1, -2) @ grad_out)
             grad_scores *= probabilities
             # sums these very numbers, not `grad_output * output`, so that rounding cancels where a row has one large weight
-            grad_scores.addcmul_(probabilities, grad_scores.sum(dim=-1, keepdim=True), value=-1.0)
+            sums = grad_scores.sum(dim=-1, keepdim=True)
+            grad_scores.addcmul_(probabilities, sums, value=-1.0)
+            if sinks is not None:  # its value is zero, and so is the gradient of its weight
+                grad_sinks[as_slice(block.heads)] -= (all_weights[..., block.num_keys :] * sums).sum((0, 2, 3))
 
             if query is not None and key is not None:
-                block.queries_of(grad_query).add_(grad_scores @ block.keys_of(key))
-                block.keys_of(grad_key).add_(grad_scores.transpose(-1, -2) @ block.queries_of(query))
+                grad_products = grad_scores if capped is None else grad_scores * (1.0 - capped.square())
+                block.queries_of(grad_query).add_(grad_products @ block.keys_of(key))
+                block.keys_of(grad_key).add_(grad_products.transpose(-1, -2) @ block.queries_of(query))
             if mask_needs_grad:
                 part = block.mask_of(grad_mask)
                 part.add_(grad_scores.sum_to_size(part.shape))
@@ -269,15 +296,17 @@ def _(
     key,
     attn_mask,
     dropout_seed,
+    sinks,
     dropout_p,
     is_causal,
+    softcap,
     mask_needs_grad,
 ):
-    return allocate_gradients(u, w, value, weight2, bias2, weight3, query, key, attn_mask, mask_needs_grad)
+    return allocate_gradients(u, w, value, weight2, bias2, weight3, query, key, attn_mask, sinks, mask_needs_grad)
 
 
-def allocate_gradients(u, w, value, weight2, bias2, weight3, query, key, attn_mask, mask_needs_grad):
-    wanted = [u, w, value, weight2, bias2, weight3, query, key, attn_mask if mask_needs_grad else None]
+def allocate_gradients(u, w, value, weight2, bias2, weight3, query, key, attn_mask, sinks, mask_needs_grad):
+    wanted = [u, w, value, weight2, bias2, weight3, query, key, attn_mask if mask_needs_grad else None, sinks]
     return [u.new_zeros(0 if tensor is None else tensor.shape) for tensor in wanted]
 
 
@@ -291,20 +320,21 @@ def add_per_layer(total: torch.Tensor, block: Block, part: torch.Tensor) -> None
 
 
 def setup_context(ctx, inputs, output):
-    *tensors, ctx.dropout_p, ctx.is_causal = inputs
+    *tensors, ctx.dropout_p, ctx.is_causal, ctx.softcap = inputs
     ctx.save_for_backward(*tensors)
 
 
 def backward(ctx, grad_output):
     tensors = ctx.saved_tensors
-    attn_mask = tensors[8]
+    attn_mask, sinks = tensors[8], tensors[10]
     mask_needs_grad = attn_mask is not None and ctx.needs_input_grad[8]
-    gradients = blockwise_backward(grad_output.contiguous(), *tensors, ctx.dropout_p, ctx.is_causal, mask_needs_grad)
+    options = ctx.dropout_p, ctx.is_causal, ctx.softcap
+    *gradients, of_sinks = blockwise_backward(grad_output.contiguous(), *tensors, *options, mask_needs_grad)
     present = [tensor is not None for tensor in tensors[:8]] + [mask_needs_grad]
     inputs = [gradient if asked else None for gradient, asked in zip(gradients, present, strict=True)]
     if mask_needs_grad:
         inputs[8] = gradients[8].to(attn_mask.dtype)
-    return (*inputs, None, None, None)
+    return (*inputs, None, None if sinks is None else of_sinks, None, None, None)
 
 
 blockwise_forward.register_autograd(backward, setup_context=setup_context)
@@ -321,6 +351,8 @@ def blockwise_attention(
     dropout_seed: torch.Tensor | None = None,
     is_causal: bool = False,
     residual_scale: float | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
     keys_projected: bool = False,
     queries_projected: bool = False,
 ) -> torch.Tensor:
@@ -353,7 +385,9 @@ def blockwise_attention(
             full_key,
             attn_mask,
             dropout_seed,
+            relative_sinks(sinks, weights),
             dropout_p,
             is_causal,
+            softcap,
         )
     return output.to(value.dtype if queries_projected else query.dtype)

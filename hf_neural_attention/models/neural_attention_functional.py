@@ -24,6 +24,8 @@ def scorer_attention(
     *,
     mode: str = "replace",
     backend: str | None = None,
+    sinks: torch.Tensor | None = None,
+    softcap: float | None = None,
     keys_projected: bool = False,
     queries_projected: bool = False,
     need_weights: bool = False,
@@ -42,6 +44,7 @@ def scorer_attention(
     if not weights.has_first_layer:
         queries_projected = keys_projected = True
     check_arguments(query, key, value, weights, attn_mask, dropout_p, mode, keys_projected, queries_projected)
+    check_score_options(query.shape[1], sinks, softcap)
     arguments: dict[str, Any] = {
         "attn_mask": None if attn_mask is None else attn_mask.view((1,) * (4 - attn_mask.dim()) + attn_mask.shape),
         "dropout_p": dropout_p,
@@ -54,9 +57,13 @@ def scorer_attention(
         arguments["queries_projected"] = True
     if mode == "residual":
         arguments["residual_scale"] = 1.0 / math.sqrt(weights.head_dim) if scale is None else scale
+        if softcap is not None:
+            arguments["softcap"] = softcap
+    if sinks is not None:
+        arguments["sinks"] = sinks
     literal = need_weights
     if weights.is_thin and not literal:
-        check_devices(query, key=key, value=value, attn_mask=attn_mask, **weights._asdict())
+        check_devices(query, key=key, value=value, attn_mask=attn_mask, sinks=sinks, **weights._asdict())
         # drops what every backend drops for a seed, which torch's own attention would not
         literal = asks_for_reference(backend) or arguments["dropout_seed"] is not None
     if literal:
@@ -65,12 +72,23 @@ def scorer_attention(
     if weights.is_thin:
         projected = {"keys_projected": keys_projected, "queries_projected": queries_projected}
         mask = arguments["attn_mask"]
-        output = thin_attention(query, key, value, weights, attn_mask=mask, is_causal=is_causal, **projected)
+        output = thin_attention(query, key, value, weights, attn_mask=mask, is_causal=is_causal, sinks=sinks, **projected)
         return output, None
     output = run_backend(backend, query, key, value, weights, **arguments)
     if weights.bias3.requires_grad:  # gives it a gradient if peft or others thaw it, since DDP stops at one of None
         output = output + 0.0 * weights.bias3.sum().to(output.dtype)
     return output, None
+
+
+def check_score_options(num_heads: int, sinks: torch.Tensor | None, softcap: float | None) -> None:
+    """Raises a ValueError that names the argument, what it is and what was expected."""
+    if sinks is not None and (tuple(sinks.shape) != (num_heads,) or not sinks.is_floating_point()):
+        raise ValueError(
+            f"`sinks` has shape {tuple(sinks.shape)} and dtype {sinks.dtype}; expected a logit per query head, [{num_heads}], "
+            "of a floating-point dtype."
+        )
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"`softcap` is {softcap}; expected a number above 0, or None for no cap.")
 
 
 def check_arguments(

@@ -26,9 +26,6 @@ SUPPORTED_IMPLEMENTATIONS = ("eager", "sdpa", "paged|eager", "paged|sdpa")
 # Arguments of attention functions that change the scores in ways that only a dot product can honour, or that would need
 # another kernel. Silently dropping one would give wrong results.
 UNSUPPORTED_ARGUMENTS = {
-    "softcap": "soft-capping of attention scores",
-    "s_aux": "attention sinks",
-    "sinks": "attention sinks",
     "indices": "sparse attention to keys that an indexer has selected",
     "block_indices": "sparse attention to blocks of keys that an indexer has selected",
 }
@@ -173,6 +170,9 @@ def neural_attention_forward(
     is_causal: bool | None = None,
     position_bias: torch.Tensor | None = None,
     cache: Any = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The attention function of neural layers, called by stock attention modules as they call any other.
@@ -184,6 +184,8 @@ def neural_attention_forward(
         position_bias: `[B or 1, H, Tq, Tk]`, added to the scores (T5).
         cache: of pages, of which continuous batching expects that attention functions update them; its mask tells the requests
             apart that share a batch.
+        softcap: bounds the dot products of mode `"residual"`, not the network's scores.
+        s_aux, sinks: `[H]`, two names for the same: the logit of a key without value (attention sinks).
 
     Returns:
         Output `[B, Tq, H, Dv]`, and the attention weights `[B, H, Tq, Tk]` if the model's implementation is "eager".
@@ -217,6 +219,8 @@ def neural_attention_forward(
         dropout,
         causal,
         scaling,
+        sinks=sinks if s_aux is None else s_aux,
+        softcap=softcap,
         keys_projected=key.shape[-1] != query.shape[-1],
         need_weights=implementation == "eager",
     )

@@ -27,8 +27,8 @@ class Backend(NamedTuple):
 
     Args:
         run: function(query, key, value, weights, *, attn_mask, dropout_p, dropout_seed, is_causal, residual_scale,
-            keys_projected, queries_projected=False) -> output. Code that came with a model from the Hub may be older than the
-            installed package, whose backends it calls: further arguments need a default.
+            keys_projected, queries_projected=False, softcap=None, sinks=None) -> output. Code that came with a model from the
+            Hub may be older than the installed package, whose backends it calls: further arguments need a default.
         reason_against: why it cannot take certain inputs here, or None.
         is_fused: computes scores, softmax and output in one pass.
     """

@@ -143,6 +143,7 @@ def reference_scores(
     weights: ScorerWeights,
     *,
     residual_scale: float | None = None,
+    softcap: float | None = None,
     keys_projected: bool = False,
     queries_projected: bool = False,
 ) -> torch.Tensor:
@@ -150,6 +151,7 @@ def reference_scores(
 
     Args:
         residual_scale: None scores by the network alone; a number adds `residual_scale * query @ key^T`.
+        softcap: what is added is `softcap * tanh(residual_scale * query @ key^T / softcap)`.
         keys_projected: `key` is `key_features(key)`, `[B, H, Tk, h1]`.
         queries_projected: `query` is `query_features(query)`, `[B, H, Tq, h1]`.
     """
@@ -174,12 +176,29 @@ def reference_scores(
     scores = apply_linear(hidden, weights.weight3, weights.bias3).squeeze(-1)
     if residual_scale is not None:
         # scales after the product, as stock "eager" does, so that the two are equal to the bit while the network is zero
-        scores = scores + query @ key.transpose(-1, -2) * residual_scale
+        scores = scores + cap(query @ key.transpose(-1, -2) * residual_scale, softcap)
     return scores
 
 
-def softmax_or_zero(scores: torch.Tensor) -> torch.Tensor:
-    """Softmax over the last dimension; rows of -inf only become zeros, with zero gradients."""
+def cap(products: torch.Tensor, softcap: float | None) -> torch.Tensor:
+    """Dot products, soft-capped as Gemma 2 does (arXiv 2408.00118, section 2.3): between `-softcap` and `softcap`."""
+    return products if softcap is None else torch.tanh(products / softcap) * softcap
+
+
+def relative_sinks(sinks: torch.Tensor | None, weights: ScorerWeights) -> torch.Tensor | None:
+    """Sinks `[H]`, in the weights' dtype, beside scores that lack `bias3`: without sinks, the softmax would not see it."""
+    return None if sinks is None else sinks.to(weights.bias3.dtype) - weights.bias3.flatten()
+
+
+def softmax_or_zero(scores: torch.Tensor, sinks: torch.Tensor | None = None) -> torch.Tensor:
+    """Softmax over the last dimension; rows of -inf only become zeros, with zero gradients.
+
+    Args:
+        sinks: `[H]`, of scores `[B, H, Tq, Tk]`: the logit of one more key per head, whose weight is left out of the result.
+    """
+    if sinks is not None:
+        column = sinks.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
+        return torch.cat((scores, column), dim=-1).softmax(dim=-1)[..., :-1]
     empty = (scores == float("-inf")).all(dim=-1, keepdim=True)
     return scores.masked_fill(empty, 0.0).softmax(dim=-1).masked_fill(empty, 0.0)
 
@@ -195,6 +214,8 @@ def reference_attention(
     dropout_seed: torch.Tensor | None = None,
     is_causal: bool = False,
     residual_scale: float | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
     keys_projected: bool = False,
     queries_projected: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -212,6 +233,7 @@ def reference_attention(
         key,
         weights,
         residual_scale=residual_scale,
+        softcap=softcap,
         keys_projected=keys_projected,
         queries_projected=queries_projected,
     )
@@ -220,7 +242,7 @@ def reference_attention(
     batch, _, num_queries, num_keys = scores.shape
     # calls tril, not causal_pairs, so that an exported graph keeps its lengths dynamic
     causal = torch.ones(num_queries, num_keys, dtype=torch.bool, device=scores.device).tril() if is_causal else None
-    probabilities = softmax_or_zero(mask_scores(scores, attn_mask, causal)).to(query.dtype)
+    probabilities = softmax_or_zero(mask_scores(scores, attn_mask, causal), sinks).to(query.dtype)
     if dropout_seed is not None:
         probabilities = probabilities * dropout_multiplier(
             dropout_seed,

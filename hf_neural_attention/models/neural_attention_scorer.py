@@ -66,6 +66,8 @@ class Scorer(nn.Module):
         scale: float | None = None,
         *,
         backend: str | None = None,
+        sinks: torch.Tensor | None = None,
+        softcap: float | None = None,
         keys_projected: bool = False,
         queries_projected: bool = False,
         need_weights: bool = False,
@@ -90,6 +92,8 @@ class Scorer(nn.Module):
             scale,
             mode=self.mode,
             backend=backend,
+            sinks=sinks,
+            softcap=softcap,
             keys_projected=keys_projected,
             queries_projected=queries_projected,
             need_weights=need_weights,
@@ -141,7 +145,7 @@ class NeuralScorer(Scorer):
 
     There is no `1 / sqrt(head_dim)`. Parameters are named as in the authors' code, so `load_state_dict` takes the scorer of
     a model that was trained with it. `linear3.bias` is kept for that reason alone: it moves all scores of a row together,
-    which the softmax does not see, so it is frozen.
+    which the softmax does not see, so it is frozen. Only beside attention sinks it counts, which learn the same.
 
     Args:
         head_dim (`int`): Size of a query and a key.

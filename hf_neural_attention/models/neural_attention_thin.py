@@ -7,9 +7,9 @@ network itself is worth. It runs through PyTorch's `scaled_dot_product_attention
 """
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 
-from .neural_attention_masking import causal_pairs
+from .neural_attention_masking import causal_pairs, mask_scores
 from .neural_attention_reference import ScorerWeights, expand_heads, key_features, query_features
 
 
@@ -21,6 +21,7 @@ def thin_attention(
     *,
     attn_mask: torch.Tensor | None,
     is_causal: bool,
+    sinks: torch.Tensor | None = None,
     keys_projected: bool,
     queries_projected: bool,
 ) -> torch.Tensor:
@@ -38,6 +39,8 @@ def thin_attention(
     u = query_features(query.to(computed), weights, queries_projected)
     w = expand_heads(key_features(key.to(computed), weights, keys_projected), num_heads)
     value = expand_heads(value.to(computed), num_heads)
+    if sinks is not None:
+        return attend_with_sinks(u, w, value, sinks, attn_mask, is_causal).to(dtype)
     if attn_mask is None:
         output = scaled_dot_product_attention(u, w, value, is_causal=is_causal)
         return output.to(dtype)
@@ -54,3 +57,27 @@ def thin_attention(
     # lets queries with nothing to attend to see everything, and takes that out again: zeros, with zero gradients
     output = scaled_dot_product_attention(u, w, value, attn_mask=attn_mask)
     return output.masked_fill(empty, 0.0).to(dtype)
+
+
+def attend_with_sinks(
+    u: torch.Tensor,
+    w: torch.Tensor,
+    value: torch.Tensor,
+    sinks: torch.Tensor,
+    attn_mask: torch.Tensor | None,
+    is_causal: bool,
+) -> torch.Tensor:
+    """Attention with one more key per head, whose score is `sinks`, and whose value is zero.
+
+    One more number, which is 1 in every query and the sink in that key, makes the score a dot product like all others.
+    """
+    scale = u.shape[-1] ** -0.5
+    batch, _, num_queries, _ = u.shape
+    of_sinks = (sinks.to(u.dtype) / scale).view(1, -1, 1, 1).expand(batch, -1, 1, 1)
+    u = pad(u, (0, 1), value=1.0)
+    w = torch.cat((pad(w, (0, 1)), pad(of_sinks, (w.shape[-1], 0))), dim=2)
+    value = pad(value, (0, 0, 0, 1))
+    num_keys = w.shape[2] - 1
+    causal = causal_pairs(range(num_queries), num_keys, u.device) if is_causal else None
+    mask = mask_scores(u.new_zeros(1, 1, num_queries, num_keys), attn_mask, causal)
+    return scaled_dot_product_attention(u, w, value, attn_mask=pad(mask, (0, 1)), scale=scale)

@@ -5,13 +5,14 @@ Arithmetic is in float32 (float64 for float64 inputs); float32, bfloat16 and flo
 """
 
 import ctypes
+import math
 from typing import NamedTuple
 
 import torch
 
 from ..models.neural_attention_blockwise import without_autocast
 from ..models.neural_attention_masking import dropout_threshold
-from ..models.neural_attention_reference import ScorerWeights, first_layer_of_key, first_layer_of_query
+from ..models.neural_attention_reference import ScorerWeights, first_layer_of_key, first_layer_of_query, relative_sinks
 from .native_build import BuildError, load_library
 from .native_interface import (
     ELEMENT_TYPES,
@@ -24,11 +25,13 @@ from .native_interface import (
     describe_tensor,
     pack,
 )
-from .operators import Tensors, define_operators
+from .operators import Tensors, define_operators, gradient_of_sinks
 
 
 # Makes microseconds of work, since for less, waking a thread costs more than it gives
 PAIRS_PER_THREAD = 4096
+
+LOG2_E = math.log2(math.e)
 
 
 class NativeArguments(NamedTuple):
@@ -56,6 +59,8 @@ class NativeArguments(NamedTuple):
     dropout_p: float
     is_causal: bool
     residual_scale: float | None  # None: the scores are the network's alone
+    sinks: torch.Tensor | None  # [H], in the weights' dtype
+    softcap: float | None  # of the dot products in residual mode
 
     @property
     def is_empty(self) -> bool:
@@ -81,6 +86,7 @@ def describe_problem(arguments: NativeArguments) -> tuple[bytes, list[torch.Tens
     keys = key.shape[2]
     mask = None if arguments.attn_mask is None else arguments.attn_mask.expand(batch, heads, queries, keys)
     given = {name: getattr(arguments, name) for name in PARAMETERS}
+    given["sinks"] = arguments.sinks
     parameters = {name: tensor.contiguous() for name, tensor in given.items() if tensor is not None}
     problem = pack(
         Problem,
@@ -103,6 +109,7 @@ def describe_problem(arguments: NativeArguments) -> tuple[bytes, list[torch.Tens
         has_dropout=arguments.dropout_seed is not None,
         seed=0 if arguments.dropout_seed is None else int(arguments.dropout_seed),
         residual_scale=arguments.residual_scale or 0.0,
+        softcap=arguments.softcap or 0.0,
         query=describe_tensor(query),
         key=describe_tensor(key),
         value=describe_tensor(value),
@@ -167,6 +174,10 @@ def run_backward(
     )
     library.backward(problem, result)
     del keep
+    if arguments.sinks is not None:
+        pivot, inverse = softmax.unbind(-1)
+        weight = torch.exp2(arguments.sinks[:, None] * LOG2_E - pivot + inverse.log2())
+        gradients["sinks"].copy_(gradient_of_sinks(weight, grad_output, output))
     if of_pairs is not None:
         gradients["attn_mask"].copy_(of_pairs.sum_to_size(gradients["attn_mask"].shape))
 
@@ -193,6 +204,8 @@ def native_attention(
     dropout_seed: torch.Tensor | None = None,
     is_causal: bool = False,
     residual_scale: float | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
     keys_projected: bool = False,
     queries_projected: bool = False,
 ) -> torch.Tensor:
@@ -230,6 +243,8 @@ def native_attention(
             dropout_p=dropout_p,
             is_causal=is_causal,
             residual_scale=residual_scale,
+            sinks=relative_sinks(sinks, weights),
+            softcap=softcap,
         )
         output, _ = native_forward(*arguments)
     return output

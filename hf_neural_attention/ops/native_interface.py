@@ -39,8 +39,9 @@ class Problem(ctypes.Structure):
         *((name, Int) for name in ("weight_sets", "queries_projected", "keys_projected", "is_causal")),
         *((name, Int) for name in ("residual", "num_threads", "drop_below", "has_dropout", "seed")),
         ("residual_scale", ctypes.c_double),
+        ("softcap", ctypes.c_double),
         *((name, Tensor) for name in (*TOKENS, "mask")),
-        *((name, Pointer) for name in PARAMETERS),
+        *((name, Pointer) for name in (*PARAMETERS, "sinks")),
     ]
 
 

@@ -23,6 +23,17 @@ class Operators(NamedTuple):
     backward: Any
 
 
+def gradient_of_sinks(weight: torch.Tensor, grad_output: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+    """Gradient `[H]` of the logits of keys without value: that of a softmax, whose product with the value is zero.
+
+    Args:
+        weight: their share of each row, `[B, H, Tq]`.
+        grad_output, output: `[B, H, Tq, Dv]`.
+    """
+    along = (grad_output.to(weight.dtype) * output.to(weight.dtype)).sum(-1)
+    return -(weight * along).sum((0, 2))
+
+
 def schema_of(parameters: dict[str, Any], returns: Any) -> str:
     """As `torch.library` infers it from a function with these parameters, annotated so."""
 

@@ -16,8 +16,8 @@ import torch
 
 from ..models.neural_attention_blockwise import without_autocast
 from ..models.neural_attention_masking import dropout_threshold
-from ..models.neural_attention_reference import ScorerWeights, expand_heads, key_features, query_features
-from .operators import Tensors, define_operators
+from ..models.neural_attention_reference import ScorerWeights, expand_heads, key_features, query_features, relative_sinks
+from .operators import Tensors, define_operators, gradient_of_sinks
 from .triton_blocks import Blocks, choose_blocks, kernel_constants, uses_cores
 
 
@@ -99,6 +99,8 @@ class TritonArguments(NamedTuple):
     dropout_seed: torch.Tensor | None  # [1], int64
     dropout_p: float
     is_causal: bool
+    sinks: torch.Tensor | None  # [H], float32
+    softcap: float | None  # of the dot products
 
 
 class Problem:
@@ -139,10 +141,12 @@ class Problem:
             "threshold": dropout_threshold(arguments.dropout_p),
             "T_q": self.queries,
             "T_k": self.keys,
+            "softcap": arguments.softcap or 0.0,
         }
         self.flags = {
             "PER_HEAD": weight2.shape[0] > 1,
             "IS_CAUSAL": arguments.is_causal,
+            "SOFTCAP": arguments.softcap is not None,
             "MASK": {None: 0, "bool": 1, "float": 2}[kind],
             "WIDEN": value.dtype == torch.bfloat16 and value.device.type != "cuda",
         }
@@ -180,7 +184,8 @@ def run_forward(arguments: TritonArguments, output: torch.Tensor, statistics: to
 
     blocks = problem.blocks("forward")
     num_programs = problem.batch * problem.heads * -(-problem.queries // blocks.queries)
-    problem.launch("forward", neural_attention_fwd_kernel, blocks, num_programs, p_o=output, p_stats=statistics)
+    outputs = {"p_o": output, "p_stats": statistics}
+    problem.launch("forward", neural_attention_fwd_kernel, blocks, num_programs, p_sinks=arguments.sinks, **outputs)
 
 
 def allocate_gradient(name: str, tensor: torch.Tensor) -> torch.Tensor:
@@ -243,6 +248,10 @@ def run_backward(
     torch.mul(weight3.mT, open_hidden1, out=gradients["weight2"])
     torch.mul(weight3.squeeze(-2), opened, out=gradients["bias2"])
     gradients["weight3"].copy_(((weight2 * open_hidden1).sum(dim=-1) + bias2 * opened).unsqueeze(-2))
+    if arguments.sinks is not None:
+        largest, total_weight = statistics
+        weight = torch.exp(arguments.sinks[:, None] - largest - total_weight.log())
+        gradients["sinks"].copy_(gradient_of_sinks(weight, grad_output, output))
     if full_mask is not None:
         gradients["attn_mask"].copy_(full_mask.sum_to_size(gradients["attn_mask"].shape))
 
@@ -268,6 +277,8 @@ def triton_attention(
     dropout_seed: torch.Tensor | None = None,
     is_causal: bool = False,
     residual_scale: float | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
     keys_projected: bool = False,
     queries_projected: bool = False,
 ) -> torch.Tensor:
@@ -309,6 +320,8 @@ def triton_attention(
             dropout_seed=dropout_seed,
             dropout_p=dropout_p,
             is_causal=is_causal,
+            sinks=relative_sinks(sinks, weights),
+            softcap=softcap,
         )
         output, _ = triton_forward(*arguments)
     return output

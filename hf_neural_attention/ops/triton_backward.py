@@ -9,6 +9,7 @@ import triton.language as tl
 from .triton_cores import add_gradients_cores, backward_weights, load_layers, load_units, score_tile_cores
 from .triton_gradients import add_gradients_looped, add_gradients_unrolled, store_sums, zero_sums
 from .triton_kernels import (
+    add_products,
     any_pair,
     dropout_scale,
     existing_pairs,
@@ -57,6 +58,7 @@ def neural_attention_bwd_query_kernel(
     threshold,
     T_q,
     T_k,
+    softcap,
     D: tl.constexpr,
     D_PADDED: tl.constexpr,
     DV: tl.constexpr,
@@ -72,6 +74,7 @@ def neural_attention_bwd_query_kernel(
     PARTS: tl.constexpr,
     PER_HEAD: tl.constexpr,
     IS_CAUSAL: tl.constexpr,
+    SOFTCAP: tl.constexpr,
     MASK: tl.constexpr,
     WIDEN: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -144,7 +147,7 @@ def neural_attention_bwd_query_kernel(
                 b_scores, tiles = score_tile(b_zero, rows, columns, layers, H1, H2, UNITS, UNROLL)
             if p_q is not None:
                 b_k = load_tile(p_k, o_n, m_n, s_k, D, D_PADDED)
-                b_scores = matmul(b_q, tl.trans(b_k), b_scores, WIDEN)
+                b_scores, b_slope = add_products(b_q, b_k, b_scores, softcap, SOFTCAP, WIDEN)
             b_scores = tl.where(m_pairs, b_scores + b_added, float("-inf"))
             b_p = exp(b_scores - b_pivot[:, None]) * b_share[:, None]
             b_v = load_tile(p_v, o_n, m_n, s_v, DV, DV_PADDED)
@@ -158,7 +161,7 @@ def neural_attention_bwd_query_kernel(
                 o_pairs = (o_m - first_query)[:, None] * T_k + (o_n - first_key)[None, :]
                 tl.store(p_tile + o_pairs, b_ds, mask=m_m[:, None] & m_n[None, :])
             if p_q is not None:
-                b_dq = matmul(b_ds.to(b_k.dtype), b_k, b_dq, WIDEN)
+                b_dq = matmul((b_ds * b_slope).to(b_k.dtype), b_k, b_dq, WIDEN)
             if CORES1:
                 sums, weight_sums, b_opened_sums = add_gradients_cores(
                     sums, weight_sums, b_opened_sums, b_hidden1, b_hidden2, b_ds, b_weights, True, WIDEN
@@ -225,6 +228,7 @@ def neural_attention_bwd_key_kernel(
     threshold,
     T_q,
     T_k,
+    softcap,
     D: tl.constexpr,
     D_PADDED: tl.constexpr,
     DV: tl.constexpr,
@@ -239,6 +243,7 @@ def neural_attention_bwd_key_kernel(
     CORES2: tl.constexpr,
     PER_HEAD: tl.constexpr,
     IS_CAUSAL: tl.constexpr,
+    SOFTCAP: tl.constexpr,
     MASK: tl.constexpr,
     WIDEN: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -298,7 +303,7 @@ def neural_attention_bwd_key_kernel(
                     b_scores, tiles = score_tile(b_zero, rows, columns, layers, H1, H2, UNITS, UNROLL)
                 if p_q is not None:
                     b_q = load_tile(p_q + batch * s_q[0] + head * s_q[1], o_m, m_m, s_q, D, D_PADDED)
-                    b_scores = matmul(b_k, tl.trans(b_q), b_scores, WIDEN)
+                    b_scores, b_slope = add_products(b_k, b_q, b_scores, softcap, SOFTCAP, WIDEN)
                 b_scores = tl.where(m_pairs, b_scores + b_added, float("-inf"))
                 o_rows = b_h * T_q + o_m
                 b_pivot = tl.load(p_stats + o_rows, mask=m_m, other=0.0)
@@ -315,7 +320,7 @@ def neural_attention_bwd_key_kernel(
                 b_dv = matmul(b_dropped.to(b_do.dtype), b_do, b_dv, WIDEN)
                 b_ds = b_p * (b_dp - tl.load(p_delta + o_rows, mask=m_m, other=0.0)[None, :])
                 if p_q is not None:
-                    b_dk = matmul(b_ds.to(b_q.dtype), b_q, b_dk, WIDEN)
+                    b_dk = matmul((b_ds * b_slope).to(b_q.dtype), b_q, b_dk, WIDEN)
                 if CORES1:
                     sums, _, _ = add_gradients_cores(sums, b_zero, b_zero, b_hidden1, b_hidden2, b_ds, b_weights, False, WIDEN)
                 elif UNROLL:

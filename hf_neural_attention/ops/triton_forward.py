@@ -5,6 +5,7 @@ import triton.language as tl
 
 from .triton_cores import load_layers, load_units, score_tile_cores
 from .triton_kernels import (
+    add_products,
     any_pair,
     dropout_scale,
     existing_pairs,
@@ -33,6 +34,7 @@ def neural_attention_fwd_kernel(
     p_k,  # [B, Hkv, Tk, D] or None
     p_mask,  # broadcast to [B, H, Tq, Tk] by strides of zero, or None
     p_seed,  # [1] or None
+    p_sinks,  # [H] or None
     p_o,  # [B, H, Tq, DV]
     p_stats,  # [2, B, H, Tq]
     s_u,
@@ -47,6 +49,7 @@ def neural_attention_fwd_kernel(
     threshold,
     T_q,
     T_k,
+    softcap,
     D: tl.constexpr,
     D_PADDED: tl.constexpr,
     DV: tl.constexpr,
@@ -59,6 +62,7 @@ def neural_attention_fwd_kernel(
     CORES2: tl.constexpr,
     PER_HEAD: tl.constexpr,
     IS_CAUSAL: tl.constexpr,
+    SOFTCAP: tl.constexpr,
     MASK: tl.constexpr,
     WIDEN: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -110,7 +114,7 @@ def neural_attention_fwd_kernel(
                 b_scores, _ = score_tile(b_zero, rows, columns, layers, H1, H2, UNITS, UNROLL)
             if p_q is not None:
                 b_k = load_tile(p_k, o_n, m_n, s_k, D, D_PADDED)
-                b_scores = matmul(b_q, tl.trans(b_k), b_scores, WIDEN)
+                b_scores, _ = add_products(b_q, b_k, b_scores, softcap, SOFTCAP, WIDEN)
             b_scores = tl.where(m_pairs, b_scores + b_added, float("-inf"))
             b_new_max = tl.maximum(b_max, tl.max(b_scores, 1))
             # stays finite also for rows that have nothing to attend to yet
@@ -124,6 +128,8 @@ def neural_attention_fwd_kernel(
             b_o = matmul(b_p.to(b_v.dtype), b_v, b_o * b_shrink[:, None], WIDEN)
             b_max = b_new_max
 
+    if p_sinks is not None:  # makes the sum infinite, and so the output zero, where it is far above all scores
+        b_sum += exp(tl.load(p_sinks + head) - tl.where(b_max == float("-inf"), 0.0, b_max))
     b_o = b_o / tl.where(b_sum == 0.0, 1.0, b_sum)[:, None]
     if p_seed is not None:
         b_o *= dropout_scale(threshold, DTYPE)

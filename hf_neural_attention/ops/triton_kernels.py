@@ -42,6 +42,32 @@ def matmul(b_left, b_right, b_sum, WIDEN: tl.constexpr):
 
 
 @triton.jit
+def tanh(x):
+    """In float32 by its series near zero, where the quotient of exponentials would lose the small number."""
+    b_exp = exp(-2.0 * tl.abs(x))
+    b_far = (1.0 - b_exp) / (1.0 + b_exp)
+    b_far = tl.where(x < 0.0, -b_far, b_far)
+    if x.dtype.primitive_bitwidth == 64:
+        return b_far
+    else:
+        # up to x^11 (Abramowitz and Stegun, 4.5.64): relative error below 1e-7 up to 0.4
+        b_square = x * x
+        b_series = 62.0 / 2835 + b_square * (-1382.0 / 155925)
+        b_near = x + x * b_square * (-1.0 / 3 + b_square * (2.0 / 15 + b_square * (-17.0 / 315 + b_square * b_series)))
+        return tl.where(tl.abs(x) < 0.4, b_near, b_far)
+
+
+@triton.jit
+def add_products(b_left, b_right, b_scores, softcap, SOFTCAP: tl.constexpr, WIDEN: tl.constexpr):
+    """Scores and the products of queries and keys `b_left @ b_right^T`, soft-capped or not; and the slope of the cap there."""
+    if SOFTCAP:
+        b_tanh = tanh(matmul(b_left, tl.trans(b_right), tl.zeros_like(b_scores), WIDEN) / softcap)
+        return b_scores + softcap * b_tanh, (1.0 - b_tanh) * (1.0 + b_tanh)
+    else:
+        return matmul(b_left, tl.trans(b_right), b_scores, WIDEN), 1.0
+
+
+@triton.jit
 def zero_tile(ROWS: tl.constexpr, COLUMNS: tl.constexpr, DTYPE: tl.constexpr, HAS_DOT: tl.constexpr):
     """Zeros that the scores start from. `HAS_DOT`: a matrix product is added to them.
 

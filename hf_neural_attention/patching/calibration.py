@@ -147,7 +147,8 @@ def calibrate_layer(name: str, module: Any, calls: list[Call], steps: int, learn
     # fits in float32 whatever the model's dtype is, since steps this small would be lost in bfloat16
     scorer = copy.deepcopy(module.scorer).float().requires_grad_()
     if scorer.linear3 is not None:
-        scorer.linear3.bias.requires_grad_(False)
+        # fits it only where it counts, beside sinks
+        scorer.linear3.bias.requires_grad_(any(call.sinks is not None for call in calls))
     before = mean_divergence(scorer, held_out)
     fit(scorer, fitted, steps, learning_rate, bar)
     after = mean_divergence(scorer, held_out)
@@ -197,16 +198,19 @@ def divergence(scorer: Any, call: Call, rows: torch.Tensor) -> torch.Tensor:
         scorer: a `NeuralScorer`, or None for attention that is the same for all keys.
         rows: `[rows]`, indices of queries.
     """
-    query = call.query[:, :, rows]
-    target = call.masked_rows(query @ call.key.transpose(-1, -2) * call.scaling, rows)
+    target = call.masked_rows(call.dot_products(rows), rows)
     if scorer is None:
         # keeps what the mask adds, biases of positions included, since it is no part of the scores
         scores = call.masked_rows(torch.zeros_like(target), rows)
     else:
         weights = scorer.weights()
         keys = key_features(call.key, weights)  # projects once per key, not once per pair
+        query = call.query[:, :, rows]
         scores = call.masked_rows(reference_scores(query, keys, weights, keys_projected=True), rows)
     seen = (target > float("-inf")).any(-1)
+    if call.sinks is not None:
+        column = call.sinks.view(1, -1, 1, 1).expand(*target.shape[:-1], 1)
+        target, scores = torch.cat((target, column), dim=-1), torch.cat((scores, column), dim=-1)
     # clamps to a finite number, since 0 * -inf is NaN; it is low enough to be zero after the softmax
     lowest = torch.finfo(target.dtype).min / 2
     target, scores = (log_softmax(each.clamp_min(lowest), dim=-1)[seen].clamp_min(-1e4) for each in (target, scores))

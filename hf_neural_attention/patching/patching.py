@@ -49,6 +49,9 @@ KNOWN_ARGUMENTS = {
     "output_hidden_states",
     "output_router_logits",
     "position_bias",
+    "s_aux",
+    "sinks",
+    "softcap",
     "position_ids",
     "return_dict",
     "scaling",
@@ -109,7 +112,7 @@ def patch(
     Raises:
         TypeError: if `model` is no module.
         PatchError: (a ValueError) if the model cannot be patched, in one of these kinds: NoPatchableLayerError,
-            UnsupportedLayerError (soft-capping, attention sinks, flash attention ...), AlreadyPatchedError, or ProbeError if
+            UnsupportedLayerError (keys that an indexer selects, flash attention ...), AlreadyPatchedError, or ProbeError if
             `example_inputs` are needed.
         ValueError: if a setting is not what it may be.
     """

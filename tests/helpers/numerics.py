@@ -47,12 +47,15 @@ def literal_attention(
     is_causal: bool = False,
     scale: float | None = None,
     multiplier: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
+    softcap: float | None = None,
 ) -> torch.Tensor:
     """The oracle: Neural Attention in whatever dtype it is given. `multiplier` is what dropout does to the weights."""
     key, value = (tensor.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for tensor in (key, value))
     scores = literal_scores(query, key, scorer)
     if scorer.mode == "residual":
-        scores = scores + query @ key.mT * (1 / math.sqrt(query.shape[-1]) if scale is None else scale)
+        products = query @ key.mT * (1 / math.sqrt(query.shape[-1]) if scale is None else scale)
+        scores = scores + (products if softcap is None else softcap * torch.tanh(products / softcap))
     attends = torch.ones(scores.shape, dtype=torch.bool)
     if is_causal:
         attends = attends.tril()
@@ -63,7 +66,12 @@ def literal_attention(
         scores = scores + attn_mask.masked_fill(attn_mask == float("-inf"), 0)
     empty = ~attends.any(dim=-1, keepdim=True)
     scores = scores.masked_fill(~attends & ~empty, float("-inf"))
-    weights = scores.softmax(dim=-1).to(scores.dtype).masked_fill(empty, 0)
+    if sinks is None:
+        weights = scores.softmax(dim=-1).to(scores.dtype)
+    else:  # divides by one exponential more
+        total = torch.logaddexp(scores.logsumexp(-1, keepdim=True), sinks.view(1, -1, 1, 1).to(scores.dtype))
+        weights = torch.exp(scores - total)
+    weights = weights.masked_fill(empty, 0)
     if multiplier is not None:
         weights = weights * multiplier
     return weights @ value

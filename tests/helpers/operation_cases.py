@@ -32,6 +32,8 @@ class Case:
     is_causal: bool = False
     mask: str | None = None  # "bool" or "float"
     mask_shape: tuple[int, ...] | None = None  # default: the full one
+    sinks: bool = False
+    softcap: float | None = None
 
     def draw(self) -> tuple[dict[str, torch.Tensor], NeuralScorer]:
         keys = self.queries if self.keys is None else self.keys
@@ -46,6 +48,8 @@ class Case:
             attends = torch.rand(shape) < 0.7
             added = torch.randn(shape, dtype=torch.float64).masked_fill(~attends, float("-inf"))
             tensors["attn_mask"] = attends if self.mask == "bool" else added
+        if self.sinks:
+            tensors["sinks"] = torch.randn(self.heads, dtype=torch.float64)
         scorer = NeuralScorer(
             self.head_dim, self.proj_dim, self.hidden_dims, self.mode, num_heads=self.heads if self.per_head else None
         ).double()
@@ -54,7 +58,8 @@ class Case:
 
     @property
     def options(self) -> dict:
-        return {"is_causal": self.is_causal, "scale": self.scale}
+        options = {"is_causal": self.is_causal, "scale": self.scale}
+        return options if self.softcap is None else options | {"softcap": self.softcap}
 
 
 CASES = {
@@ -91,4 +96,10 @@ CASES = {
     "float [B, 1, 1, Tk]": Case(mask="float", mask_shape=(2, 1, 1, 7), queries=3, keys=7),
     "float [B, H, Tq, 1]": Case(mask="float", mask_shape=(2, 2, 7, 1)),
     "float [1, 1, 1, 1]": Case(mask="float", mask_shape=(1, 1, 1, 1)),
+    "sinks": Case(queries=40, sinks=True, is_causal=True),
+    "sinks, bool": Case(heads=4, kv_heads=2, sinks=True, mask="bool"),
+    "sinks, per head, residual": Case(per_head=True, mode="residual", sinks=True, mask="float"),
+    "soft cap": Case(queries=20, head_dim=64, mode="residual", softcap=0.8, is_causal=True),
+    "soft cap, scale": Case(mode="residual", scale=2.5, softcap=5.0, heads=4, kv_heads=2, mask="bool"),
+    "soft cap, per head, sinks": Case(per_head=True, mode="residual", softcap=3.0, sinks=True, mask="float"),
 }  # fmt: skip

@@ -270,6 +270,11 @@ def test_gradcheck(backend: str):
             {"keys_projected": True, "scorer": NeuralScorer(8, mode="residual")},
             '`keys_projected` does not go with `mode="residual"`',
         ),
+        (
+            {"sinks": torch.ones(3)},
+            r"`sinks` has shape \(3,\) and dtype torch.float32; expected a logit per query head, \[2\]",
+        ),
+        ({"softcap": 0.0}, "`softcap` is 0.0; expected a number above 0"),
         ({"backend": "fast"}, "`backend` is 'fast'; it must be one of 'auto', 'native', 'triton'"),
     ),
     ids=lambda value: value if isinstance(value, str) else "",

@@ -78,6 +78,19 @@ def test_thin_is_the_plain_formula_on_all_paths(mask: str, is_causal: bool, per_
     assert not list(compact.parameters())
 
 
+@pytest.mark.parametrize(("mask", "is_causal"), list(product(("none", "bool", "float"), (False, True))))
+def test_sinks(mask: str, is_causal: bool):
+    scorer, inputs = make_scorer(), [tensor.requires_grad_() for tensor in tensors()]
+    sinks = torch.linspace(-1.0, 2.0, HEADS, dtype=inputs[0].dtype).requires_grad_()
+    arguments: dict[str, Any] = {"attn_mask": masks(mask), "is_causal": is_causal}
+    results = []
+    for backend in (None, "reference"):
+        output = neural_attention(*inputs, scorer, sinks=sinks, backend=backend, **arguments)
+        results.append((output, *torch.autograd.grad(output.square().sum(), [*inputs, sinks])))
+    assert all(torch.allclose(*pair) for pair in zip(*results, strict=True))
+    assert not torch.allclose(results[0][0], neural_attention(*inputs, scorer, **arguments))
+
+
 @pytest.mark.parametrize("backend", (None, "reference"))
 @pytest.mark.parametrize("mask", ("none", "bool", "float"))
 def test_gradients(mask: str, backend: str | None):

@@ -102,21 +102,26 @@ def test_kernels_compile_ahead_of_time_for_all(tmp_path: Path):
     assert len(results) == 3 * 3 * 3 * 2
     results = compile_ahead_of_time(tmp_path, *targets, "--dtypes", "bf16", "--modes", "masked", "--sizes", "0")
     assert len(results) == 3 * 3
+    results = compile_ahead_of_time(tmp_path, *targets, "--dtypes", "bf16", "--modes", "capped", "--sizes", "0")
+    assert len(results) == 3 * 3
 
 
-def on_gpu(query, key, value, scorer, attn_mask=None, dropout_seed=None, **options):
+def on_gpu(query, key, value, scorer, attn_mask=None, dropout_seed=None, sinks=None, **options):
     """The Triton backend on the GPU for inputs, weights and gradients on the CPU."""
     options.pop("scale", None)
     weights = type(scorer.weights())(*(weight.cuda() for weight in scorer.weights()))
     if attn_mask is not None:
         attn_mask = attn_mask.view((1,) * (4 - attn_mask.dim()) + attn_mask.shape).cuda()
     inputs = (tensor.cuda() for tensor in (query, key, value))
+    if sinks is not None:
+        options["sinks"] = sinks.cuda()
     return backend.triton_attention(*inputs, weights, attn_mask=attn_mask, dropout_seed=dropout_seed, **options).cpu()
 
 
 def gpu_options(case: Case, scorer: NeuralScorer) -> dict:
     scale = scorer.head_dim**-0.5 if case.scale is None else case.scale
-    return {"is_causal": case.is_causal, "residual_scale": scale if case.mode == "residual" else None}
+    options = {"is_causal": case.is_causal, "residual_scale": scale if case.mode == "residual" else None}
+    return options if case.softcap is None else options | {"softcap": case.softcap}
 
 
 def compare_on_gpu(case: Case, dtype: torch.dtype) -> None:

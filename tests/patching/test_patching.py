@@ -174,8 +174,6 @@ def test_models_without_the_interface():
 
 
 UNSUPPORTED = {
-    "gemma2": ({"head_dim": 8, "num_key_value_heads": 2}, "soft-capping of attention scores (`softcap`)"),
-    "gpt_oss": ({"head_dim": 8, "num_key_value_heads": 2, "num_local_experts": 4}, "attention sinks (`s_aux`)"),
     "deepseek_v32": (
         {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8, "n_group": 1}
         | {"topk_group": 1, "n_routed_experts": 4, "num_experts_per_tok": 2, "first_k_dense_replace": 1},

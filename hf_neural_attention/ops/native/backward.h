@@ -75,7 +75,7 @@ class Backward {
   struct Memory {
     Scratch scratch;
     Real *row, *columns, *net, *back_weights, *w, *grad_w, *values, *grad_values, *weights, *grad_scores, *mask, *sums, *sum_u;
-    Real *grad_outputs, *queries, *keys, *key_columns, *grad_keys, *dot_keys;
+    Real *grad_outputs, *queries, *keys, *key_columns, *grad_keys, *dot_keys, *slopes;
     FirstLayer layer;
     Tail tail;
     explicit Memory(const Backward& f)
@@ -100,13 +100,14 @@ class Backward {
       queries = scratch.take(f.problem.residual ? f.width * BACKWARD_QUERIES : 0);
       key_columns = scratch.take(f.problem.residual ? f.width * BACKWARD_KEYS : 0);
       dot_keys = scratch.take(f.problem.residual ? f.width * BACKWARD_KEYS : 0);
+      slopes = scratch.take(f.problem.softcap > 0 ? BACKWARD_QUERIES * BACKWARD_KEYS : 0);
     }
   };
   int64_t widest() const { return std::max({width, value_width, round_up(problem.hidden1, LANES)}); }
   int64_t scratch_size() const {
     const int64_t h1 = problem.hidden1;
     return LANES * widest() + PairNetwork::size(h1, hidden2) + h1 * (hidden2 + width + LANES) + (h1 + 2) * hidden2 * LANES +
-           BACKWARD_QUERIES * (width + value_width) + BACKWARD_KEYS * (h1 + 2 * value_width + 3 * width + 2 + 2 * BACKWARD_QUERIES) +
+           BACKWARD_QUERIES * (width + value_width) + BACKWARD_KEYS * (h1 + 2 * value_width + 3 * width + 2 + 3 * BACKWARD_QUERIES) +
            std::max(BACKWARD_KEYS, TOKENS_AT_ONCE) * (h1 + 2 * width) + 32 * LANES;
   }
 
@@ -203,12 +204,8 @@ class Backward {
     if (problem.residual) {
       queries = read_rows(problem.query, problem.query.at(b, head, first), count, problem.head_dim, memory.queries);
       multiply<REPLACE>(queries.data, queries.stride, 1, count, problem.head_dim, memory.key_columns, BACKWARD_KEYS, memory.weights, BACKWARD_KEYS, columns);
-      const Real scale = Real(problem.residual_scale * LOG2_E);
-      for (int64_t i = 0; i < count; i++)
-        for (int64_t j = 0; j < columns; j += LANES) {
-          Real* p = memory.weights + i * BACKWARD_KEYS + j;
-          store(p, load(p) * scale);
-        }
+      for (int64_t i = 0; i < count; i++) scale_products(problem, memory.weights + i * BACKWARD_KEYS, columns);
+      if (problem.softcap > 0) note_slopes(memory, count, columns);
     }
     Real* const grad_u = u_of(b, head, part);
     const DropoutColumns dropout(problem, b, head, key);
@@ -233,9 +230,23 @@ class Backward {
     }
     multiply<ADD>(memory.weights, 1, BACKWARD_KEYS, seen, count, grad_output.data, grad_output.stride, memory.grad_values, value_width, value_width);
     if (problem.residual) {
+      if (problem.softcap > 0)
+        for (int64_t i = 0; i < count; i++)
+          for (int64_t j = i * BACKWARD_KEYS; j < i * BACKWARD_KEYS + columns; j += LANES)
+            store(memory.grad_scores + j, load(memory.grad_scores + j) * load(memory.slopes + j));
       multiply<ADD>(memory.grad_scores, 1, BACKWARD_KEYS, seen, count, queries.data, queries.stride, memory.dot_keys, width, width);
       multiply<ADD>(memory.grad_scores, BACKWARD_KEYS, 1, count, seen, keys.data, keys.stride, query_of(b, head, part) + first * width, width, width);
     }
+  }
+
+  // Of the cap on dot products: 1 - tanh^2, of the products as they come out of it
+  void note_slopes(Memory& memory, int64_t count, int64_t columns) const {
+    const Real inverse = Real(1 / (problem.softcap * LOG2_E));
+    for (int64_t i = 0; i < count; i++)
+      for (int64_t j = i * BACKWARD_KEYS; j < i * BACKWARD_KEYS + columns; j += LANES) {
+        const Vec t = load(memory.weights + j) * inverse;
+        store(memory.slopes + j, (Real(1) - t) * (Real(1) + t));
+      }
   }
 
   // Weights p and gradients of the scores ds (in: of the weights) of one query, and what they give to w, u and the network

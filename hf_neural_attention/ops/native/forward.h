@@ -147,6 +147,16 @@ static Real exp_scores_exactly(const PairNetwork& net, const QueryRow& row, cons
   return sum_lanes(total);
 }
 
+// Residual mode: q.k of a row, as the scores have it, in units of log2(e)
+static void scale_products(const Problem& problem, Real* row, int64_t columns) {
+  const Real scale = Real(problem.softcap > 0 ? problem.residual_scale / problem.softcap : problem.residual_scale * LOG2_E);
+  const Real cap = Real(problem.softcap * LOG2_E);
+  for (int64_t j = 0; j < columns; j += LANES) {
+    const Vec x = load(row + j) * scale;
+    store(row + j, cap > 0 ? tanh(x) * cap : x);
+  }
+}
+
 template <int R2>
 class Forward {
  public:
@@ -280,15 +290,14 @@ class Forward {
     out = out ? out : memory.weights;
     const int64_t columns = round_up(n, LANES);
     multiply<REPLACE>(memory.query + i, 1, QUERY_BLOCK, rows, problem.head_dim, memory.keys, KEY_TILE, out, KEY_TILE, columns);
-    const Real scale = Real(problem.residual_scale * LOG2_E);
-    for (int64_t r = 0; r < rows; r++)
-      for (int64_t j = 0; j < columns; j += LANES) store(out + r * KEY_TILE + j, load(out + r * KEY_TILE + j) * scale);
+    for (int64_t r = 0; r < rows; r++) scale_products(problem, out + r * KEY_TILE, columns);
   }
 
   void finish(Memory& memory, int64_t b, int64_t head, int64_t first, int64_t count) const {
     const Real kept = problem.drop_below < 65536 ? Real(65536.0 / (65536 - problem.drop_below)) : 0;
     for (int64_t i = 0; i < count; i++) {
-      const Real sum = memory.sum[i];
+      // a sink far above the scores makes the sum infinite, and all weights zero
+      const Real sum = memory.sum[i] + (problem.sinks ? std::exp2(problem.sinks[head] * Real(LOG2_E) - memory.pivot[i]) : 0);
       const Real inverse = sum == 0 ? 0 : 1 / sum, factor = problem.has_dropout ? inverse * kept : inverse;
       Real* const out = memory.output + i * value_width;
       for (int64_t d = 0; d < value_width; d++) out[d] *= factor;

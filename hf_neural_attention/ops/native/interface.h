@@ -38,6 +38,7 @@ struct Problem {
   int64_t has_dropout;
   int64_t seed;
   double residual_scale;
+  double softcap;           // of the dot products in residual mode: softcap * tanh(scale * q.k / softcap); 0: none
   Tensor query, key, value, mask;
   // The first layer of the scorer by itself, u = A q + a and w = C k + c, and the layers that act on pairs. Contiguous.
   const Real* query_weight;  // A [weight_sets, h1, D]; null where queries come projected
@@ -47,6 +48,7 @@ struct Problem {
   const Real* weight2;       // [weight_sets, h2, h1]
   const Real* bias2;         // [weight_sets, h2]
   const Real* weight3;       // [weight_sets, h2]
+  const Real* sinks;         // [heads]: logits of a key without value; null: none
 
   INLINE int64_t key_width() const { return keys_projected ? hidden1 : head_dim; }
   // The heads that w has: every query head its own where the weights are per head
@@ -104,9 +106,9 @@ constexpr Field FIELDS[] = {
     FIELD(Problem, head_dim), FIELD(Problem, value_dim), FIELD(Problem, hidden1), FIELD(Problem, hidden2),
     FIELD(Problem, weight_sets), FIELD(Problem, queries_projected), FIELD(Problem, keys_projected), FIELD(Problem, is_causal),
     FIELD(Problem, residual), FIELD(Problem, num_threads), FIELD(Problem, drop_below), FIELD(Problem, has_dropout), FIELD(Problem, seed),
-    FIELD(Problem, residual_scale), FIELD(Problem, query), FIELD(Problem, key), FIELD(Problem, value), FIELD(Problem, mask),
+    FIELD(Problem, residual_scale), FIELD(Problem, softcap), FIELD(Problem, query), FIELD(Problem, key), FIELD(Problem, value), FIELD(Problem, mask),
     FIELD(Problem, query_weight), FIELD(Problem, query_bias), FIELD(Problem, key_weight), FIELD(Problem, key_bias),
-    FIELD(Problem, weight2), FIELD(Problem, bias2), FIELD(Problem, weight3),
+    FIELD(Problem, weight2), FIELD(Problem, bias2), FIELD(Problem, weight3), FIELD(Problem, sinks),
 
     FIELD(ForwardResult, output), FIELD(ForwardResult, softmax),
 

@@ -167,6 +167,19 @@ INLINE Vec exp2(Vec x) {
 #endif
 }
 
+// Hyperbolic tangent; in float32 by its series near zero, where the quotient of exponentials would lose the small number
+INLINE Vec tanh(Vec x) {
+  const Vec size = larger(x, -x), e = exp2(size * Real(-2 * LOG2_E));
+  const Vec positive = (Real(1) - e) / (Real(1) + e), far = x < Vec{} ? -positive : positive;
+  if constexpr (sizeof(Real) == 8) return far;
+  // of x^3, x^5 ... x^11 (Abramowitz and Stegun, 4.5.64): relative error below 1e-7 up to 0.4
+  constexpr double series[] = {-1.0 / 3, 2.0 / 15, -17.0 / 315, 62.0 / 2835, -1382.0 / 155925};
+  const Vec square = x * x;
+  Vec p = splat(Real(series[4]));
+  unroll<4>([&](auto k) INLINE_LAMBDA { p = p * square + Real(series[3 - k]); });
+  return size < splat(Real(0.4)) ? x + x * square * p : far;
+}
+
 // rows[r][l] <-> rows[l][r], by log2(LANES) rounds of exchanging blocks
 template <int STEP, int SIDE, int... I>
 INLINE Vec exchange(Vec a, Vec b, std::integer_sequence<int, I...>) {
