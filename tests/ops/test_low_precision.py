@@ -14,6 +14,7 @@ from tests.helpers.operation_cases import MARKS, Case, every_backend
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 LOW_PRECISION = {
+    "sinks, soft cap": Case(heads=1, queries=21, head_dim=16, mode="residual", sinks=True, softcap=2.0, is_causal=True),
     "replace": Case(queries=63, head_dim=64, proj_dim=2, is_causal=True),
     "wide": Case(heads=1, queries=31, head_dim=32, proj_dim=16, mask="bool", mask_shape=(2, 1, 1, 31)),
     # whose network Triton multiplies by tensor cores, as it does that of "wide"
