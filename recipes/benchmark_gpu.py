@@ -10,6 +10,7 @@ at the end, and the others run all the same. Cards go to `model_cards/benchmarks
 """
 
 import argparse
+import functools
 import os
 import shlex
 import shutil
@@ -99,7 +100,9 @@ def run_step(python: Path, step: Step, seconds: float) -> str | None:
     """Runs a step for so long at most, then asks it to stop as Ctrl+C does, which lets it write its card. Returns what went
     wrong, or None."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    process = subprocess.Popen([str(python), *step.words], cwd=ROOT, env=environment)
+    # hears Ctrl+C also where this script was started in the background by a shell, which makes its processes ignore it
+    listen = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen([str(python), *step.words], cwd=ROOT, env=environment, preexec_fn=listen)
     try:
         code = process.wait(seconds)
     except subprocess.TimeoutExpired:
