@@ -11,6 +11,7 @@ from .configuration_neural_attention import INITIALIZATIONS, MODES
 from .neural_attention_blockwise import without_autocast
 from .neural_attention_functional import scorer_attention
 from .neural_attention_initialization import draw_weights, needs_weights
+from .neural_attention_parallel import weights_of_share
 from .neural_attention_reference import ScorerWeights, expand_heads, key_features, query_features
 
 
@@ -43,6 +44,7 @@ class Scorer(nn.Module):
     num_heads: int | None  # None: all heads share one set of weights
     hidden_dims: tuple[int, int]
     head_dim: int  # size of the queries and keys that it takes
+    mesh_of_heads: Any = None  # the processes that share the heads, if there are any (see `share_heads`)
 
     def freeze_idle(self) -> None:
         """Freezes the bias of the last layer, which has no effect; loading makes everything trainable, and so thaws it."""
@@ -53,7 +55,8 @@ class Scorer(nn.Module):
         """The weights as plain tensors. A layer that an adapter or a quantiser has wrapped is asked for what it computes:
         its effective weight is its response to the identity matrix."""
         pairs = ((None, None) if layer is None else effective_weights(layer) for layer in self.layers)
-        return ScorerWeights(*(tensor for pair in pairs for tensor in pair))  # type: ignore[arg-type]
+        weights = ScorerWeights(*(tensor for pair in pairs for tensor in pair))  # type: ignore[arg-type]
+        return weights if self.mesh_of_heads is None else weights_of_share(weights, self.mesh_of_heads)
 
     def forward(
         self,
@@ -246,7 +249,7 @@ class NeuralScorer(Scorer):
             raise ValueError('`mode="residual"` needs whole keys for its dot product; they cannot be projected beforehand.')
         with without_autocast(key):
             weights = self.weights().to(torch.promote_types(key.dtype, torch.float32))
-            return key_features(key if self.num_heads is None else expand_heads(key, self.num_heads), weights)
+            return key_features(key if weights.num_heads is None else expand_heads(key, weights.num_heads), weights)
 
 
 class CompactScorer(Scorer):

@@ -256,8 +256,14 @@ def check_whole(model: nn.Module, what: str) -> None:
 
 
 def check_unsharded(model: nn.Module) -> None:
-    """Raises a PatchError if a model is wrapped or sharded for training by several processes."""
+    """Raises a PatchError if a model is wrapped, or sharded among several processes."""
     for module in model.modules():
+        if is_sharded(module) and (sharers := getattr(model, "tp_size", None) or 1) > 1:
+            raise PatchError(
+                f"This {type(model).__name__} is shared by {sharers} processes (tensor parallelism), each of which would see "
+                "some of its heads and draw scorers of its own. Patch (and calibrate) it in one process, save it whole by "
+                "`save_pretrained`, and load that with the same `distributed_config`."
+            )
         if is_sharded(module):
             raise PatchError(
                 f"{type(module).__name__} has taken over the parameters of this model and would not know of new ones. Patch "
