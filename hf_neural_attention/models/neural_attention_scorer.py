@@ -22,13 +22,24 @@ except ImportError:  # does nothing then, since nothing is offloaded without acc
 
 
 class PerHeadLinear(nn.Module):
-    """`num_heads` linear layers side by side: weight `[H, out, in]`, bias `[H, out]`, inputs `[B, H, ..., in]`."""
+    """`num_heads` linear layers side by side: weight `[H, out, in]`, bias `[H, out]`."""
 
     def __init__(self, num_heads: int, in_features: int, out_features: int):
         super().__init__()
         self.num_heads, self.in_features, self.out_features = num_heads, in_features, out_features
         self.weight = nn.Parameter(torch.empty(num_heads, out_features, in_features))
         self.bias = nn.Parameter(torch.empty(num_heads, out_features))
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """`[..., H, T, in]` to `[..., H, T, out]`; only called for layers something has changed (`effective_weights`)."""
+        return inputs @ self.weight.mT + self.bias[:, None]
+
+    def __str__(self) -> str:
+        # goes into peft's error about a target that it has no adapter for, as such layers are by their names
+        return (
+            f"{self!r} (a layer per head inside a scorer of Neural Attention: `exclude_modules=r'.*\\.scorer\\..*'` leaves "
+            'these out, `modules_to_save=["scorer"]` trains scorers whole)'
+        )
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}, in_features={self.in_features}, out_features={self.out_features}"
@@ -330,7 +341,7 @@ def is_compact(scorer: Any) -> bool:
 
 
 def effective_weights(layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weight `[out, in]` and bias `[out]` of a linear layer, plain, per head (leading dimension H), quantised or wrapped."""
+    """Weight `[out, in]` and bias `[out]` of a linear layer (`[H, ...]` per head) that is plain, quantised or wrapped."""
     # passes over layers with hooks, since torch's pruning computes the weight in one, before each call
     if type(layer) in (nn.Linear, PerHeadLinear) and not layer._forward_pre_hooks:
         if not is_quantised(layer.weight):
@@ -344,5 +355,7 @@ def effective_weights(layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
     stored = base.bias() if callable(base.bias) else base.bias  # calls the method of torch's dynamically quantised layers
     dtype = stored.dtype if stored.is_floating_point() else torch.float32
     inputs = torch.eye(base.in_features, device=stored.device, dtype=dtype)
-    bias = layer(torch.zeros_like(inputs[:1]))[0]
-    return (layer(inputs) - bias).T.contiguous(), bias
+    if stored.dim() > 1:
+        inputs = inputs.expand(len(stored), -1, -1)
+    bias = layer(torch.zeros_like(inputs[..., :1, :]))
+    return (layer(inputs) - bias).mT.contiguous(), bias.squeeze(-2)
