@@ -11,7 +11,7 @@ from torch import nn
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from .configuration_neural_patched import RECORD, PatchedConfig, PatchError, check_version, patched_config_class
-from .modeling_neural_attention import HUB_OPTIONS
+from .modeling_neural_attention import HUB_OPTIONS, ScoredAttentionMixin
 from .modeling_neural_gpt2 import CompactGPT2Attention
 from .modeling_neural_vit import CompactViTAttention
 from .neural_attention_interface import attach_scorer
@@ -87,7 +87,7 @@ def loading_class(base: Any, record: Mapping[str, Any], where: str) -> Any:
         attach_record(self, record, where)
 
     # keeps the name, by which Transformers looks up what to rename in old checkpoints
-    return type(base.__name__, (base,), {"__init__": __init__, "__module__": base.__module__})
+    return type(base.__name__, (ScoredAttentionMixin, base), {"__init__": __init__, "__module__": base.__module__})
 
 
 def load_patched(base: Any, record: Mapping[str, Any], where: str, config: Any, *args: Any, **kwargs: Any) -> tuple[Any, dict]:
@@ -117,7 +117,7 @@ def load_patched(base: Any, record: Mapping[str, Any], where: str, config: Any, 
     return model, info
 
 
-class PatchedModelMixin:
+class PatchedModelMixin(ScoredAttentionMixin):
     """Comes before a stock class among the bases of a `Patched*` one."""
 
     stock_class: type[PreTrainedModel]

@@ -23,7 +23,7 @@ from ..models.neural_attention_scorer import NeuralScorer
 from .errors import AlreadyPatchedError, PatchError, ProbeError, UnsupportedLayerError
 from .inputs import MAKERS
 from .layers import Layers, attention_modules, choose_layers, listed
-from .pretrained import hook_saving, unhook_saving
+from .pretrained import hook_model, unhook_model
 from .probing import AttentionCall, probe
 from .reports import PatchedLayer, PatchPlan, PatchStatus
 from .sizes import ModelSize, size_of
@@ -155,7 +155,7 @@ def attach_scorers(model: nn.Module, scorers: Mapping[str, NeuralScorer]) -> Non
         scorer.to(*place_of(module, model)).train(module.training)
     for name, scorer in scorers.items():
         attach_scorer(model.get_submodule(name), scorer)
-    hook_saving(model)
+    hook_model(model)
     for part in neural_parts(model):
         vars(part)[NAMES_BEFORE] = names_of(part)
     forget_names(model)
@@ -192,7 +192,7 @@ def unpatch(model: ModelT) -> ModelT:
     forget_names(model)
     for module in layers.values():
         detach_scorer(module)
-    unhook_saving(model)
+    unhook_model(model)
     restore_names(model, parts)
     return model
 
