@@ -197,7 +197,9 @@ def notes_on_layer(layer: Any, inputs: Inputs) -> Iterator[str]:
         yield f"the weight is a {type(base.weight).__name__}, which is used as it is and untried"
     elif base.weight.is_meta and hooks_of(base):
         yield "offloaded by accelerate; the weights are brought in for each call"
-    if is_plain(layer) and (layer._forward_hooks or layer._forward_pre_hooks):
+    if is_plain(layer) and layer._forward_pre_hooks:
+        yield f"called for its forward pre-hooks, which pruning and norms of weights use; {honoured}"
+    elif is_plain(layer) and layer._forward_hooks:
         yield "its forward hooks are not called, since the operation takes its weights and does not call it"
 
 

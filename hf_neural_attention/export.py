@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import transformers
 from huggingface_hub import EvalResult, ModelCardData
 from torch import nn
 from transformers import CONFIG_MAPPING, PreTrainedModel
@@ -17,6 +18,8 @@ from transformers.utils import CONFIG_NAME
 import hf_neural_attention
 
 from .introspection import compact_layers, is_born_neural, unwrap
+from .models.configuration_neural_patched import PatchedConfig
+from .models.modeling_neural_patched import PREFIX, PatchedModelMixin
 from .patching.errors import PatchError
 from .patching.pretrained import neural_fields
 from .patching.records import check_without_adapters, record_of
@@ -38,6 +41,7 @@ CITATION = """@article{digiugno2025neural,
 PIPELINES = {
     "AutoModelForCausalLM": "text-generation",
     "AutoModelForImageClassification": "image-classification",
+    "AutoModelForMaskedLM": "fill-mask",
     "AutoModelForSequenceClassification": "text-classification",
     "AutoModelForTokenClassification": "token-classification",
 }
@@ -59,19 +63,20 @@ def export_to_hub(
     private: bool | None = None,
     commit_message: str = "Upload model with Neural Attention",
 ) -> Path:
-    """Writes everything that others need of a neural GPT-2 or ViT, and uploads it if asked to.
+    """Writes everything that others need of a model with neural layers, and uploads it if asked to.
 
     The folder holds the weights (safetensors), the config, the generation config (with the cache on, which `Trainer` switches
     off), the tokenizer or image processor, a model card, and the code of the model. It loads offline in three ways, with the
     same logits to the bit on the same backend: by the Auto classes after `import hf_neural_attention`, by
     `trust_remote_code=True` where this package is not installed, and by `pipeline`. There is no pickle in it. A model that no
-    Auto class makes (`NeuralGPT2DoubleHeadsModel`) loads by its own class, as the card says.
+    Auto class makes (`NeuralGPT2DoubleHeadsModel`) loads by its own class, or by `hf_neural_attention.from_pretrained`, as the
+    card says.
 
     Files are written beside the folder and moved into it at the end: an export that fails leaves what was there.
 
     Args:
-        model (`nn.Module`): A `NeuralGPT2*` or `NeuralViT*` model, or a GPT-2 or ViT whose layers `patch` has made neural. The
-            card of a compact one says what it was folded from, and its size beside that of the stock model.
+        model (`nn.Module`): A `NeuralGPT2*` or `NeuralViT*` model, or one of any family whose layers `patch` has made neural.
+            The card of a compact one says what it was folded from, and its size beside that of the stock model.
         save_directory (`str` or `Path`): Is made if it is not there; files of the same names are replaced.
         tokenizer_or_processor (*optional*): With `save_pretrained`.
         remote_code (`bool`): Put the model's code beside it, for those without this package. Default: True.
@@ -84,8 +89,8 @@ def export_to_hub(
         The folder.
 
     Raises:
-        PatchError: (a ValueError) if the model has no neural layers, or patched ones that no class of this package has (save
-            those with `save_pretrained`, or `save_patch`), or adapters.
+        PatchError: (a ValueError) if the model has no neural layers, or adapters, or is of a class that Transformers does not
+            have (save it by `save_pretrained`, or `save_patch`).
         RuntimeError: if the upload fails; the folder is whole then, and the message says how to go on.
     """
     base: Any = unwrap(model)
@@ -138,22 +143,43 @@ def exported_class(model: Any) -> str:
     if isinstance(model, PreTrainedModel) and is_born_neural(model):
         if type(model).__name__ in hf_neural_attention.__all__:
             return type(model).__name__
-    elif fields := neural_fields(record_of(model)):  # raises if nothing is patched
-        return fields["architectures"][0]
+    else:
+        record = record_of(model)  # raises if nothing is patched
+        if fields := neural_fields(record):
+            return fields["architectures"][0]
+        name = record["base_model"]["class"]
+        if isinstance(getattr(transformers, name, None), type):
+            return f"{PREFIX}{name}"
     raise PatchError(
-        f"No class of hf_neural_attention computes what this {type(model).__name__} computes, so there is no code to export "
-        "beside it. Use `model.save_pretrained` and `hf_neural_attention.from_pretrained`, or `save_patch` and `load_patch`."
+        f"Neither hf_neural_attention nor Transformers has a class that makes this {type(model).__name__}, so there is no "
+        "code to export beside it. Use `model.save_pretrained` and `hf_neural_attention.from_pretrained`, or `save_patch` and "
+        "`load_patch`."
     )
 
 
 def auto_classes(model_type: str, architecture: str) -> dict[str, str]:
     """`auto_map` of a config.json: Auto class -> "file.Class", for every Auto class that has one of the family."""
+    if architecture.startswith(PREFIX):
+        return auto_classes_of_patched(model_type, architecture.removeprefix(PREFIX))
     family = next(name for name, stock in FAMILIES.items() if model_type in (name, stock))
     found = {"AutoConfig": f"configuration_{family}.{CONFIG_MAPPING[family].__name__}"}
     for auto, models in MODELS_OF_AUTO_CLASSES.items():
         names = [model.__name__ for model in models if model.config_class.model_type == family]
         if names:
             found[auto.__name__] = f"modeling_{family}.{architecture if architecture in names else names[0]}"
+    return found
+
+
+def auto_classes_of_patched(model_type: str, stock_name: str) -> dict[str, str]:
+    """`auto_classes` of a patched model: it stands wherever a stock model of its family does."""
+    found = {"AutoConfig": f"{PatchedConfig.__module__.split('.')[-1]}.{PatchedConfig.__name__}"}
+    for name in dir(transformers):
+        mapping = getattr(getattr(transformers, name), "_model_mapping", None) if name.startswith("AutoModel") else None
+        models = mapping.get(CONFIG_MAPPING[model_type], None) if mapping else None
+        if models is not None:
+            names = [model.__name__ for model in (models if isinstance(models, tuple) else (models,))]
+            chosen = stock_name if stock_name in names else names[0]
+            found[name] = f"{PatchedModelMixin.__module__.split('.')[-1]}.{PREFIX}{chosen}"
     return found
 
 
@@ -246,6 +272,9 @@ def card(
     """The model card: metadata, figures, what a compact model was folded from, how to load it, limits, citation."""
     auto = next((auto for auto, place in auto_map.items() if place.endswith(f".{architecture}")), None)
     loader, home = (architecture, "hf_neural_attention") if auto is None else (auto, "transformers")
+    first_line = f"from {home} import {loader}\n\n"
+    if auto is None and architecture.startswith(PREFIX):
+        loader, first_line = home, ""
     evaluations = [
         EvalResult(
             task_type=pipeline or "other",
@@ -289,9 +318,7 @@ with a small network instead of a dot product. {description}
 ## Use
 
 ```python
-from {home} import {loader}
-
-# with the package: pip install hf_neural_attention
+{first_line}# with the package: pip install hf_neural_attention
 import hf_neural_attention
 
 model = {loader}.from_pretrained("{name}")

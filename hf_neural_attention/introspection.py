@@ -39,8 +39,10 @@ def unwrap(model: Any) -> nn.Module:
 
 
 def is_sharded(module: nn.Module) -> bool:
-    """Whether a module's parameters have been taken over for training by several processes."""
-    return any(parent.__name__ in SHARDING_CLASSES for parent in type(module).__mro__)
+    """Whether a module's parameters have been taken over by several processes."""
+    if any(parent.__name__ in SHARDING_CLASSES for parent in type(module).__mro__):
+        return True
+    return any(hasattr(parameter, "device_mesh") for parameter in module.parameters(recurse=False))  # asks for DTensors
 
 
 def is_scorer(module: nn.Module) -> bool:

@@ -35,6 +35,12 @@ PRIVATE_INTERFACES = (
         TRANSFORMERS,
     ),
     PrivateInterface(
+        "_model_mapping",
+        "transformers:AutoModelForCausalLM._model_mapping",
+        "Which Auto classes make models of a family: what an exported model's `auto_map` lists.",
+        TRANSFORMERS,
+    ),
+    PrivateInterface(
         "_init_weights",
         "transformers:PreTrainedModel._init_weights",
         "How every model says how its modules start. Transformers documents it for new models.",

@@ -147,7 +147,7 @@ def test_reasons(monkeypatch: pytest.MonkeyPatch):
 def test_table():
     model = gpt2()
     model.transformer.h[2].attn.scorer.k_proj.register_forward_hook(lambda *arguments: None)
-    model.transformer.h[2].attn.scorer.linear1.register_forward_pre_hook(lambda *arguments: None)
+    model.transformer.h[2].attn.scorer.linear1.register_forward_hook(lambda *arguments: None)
     assert str(explain(model, backend="reference")).splitlines() == [
         "layer                 backend    fused",
         "transformer.h.0.attn  reference  no     [1]",
@@ -165,6 +165,12 @@ def test_forward_hooks_are_not_called():
     logits(model)
     assert not calls
     assert [layer.notes for layer in explain(model)] == [(f"scorer.q_proj: {NOT_CALLED}",), ()]
+    # checks that what computes a weight, as pruning does, is called, and with the identity matrix
+    model.transformer.h[0].attn.scorer.q_proj.register_forward_pre_hook(lambda layer, inputs: None)
+    logits(model)
+    assert torch.equal(calls[-1][1][0], torch.eye(8))
+    called = "called for its forward pre-hooks, which pruning and norms of weights use"
+    assert [layer.notes for layer in explain(model)] == [(f"scorer.q_proj: {called}; {HONOURED}",), ()]
 
 
 def test_calls(runs: list[str]):

@@ -21,12 +21,15 @@ from hf_neural_attention import (
     NeuralGPT2LMHeadModel,
     NeuralViTConfig,
     NeuralViTForImageClassification,
+    compact,
     export_to_hub,
     patch,
 )
 from hf_neural_attention.patching import PatchError
+from tests.helpers.comparing import assert_near, run
 from tests.helpers.documents import python_blocks
 from tests.helpers.hub import running_hub
+from tests.helpers.stock_models import FAMILIES
 
 
 ROOT = Path(__file__).parents[1]
@@ -147,6 +150,24 @@ def test_what_is_in_the_folder(tmp_path: Path):
     assert "trust_remote_code" not in (bare / "README.md").read_text()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ("llama", "bert", "compact bert"))
+def test_patched_models_of_other_families_load_in_every_way(family: str, tmp_path: Path):
+    name = family.split()[-1]
+    model = patch(FAMILIES[name].model(), "all", mode="replace", proj_dim=4, per_head=name == "llama")
+    if family.startswith("compact"):
+        compact(model)
+    auto = f"AutoModelFor{FAMILIES[name].head}"
+    export_to_hub(model, tmp_path / "model", make("gpt2")[1])
+    for code in (SAVE, WITHOUT, UNTRUSTED):
+        script(code.format(name="model", auto=auto, inputs=INPUTS["gpt2"]), tmp_path)
+    # allows for rounding, since another backend may run here
+    assert_near(torch.load(tmp_path / "logits.pt"), run(model, input_ids=torch.arange(20)[None]))
+    card = (tmp_path / "model/README.md").read_text()
+    assert f"pipeline_tag: {'text-generation' if name == 'llama' else 'fill-mask'}" in card
+    script("\n".join(code for _, code in python_blocks(card)), tmp_path)
+
+
 def test_patched_models(tmp_path: Path):
     stock = patch(GPT2LMHeadModel(GPT2Config(**GPT2)), mode="replace").eval()
     loaded = NeuralGPT2LMHeadModel.from_pretrained(export_to_hub(stock, tmp_path / "model"))
@@ -154,9 +175,18 @@ def test_patched_models(tmp_path: Path):
     model = LlamaForCausalLM(LlamaConfig(hidden_size=32, num_hidden_layers=1, vocab_size=9, num_attention_heads=2))
     with pytest.raises(PatchError, match="not patched"):
         export_to_hub(model, tmp_path / "llama")
+    own = type("OwnForCausalLM", (LlamaForCausalLM,), {})(model.config)
     with pytest.raises(PatchError, match="no code to export"):
-        export_to_hub(patch(model), tmp_path / "llama")
+        export_to_hub(patch(own), tmp_path / "llama")
     assert not (tmp_path / "llama").exists()
+    folder = export_to_hub(patch(model), tmp_path / "llama")
+    auto_map = json.loads((folder / "config.json").read_text())["auto_map"]
+    assert auto_map["AutoConfig"] == "configuration_neural_patched.PatchedConfig"
+    assert auto_map["AutoModelForCausalLM"] == "modeling_neural_patched.PatchedLlamaForCausalLM"
+    assert auto_map["AutoModel"] == "modeling_neural_patched.PatchedLlamaModel"
+    assert (folder / "neural_attention_packing.py").exists()
+    bare = export_to_hub(model, tmp_path / "bare", remote_code=False)
+    assert not list(bare.glob("*.py")) and "auto_map" not in json.loads((bare / "config.json").read_text())
 
 
 def test_adapters_must_be_merged_first(tmp_path: Path):

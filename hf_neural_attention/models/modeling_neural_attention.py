@@ -18,7 +18,27 @@ from .neural_attention_scorer import NeuralScorer, resolve_sizes
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
-class NeuralPreTrainedModelMixin:
+class ScoredAttentionMixin:
+    """Comes before a stock class among the bases of one with scorers: it says which implementations of attention can run, and
+    refuses the others before anything changes."""
+
+    # Turns these off, since their masks are read by kernels that compute dot products
+    _supports_flash_attn = False
+    _supports_flex_attn = False
+    _supports_context_parallel = False
+
+    def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args, **kwargs) -> str:
+        check_known_implementation(self, attn_implementation)
+        return super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)
+
+
+def check_known_implementation(model: Any, attn_implementation: str | None) -> None:
+    """`check_implementation` of what Transformers knows; the rest is left to it, which lists what there is."""
+    if attn_implementation in ALL_ATTENTION_FUNCTIONS or "/" in (attn_implementation or ""):
+        check_implementation(attn_implementation, type(model).__name__)
+
+
+class NeuralPreTrainedModelMixin(ScoredAttentionMixin):
     """Comes before the stock `*PreTrainedModel` among the bases of a family's `Neural*PreTrainedModel`."""
 
     @classmethod
@@ -42,18 +62,7 @@ class NeuralPreTrainedModelMixin:
             forget_names(model)  # by that name, clients would load another model: the stock one, say
         return loaded
 
-    # Turns these off, since their masks are read by kernels that compute dot products
-    _supports_flash_attn = False
-    _supports_flex_attn = False
-    _supports_context_parallel = False
-
     compact_attention_class: type[CompactAttentionMixin]
-
-    def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args, **kwargs) -> str:
-        # leaves what nobody knows to the stock method, which lists what there is
-        if attn_implementation in ALL_ATTENTION_FUNCTIONS or "/" in (attn_implementation or ""):
-            check_implementation(attn_implementation, type(self).__name__)
-        return super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)
 
     def _init_weights(self, module: nn.Module) -> None:
         # runs after the scorer's own layers, and so overrides what the stock rule (std 0.02) did to them

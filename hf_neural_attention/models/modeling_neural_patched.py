@@ -11,7 +11,7 @@ from torch import nn
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from .configuration_neural_patched import RECORD, PatchedConfig, PatchError, check_version, patched_config_class
-from .modeling_neural_attention import HUB_OPTIONS
+from .modeling_neural_attention import HUB_OPTIONS, ScoredAttentionMixin
 from .modeling_neural_gpt2 import CompactGPT2Attention
 from .modeling_neural_vit import CompactViTAttention
 from .neural_attention_interface import attach_scorer
@@ -24,8 +24,11 @@ COMPACT_CLASSES: dict[type, type] = {each.stock_class(): each for each in (Compa
 
 PREFIX = "Patched"
 
+# Arguments of `from_pretrained` that share a model among processes
+SHARING_OPTIONS = ("device_mesh", "distributed_config", "tp_plan", "tp_size")
+
 # Arguments of `from_pretrained` that its config must not take
-MODEL_OPTIONS = ("dtype", "torch_dtype", "quantization_config")
+MODEL_OPTIONS = ("dtype", "torch_dtype", "quantization_config", *SHARING_OPTIONS)
 
 
 def name_in(model: Any, name: str) -> str:
@@ -84,15 +87,21 @@ def loading_class(base: Any, record: Mapping[str, Any], where: str) -> Any:
         attach_record(self, record, where)
 
     # keeps the name, by which Transformers looks up what to rename in old checkpoints
-    return type(base.__name__, (base,), {"__init__": __init__, "__module__": base.__module__})
+    return type(base.__name__, (ScoredAttentionMixin, base), {"__init__": __init__, "__module__": base.__module__})
 
 
 def load_patched(base: Any, record: Mapping[str, Any], where: str, config: Any, *args: Any, **kwargs: Any) -> tuple[Any, dict]:
     """A patched instance of a stock class, and what Transformers says of the loading.
 
     Raises:
-        PatchError: if the checkpoint lacks weights of its neural layers.
+        PatchError: if the checkpoint lacks weights of its neural layers, or is compact and shall be shared among processes.
     """
+    sharing = [f"`{name}`" for name in SHARING_OPTIONS if kwargs.get(name) is not None]
+    if sharing and any(settings.get("compact") for settings in record["layers"].values()):
+        raise PatchError(
+            f"{where} is compact, and {', '.join(sharing)} would share it among processes: its layers are packed otherwise "
+            "than stock ones, for which Transformers' plans are. Load the checkpoint that was there before `compact`."
+        )
     loader = loading_class(base, record, where)
     model, info = loader.from_pretrained(where, *args, config=config, output_loading_info=True, **kwargs)
     compact = tuple(f"{name_in(model, name)}." for name, settings in record["layers"].items() if settings.get("compact"))
@@ -108,7 +117,7 @@ def load_patched(base: Any, record: Mapping[str, Any], where: str, config: Any, 
     return model, info
 
 
-class PatchedModelMixin:
+class PatchedModelMixin(ScoredAttentionMixin):
     """Comes before a stock class among the bases of a `Patched*` one."""
 
     stock_class: type[PreTrainedModel]

@@ -21,6 +21,7 @@ from transformers.cache_utils import (
 )
 
 from .neural_attention_interface import AttentionModule
+from .neural_attention_parallel import share_heads
 from .neural_attention_scorer import is_compact
 
 
@@ -76,6 +77,7 @@ class ProjectedKeys(CacheLayerMixin):
                 f"This NeuralCache got keys of size {key_states.shape[-1]}, but the layer that it was made for has keys of "
                 f"size {scorer.head_dim}. A NeuralCache serves only the model that it was made for."
             )
+        share_heads(self.source.attention, key_states.shape[1] * getattr(self.source.attention, "num_key_value_groups", 1))
         return scorer.project_keys(key_states)
 
     def update(

@@ -12,6 +12,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 from transformers.masking_utils import sdpa_mask
 
 from .neural_attention_pages import update_pages
+from .neural_attention_parallel import check_whole_sequence, share_heads
 from .neural_attention_scorer import Scorer
 
 
@@ -191,8 +192,9 @@ def neural_attention_forward(
         Output `[B, Tq, H, Dv]`, and the attention weights `[B, H, Tq, Tk]` if the model's implementation is "eager".
 
     Raises:
-        ValueError: if the module has no scorer, an argument asks for what a score network cannot do, or the model has been
-            set to an implementation with masks of another kind, or to one of pages that it did not get.
+        ValueError: if the module has no scorer, an argument asks for what a score network cannot do, several processes share
+            the sequence, or the model has been set to an implementation with masks of another kind, or to one of pages that it
+            did not get.
     """
     # ignores the class of its config, since of several copies of this file, each from a model on the Hub, the last serves all
     if not hasattr(module, "scorer"):
@@ -200,6 +202,8 @@ def neural_attention_forward(
     for name, feature in UNSUPPORTED_ARGUMENTS.items():
         if kwargs.get(name) is not None:
             raise ValueError(f"Neural Attention cannot honour {feature} (`{name}`), which this model's attention asks for.")
+    check_whole_sequence()
+    share_heads(module, query.shape[1])
     implementation = module.config.base._attn_implementation
     if cache is not None:
         key, value = update_pages(cache, module, key, value, kwargs)

@@ -11,6 +11,7 @@ from .configuration_neural_attention import INITIALIZATIONS, MODES
 from .neural_attention_blockwise import without_autocast
 from .neural_attention_functional import scorer_attention
 from .neural_attention_initialization import draw_weights, needs_weights
+from .neural_attention_parallel import weights_of_share
 from .neural_attention_reference import ScorerWeights, expand_heads, key_features, query_features
 
 
@@ -21,13 +22,24 @@ except ImportError:  # does nothing then, since nothing is offloaded without acc
 
 
 class PerHeadLinear(nn.Module):
-    """`num_heads` linear layers side by side: weight `[H, out, in]`, bias `[H, out]`, inputs `[B, H, ..., in]`."""
+    """`num_heads` linear layers side by side: weight `[H, out, in]`, bias `[H, out]`."""
 
     def __init__(self, num_heads: int, in_features: int, out_features: int):
         super().__init__()
         self.num_heads, self.in_features, self.out_features = num_heads, in_features, out_features
         self.weight = nn.Parameter(torch.empty(num_heads, out_features, in_features))
         self.bias = nn.Parameter(torch.empty(num_heads, out_features))
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """`[..., H, T, in]` to `[..., H, T, out]`; only called for layers something has changed (`effective_weights`)."""
+        return inputs @ self.weight.mT + self.bias[:, None]
+
+    def __str__(self) -> str:
+        # goes into peft's error about a target that it has no adapter for, as such layers are by their names
+        return (
+            f"{self!r} (a layer per head inside a scorer of Neural Attention: `exclude_modules=r'.*\\.scorer\\..*'` leaves "
+            'these out, `modules_to_save=["scorer"]` trains scorers whole)'
+        )
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}, in_features={self.in_features}, out_features={self.out_features}"
@@ -43,6 +55,7 @@ class Scorer(nn.Module):
     num_heads: int | None  # None: all heads share one set of weights
     hidden_dims: tuple[int, int]
     head_dim: int  # size of the queries and keys that it takes
+    mesh_of_heads: Any = None  # the processes that share the heads, if there are any (see `share_heads`)
 
     def freeze_idle(self) -> None:
         """Freezes the bias of the last layer, which has no effect; loading makes everything trainable, and so thaws it."""
@@ -53,7 +66,8 @@ class Scorer(nn.Module):
         """The weights as plain tensors. A layer that an adapter or a quantiser has wrapped is asked for what it computes:
         its effective weight is its response to the identity matrix."""
         pairs = ((None, None) if layer is None else effective_weights(layer) for layer in self.layers)
-        return ScorerWeights(*(tensor for pair in pairs for tensor in pair))  # type: ignore[arg-type]
+        weights = ScorerWeights(*(tensor for pair in pairs for tensor in pair))  # type: ignore[arg-type]
+        return weights if self.mesh_of_heads is None else weights_of_share(weights, self.mesh_of_heads)
 
     def forward(
         self,
@@ -250,7 +264,7 @@ class NeuralScorer(Scorer):
             raise ValueError('`mode="residual"` needs whole keys for its dot product; they cannot be projected beforehand.')
         with without_autocast(key):
             weights = self.weights().to(torch.promote_types(key.dtype, torch.float32))
-            return key_features(key if self.num_heads is None else expand_heads(key, self.num_heads), weights)
+            return key_features(key if weights.num_heads is None else expand_heads(key, weights.num_heads), weights)
 
 
 class CompactScorer(Scorer):
@@ -331,7 +345,7 @@ def is_compact(scorer: Any) -> bool:
 
 
 def effective_weights(layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weight `[out, in]` and bias `[out]` of a linear layer, plain, per head (leading dimension H), quantised or wrapped."""
+    """Weight `[out, in]` and bias `[out]` of a linear layer (`[H, ...]` per head) that is plain, quantised or wrapped."""
     # passes over layers with hooks, since torch's pruning computes the weight in one, before each call
     if type(layer) in (nn.Linear, PerHeadLinear) and not layer._forward_pre_hooks:
         if not is_quantised(layer.weight):
@@ -345,5 +359,7 @@ def effective_weights(layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
     stored = base.bias() if callable(base.bias) else base.bias  # calls the method of torch's dynamically quantised layers
     dtype = stored.dtype if stored.is_floating_point() else torch.float32
     inputs = torch.eye(base.in_features, device=stored.device, dtype=dtype)
-    bias = layer(torch.zeros_like(inputs[:1]))[0]
-    return (layer(inputs) - bias).T.contiguous(), bias
+    if stored.dim() > 1:
+        inputs = inputs.expand(len(stored), -1, -1)
+    bias = layer(torch.zeros_like(inputs[..., :1, :]))
+    return (layer(inputs) - bias).mT.contiguous(), bias.squeeze(-2)

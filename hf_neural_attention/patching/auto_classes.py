@@ -20,7 +20,7 @@ from transformers.models.auto import (
 from ..models.configuration_neural_patched import PATCHED_TYPE, PatchedConfig
 from ..models.modeling_neural_patched import PatchedModelMixin, patched_model_class, stock_config
 from ..models.neural_attention_lookup import make_findable
-from .pretrained import hook_saving
+from .pretrained import hook_model
 
 
 MAPPINGS_OF_PROCESSORS = (
@@ -45,11 +45,11 @@ class LoadedMixin(PatchedModelMixin):
             elif getattr(getattr(module, "config", None), "base", None) is config:
                 object.__setattr__(module.config, "base", stock)
         self.__class__ = self.stock_class  # type: ignore[assignment]
-        hook_saving(self)  # type: ignore[arg-type]
+        hook_model(self)  # type: ignore[arg-type]
 
     @classmethod
     def finish(cls, model: Any, record: dict[str, Any]) -> Any:
-        hook_saving(model)
+        hook_model(model)
         return model
 
 

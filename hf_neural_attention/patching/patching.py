@@ -23,7 +23,7 @@ from ..models.neural_attention_scorer import NeuralScorer
 from .errors import AlreadyPatchedError, PatchError, ProbeError, UnsupportedLayerError
 from .inputs import MAKERS
 from .layers import Layers, attention_modules, choose_layers, listed
-from .pretrained import hook_saving, unhook_saving
+from .pretrained import hook_model, unhook_model
 from .probing import AttentionCall, probe
 from .reports import PatchedLayer, PatchPlan, PatchStatus
 from .sizes import ModelSize, size_of
@@ -158,7 +158,7 @@ def attach_scorers(model: nn.Module, scorers: Mapping[str, NeuralScorer]) -> Non
         scorer.to(*place_of(module, model)).train(module.training)
     for name, scorer in scorers.items():
         attach_scorer(model.get_submodule(name), scorer)
-    hook_saving(model)
+    hook_model(model)
     for part in neural_parts(model):
         vars(part)[NAMES_BEFORE] = names_of(part)
     forget_names(model)
@@ -195,7 +195,7 @@ def unpatch(model: ModelT) -> ModelT:
     forget_names(model)
     for module in layers.values():
         detach_scorer(module)
-    unhook_saving(model)
+    unhook_model(model)
     restore_names(model, parts)
     return model
 
@@ -259,8 +259,14 @@ def check_whole(model: nn.Module, what: str) -> None:
 
 
 def check_unsharded(model: nn.Module) -> None:
-    """Raises a PatchError if a model is wrapped or sharded for training by several processes."""
+    """Raises a PatchError if a model is wrapped, or sharded among several processes."""
     for module in model.modules():
+        if is_sharded(module) and (sharers := getattr(model, "tp_size", None) or 1) > 1:
+            raise PatchError(
+                f"This {type(model).__name__} is shared by {sharers} processes (tensor parallelism), each of which would see "
+                "some of its heads and draw scorers of its own. Patch (and calibrate) it in one process, save it whole by "
+                "`save_pretrained`, and load that with the same `distributed_config`."
+            )
         if is_sharded(module):
             raise PatchError(
                 f"{type(module).__name__} has taken over the parameters of this model and would not know of new ones. Patch "

@@ -21,7 +21,7 @@ import hf_neural_attention
 from ..introspection import compact_layers, patched_modules
 from ..models.configuration_neural_attention import FORMAT_VERSION
 from ..models.configuration_neural_patched import PATCHED_TYPE, RECORD, PatchError, check_version
-from ..models.modeling_neural_attention import HUB_OPTIONS
+from ..models.modeling_neural_attention import HUB_OPTIONS, ScoredAttentionMixin, check_known_implementation
 from ..models.modeling_neural_patched import PREFIX, load_patched, split_config
 from ..models.neural_attention_interface import NeuralConfigView
 from ..registration import FAMILIES
@@ -104,18 +104,36 @@ def save_patched(model: Any, own: Any, *args: Any, **kwargs: Any) -> Any:
         model.config = stock
 
 
-def hook_saving(model: nn.Module) -> None:
-    """Lets `save_pretrained` of a patched model, and of the patched models inside it, say which layers are neural."""
+def adjust_implementation(model: Any, attn_implementation: str | None, *args: Any, **kwargs: Any) -> str:
+    """What `set_attn_implementation` of a patched model asks: it refuses what neural layers cannot run."""
+    if patched_modules(model):
+        check_known_implementation(model, attn_implementation)
+    return type(model)._check_and_adjust_attn_implementation(model, attn_implementation, *args, **kwargs)
+
+
+# Attributes of our own classes that say what they do not support, which patched instances get
+UNSUPPORTED = {name: value for name, value in vars(ScoredAttentionMixin).items() if value is False}
+ADJUSTING = "_check_and_adjust_attn_implementation"
+
+
+def hook_model(model: nn.Module) -> None:
+    """Lets `save_pretrained` of a patched model, and of the patched models inside it, say which layers are neural, and
+    `set_attn_implementation` refuse what these cannot run."""
     each: Any
     for each in model.modules():
         if isinstance(each, PreTrainedModel) and patched_modules(each):
             own = vars(each).get("save_pretrained")
             if getattr(own, "func", None) is not save_patched:
                 vars(each)["save_pretrained"] = partial(save_patched, each, own)
+            vars(each).update(UNSUPPORTED)
+            vars(each)[ADJUSTING] = partial(adjust_implementation, each)
 
 
-def unhook_saving(model: nn.Module) -> None:
+def unhook_model(model: nn.Module) -> None:
     for module in model.modules():
+        if getattr(vars(module).get(ADJUSTING), "func", None) is adjust_implementation:
+            for name in (ADJUSTING, *UNSUPPORTED):
+                vars(module).pop(name, None)
         hook: Any = vars(module).get("save_pretrained")
         if getattr(hook, "func", None) is save_patched:
             del vars(module)["save_pretrained"]
@@ -169,7 +187,7 @@ def from_pretrained(pretrained_model_name_or_path: Any, *, model_class: Any = No
         config, arguments = split_config(content, kwargs, base.config_class)
         config.name_or_path = where
         model, info = load_patched(base, record, where, config, **arguments)
-        hook_saving(model)
+        hook_model(model)
     if folds and not compact_layers(model):
         compact(model)
     return (model, info) if with_info else model

@@ -1,4 +1,5 @@
-"""Patched models trained by two processes: the same weights as one process gives, and they can be saved in every way."""
+"""Patched models in two processes, which share batches or heads: the same weights as one process gives, and they can be saved
+in every way."""
 
 import os
 import subprocess
@@ -9,7 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hf_neural_attention import from_pretrained, load_patch
+from hf_neural_attention import from_pretrained, load_patch, patch, patch_status
+from hf_neural_attention.patching import PatchError
 from tests.helpers.comparing import assert_near, run
 from tests.patching.distributed_training import FAMILY, RATE, make_data, make_model
 
@@ -26,17 +28,21 @@ def expected() -> dict[str, torch.Tensor]:
     return model.state_dict()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ("ddp", "fsdp", "trainer-ddp", "trainer-fsdp"))
-def test_two_processes(kind: str, expected: dict[str, torch.Tensor], tmp_path: Path):
+def run_in_two_processes(script: str, *arguments: object) -> None:
     here = Path(__file__).parent
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run(
-        [*launcher, str(here / "distributed_training.py"), kind, str(tmp_path)],
+        [*launcher, str(here / script), *map(str, arguments)],
         env=os.environ | {"PYTHONPATH": str(here.parents[1]), "ACCELERATE_USE_CPU": "true"},
         capture_output=True, text=True, check=False, timeout=500,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ("ddp", "fsdp", "trainer-ddp", "trainer-fsdp"))
+def test_two_processes(kind: str, expected: dict[str, torch.Tensor], tmp_path: Path):
+    run_in_two_processes("distributed_training.py", kind, tmp_path)
     state = torch.load(tmp_path / "state.pt")
     assert state.keys() == expected.keys()
     born = make_model()
@@ -53,3 +59,18 @@ def test_two_processes(kind: str, expected: dict[str, torch.Tensor], tmp_path: P
     stock = FAMILY.model()
     stock.load_state_dict({name: tensor for name, tensor in state.items() if ".scorer." not in name})
     assert torch.equal(run(load_patch(stock, tmp_path / "patch"), **FAMILY.inputs()), logits)
+
+
+@pytest.mark.slow
+def test_two_processes_share_heads(tmp_path: Path):
+    run_in_two_processes("tensor_parallel.py", tmp_path)
+
+
+def test_models_in_parts_are_not_patched():
+    # stands for what each process of tensor parallelism has
+    model = FAMILY.model()
+    vars(model)["_tp_size"] = 2
+    model.lm_head.weight.device_mesh = None
+    with pytest.raises(PatchError, match=r"shared by 2 processes.*`distributed_config`"):
+        patch(model)
+    assert not patch_status(model)

@@ -86,13 +86,35 @@ def test_set_attn_implementation():
     assert not torch.equal(run(model, **inputs), expected)
     model.set_attn_implementation("sdpa")
     assert torch.equal(run(model, **inputs), expected)
-    # sets what a stock class takes and its neural layers do not
-    model.set_attn_implementation("flex_attention")
+    # sets by hand what a stock class takes and its neural layers do not
+    model.config._attn_implementation = "flex_attention"
     attention = model.model.layers[0].self_attn
     with pytest.raises(ValueError, match="neural LlamaAttention cannot use `attn_implementation='flex_attention'`: its masks"):
         neural_attention_forward(attention, *torch.randn(3, 1, 4, 5, 8), None)
     model.set_attn_implementation("eager")
     assert model(**inputs).logits.isfinite().all()
+
+
+def test_implementations_for_dot_products_alone_are_refused(tmp_path):
+    stock, model = LLAMA.model(), neural(LLAMA)
+    model.save_pretrained(tmp_path)
+    names = ("_supports_flash_attn", "_supports_flex_attn", "supports_context_parallel")
+    for name in ("flash_attention_2", "flash_attention_3", "flex_attention", "kernels-community/flash-attn2"):
+        message = f"LlamaForCausalLM cannot use `attn_implementation='{name}'`: its masks"
+        again = from_pretrained(tmp_path)
+        for patched in (model, again, copy.deepcopy(model), AutoModelForCausalLM.from_pretrained(tmp_path)):
+            with pytest.raises(ValueError, match=message):
+                patched.set_attn_implementation(name)
+            assert patched.config._attn_implementation == patched.model.config._attn_implementation == "sdpa"
+            assert not any(getattr(each, flag) for each in (patched, patched.model) for flag in names)
+        for load in (from_pretrained, AutoModelForCausalLM.from_pretrained):
+            with pytest.raises(ValueError, match=message):
+                load(tmp_path, attn_implementation=name)
+    with pytest.raises(ValueError, match='Specified `attn_implementation="foo"` is not supported'):
+        model.set_attn_implementation("foo")
+    unpatch(model)
+    assert all(getattr(model, name) == getattr(stock, name) for name in names)
+    model.set_attn_implementation("flex_attention")
 
 
 @a_few_families
