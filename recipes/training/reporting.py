@@ -18,11 +18,8 @@ from training.arms import Arm
 
 Results = dict[Arm, dict[str, Any]]
 
-# What a model holds: name in results -> what it is, and words for values that are no number of bytes
-SIZES: dict[str, tuple[str, dict[Any, str]]] = {
-    "memory_footprint": ("bytes of parameters and buffers", {}),
-    "cache_bytes_per_token": ("bytes of a stock cache per token", {None: "unknown", 0: "no cache"}),
-}
+# What a model holds: name in results -> what it is
+SIZES = {"memory_footprint": "bytes of parameters and buffers", "cache_bytes_per_token": "bytes of a stock cache per token"}
 
 
 @dataclass
@@ -58,16 +55,21 @@ def comparison_table(results: Results, task: Task) -> str:
             add(meaning, [results[arm]["metrics"][name] for arm in arms], lambda value: f"{value:.4g}")
     add("parameters", [results[arm]["parameters"] for arm in arms], lambda value: f"{value:,}")
     add("of which scorers", [results[arm]["scorer_parameters"] for arm in arms], lambda value: f"{value:,}")
-    for name, (meaning, words) in SIZES.items():
+    for name, meaning in SIZES.items():
         if all(name in results[arm] for arm in arms):  # records of before have none of these
-            values = [results[arm][name] for arm in arms]
-            add(meaning, values, lambda value, words=words: words.get(value) or f"{value:,}")
+            add(meaning, [results[arm][name] for arm in arms], in_bytes)
     add("training steps", [results[arm]["steps"] for arm in arms], lambda value: f"{value:,}")
     if len(arms) > 1:
         label = f"seconds per step, {task.step}, timed by turns"
         add(label, [results[arm]["seconds_in_turn"] for arm in arms], lambda value: f"{value:.3f}")
     add("training minutes", [results[arm]["train_seconds"] / 60 for arm in arms], lambda value: f"{value:.1f}")
     return markdown_table(header, rows)
+
+
+def in_bytes(value: int | None) -> str:
+    if value is None:
+        return "unknown"
+    return f"{value:,}" if value else "no cache"
 
 
 def verdict(results: Results, task: Task) -> str:
