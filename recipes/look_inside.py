@@ -5,8 +5,8 @@
 
 MODEL is a folder or a name on the Hub: a neural model of this package, or a patched one that was saved whole. Written are
 NAME-attention.png (each layer's and head's attention; for an image that of the class token, over the picture),
-NAME-surface.png (one head's scores in each neural layer against its queries and keys, beside the dot product's) and
-NAME-health.png.
+NAME-surface.png (one head's scores in each neural layer against its queries and keys, beside the dot product's, which no
+compact layer has) and NAME-health.png.
 """
 
 import argparse
@@ -65,13 +65,12 @@ def draw_surfaces(model: Any, inputs: dict[str, torch.Tensor], head: int) -> Fig
     heads = min(queries.shape[1] for queries, *_ in seen.values())
     if not 0 <= head < heads:
         raise ValueError(f"--head is {head}; expected 0 to {heads - 1}, which all neural layers have.")
-    figure = Figure(figsize=(3.6 * len(seen), 6.4), layout="constrained")
-    axes = figure.subplots(2, len(seen), squeeze=False)
-    for column, (name, (queries, keys, scaling)) in zip(axes.T, seen.items(), strict=True):
+    surfaces = {}
+    for name, (queries, keys, scaling) in seen.items():
         query, along_query, query_std = principal(queries[:, head])
         key, along_key, key_std = principal(keys[:, head])
         extent = STANDARD_DEVIATIONS * max(query_std, key_std)
-        surface = analysis.score_surface(
+        surfaces[name] = analysis.score_surface(
             model.get_submodule(name).scorer,
             along_query,
             along_key,
@@ -81,8 +80,12 @@ def draw_surfaces(model: Any, inputs: dict[str, torch.Tensor], head: int) -> Fig
             scaling=scaling,
             extent=extent,
         )
-        for axis, title in zip(analysis.draw_surface(surface, column), ("network", "dot product"), strict=True):
-            axis.set_title(f"{name}, head {head}:\n{title}", fontsize=9)
+    rows = 1 if all(surface.dot_product is None for surface in surfaces.values()) else 2
+    figure = Figure(figsize=(3.6 * len(seen), 3.2 * rows), layout="constrained")
+    axes = figure.subplots(rows, len(seen), squeeze=False)
+    for column, (name, surface) in zip(axes.T, surfaces.items(), strict=True):
+        for axis in analysis.draw_surface(surface, column[0] if surface.dot_product is None else column):
+            axis.set_title(f"{name}, head {head}:\n{axis.get_title()}", fontsize=9)
     return figure
 
 

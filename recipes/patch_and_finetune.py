@@ -5,9 +5,10 @@
     python recipes/patch_and_finetune.py recipes/configs/patch-vit-cifar10.yaml
 
 Any causal language model or image classifier whose attention goes through Transformers' attention interface. With
---neural_mode replace, the scorers are calibrated first. Figures are taken of the checkpoint, after patching, after calibration
-and after fine-tuning. Running the same command again goes on where it stopped. --help lists the data arguments for text, or
-for images where --model_name_or_path is an image classifier.
+--neural_mode replace, the scorers are calibrated first. With --neural_compact True as well, the calibrated model is made
+compact and fine-tuned in that form. Figures are taken of the checkpoint, after patching, after calibration and after
+fine-tuning. Running the same command again goes on where it stopped. --help lists the data arguments for text, or for images
+where --model_name_or_path is an image classifier.
 """
 
 import dataclasses
@@ -32,7 +33,7 @@ from transformers import (
     set_seed,
 )
 
-from hf_neural_attention import calibrate, load_patch, patch, patch_status, save_patch
+from hf_neural_attention import calibrate, compact, load_patch, patch, patch_status, save_patch
 from tools.command_lines import at_least, parse_arguments, value_of_flag
 from tools.json_files import write_json
 from tools.markdown import markdown_table
@@ -105,11 +106,6 @@ def image_data(
 
 def patch_settings(neural: NeuralArguments) -> dict[str, Any]:
     """Arguments of `patch`."""
-    if neural.neural_compact:
-        raise SystemExit(
-            "--neural_compact is not for patching, which starts from the checkpoint's own queries and keys. Fold the patched "
-            "model when it is trained: `hf_neural_attention.compact(model)`, after --neural_mode replace."
-        )
     fields = {name: value for name, value in neural.config_fields().items() if name != "neural_compact"}
     return {name.removeprefix("neural_"): value for name, value in fields.items()}
 
@@ -218,12 +214,16 @@ def main() -> None:
     folder = Path(training.output_dir)
 
     def show(model: PreTrainedModel, where: Path | None) -> str:
-        if patch_status(model):
+        if patch_status(model) and not neural.neural_compact:  # of a compact model, no patch can be told apart
             save_patch(model, folder / Arm.NEURAL / "patch", is_main_process=where is not None)
         return data.show(model, where)
 
     def build_arm(arm: Arm) -> PreTrainedModel:
         return build_model(arm, build, neural, folder, training.seed)
+
+    def build_for_training(arm: Arm) -> PreTrainedModel:
+        model = build_arm(arm)
+        return compact(model) if arm.is_neural and neural.neural_compact else model
 
     experiment = dataclasses.replace(data, show=show).experiment(build_arm, training, neural, checkpoint, arguments)
     if training.should_save:
@@ -231,12 +231,15 @@ def main() -> None:
     stages: dict[str, Any] = json.loads((folder / STAGES).read_text()) if (folder / STAGES).exists() else {}
     if Arm.NEURAL in neural.arms:
         try:
+            if neural.neural_compact:  # says what speaks against it before anything is fitted
+                compact(patch(build(), **patch_settings(neural)), dry_run=True)
             measure_stages(experiment, checkpoint, stages)
         except ValueError as error:  # catches what `patch` refuses, for instance
             raise SystemExit(f"{name} cannot be patched: {error}") from None
 
     def describe(results: Results) -> None:
-        notes = f"Patched: `{patch_settings(neural)}`. {data.task.notes}"
+        made = ", and made compact" if neural.neural_compact else ""
+        notes = f"Patched: `{patch_settings(neural)}`{made}. {data.task.notes}"
         if stages:
             table = stages_table(stages, results, data.task)
             notes = f"{table}\n\n{notes}"
@@ -245,7 +248,7 @@ def main() -> None:
         if config.model_type not in ("gpt2", "vit"):
             data.task.neural_loading = lambda where: f'model = hf_neural_attention.from_pretrained("{where}")'
 
-    carry_out(experiment, data.task, neural, describe)
+    carry_out(dataclasses.replace(experiment, build_model=build_for_training), data.task, neural, describe)
 
 
 if __name__ == "__main__":

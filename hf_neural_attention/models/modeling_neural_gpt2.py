@@ -72,7 +72,7 @@ class CompactGPT2Attention(CompactAttentionMixin, GPT2Attention):
         if isinstance(cache, EncoderDecoderCache):
             cache = cache.self_attention_cache
         if cache is not None:
-            w, value = cache.update(w, value, self.layer_idx)
+            w, value = self.update_cache(cache, w, value)
         dropout = self.attn_dropout.p if self.training else 0.0
         output, weights = self.attend(u, w, value, attention_mask, dropout=dropout, cache=pages, **kwargs)
         return self.resid_dropout(self.c_proj(output)), weights

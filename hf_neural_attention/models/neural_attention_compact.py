@@ -10,10 +10,13 @@ That computes the same function with fewer parameters, and any cache holds `h1` 
 attention class of `CompactAttentionMixin` and their stock one.
 """
 
+import math
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import Cache
+from transformers.cache_utils import QuantizedLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .neural_attention_initialization import CompactWeights, draw_compact_weights, needs_weights
@@ -98,6 +101,32 @@ class CompactAttentionMixin:
     def split_heads(self, states: torch.Tensor, size: int) -> torch.Tensor:
         """`[B, T, H * size]` -> `[B, H, T, size]`."""
         return states.view(*states.shape[:-1], -1, size).transpose(1, 2)
+
+    def update_cache(self, cache: Cache, w: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Adds `w` `[B, H, Tk, h1]` and values to a cache, and returns all that it has of this layer.
+
+        Raises:
+            ValueError: if the cache does not take them, with the reason: a quantised one whose `q_group_size` does not divide
+                their numbers, or one with the keys of another model in it.
+        """
+        index: Any = getattr(self, "layer_idx", None)
+        try:
+            return cache.update(w, value, index)
+        except (AssertionError, RuntimeError, ValueError) as error:
+            _, num_heads, _, size = w.shape
+            numbers = num_heads * size
+            layer = cache.layers[index] if index < len(cache.layers) else None
+            advice = "Whatever put keys into it (prefix tuning, another model) made whole ones, as the dot product wants them."
+            if isinstance(layer, QuantizedLayer):
+                fitting = math.gcd(layer.q_group_size, numbers, num_heads * value.shape[-1])
+                advice = (
+                    f"Give it a `q_group_size` that divides {numbers}, such as {fitting}, so that it takes a prompt of any "
+                    f"length: `cache_config={{..., 'q_group_size': {fitting}}}`."
+                )
+            raise ValueError(
+                f"This {type(cache).__name__} does not take the keys of layer {index}, which is compact: {size} numbers for "
+                f"each of {num_heads} heads ({error}). {advice}"
+            ) from error
 
     def attend(
         self, u: torch.Tensor, w: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None, **kwargs: Any

@@ -1,8 +1,8 @@
 """The compact form inside attention modules of any family, whose forward stays as it is.
 
 Such a forward views what its query and key layers make as heads of `head_dim` numbers each. The narrow layers that take their
-places make `H * h1` numbers, and zeros up to the next multiple of `head_dim`; so a few heads hold what all heads have to say
-of a token. A `PackedScorer` takes them apart again, behind the cache.
+places make `H * h1` numbers, and more up to the next multiple of `head_dim`, which nobody reads; so a few heads hold what all
+heads have to say of a token. A `PackedScorer` takes them apart again, behind the cache.
 """
 
 from collections.abc import Mapping
@@ -87,14 +87,17 @@ class PackedLayer(NamedTuple):
 
 
 def narrow_layer(old: nn.Linear, weight: torch.Tensor, bias: torch.Tensor, size: int) -> nn.Linear:
-    """A linear layer like `old`, with these weights `[n, d_model]` and `[n]`, and rows of zeros up to a multiple of `size`.
+    """A linear layer like `old`, with these weights `[n, d_model]` and `[n]`, and, up to a multiple of `size`, the first rows
+    once more, which nobody reads.
 
-    It is a plain `nn.Linear`, so that adapters, quantisers and exporters take it as such. The rows of zeros get no gradients.
+    It is a plain `nn.Linear`, so that adapters, quantisers and exporters take it as such. The rows that are not read get no
+    gradients. They are not zero, since some of these divide by a row's norm or largest number (DoRA, float8).
     """
     made = empty_layer(old, len(weight), size)
+    rows = torch.arange(made.out_features, device=weight.device) % len(weight)
     with torch.no_grad():
-        made.weight.zero_()[: len(weight)] = weight.to(made.weight)
-        made.bias.zero_()[: len(bias)] = bias.to(made.bias)
+        made.weight.copy_(weight[rows])
+        made.bias.copy_(bias[rows])
     made._is_hf_initialized = True  # type: ignore[assignment]
     return made.train(old.training)
 
@@ -170,28 +173,38 @@ def rebuild(attention: Any, settings: Mapping[str, Any]) -> PackedLayer:
 
 def watch_caches(attention: Any) -> None:
     """Lets an attention module with packed layers refuse caches that cannot hold its keys, before it touches one."""
-    attention.register_forward_pre_hook(refuse_fixed_sizes, with_kwargs=True)
+    attention.register_forward_pre_hook(refuse_caches, with_kwargs=True)
 
 
-def refuse_fixed_sizes(attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def refuse_caches(attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """A hook that runs before the forward of an attention module with packed layers.
 
     Raises:
-        ValueError: if it gets a cache of fixed size, whose layers have room for as many heads of values as of keys.
+        ValueError: if it gets a cache of fixed size, whose layers have room for as many heads of values as of keys, or one
+            with whole keys in it.
     """
     scorer, index = attention.scorer, getattr(attention, "layer_idx", None)
-    num_heads = scorer.packed_heads(scorer.num_key_heads)
-    if index is None or num_heads == scorer.num_key_heads:
+    if index is None:
         return
-    for cache in (*args, *kwargs.values()):
-        both = isinstance(cache, EncoderDecoderCache)
-        for part in (cache.self_attention_cache, cache.cross_attention_cache) if both else (cache,):
-            if isinstance(part, Cache) and any(isinstance(layer, StaticLayer) for layer in part.layers[index : index + 1]):
-                raise ValueError(
-                    f"This {type(attention).__name__} is compact, and packs the keys of {scorer.num_key_heads} heads into "
-                    f"{num_heads}, but not the values. A {type(part).__name__} has a fixed size, with room for as many heads "
-                    "of keys as of values. Use a DynamicCache, which `generate` makes without `cache_implementation`."
-                )
+    num_heads = scorer.packed_heads(scorer.num_key_heads)
+    packs = f"This {type(attention).__name__} is compact, and packs the keys of {scorer.num_key_heads} heads into {num_heads}"
+    given = (*args, *kwargs.values())
+    crosses = sum(isinstance(each, torch.Tensor) and each.ndim == 3 for each in given) > 1  # gets an encoder's states too
+    for cache in given:
+        if isinstance(cache, EncoderDecoderCache):
+            cache = cache.cross_attention_cache if crosses else cache.self_attention_cache
+        layer = cache.layers[index] if isinstance(cache, Cache) and index < len(cache.layers) else None
+        if isinstance(layer, StaticLayer) and num_heads != scorer.num_key_heads:
+            raise ValueError(
+                f"{packs}, but not the values. A {type(cache).__name__} has a fixed size, with room for as many heads "
+                "of keys as of values. Use a DynamicCache, which `generate` makes without `cache_implementation`."
+            )
+        keys = getattr(layer, "keys", None)
+        if keys is not None and keys.ndim == 4 and (keys.shape[1], keys.shape[3]) != (num_heads, scorer.stock_head_dim):
+            raise ValueError(
+                f"{packs}. The {type(cache).__name__} has keys of {keys.shape[1]} heads. Whatever put them into it (prefix "
+                "tuning, another model) made whole ones, as the dot product wants them."
+            )
 
 
 def put_in(parent: nn.Module, name: str, module: nn.Module) -> nn.Module:

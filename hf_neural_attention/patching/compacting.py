@@ -45,8 +45,8 @@ def compact(model: ModelT, *, example_inputs: Mapping[str, Any] | None = None, d
     It takes models of this package, GPT-2 and ViT that `patch` has changed, and patched models of other families whose
     queries and keys are what a linear layer inside the attention module makes, times a constant at most (BERT, BART, T5, CLIP
     ...; not those with rotary positions, or norms of queries and keys). Those other families run on a few random numbers
-    before and after. Their two layers get rows of zeros up to a multiple of `head_dim`, since their forward counts heads of
-    that size, and caches of fixed size do not take their keys, which come in fewer heads than the values.
+    before and after. Their two layers get rows that are not read up to a multiple of `head_dim`, since their forward counts
+    heads of that size, and caches of fixed size do not take their keys, which come in fewer heads than the values.
 
     Everything is checked before anything is changed: after an error the model is what it was.
 

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArgu
 from hf_neural_attention import patch_status, start_scores
 from hf_neural_attention.analysis import score_statistics, scorer_health
 from hf_neural_attention.models.neural_attention_compact import CompactAttentionMixin
+from hf_neural_attention.models.neural_attention_packing import PackedScorer
 from hf_neural_attention.starting import ScoreStart
 from training.arms import Arm
 from training.scorer_trainer import ScorerTrainer
@@ -123,9 +124,19 @@ def share_weights(model: PreTrainedModel, stock: PreTrainedModel) -> None:
     compact = {name: module for name, module in model.named_modules() if isinstance(module, CompactAttentionMixin)}
     for name, module in compact.items():
         module.take_stock(stock.get_submodule(name))
-    own = tuple(f"{name}." for name in compact)
+    own = tuple(f"{name}." for name in (*compact, *narrow_layers(model)))
     shared = {name: tensor for name, tensor in stock.state_dict().items() if not name.startswith(own)}
     missing, unexpected = model.load_state_dict(shared, strict=False)
     missing = [name for name in missing if ".scorer." not in name and not name.startswith(own)]
     if unexpected or missing:
         raise RuntimeError(f"The two models share too little: missing {missing}, unexpected {unexpected}.")
+
+
+def narrow_layers(model: PreTrainedModel) -> list[str]:
+    """Names of the layers that make packed queries and keys."""
+    return [
+        f"{name.rpartition('.')[0]}.{layer}"
+        for name, module in model.named_modules()
+        if isinstance(module, PackedScorer)
+        for layer in (module.query_layer, module.key_layer)
+    ]

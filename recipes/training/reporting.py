@@ -18,6 +18,9 @@ from training.arms import Arm
 
 Results = dict[Arm, dict[str, Any]]
 
+# What a model holds: name in results -> what it is
+SIZES = {"memory_footprint": "bytes of parameters and buffers", "cache_bytes_per_token": "bytes of a stock cache per token"}
+
 
 @dataclass
 class Task:
@@ -43,8 +46,8 @@ def comparison_table(results: Results, task: Task) -> str:
     header = ["", *(arm.label for arm in arms)] + ([f"{arms[1]} / {arms[0]}"] if len(arms) == 2 else [])
     rows: list[list[str]] = []
 
-    def add(label: str, values: list[float], form: Callable[[float], str]) -> None:
-        ratio = f"{values[1] / values[0]:.3f}" if len(values) == 2 and values[0] else ""
+    def add(label: str, values: list[Any], form: Callable[[Any], str]) -> None:
+        ratio = f"{values[1] / values[0]:.3f}" if len(values) == 2 and all(values) else ""
         rows.append([label, *map(form, values), *([ratio] if len(values) == 2 else [])])
 
     for name, meaning in task.metrics.items():
@@ -52,12 +55,21 @@ def comparison_table(results: Results, task: Task) -> str:
             add(meaning, [results[arm]["metrics"][name] for arm in arms], lambda value: f"{value:.4g}")
     add("parameters", [results[arm]["parameters"] for arm in arms], lambda value: f"{value:,}")
     add("of which scorers", [results[arm]["scorer_parameters"] for arm in arms], lambda value: f"{value:,}")
+    for name, meaning in SIZES.items():
+        if all(name in results[arm] for arm in arms):  # records of before have none of these
+            add(meaning, [results[arm][name] for arm in arms], in_bytes)
     add("training steps", [results[arm]["steps"] for arm in arms], lambda value: f"{value:,}")
     if len(arms) > 1:
         label = f"seconds per step, {task.step}, timed by turns"
         add(label, [results[arm]["seconds_in_turn"] for arm in arms], lambda value: f"{value:.3f}")
     add("training minutes", [results[arm]["train_seconds"] / 60 for arm in arms], lambda value: f"{value:.1f}")
     return markdown_table(header, rows)
+
+
+def in_bytes(value: int | None) -> str:
+    if value is None:
+        return "unknown"
+    return f"{value:,}" if value else "no cache"
 
 
 def verdict(results: Results, task: Task) -> str:

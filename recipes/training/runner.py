@@ -13,6 +13,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import TrainerCallback, set_seed
 from transformers.trainer_callback import ExportableState
 
+from hf_neural_attention.patching.sizes import size_of
 from tools.json_files import write_json
 from tools.peak_memory import peak_memory
 from tools.timing_by_turns import time_by_turns
@@ -84,6 +85,7 @@ def run_arm(experiment: Experiment, arm: Arm) -> dict[str, Any]:
     except (ValueError, StrictDataclassError) as error:
         raise SystemExit(f"The {arm} model cannot be built: {error}") from None
     parameters = {name: parameter.numel() for name, parameter in model.named_parameters()}  # counts before they are sharded
+    size = size_of(model)
     use_cache = getattr(model.config, "use_cache", None)
     trainer = experiment.trainer(arm, model, StepClock())
     health, scores = {"start": experiment.health(trainer)}, {"start": experiment.scores(trainer)}
@@ -104,6 +106,8 @@ def run_arm(experiment: Experiment, arm: Arm) -> dict[str, Any]:
         "attention": arm,
         "parameters": sum(parameters.values()),
         "scorer_parameters": sum(size for name, size in parameters.items() if ".scorer." in name),
+        "memory_footprint": size.num_bytes,
+        "cache_bytes_per_token": size.cache_bytes_per_token,
         "steps": trainer.state.global_step,
         "epochs": trainer.state.epoch,
         "train_seconds": clock.seconds,

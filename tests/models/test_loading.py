@@ -20,6 +20,7 @@ from tests.helpers.neural_models import (
     every_model,
     one_and_all_whole_layers,
     scorers,
+    whole_and_compact,
 )
 
 
@@ -120,9 +121,10 @@ def test_one_file_round_trip(family: Family, fields: dict, dtype: torch.dtype, t
 
 
 @both_families
+@whole_and_compact
 @pytest.mark.parametrize("dtype", LOW_PRECISIONS, ids=str)
-def test_sharded_round_trip(family: Family, dtype: torch.dtype, tmp_path):
-    model = family.neural(neural_layers="all").to(dtype)
+def test_sharded_round_trip(family: Family, fields: dict, dtype: torch.dtype, tmp_path):
+    model = family.neural(**fields).to(dtype)
     model.save_pretrained(tmp_path, max_shard_size="10KB")
     assert len(list(tmp_path.glob("model-*-of-*.safetensors"))) > 3 and not list(tmp_path.glob("*.bin"))
     again, info = load(family.neural_class(), tmp_path)
@@ -134,8 +136,9 @@ def test_sharded_round_trip(family: Family, dtype: torch.dtype, tmp_path):
 
 
 @every_model
-def test_every_class_round_trips_through_its_auto_class(family: Family, head: str, tmp_path):
-    model = family.neural(head, neural_layers=[0, -1])
+@pytest.mark.parametrize("is_compact", (False, True), ids=("whole", "compact"))
+def test_every_class_round_trips_through_its_auto_class(family: Family, head: str, is_compact: bool, tmp_path):
+    model = family.neural(head, neural_layers=[0, -1], neural_compact=is_compact)
     model.save_pretrained(tmp_path)
     auto = {
         "Model": transformers.AutoModel,
@@ -152,24 +155,26 @@ def test_every_class_round_trips_through_its_auto_class(family: Family, head: st
 @pytest.mark.parametrize(
     "arguments", ({"low_cpu_mem_usage": True}, {"device_map": "cpu"}, {"device_map": {"": "cpu"}}), ids=str
 )
-def test_loading_onto_devices(family: Family, arguments: dict, tmp_path):
-    model = family.neural(neural_layers="all")
+@whole_and_compact
+def test_loading_onto_devices(family: Family, arguments: dict, fields: dict, tmp_path):
+    model = family.neural(**fields)
     model.save_pretrained(tmp_path)
     again = family.neural_class().from_pretrained(tmp_path, **arguments)
     assert_same_state(again, model)
     # loads a stock checkpoint too, whose scorers have to be born after the load
     family.stock().save_pretrained(tmp_path / "stock")
-    born = family.neural_class().from_pretrained(tmp_path / "stock", neural_layers="all", **arguments)
+    born = family.neural_class().from_pretrained(tmp_path / "stock", **fields, **arguments)
     assert all(torch.isfinite(parameter).all() and not parameter.is_meta for parameter in born.parameters())
     assert all(scorer.linear3.weight.abs().max() > 0 for scorer in scorers(born))
 
 
 @both_families
-def test_from_the_meta_device(family: Family):
+@whole_and_compact
+def test_from_the_meta_device(family: Family, fields: dict):
     with torch.device("meta"):
-        model = family.neural_class()(family.config(neural_layers="all"))
+        model = family.neural_class()(family.config(**fields))
     assert all(parameter.is_meta for parameter in model.parameters())
-    filled = family.neural(neural_layers="all")
+    filled = family.neural(**fields)
     model.load_state_dict(filled.state_dict(), assign=True)
     model.tie_weights()
     assert_same_state(model, filled)
@@ -178,12 +183,13 @@ def test_from_the_meta_device(family: Family):
 
 
 @both_families
-def test_only_the_last_bias_is_frozen_also_after_loading(family: Family, tmp_path):
-    model = family.neural(neural_layers="all")
+@whole_and_compact
+def test_only_the_last_bias_is_frozen_also_after_loading(family: Family, fields: dict, tmp_path):
+    model = family.neural(**fields)
     model.save_pretrained(tmp_path / "neural")
     family.stock().save_pretrained(tmp_path / "stock")
     loaded = [
-        family.neural_class().from_pretrained(tmp_path / kind, neural_layers="all", device_map=device_map)
+        family.neural_class().from_pretrained(tmp_path / kind, **fields, device_map=device_map)
         for kind in ("neural", "stock")
         for device_map in (None, "cpu")
     ]
@@ -193,8 +199,9 @@ def test_only_the_last_bias_is_frozen_also_after_loading(family: Family, tmp_pat
 
 
 @both_families
-def test_base_and_head_load_each_other(family: Family, tmp_path):
-    base = family.neural(family.base, neural_layers="all")
+@whole_and_compact
+def test_base_and_head_load_each_other(family: Family, fields: dict, tmp_path):
+    base = family.neural(family.base, **fields)
     base.save_pretrained(tmp_path / "base")
     for head in family.heads:
         model, info = load(family.neural_class(head), tmp_path / "base")

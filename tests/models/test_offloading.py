@@ -9,9 +9,11 @@ from tests.helpers.neural_models import GPT2
 
 
 FIELDS = {"neural_layers": "all"}
+FORMS = {"shared": FIELDS, "per head": {**FIELDS, "neural_per_head": True}, "compact": {**FIELDS, "neural_compact": True}}
+every_form = pytest.mark.parametrize("fields", FORMS.values(), ids=FORMS)
 
 
-@pytest.mark.parametrize("fields", [FIELDS, {**FIELDS, "neural_per_head": True}], ids=["shared", "per head"])
+@every_form
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 def test_weights_on_disk(tmp_path, fields, implementation):
     model = GPT2.neural(**fields)
@@ -23,22 +25,24 @@ def test_weights_on_disk(tmp_path, fields, implementation):
     offloaded = GPT2.neural_class().from_pretrained(
         tmp_path / "model", device_map=parts, offload_folder=tmp_path / "disk", attn_implementation=implementation
     )
-    assert offloaded.transformer.h[1].attn.scorer.linear1.weight.is_meta
+    assert offloaded.transformer.h[1].attn.scorer.linear2.weight.is_meta
     assert_near(run(offloaded, **inputs), expected)
-    assert offloaded.transformer.h[1].attn.scorer.linear1.weight.is_meta  # checks that the weights are gone again
+    assert offloaded.transformer.h[1].attn.scorer.linear2.weight.is_meta  # checks that the weights are gone again
 
 
-def test_weights_brought_in_from_the_cpu():
-    model = GPT2.neural(**FIELDS)
+@every_form
+def test_weights_brought_in_from_the_cpu(fields: dict):
+    model = GPT2.neural(**fields)
     inputs = GPT2.inputs(labels=False)
     expected = run(model, **inputs)
     cpu_offload(model, execution_device=torch.device("cpu"))
-    assert model.transformer.h[0].attn.scorer.linear1.weight.is_meta
+    assert model.transformer.h[0].attn.scorer.linear2.weight.is_meta
     assert_near(run(model, **inputs), expected)
 
 
-def test_a_model_on_the_meta_device_gives_shapes():
+@every_form
+def test_a_model_on_the_meta_device_gives_shapes(fields: dict):
     with torch.device("meta"):
-        model = GPT2.neural_class()(GPT2.config(**FIELDS, pad_token_id=None))
+        model = GPT2.neural_class()(GPT2.config(**fields, pad_token_id=None))
         logits = model(input_ids=torch.ones(2, 8, dtype=torch.long)).logits
     assert logits.is_meta and logits.shape == (2, 8, 99)

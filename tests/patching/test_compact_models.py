@@ -9,9 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import (
-    AutoModelForCausalLM,
-)
+from transformers import AutoModelForCausalLM
 
 from hf_neural_attention import (
     CompactScorer,
@@ -30,11 +28,11 @@ from hf_neural_attention.models.neural_attention_packing import PackedScorer
 from hf_neural_attention.patching import PatchError
 from hf_neural_attention.patching.sizes import size_of, stock_twin
 from tests.helpers.compacted_models import WITH_CLASSES, every_setting, folded_families, neural
-from tests.helpers.comparing import assert_near, run
+from tests.helpers.comparing import assert_far, assert_near, run
 from tests.helpers.stock_models import FAMILIES, Family
 
 
-GPT2, VIT, BERT = (FAMILIES[name] for name in ("gpt2", "vit", "bert"))
+GPT2, VIT, BERT, T5 = (FAMILIES[name] for name in ("gpt2", "vit", "bert", "t5"))
 GUIDE = (Path(__file__).parents[2] / "docs/compact-form.md").read_text()
 BRACKETS = str.maketrans("()", "[]")
 
@@ -136,6 +134,51 @@ def test_analysis(family: Family, settings: dict):
     whole_surface = score_surface(scorer, query=seen.query[0, 0, 0], key=seen.key[0, 0, 0], steps=3)
     assert surface.dot_product is None and surface.network.std() > 0
     assert surface.network[1, 1].item() == pytest.approx(whole_surface.network[1, 1].item(), rel=1e-4, abs=1e-5)
+
+
+ADAPTERS = {
+    "LoRA": lambda peft: peft.LoraConfig(r=2),
+    "DoRA": lambda peft: peft.LoraConfig(r=2, use_dora=True),
+    "IA3": lambda peft: peft.IA3Config(),
+    "AdaLoRA": lambda peft: peft.AdaLoraConfig(init_r=4, target_r=2, total_step=10),
+    "OFT": lambda peft: peft.OFTConfig(oft_block_size=4, target_modules="all-linear"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to", "ignore:Invalid `oft_block_size`")
+@pytest.mark.parametrize("method", ADAPTERS)
+@pytest.mark.parametrize("family", (GPT2, BERT, T5), ids=("gpt2", "bert", "t5"))
+def test_adapters_where_peft_puts_them_by_default(family: Family, method: str, tmp_path):
+    """`hidden_dims` that fill no whole number of heads, so that there are rows that are not read."""
+    import peft
+
+    if family is GPT2 and method == "OFT":
+        pytest.skip("peft has no OFT for Conv1D, of which GPT-2 is made, stock too")
+    model, inputs = compact(neural(family, hidden_dims=(3, 2))), family.inputs()
+    inputs["labels"] = inputs.get("decoder_input_ids", inputs["input_ids"])
+    before = run(model, **inputs)
+    adapted = peft.get_peft_model(copy.deepcopy(model), ADAPTERS[method](peft))
+    assert_near(run(adapted.eval(), **inputs), before)
+    optimizer = torch.optim.Adam((each for each in adapted.parameters() if each.requires_grad), lr=0.05)
+    for _ in range(3):
+        optimizer.zero_grad()
+        adapted.train()(**inputs).loss.backward()
+        optimizer.step()
+    trained = run(adapted.eval(), **inputs)
+    assert trained.isfinite().all()
+    assert_far(trained, before)
+    changed = {
+        name.split(".lora_")[0].split(".ia3_")[0].split(".oft_")[0]
+        for name, each in adapted.named_parameters()
+        if each.grad is not None
+    }
+    inside = family.layers[0]
+    narrow = {"gpt2": "c_attn", "bert": "key" if method == "IA3" else "query", "t5": "k" if method == "IA3" else "q"}
+    assert f"base_model.model.{inside}.{narrow[family.model_type]}" in changed
+    adapted.save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(model, tmp_path)
+    assert_near(run(again.eval(), **inputs), trained)
+    assert_near(run(adapted.merge_and_unload(), **inputs), trained, 1e-4)
 
 
 def test_pictures_of_a_surface_without_a_dot_product():

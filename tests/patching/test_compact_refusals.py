@@ -231,3 +231,30 @@ def test_neural_cache_is_not_for_compact_models():
             NeuralCache(model)
     with pytest.raises(ValueError, match="which is compact"):
         model.generate(torch.tensor([[3]]), cache_implementation="neural", max_new_tokens=2)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of peft about itself
+@pytest.mark.parametrize("family", (GPT2, T5, BART), ids=("gpt2", "t5", "bart"))
+def test_keys_of_prefix_tuning_are_whole_ones(family: Family):
+    from peft import PrefixTuningConfig, get_peft_model
+
+    task = "CAUSAL_LM" if family is GPT2 else "SEQ_2_SEQ_LM"
+    inputs = {name: tensor for name, tensor in family.inputs().items() if name != "decoder_input_ids"}
+    for model in (neural(family), compact(neural(family))):
+        tuned = get_peft_model(model, PrefixTuningConfig(task_type=task, num_virtual_tokens=3))
+        if patch_status(model)[0].compact:
+            with pytest.raises(ValueError, match=r"is compact.*prefix tuning, another model\) made whole ones"):
+                tuned(**inputs, labels=inputs["input_ids"])
+        else:
+            assert tuned(**inputs, labels=inputs["input_ids"]).loss.isfinite()
+
+
+@pytest.mark.slow  # compiles C++ for quanto
+def test_groups_of_a_quantised_cache_must_divide_the_keys():
+    model = neural_models.GPT2.neural(neural_layers="all", neural_compact=True, neural_hidden_dims=[1, 1])
+    settings = {"backend": "quanto", "nbits": 4, "residual_length": 3}
+    arguments = {"max_new_tokens": 8, "do_sample": False, "cache_implementation": "quantized"}
+    ids = torch.randint(3, 98, (1, 7))
+    with pytest.raises(ValueError, match=r"1 numbers for each of 4 heads .*`q_group_size` that divides 4, such as 4"):
+        model.generate(ids, cache_config=settings | {"q_group_size": 8}, **arguments)
+    assert model.generate(ids, cache_config=settings | {"q_group_size": 4}, **arguments).shape == (1, 15)

@@ -85,12 +85,17 @@ def test_training_goes_on_alike(implementation: str):
     assert all(module.training for module in made.modules())
 
 
-def test_rows_that_fill_a_head_stay_zero():
-    model = compact(neural(BERT, hidden_dims=(3, 2)))
+def test_rows_that_fill_a_head_are_not_read():
+    model, inputs = compact(neural(BERT, hidden_dims=(3, 2))), BERT.inputs()
     key = model.get_submodule("bert.encoder.layer.0.attention.self.key")
-    assert key.weight.shape == (16, 32) and not key.weight[12:].any() and key.weight[:12].any()
-    model(**BERT.inputs()).logits.sum().backward()
+    # copies, since DoRA divides by the norm of a row
+    assert key.weight.shape == (16, 32) and torch.equal(key.weight[12:], key.weight[:4])
+    expected = run(model, **inputs)
+    model(**inputs).logits.sum().backward()
     assert not key.weight.grad[12:].any() and not key.bias.grad[12:].any() and key.weight.grad[:12].any()
+    with torch.no_grad():
+        key.weight[12:] = key.bias[12:] = 7.0
+    assert torch.equal(run(model, **inputs), expected)
 
 
 @pytest.mark.parametrize("family", (GPT2, VIT, BERT, T5), ids=("gpt2", "vit", "bert", "t5"))

@@ -58,6 +58,16 @@ def test_the_trained_model_loads_and_classifies(trained):
     assert guesses[0]["label"] in set("0123456789")
 
 
+@pytest.mark.slow
+def test_a_compact_arm_is_trained(tmp_path):
+    compact = ("--neural_compact", "True", "--neural_layers", "all", "--neural_hidden_dims", 4, 2)
+    run_in(tmp_path, "image_classification.py", *TINY, *compact, "--output_dir", "run", "--card", "card")
+    assert "| bytes of a stock cache per token | no cache | no cache |  |" in (tmp_path / "card.md").read_text()
+    dot, neural = (json.loads((tmp_path / f"run/{arm}/results.json").read_text()) for arm in ("dot", "neural"))
+    assert neural["parameters"] < dot["parameters"]
+    assert AutoModelForImageClassification.from_pretrained(tmp_path / "run/neural").config.neural_compact
+
+
 @pytest.fixture
 def checkpoint(tmp_path):
     """A stock ViT for images of 8 pixels and the ten digits."""

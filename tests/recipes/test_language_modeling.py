@@ -72,6 +72,20 @@ def test_a_stock_checkpoint_is_fine_tuned(trained, run_recipe):
 
 
 @pytest.mark.slow
+def test_a_compact_arm_is_trained_from_scratch_and_from_a_stock_checkpoint(trained, tmp_path):
+    compact = ("--neural_compact", "True", "--neural_layers", "all", "--neural_hidden_dims", 4, 2)
+    start = ("--model_name_or_path", trained[0] / "dot")
+    for more in ((), start):
+        run_in(tmp_path, "language_modeling.py", *TINY, *compact, *more, "--output_dir", f"run{len(more)}", "--card", "card")
+        dot, neural = (json.loads((tmp_path / f"run{len(more)}/{arm}/results.json").read_text()) for arm in ("dot", "neural"))
+        assert neural["parameters"] < dot["parameters"] and neural["memory_footprint"] < dot["memory_footprint"]
+        assert neural["cache_bytes_per_token"] / dot["cache_bytes_per_token"] == (4 + 8) / (8 + 8)
+        assert "| bytes of a stock cache per token | 256 | 192 | 0.750 |" in (tmp_path / "card.md").read_text()
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / f"run{len(more)}/neural")
+        assert model.config.neural_compact and len(neural["scorer_health"]["end"]) == 2
+
+
+@pytest.mark.slow
 def test_errors_reach_the_user_without_a_traceback(run_recipe):
     refused = run_recipe("language_modeling.py", *TINY, "--dataset_name", "./nowhere", "--output_dir", "run", fails=True)
     assert "There is no file or folder ./nowhere" in refused

@@ -41,9 +41,10 @@ def test_of_a_patched_language_model(tmp_path, monkeypatch, capsys):
         look(monkeypatch, tmp_path / "nowhere", *flags)
 
 
-def test_of_an_image_classifier(tmp_path, monkeypatch):
+@pytest.mark.parametrize("is_compact", (False, True), ids=("whole", "compact"))
+def test_of_an_image_classifier(tmp_path, monkeypatch, is_compact):
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = NeuralViTConfig(**sizes, image_size=16, patch_size=4, neural_layers="all")
+    config = NeuralViTConfig(**sizes, image_size=16, patch_size=4, neural_layers="all", neural_compact=is_compact)
     NeuralViTForImageClassification(config).save_pretrained(tmp_path / "model")
     ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(tmp_path / "model")
     PIL.Image.fromarray(torch.randint(256, (20, 24, 3), dtype=torch.uint8).numpy()).save(tmp_path / "i.png")

@@ -78,6 +78,27 @@ def test_text(tmp_path: Path):
 
 
 @pytest.mark.slow
+def test_a_compact_model_is_fine_tuned(tmp_path: Path):
+    compact = (*QUICK, *REPLACE, *IMAGES, "--neural_compact", "True")
+    printed = run_in(
+        tmp_path, "patch_and_finetune.py", "--model_name_or_path", image_checkpoint(tmp_path / "vit"), *compact,
+        "--ignore_mismatched_sizes", "True", "--card", "card",
+    )  # fmt: skip
+    assert "| calibrated |" in printed and "made compact" in (tmp_path / "card.md").read_text()
+    model = AutoModelForImageClassification.from_pretrained(tmp_path / "run/neural")
+    assert type(model).__name__ == "NeuralViTForImageClassification" and model.config.neural_compact
+    assert not (tmp_path / "run/neural/patch").exists()
+    record = json.loads((tmp_path / "run/neural/results.json").read_text())
+    assert record["parameters"] < json.loads((tmp_path / "run/dot/results.json").read_text())["parameters"]
+    # is refused with the reason of `compact`, before anything is fitted
+    refused = run_in(
+        tmp_path, "patch_and_finetune.py", "--model_name_or_path", text_checkpoint(tmp_path / "llama"), *QUICK[:-1], "other",
+        *REPLACE, *TEXT, "--neural_compact", "True", fails=True,
+    )  # fmt: skip
+    assert "rotary" in refused and not (tmp_path / "other/stages.json").exists()
+
+
+@pytest.mark.slow
 def test_images(tmp_path: Path):
     command = (
         "--model_name_or_path",

@@ -11,12 +11,13 @@ from training.text import TextArguments, load_text
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("is_compact", (False, True), ids=("whole", "compact"))
 @pytest.mark.parametrize("flags", ((), ("--keep_scorers", "True")), ids=("all", "scorers kept"))
-def test_before_and_after(tmp_path, flags):
+def test_before_and_after(tmp_path, flags, is_compact):
     texts = load_text(TextArguments(vocab_size=300))["train"]["text"][:50]
     GPT2Tokenizer().train_new_from_iterator(texts, vocab_size=300).save_pretrained(tmp_path / "model")
     sizes = {"vocab_size": 300, "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 32, "initializer_range": 0.2}
-    config = NeuralGPT2Config(**sizes, neural_layers="all", bos_token_id=0, eos_token_id=0)
+    config = NeuralGPT2Config(**sizes, neural_layers="all", neural_compact=is_compact, bos_token_id=0, eos_token_id=0)
     NeuralGPT2LMHeadModel(config).save_pretrained(tmp_path / "model")
     command = ("--model_name_or_path", "model", "--block_size", 32, "--max_eval_tokens", 500, "--card", "card", *flags)
     printed = run_in(tmp_path, "quantize.py", *command)

@@ -47,9 +47,23 @@ def test_the_table_has_a_column_per_arm_and_the_ratio():
     table = comparison_table(results(), task())
     assert "| test perplexity | 20 | 19 | 0.950 |" in table
     assert "| of which scorers | 0 | 25 |  |" in table
+    assert "bytes" not in table  # as in records of before
     assert "timed by turns | 3.000 | 4.500 | 1.500 |" in table
     alone = comparison_table({Arm.NEURAL: results()[Arm.NEURAL]}, task())
     assert "| test perplexity | 19 |" in alone and "ratio" not in alone
+
+
+@pytest.mark.parametrize(
+    ("caches", "row"),
+    [((1024, 576), "1,024 | 576 | 0.562"), ((0, 0), "no cache | no cache | "), ((1024, None), "1,024 | unknown | ")],
+)
+def test_the_table_has_what_each_model_holds(caches, row):
+    compared = results()
+    for arm, held, cache in zip(Arm, (8000, 6000), caches, strict=True):
+        compared[arm] |= {"memory_footprint": held, "cache_bytes_per_token": cache}
+    table = comparison_table(compared, task())
+    assert "| bytes of parameters and buffers | 8,000 | 6,000 | 0.750 |" in table
+    assert f"| bytes of a stock cache per token | {row} |" in table
 
 
 @pytest.mark.parametrize(

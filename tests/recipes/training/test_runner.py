@@ -94,6 +94,9 @@ def test_both_arms_start_from_the_same_weights_and_see_the_same_data(tmp_path):
     assert len(seen) == 42 and all(map(torch.equal, seen[:half], seen[half:-2]))
     assert not torch.equal(seen[0], seen[1])
     assert results[Arm.NEURAL]["parameters"] - results[Arm.DOT]["parameters"] == results[Arm.NEURAL]["scorer_parameters"] > 0
+    for arm in Arm:
+        assert results[arm]["memory_footprint"] == 4 * results[arm]["parameters"]
+        assert results[arm]["cache_bytes_per_token"] == 2 * 2 * 16 * 4  # of two layers, keys and values
     losses = [[entry["loss"] for entry in results[arm]["history"] if "loss" in entry] for arm in Arm]
     assert losses[0] != losses[1]
     assert all(0 < results[arm]["seconds_in_turn"] < 5 for arm in Arm)
