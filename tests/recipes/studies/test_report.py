@@ -6,6 +6,7 @@ import pytest
 
 from studies.report import CARD, report, summary
 from studies.results import compared_with, difference, interval, load_results, summarize, verdict
+from studies.score_pictures import first_layer, points
 from studies.study_file import COSTS, file_name
 from tests.helpers.study_records import change_run, costs_of, make_study, record_of, write_results
 
@@ -29,6 +30,23 @@ def test_figures_by_hand(tmp_path):
     assert "Best by `v`: **first layer** (2.500); its `m` is 1.500." in text
     assert "| 3.000 | 1.50 (1.40 to 1.60) | 1.50 | 1 | 3 of 24 | 6 of 24 | 0.50 |" in text
     assert "Neural arms beside every" not in text
+
+
+def test_scores_that_were_watched_are_drawn(tmp_path):
+    study = make_study()
+    write_results(study, tmp_path, {"dot": [1.0, 2.0], "first layer": [0.5, 1.4]})
+    report(study, tmp_path)
+    assert not (tmp_path / "scores.png").exists()
+    for path in tmp_path.glob("*-*.json"):
+        record = json.loads(path.read_text())
+        figures = {"saturated": 0.9, "entropy": 0.1, "gradient": 1e-3}
+        record["score_statistics"] = {"start": [{"layer": "a.b", "spread": 9.0, **figures}], "end": []}
+        watched = {f"scores/{layer}/{name}": value for layer in ("a.b", "a.c") for name, value in figures.items()}
+        record["history"] = [entry | watched for entry in record["history"]]
+        path.write_text(json.dumps(record))
+    assert "![Scores of the first layer](scores.png)" in report(study, tmp_path)
+    assert (tmp_path / "scores.png").stat().st_size > 5_000
+    assert first_layer(record) == "a.b" and points(record, "saturated") == {0: 0.9, 5: 0.9, 10: 0.9}
 
 
 def test_neural_arms_beside_the_other_dot_product_arms(tmp_path):

@@ -120,7 +120,7 @@ def test_uniform_attention_stays_uniform_for_dot_products_and_is_refused_for_net
     experiment.score_spread = 0.0
     result = run(experiment, (Arm.DOT,))[Arm.DOT]
     assert [layer["spread"] for layer in result["score_statistics"]["end"]] == [0.0, 0.0]
-    with pytest.raises(SystemExit, match="The neural model cannot be built: .* a spread of zero would not stay zero"):
+    with pytest.raises(SystemExit, match=r"The neural model cannot be built: .* a spread of zero would not stay zero"):
         run(experiment, (Arm.NEURAL,))
 
 
