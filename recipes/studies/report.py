@@ -18,6 +18,7 @@ from studies.results import (
     verdict,
 )
 from studies.score_pictures import draw_first_layer, were_watched
+from studies.shape_pictures import draw_shapes
 from studies.study_file import Study, load_costs
 from tools.markdown import markdown_table
 from training.arms import Arm
@@ -27,8 +28,8 @@ CARD = "best_neural_model"
 
 
 def report(study: Study, folder: Path) -> str:
-    """Writes report.md, .csv and .png, curves.png and a model card into the folder, and scores.png where scores were watched;
-    returns the Markdown of the first.
+    """Writes report.md, .csv and .png, curves.png and a model card into the folder, and scores.png or
+    shapes.png where the study has what they show; returns the Markdown of the first.
 
     Raises:
         SystemExit: see `load_results`.
@@ -45,6 +46,8 @@ def report(study: Study, folder: Path) -> str:
     draw_curves(study, found, rows, folder / "curves.png")
     if were_watched(found):
         draw_first_layer(study, found, folder / "scores.png")
+    if study.shapes:
+        draw_shapes(study, found, rows, folder / "shapes.png")
     if (card := best_card(study, found, rows)) is not None:
         (folder / f"{CARD}.md").write_text(card)
     return text
@@ -69,6 +72,11 @@ def markdown(study: Study, found: Results, rows: list[dict[str, Any]], where: di
         "![Differences to the dot product](report.png)",
         "![Training loss, as difference to the dot product](curves.png)",
     ]
+    if study.shapes:
+        parts.append(
+            "Error against cost: what a training step takes (measured, by turns), what a pair's score takes and what a cache "
+            "keeps of a key (counted). Arms on the line are beaten by none in both.\n\n![Error against cost](shapes.png)"
+        )
     if were_watched(found):
         parts.append(
             "The first layer's scores during training (mean over seeds, on a few validation examples; at step 0 before any "

@@ -47,6 +47,7 @@ class Study:
     flags: dict[str, Any]
     also: list[str] = field(default_factory=list)
     lower_is_better: bool = True
+    shapes: bool = False  # draw error against what scorers cost
     note: str = ""
 
     @classmethod

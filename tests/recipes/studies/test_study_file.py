@@ -78,3 +78,4 @@ def test_the_studies_are_studies_of_recipes(path):
     assert (RECIPES / study.recipe).exists() and (RECIPES / study.config).exists() and len(study.seeds) >= 3
     names = [file_name(arm, seed) for arm, seed in study.runs()]
     assert len(set(names)) == len(names)
+    script.check_words(study, ["--use_cpu", "True"])
