@@ -1,7 +1,8 @@
-"""Trains a ViT with Neural Attention and one with the dot product on the same images, and compares them.
+"""Trains a ViT (or another image classifier) with Neural Attention and one with the dot product, and compares them.
 
     python recipes/image_classification.py --output_dir runs/digits --num_train_epochs 10
     python recipes/image_classification.py recipes/configs/cifar10-small.yaml
+    python recipes/image_classification.py --model_type deit --output_dir DIR
     accelerate launch recipes/image_classification.py CONFIG
 
 Flags after a configuration file override it. Running the same command again goes on where it stopped.
@@ -11,7 +12,9 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from transformers import (
+    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
     BaseImageProcessor,
+    PreTrainedConfig,
     PreTrainedModel,
     TrainerCallback,
     TrainingArguments,
@@ -28,13 +31,14 @@ from training.image_task import MEASURES, prepare
 from training.images import ImageArguments, LabelledImages, load_images
 from training.model_families import VIT
 from training.neural_arguments import NeuralArguments
+from training.new_models import DROPOUT, FamilyArguments, Size, build_new, check_new, check_one_source, family_note, new_config
 from training.reporting import Task
 from training.runner import carry_out
 
 
 @dataclass
-class ModelArguments:
-    """The ViT to train: a checkpoint, or a new one of this size."""
+class ModelArguments(FamilyArguments):
+    """The model to train: a ViT checkpoint, or a new model of this size, ViT unless another family is named."""
 
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "A ViT checkpoint (stock or neural) to start from; the sizes below are then its own."}
@@ -47,7 +51,9 @@ class ModelArguments:
     num_attention_heads: int = field(default=3, metadata={"help": "Heads."})
     intermediate_size: int | None = field(default=None, metadata={"help": "Feed-forward width. Default: 4 hidden_size."})
     patch_size: int = field(default=4, metadata={"help": "Side of a patch, in pixels."})
-    dropout: float = field(default=0.0, metadata={"help": "Of attention weights and residual branches."})
+    dropout: float = field(
+        default=0.0, metadata={"help": "Of attention weights and residual branches, where the family has it."}
+    )
     halve_learning_rate_after: int | None = field(
         default=None, metadata={"help": "Halve the learning rate once, after so many epochs, as the paper does after 3."}
     )
@@ -75,27 +81,38 @@ class HalveLearningRate(TrainerCallback):
                 group["lr"] /= 2
 
 
+def sizes_of(model: ModelArguments) -> list[Size]:
+    inner = model.intermediate_size
+    return [
+        Size("hidden_size", model.hidden_size, "hidden_size"),
+        Size("num_hidden_layers", model.num_hidden_layers, "num_hidden_layers"),
+        Size("num_attention_heads", model.num_attention_heads, "num_attention_heads"),
+        Size("intermediate_size", inner or 4 * model.hidden_size, "intermediate_size", is_needed=inner is not None),
+        Size("patch_size", model.patch_size, "patch_size"),
+        Size("dropout", model.dropout, *DROPOUT, is_needed=False),
+    ]
+
+
+def config_of(model: ModelArguments, image: ImageArguments, labels: list[str]) -> PreTrainedConfig:
+    """The config of a new model."""
+    return new_config(
+        model,
+        VIT,
+        MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
+        sizes_of(model),
+        {"image_size": image.image_size, **names_of(labels)},
+    )
+
+
 def build_model(
-    arm: Arm, model: ModelArguments, neural: NeuralArguments, image: ImageArguments, labels: list[str]
+    arm: Arm, model: ModelArguments, neural: NeuralArguments, image: ImageArguments, labels: list[str], seed: int = 0
 ) -> PreTrainedModel:
     """The model of an arm, newly initialised or from the checkpoint."""
-    classes, fields = VIT[arm], neural.config_fields() if arm.is_neural else {}
     if model.model_name_or_path is not None:
-        load = partial(classes.model.from_pretrained, **fields)
+        fields = neural.config_fields() if arm.is_neural else {}
+        load = partial(VIT[arm].model.from_pretrained, **fields)
         return load_classifier(load, model.model_name_or_path, labels, model.ignore_mismatched_sizes)
-    config = classes.config(
-        image_size=image.image_size,
-        patch_size=model.patch_size,
-        hidden_size=model.hidden_size,
-        num_hidden_layers=model.num_hidden_layers,
-        num_attention_heads=model.num_attention_heads,
-        intermediate_size=model.intermediate_size or 4 * model.hidden_size,
-        hidden_dropout_prob=model.dropout,
-        attention_probs_dropout_prob=model.dropout,
-        **names_of(labels),
-        **fields,
-    )
-    return classes.model(config)
+    return build_new(arm, config_of(model, image, labels), VIT, MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, neural, seed)
 
 
 def fit(model: ModelArguments, image: ImageArguments, neural: NeuralArguments, images: LabelledImages) -> LabelledImages:
@@ -106,8 +123,9 @@ def fit(model: ModelArguments, image: ImageArguments, neural: NeuralArguments, i
     """
     checkpoint = model.model_name_or_path
     if checkpoint is None:
-        if image.image_size % model.patch_size:
-            raise SystemExit(f"--image_size {image.image_size} is no multiple of --patch_size {model.patch_size}.")
+        patch_size = getattr(config_of(model, image, images.labels), "patch_size", None)
+        if isinstance(patch_size, int) and image.image_size % patch_size:
+            raise SystemExit(f"--image_size {image.image_size} is no multiple of --patch_size {patch_size}.")
         return images
     config = load_checkpoint_config(checkpoint, VIT, neural)
     check_sizes(image, checkpoint, config, VIT[Arm.DOT].model, make_processor(model, image))
@@ -130,14 +148,20 @@ def load_experiment(words: list[str] | None = None) -> tuple[Experiment, Task, N
     model, image, neural, training = parse_arguments(*ARGUMENTS, words=words, description=__doc__)
     check_training(training, neural, MEASURES)
     check_halving(training, model.halve_learning_rate_after)
+    check_one_source(model.model_name_or_path, model)
     halving = model.halve_learning_rate_after
     callbacks: list[TrainerCallback] = [HalveLearningRate(halving)] if halving else []
     images = fit(model, image, neural, load_images(image, training.seed))
-    data = prepare(image, images, make_processor(model, image), training, callbacks)
 
     def build(arm: Arm) -> PreTrainedModel:
-        return build_model(arm, model, neural, image, images.labels)
+        return build_model(arm, model, neural, image, images.labels, training.seed)
 
+    if model.model_name_or_path is None:
+        some = check_new(build, config_of(model, image, images.labels), neural)
+    else:
+        some = build(neural.arms[0])
+    data = prepare(image, images, make_processor(model, image), training, callbacks)
+    data.task.notes += f" {family_note(some)}"
     return data.experiment(build, training, neural, model, image), data.task, neural
 
 

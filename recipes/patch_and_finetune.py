@@ -44,6 +44,7 @@ from training.experiment import Experiment
 from training.fit import check_positions, check_sizes, check_tokens, fit_labels, load_classifier, load_processor
 from training.images import ImageArguments, load_images
 from training.neural_arguments import NeuralArguments
+from training.new_models import family_note, patch_settings
 from training.prepared_data import PreparedData
 from training.reporting import Results, Task
 from training.run_folder import STAGES, claim_folder
@@ -83,7 +84,12 @@ def text_data(checkpoint: CheckpointArguments, text: TextArguments, training: Tr
     check_tokens(text, tokenizer, checkpoint.model_name_or_path, config.vocab_size)
     check_positions(text, getattr(config, "max_position_embeddings", None) or text.block_size)
     data = text_task.prepare(text, splits, tokenizer, checkpoint.prompt, training.seed)
-    return lambda: AutoModelForCausalLM.from_pretrained(checkpoint.model_name_or_path), data
+
+    def build() -> PreTrainedModel:
+        return AutoModelForCausalLM.from_pretrained(checkpoint.model_name_or_path)
+
+    text_task.fit_to(data, build(), checkpoint.model_name_or_path)
+    return build, data
 
 
 def image_data(
@@ -101,13 +107,8 @@ def image_data(
     def build() -> PreTrainedModel:
         return load_classifier(AutoModelForImageClassification.from_pretrained, name, images.labels, ignored)
 
+    data.task.notes += f" {family_note(build())}"
     return build, data
-
-
-def patch_settings(neural: NeuralArguments) -> dict[str, Any]:
-    """Arguments of `patch`."""
-    fields = {name: value for name, value in neural.config_fields().items() if name != "neural_compact"}
-    return {name.removeprefix("neural_"): value for name, value in fields.items()}
 
 
 def build_model(arm: Arm, build: Build, neural: NeuralArguments, folder: Path, seed: int) -> PreTrainedModel:

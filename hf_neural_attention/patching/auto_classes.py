@@ -7,7 +7,7 @@ family, `PatchedLlamaConfig`, and enters that wherever the stock config stands: 
 from functools import cache
 from typing import Any
 
-from transformers import AutoConfig
+from transformers import CONFIG_MAPPING, AutoConfig
 from transformers.models.auto import (
     feature_extraction_auto,
     image_processing_auto,
@@ -74,7 +74,9 @@ def register_family(config_class: Any) -> None:
         made = patched_model_class(stock_class, LoadedMixin)
         return classes.setdefault(made.__name__, made)
 
-    stock = next(parent for parent in config_class.__mro__ if parent.__module__.startswith("transformers."))
+    types = {parent: str(getattr(parent, "model_type", None)) for parent in config_class.__mro__}
+    # takes the family itself, which others may have registered, not the one of Transformers that it may be made of
+    stock = next(parent for parent, name in types.items() if name in CONFIG_MAPPING and CONFIG_MAPPING[name] is parent)
     for mapping in vars(modeling_auto).values():
         if isinstance(mapping, type(modeling_auto.MODEL_MAPPING)) and stock in mapping:
             found: Any = mapping[stock]

@@ -138,7 +138,16 @@ def self_attention_stacks(
     for name in found:
         if "*" in stack_name(name):
             stacks.setdefault(stack_name(name), []).append(name)
-    unseen = [stack for stack, names in stacks.items() if not any(calls[found[name]] for name in names)]
+    crossing = {
+        stack
+        for stack, names in stacks.items()
+        if re.search(CROSS_ATTENTION, stack, re.IGNORECASE)
+        or any(getattr(found[name], "is_cross_attention", False) for name in names)
+    }
+    # leaves out cross-attention, which a decoder by itself has and does not use
+    unseen = [
+        stack for stack, names in stacks.items() if stack not in crossing and not any(calls[found[name]] for name in names)
+    ]
     if unseen:
         raise ProbeError(
             f'What the layers of {listed(unseen)} do could not be seen, so indices and "all" cannot be told apart there: '
@@ -148,9 +157,7 @@ def self_attention_stacks(
     kept = {
         stack: names
         for stack, names in stacks.items()
-        if not re.search(CROSS_ATTENTION, stack, re.IGNORECASE)
-        and not any(getattr(found[name], "is_cross_attention", False) for name in names)
-        and any(call.num_queries == call.num_keys for name in names for call in calls[found[name]])
+        if stack not in crossing and any(call.num_queries == call.num_keys for name in names for call in calls[found[name]])
     }
     if not kept:
         raise NoPatchableLayerError(

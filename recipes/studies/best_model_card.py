@@ -5,6 +5,7 @@ from typing import Any
 from studies.number_format import form_of
 from studies.results import Results, best_row, counterpart, difference, rows_with, verdict
 from studies.study_file import RECIPES, Study
+from training import recall_task
 from training.arms import Arm
 from training.reporting import Task, card_text
 
@@ -48,9 +49,10 @@ def best_card(study: Study, found: Results, rows: list[dict[str, Any]]) -> str |
         picture="Training loss of the study's arms, as difference to the dot product",
         step="whole",
     )
-    more = " --use_cpu True" if runs[seed]["run"].get("use_cpu") else ""
+    asked = runs[seed]["run"]
+    more = f"{' --dataset_name DATA' if recipe is not recall_task else ''}{' --use_cpu True' if asked.get('use_cpu') else ''}"
     record = {
-        "command": f"python recipes/study.py recipes/studies/{study.name}.yaml --results FOLDER --dataset_name DATA{more}",
+        "command": f"python recipes/study.py recipes/studies/{study.name}.yaml --results FOLDER{more}",
         "environment": runs[seed]["environment"],
         "note": "Trainings of a study may share their machine: its minutes are upper bounds, the times by turns are not.",
         "results": results,

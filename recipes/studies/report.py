@@ -17,6 +17,8 @@ from studies.results import (
     summarize,
     verdict,
 )
+from studies.score_pictures import draw_first_layer, were_watched
+from studies.shape_pictures import draw_shapes
 from studies.study_file import Study, load_costs
 from tools.markdown import markdown_table
 from training.arms import Arm
@@ -26,7 +28,8 @@ CARD = "best_neural_model"
 
 
 def report(study: Study, folder: Path) -> str:
-    """Writes report.md, .csv and .png, curves.png and a model card into the folder, and returns the Markdown of the first.
+    """Writes report.md, .csv and .png, curves.png and a model card into the folder, and scores.png or
+    shapes.png where the study has what they show; returns the Markdown of the first.
 
     Raises:
         SystemExit: see `load_results`.
@@ -41,6 +44,10 @@ def report(study: Study, folder: Path) -> str:
         writer.writerows(rows)
     draw_differences(study, found, rows, folder / "report.png")
     draw_curves(study, found, rows, folder / "curves.png")
+    if were_watched(found):
+        draw_first_layer(study, found, folder / "scores.png")
+    if study.shapes:
+        draw_shapes(study, found, rows, folder / "shapes.png")
     if (card := best_card(study, found, rows)) is not None:
         (folder / f"{CARD}.md").write_text(card)
     return text
@@ -65,6 +72,17 @@ def markdown(study: Study, found: Results, rows: list[dict[str, Any]], where: di
         "![Differences to the dot product](report.png)",
         "![Training loss, as difference to the dot product](curves.png)",
     ]
+    if study.shapes:
+        parts.append(
+            "Error against cost: what a training step takes (measured, by turns), what a pair's score takes and what a cache "
+            "keeps of a key (counted). Arms on the line are beaten by none in both.\n\n![Error against cost](shapes.png)"
+        )
+    if were_watched(found):
+        parts.append(
+            "The first layer's scores during training (mean over seeds, on a few validation examples; at step 0 before any "
+            "training): rows in which one key has over 0.99 of the weight, entropy of rows, and the norm of the gradient that "
+            "reaches the weights of queries and keys (before clipping).\n\n![Scores of the first layer](scores.png)"
+        )
     if len(rows_with(study, rows, Arm.DOT)) > 1:
         parts += [
             "Neural arms beside every dot-product arm: difference and interval, in bold where that holds no zero.",

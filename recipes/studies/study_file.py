@@ -9,13 +9,14 @@ from typing import Any, get_origin
 import yaml
 
 from tools.command_lines import as_flags
-from training import image_task, text_task
+from training import image_task, recall_task, text_task
 from training.arms import Arm
 
 
 SCRIPTS = Path(__file__).parents[1]
 COSTS = "costs.json"
 SAME_TIME = "same_time_as"
+SEEDS = "seeds"
 
 # Settings of an arm that do not change what a step costs
 OF_THE_SAME_STEP = {
@@ -27,7 +28,7 @@ OF_THE_SAME_STEP = {
     "scorer_learning_rate",
     "scorer_weight_decay",
 }
-RECIPES = {"language_modeling.py": text_task, "image_classification.py": image_task}
+RECIPES = {"language_modeling.py": text_task, "image_classification.py": image_task, "recall.py": recall_task}
 
 
 @dataclass
@@ -46,6 +47,7 @@ class Study:
     flags: dict[str, Any]
     also: list[str] = field(default_factory=list)
     lower_is_better: bool = True
+    shapes: bool = False  # draw error against what scorers cost
     note: str = ""
 
     @classmethod
@@ -73,6 +75,9 @@ class Study:
         for arm, settings in self.arms.items():
             if not isinstance(settings, dict) or settings.get("attention") not in list(Arm):
                 return f"the arm {arm!r} must say {' or '.join(f'`attention: {attention}`' for attention in Arm)}."
+            count = settings.get(SEEDS)
+            if count is not None and not (isinstance(count, int) and 1 <= count <= len(self.seeds)):
+                return f"the arm {arm!r} has `seeds: {count}`; expected how many of the study's {len(self.seeds)} it gets."
             if (same := names.setdefault(file_name(arm, 0), arm)) != arm:
                 return f"the arms {same!r} and {arm!r} would have the same file names."
             other = settings.get(SAME_TIME)
@@ -85,11 +90,15 @@ class Study:
 
     def runs(self) -> list[tuple[str, int]]:
         """Seed by seed, so that a study that is stopped early has whole pairs."""
-        return [(arm, seed) for seed in self.seeds for arm in self.arms]
+        return [(arm, seed) for seed in self.seeds for arm in self.arms if seed in self.seeds_of(arm)]
+
+    def seeds_of(self, arm: str) -> list[int]:
+        """All of the study's, or the first so many."""
+        return self.seeds[: self.arms[arm].get(SEEDS)]
 
     def settings(self, arm: str) -> dict[str, Any]:
         """All that is asked of an arm beside the recipe's configuration."""
-        return {**self.flags, **self.arms[arm]}
+        return {name: value for name, value in {**self.flags, **self.arms[arm]}.items() if name != SEEDS}
 
     def attention(self, arm: str) -> Arm:
         """What the recipe calls the model of an arm of the study."""

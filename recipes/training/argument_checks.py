@@ -3,6 +3,7 @@
 from transformers import SchedulerType, TrainingArguments
 
 from tools.command_lines import at_least
+from training.arms import Arm
 from training.neural_arguments import NeuralArguments
 
 
@@ -28,13 +29,18 @@ def check_training(training: TrainingArguments, neural: NeuralArguments, measure
     try:
         for name, least in AT_LEAST.items():
             at_least(name, getattr(training, name), least)
-        for name in ("scorer_learning_rate", "scorer_weight_decay"):
+        for name in ("scorer_learning_rate", "scorer_weight_decay", "score_spread"):
             at_least(name, getattr(neural, name), 0)
+        at_least("watch_scores", neural.watch_scores, 1)
     except ValueError as error:
         raise SystemExit(f"{error}") from None
     if training.label_names not in (None, ["labels"]):
         raise SystemExit(
             f"--label_names {' '.join(training.label_names)}: the recipes' examples have theirs in `labels` alone."
+        )
+    if neural.score_spread == 0 and Arm.NEURAL in neural.arms and neural.layers() != []:
+        raise SystemExit(
+            "--score_spread 0 is attention without scores, a floor: networks would not stay there. Add --attention dot."
         )
     best = training.metric_for_best_model
     if best is not None and best.removeprefix("eval_") not in measures:

@@ -11,11 +11,12 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArgu
 
 from hf_neural_attention import patch_status, start_scores
 from hf_neural_attention.analysis import score_statistics, scorer_health
+from hf_neural_attention.introspection import compact_layers
 from hf_neural_attention.models.neural_attention_compact import CompactAttentionMixin
-from hf_neural_attention.models.neural_attention_packing import PackedScorer
 from hf_neural_attention.starting import ScoreStart
 from training.arms import Arm
 from training.scorer_trainer import ScorerTrainer
+from training.watching import WatchScores
 
 
 HEALTH_EXAMPLES = 4
@@ -34,6 +35,7 @@ class Experiment:
         scorer_settings: what `ScorerTrainer` takes beside `Trainer`'s arguments.
         score_spread: that the attention scores of every arm start with; None leaves them as they are initialised.
         score_starts: what that has changed in each arm's model.
+        watch_scores: record the scores of every layer while training, each so many logs.
     """
 
     training: TrainingArguments
@@ -45,6 +47,7 @@ class Experiment:
     scorer_settings: dict[str, Any] = field(default_factory=dict)
     score_spread: float | None = None
     score_starts: dict[Arm, ScoreStart] = field(default_factory=dict)
+    watch_scores: int | None = None
 
     @property
     def folder(self) -> Path:
@@ -83,6 +86,9 @@ class Experiment:
     def trainer(self, arm: Arm, model: PreTrainedModel, *callbacks: TrainerCallback, **changes: Any) -> ScorerTrainer:
         """The arm's trainer; `callbacks` come before those of the experiment, and `changes` are those of `arguments_of`."""
         given = self.trainer_arguments
+        if self.watch_scores is not None:
+            watching = WatchScores(self.first_batch("eval_dataset", HEALTH_EXAMPLES), self.watch_scores)
+            callbacks = (*callbacks, watching)
         return ScorerTrainer(
             model=model,
             args=self.arguments_of(arm, **changes),
@@ -121,22 +127,17 @@ def share_weights(model: PreTrainedModel, stock: PreTrainedModel) -> None:
     Raises:
         RuntimeError: if they share too little.
     """
-    compact = {name: module for name, module in model.named_modules() if isinstance(module, CompactAttentionMixin)}
-    for name, module in compact.items():
-        module.take_stock(stock.get_submodule(name))
-    own = tuple(f"{name}." for name in (*compact, *narrow_layers(model)))
+    parts: list[str] = []  # of compact layers, which the stock model has not
+    for name in compact_layers(model):
+        module: Any = model.get_submodule(name)
+        if isinstance(module, CompactAttentionMixin):
+            module.take_stock(stock.get_submodule(name))
+            parts.append(f"{name}.")
+        else:  # keeps packed layers, which `compact` has folded of the same weights
+            parts += [f"{name}.{layer}." for layer in (module.scorer.query_layer, module.scorer.key_layer)]
+    own = tuple(parts)
     shared = {name: tensor for name, tensor in stock.state_dict().items() if not name.startswith(own)}
     missing, unexpected = model.load_state_dict(shared, strict=False)
     missing = [name for name in missing if ".scorer." not in name and not name.startswith(own)]
     if unexpected or missing:
         raise RuntimeError(f"The two models share too little: missing {missing}, unexpected {unexpected}.")
-
-
-def narrow_layers(model: PreTrainedModel) -> list[str]:
-    """Names of the layers that make packed queries and keys."""
-    return [
-        f"{name.rpartition('.')[0]}.{layer}"
-        for name, module in model.named_modules()
-        if isinstance(module, PackedScorer)
-        for layer in (module.query_layer, module.key_layer)
-    ]

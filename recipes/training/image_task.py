@@ -128,7 +128,7 @@ def describe_task(images: LabelledImages, image: ImageArguments) -> Task:
         loading=how_to_load,
         notes=(
             f"Images: {counts}; {len(images.labels)} classes. Augmentation `{image.augmentation}`. The last model is "
-            "evaluated, none was chosen by its accuracy. ViT is pre-norm; the paper's own models are post-norm."
+            "evaluated, none was chosen by its accuracy."
         ),
     )
 

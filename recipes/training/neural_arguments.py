@@ -45,6 +45,13 @@ class NeuralArguments:
             "(dot product only). Default: what the models' own initialisation gives."
         },
     )
+    watch_scores: int | None = field(
+        default=None,
+        metadata={
+            "help": "Record at each so many-th log, in `results.json`, the spread, entropy and saturation of every layer's "
+            "scores and the norm of the gradient of its query and key weights. Default: at start and end, without gradients."
+        },
+    )
     scorer_learning_rate: float | None = field(
         default=None, metadata={"help": "Of the scorers' weights. Default: that of all others."}
     )

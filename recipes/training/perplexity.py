@@ -1,5 +1,6 @@
 """Perplexity of a causal language model over a long row of tokens."""
 
+import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -46,6 +47,7 @@ def perplexity(
     batches = [whole[:1]] + [whole[i : i + batch_size] for i in range(1, len(whole), batch_size)]
     batches += [[start] for start in starts if start + window > len(tokens)]  # adds the last, shorter window by itself
     metric = Perplexity(keep_in_memory=True)
+    taken = inspect.signature(model.forward).parameters
     was_training = model.training
     model.eval()
     for batch in tqdm(
@@ -56,8 +58,10 @@ def perplexity(
         scored = inputs.shape[1] - 1 if batch[0] == 0 or stride == window else inputs.shape[1] - (window - stride)
         if scored < 1:
             continue
+        options = {"use_cache": False, "logits_to_keep": scored + 1}  # spares work, in models that know them
         with context():
-            logits = model(input_ids=inputs, use_cache=False, logits_to_keep=scored + 1).logits[:, :-1]
+            outputs = model(input_ids=inputs, **{name: value for name, value in options.items() if name in taken})
+        logits = outputs.logits[:, -scored - 1 : -1]
         targets = inputs[:, -scored:]
         losses = cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="sum")
         metric.add(negative_log_likelihood=losses.item(), num_tokens=targets.numel())

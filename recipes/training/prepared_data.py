@@ -53,4 +53,5 @@ class PreparedData:
             settings=settings_of(*others, neural, training) | ({"train_tokens": self.fingerprint} if self.fingerprint else {}),
             scorer_settings=neural.scorer_settings(),
             score_spread=neural.score_spread,
+            watch_scores=neural.watch_scores,
         )

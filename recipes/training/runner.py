@@ -89,6 +89,8 @@ def run_arm(experiment: Experiment, arm: Arm) -> dict[str, Any]:
     use_cache = getattr(model.config, "use_cache", None)
     trainer = experiment.trainer(arm, model, StepClock())
     health, scores = {"start": experiment.health(trainer)}, {"start": experiment.scores(trainer)}
+    if experiment.watch_scores is not None and not scores["start"]:
+        raise SystemExit("--watch_scores: the scores of this model cannot be looked at (see above). Leave it out.")
     checkpoint = last_whole_checkpoint(folder, experiment.say)
     experiment.say(f"{arm}: {'resuming from ' + checkpoint if checkpoint else 'training from the start'}")
     with checkpoints_as_they_are(model), peak_memory(experiment.training.device.type) as memory:

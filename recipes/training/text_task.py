@@ -5,8 +5,10 @@ from typing import Any, cast
 
 import torch
 from datasets import DatasetDict
-from transformers import PreTrainedTokenizerBase, Trainer, default_data_collator, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, default_data_collator, set_seed
 
+from training.causal_models import loss_of_the_next_token, predicts_the_next_token
+from training.new_models import family_note
 from training.perplexity import perplexity
 from training.prepared_data import PreparedData
 from training.reporting import Task
@@ -53,6 +55,21 @@ def prepare(
     )
 
 
+def fit_to(data: PreparedData, model: PreTrainedModel, name: str) -> None:
+    """Makes the data right for the models of a family, and lets cards name it.
+
+    Args:
+        model: one of them, stock.
+        name: of it, in errors.
+
+    Raises:
+        SystemExit: if it is none that predicts each token from those before it.
+    """
+    data.task.notes += f" {family_note(model)}"
+    if not predicts_the_next_token(model, name):
+        data.trainer_arguments["compute_loss_func"] = loss_of_the_next_token
+
+
 def collate(examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     """A batch of blocks, which are their own labels."""
     batch = default_data_collator(examples)
@@ -82,6 +99,8 @@ def final_figures(trainer: Trainer, texts: dict[str, TokenizedText], text: TextA
 
 def generate_sample(model: Any, folder: Path | None, tokenizer: PreTrainedTokenizerBase, prompt: str, seed: int) -> str:
     """Continues the prompt, prints and keeps it (`sample.txt`), and returns it as Markdown."""
+    if not model.can_generate():
+        return f"A {type(model).__name__} does not generate text."
     set_seed(seed)
     positions = getattr(model.config, "max_position_embeddings", 1024)
     ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False, verbose=False)["input_ids"][:, : positions // 2].to(
@@ -126,8 +145,7 @@ def describe_task(text: TextArguments, texts: dict[str, TokenizedText], tokenize
             + (f"Evaluated are the first {text.max_eval_tokens:,} of a split. " if text.max_eval_tokens else "")
             + f"With a stride, each token is predicted from at least "
             f"{text.block_size - stride} tokens before it; in whole windows, from whatever its window holds. Perplexity per "
-            "word counts words between white space and one end per line. GPT-2 is pre-norm; the paper's own models are "
-            "post-norm."
+            "word counts words between white space and one end per line."
         ),
     )
 

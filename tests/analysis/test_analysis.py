@@ -171,6 +171,20 @@ def test_the_callback_logs_and_warns_once(tmp_path, caplog):
     assert_same_state(trainer.model, train_watched(tmp_path).model)
 
 
+def test_the_callback_logs_scores_of_any_layer(tmp_path):
+    inputs = GPT2.inputs(labels=False)
+    trainer = train_watched(tmp_path, analysis.ScoreCallback(inputs, every=2))
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    names = {f"scores/transformer.h.{i}.attn/{name}" for i in range(3) for name in ("spread", "entropy", "saturated")}
+    assert [names <= entry.keys() for entry in logged] == [True, False, True, False]
+    spreads = [[entry[f"scores/transformer.h.{i}.attn/spread"] for i in range(3)] for entry in (logged[0], logged[2])]
+    assert spreads[0][2] == 0.0 < spreads[0][0] != spreads[1][0]
+    assert_same_state(trainer.model, train_watched(tmp_path).model)
+    stock = GPT2.stock()
+    (layer, *_), figures = analysis.score_statistics(stock, **inputs), analysis.ScoreCallback(inputs).look(stock)
+    assert figures["scores/transformer.h.0.attn/saturated"] == layer.saturated and len(figures) == 9
+
+
 def test_what_is_put_behind_the_callback_sees_its_figures(tmp_path):
     class Reporter(TrainerCallback):
         def __init__(self):

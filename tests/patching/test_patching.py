@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel, GPT2Config, GPT2LMHeadModel, PreTrainedConfig
+from transformers import AutoConfig, AutoModel, GPT2Config, GPT2LMHeadModel, MarianConfig, MarianForCausalLM, PreTrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import hf_neural_attention
@@ -110,6 +110,13 @@ def test_stacks_of_every_kind():
     crossing = GPT2.model(add_cross_attention=True)
     assert names(crossing, "all") == GPT2.layers
     assert names(crossing, lambda name, module: module.is_cross_attention)[0] == "transformer.h.0.crossattention"
+    # leaves cross-attention of a decoder that is taken by itself, which no run reaches
+    sizes = {"decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 48, "d_model": 32, "vocab_size": 99}
+    marian = MarianConfig(**sizes, pad_token_id=0, max_position_embeddings=64, forced_eos_token_id=None)
+    decoder = MarianForCausalLM(marian)
+    assert names(decoder, "all") == [f"model.decoder.layers.{index}.self_attn" for index in range(2)]
+    with pytest.raises(PatchError, match=r"could not be seen|No run of the model reached"):
+        patch(decoder, ["model.decoder.layers.0.encoder_attn"])
     # counts stages of blocks as one stack, and shared weights as one layer
     swin = tiny("swin", embed_dim=16, depths=[1, 2], num_heads=[2, 4], image_size=32, window_size=4, patch_size=2)
     blocks = ["0.blocks.0", "1.blocks.0", "1.blocks.1"]

@@ -12,10 +12,12 @@ from transformers import TrainingArguments
 from image_classification import ModelArguments as ImageModelArguments
 from language_modeling import ModelArguments as TextModelArguments
 from patch_and_finetune import CheckpointArguments
+from recall import ModelArguments as RecallModelArguments
 from tests.helpers.running import RECIPES
 from tools.command_lines import parse_arguments
 from training.images import ImageArguments
 from training.neural_arguments import NeuralArguments
+from training.recall_task import RecallArguments
 from training.text import TextArguments
 
 
@@ -78,6 +80,8 @@ def test_every_configuration_parses(monkeypatch, tmp_path, file):
     types = (ImageModelArguments, ImageArguments) if image else (TextModelArguments, TextArguments)
     if file.stem.startswith("patch-"):
         types = (CheckpointArguments, types[1])
+    if "num_pairs" in content:
+        types = (RecallModelArguments, RecallArguments)
     parsed = parse(monkeypatch, file, "--output_dir", tmp_path, types=(*types, NeuralArguments, TrainingArguments))
     for name, value in content.items():
         owner = next(group for group in parsed if hasattr(group, name))

@@ -6,6 +6,8 @@ import pytest
 
 from studies.report import CARD, report, summary
 from studies.results import compared_with, difference, interval, load_results, summarize, verdict
+from studies.score_pictures import first_layer, points
+from studies.shape_pictures import cost_of, pareto_front
 from studies.study_file import COSTS, file_name
 from tests.helpers.study_records import change_run, costs_of, make_study, record_of, write_results
 
@@ -29,6 +31,41 @@ def test_figures_by_hand(tmp_path):
     assert "Best by `v`: **first layer** (2.500); its `m` is 1.500." in text
     assert "| 3.000 | 1.50 (1.40 to 1.60) | 1.50 | 1 | 3 of 24 | 6 of 24 | 0.50 |" in text
     assert "Neural arms beside every" not in text
+
+
+def test_error_against_cost(tmp_path):
+    network = {"attention": "neural", "neural_proj_dim": 8}
+    arms = {"dot": {"attention": "dot"}, "first layer": network, "longer": {"attention": "dot", "score_spread": 0.0}}
+    study = make_study(shapes=True, arms=arms)
+    write_results(study, tmp_path, {"dot": [0.4], "first layer": [0.3], "longer": [0.5]})
+    for path in tmp_path.glob("*-0.json"):
+        change_run(path, hidden_size=128, num_attention_heads=2, max_steps=10)
+        record = json.loads(path.read_text())
+        path.write_text(json.dumps(record | {"settings": study.settings(record["arm"])}))
+    assert "![Error against cost](shapes.png)" in report(study, tmp_path)
+    assert (tmp_path / "shapes.png").stat().st_size > 5_000
+    assert cost_of(arms["dot"], 64) == {"pair": 64, "key": 256} and cost_of(arms["longer"], 64)["pair"] == 0
+    assert cost_of(network, 64) == {"pair": 8 + 32 + 8, "key": 32}
+    assert cost_of({**network, "neural_hidden_dims": [16, 2]}, 64) == {"pair": 16 + 32 + 4, "key": 64}
+    assert cost_of({**network, "neural_mode": "thin"}, 64) == {"pair": 8, "key": 32}
+    assert pareto_front([(2, 1.0), (1, 3.0), (3, 2.0), (4, 0.5), (1, 4.0)]) == [(1, 3.0), (2, 1.0), (4, 0.5)]
+
+
+def test_scores_that_were_watched_are_drawn(tmp_path):
+    study = make_study()
+    write_results(study, tmp_path, {"dot": [1.0, 2.0], "first layer": [0.5, 1.4]})
+    report(study, tmp_path)
+    assert not (tmp_path / "scores.png").exists()
+    for path in tmp_path.glob("*-*.json"):
+        record = json.loads(path.read_text())
+        figures = {"saturated": 0.9, "entropy": 0.1, "gradient": 1e-3}
+        record["score_statistics"] = {"start": [{"layer": "a.b", "spread": 9.0, **figures}], "end": []}
+        watched = {f"scores/{layer}/{name}": value for layer in ("a.b", "a.c") for name, value in figures.items()}
+        record["history"] = [entry | watched for entry in record["history"]]
+        path.write_text(json.dumps(record))
+    assert "![Scores of the first layer](scores.png)" in report(study, tmp_path)
+    assert (tmp_path / "scores.png").stat().st_size > 5_000
+    assert first_layer(record) == "a.b" and points(record, "saturated") == {0: 0.9, 5: 0.9, 10: 0.9}
 
 
 def test_neural_arms_beside_the_other_dot_product_arms(tmp_path):

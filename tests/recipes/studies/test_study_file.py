@@ -27,6 +27,15 @@ def test_as_many_steps_as_take_the_same_time(tmp_path):
     assert make_study(arms={**study.arms, "b": {"attention": "neural", "neural_proj_dim": 4}}).timed_as("b") == "b"
 
 
+def test_arms_may_have_fewer_seeds():
+    study = make_study(seeds=[3, 4, 5], arms={"dot": {"attention": "dot"}, "b": {"attention": "neural", "seeds": 2}})
+    assert study.runs() == [("dot", 3), ("b", 3), ("dot", 4), ("b", 4), ("dot", 5)] and study.fault() is None
+    assert "seeds" not in study.settings("b") and "--seeds" not in study.words("b")
+    for count in (0, 4, "2"):
+        study.arms["b"]["seeds"] = count
+        assert "expected how many of the study's 3" in (study.fault() or "")
+
+
 def test_studies_that_are_none(tmp_path):
     path = tmp_path / "s.yaml"
     with pytest.raises(SystemExit, match="is no study"):
@@ -69,3 +78,4 @@ def test_the_studies_are_studies_of_recipes(path):
     assert (RECIPES / study.recipe).exists() and (RECIPES / study.config).exists() and len(study.seeds) >= 3
     names = [file_name(arm, seed) for arm, seed in study.runs()]
     assert len(set(names)) == len(names)
+    script.check_words(study, ["--use_cpu", "True"])

@@ -105,6 +105,28 @@ def test_both_arms_start_from_the_same_weights_and_see_the_same_data(tmp_path):
     assert start["dead"] == 0 and start["score_std"] != end["score_std"]
 
 
+def test_scores_of_both_arms_start_with_the_spread_that_is_asked_for(tmp_path):
+    experiment = make_experiment(tmp_path)
+    experiment.score_spread = 2.0
+    results = run(experiment, tuple(Arm))
+    names = ["transformer.h.0.attn", "transformer.h.1.attn"]
+    for arm, scorers in ((Arm.DOT, ["dot product"] * 2), (Arm.NEURAL, ["replace", "dot product"])):
+        started, looked_at = results[arm]["score_start"], results[arm]["score_statistics"]["start"]
+        assert [layer["layer"] for layer in started] == names and [layer["scorer"] for layer in started] == scorers
+        assert all(layer["before"] < 1 and layer["after"] == pytest.approx(2.0, rel=0.02) for layer in started)
+        assert all(1 < layer["spread"] < 4 for layer in looked_at)  # on other examples
+        assert results[arm]["score_spread"] == 2.0
+
+
+def test_uniform_attention_stays_uniform_for_dot_products_and_is_refused_for_networks(tmp_path):
+    experiment = make_experiment(tmp_path)
+    experiment.score_spread = 0.0
+    result = run(experiment, (Arm.DOT,))[Arm.DOT]
+    assert [layer["spread"] for layer in result["score_statistics"]["end"]] == [0.0, 0.0]
+    with pytest.raises(SystemExit, match=r"The neural model cannot be built: .* a spread of zero would not stay zero"):
+        run(experiment, (Arm.NEURAL,))
+
+
 def test_an_interrupted_run_ends_as_an_uninterrupted_one(tmp_path):
     whole = run(make_experiment(tmp_path / "whole"), (Arm.NEURAL,))[Arm.NEURAL]
     with pytest.raises(KeyboardInterrupt):

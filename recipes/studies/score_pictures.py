@@ -1,0 +1,58 @@
+"""A picture of what the first layer's attention scores do during training."""
+
+import statistics
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from studies.pictures import save
+from studies.results import Results
+from studies.study_file import Study
+
+
+# What `WatchScores` records of a layer, and its title
+PANELS = {
+    "saturated": "share of saturated rows",
+    "entropy": "entropy of rows, nats",
+    "gradient": "gradient of query and key weights, norm",
+}
+
+
+def were_watched(found: Results) -> bool:
+    """Whether scores were recorded during the training of any run."""
+    return any(first_layer(run) is not None for runs in found.values() for run in runs.values())
+
+
+def first_layer(run: dict[str, Any]) -> str | None:
+    """The name of the first layer that was watched."""
+    names = (name.split("/")[1] for entry in run["history"] for name in entry if name.startswith("scores/"))
+    return next(names, None)
+
+
+def draw_first_layer(study: Study, found: Results, path: Path) -> None:
+    """Panels of saturation, entropy and gradient norm against the step, a line per arm, mean over seeds."""
+    figure = Figure(figsize=(15, 4.5), layout="constrained")
+    axes = figure.subplots(1, len(PANELS))
+    for axis, (figure_name, title) in zip(axes, PANELS.items(), strict=True):
+        for number, (arm, runs) in enumerate(found.items()):
+            curves = [curve for run in runs.values() if (curve := points(run, figure_name))]
+            if curves:
+                steps = sorted(set.intersection(*(set(curve) for curve in curves)))
+                means = [statistics.mean(curve[step] for curve in curves) for step in steps]
+                style = "-" if study.attention(arm).is_neural else "--"
+                axis.plot(steps, means, style, label=arm, color=f"C{number % 10}")
+        axis.set(title=title, xlabel="step", xscale="symlog", xlim=(0, None))
+        axis.grid(alpha=0.3)
+        if figure_name == "gradient":
+            axis.set_yscale("log")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
+    save(figure, path)
+
+
+def points(run: dict[str, Any], figure_name: str) -> dict[int, float]:
+    """What was recorded of the first layer, by step; before training at step 0."""
+    layer = first_layer(run)
+    key = f"scores/{layer}/{figure_name}"
+    before = [each[figure_name] for each in run["score_statistics"]["start"] if each["layer"] == layer and figure_name in each]
+    return dict(enumerate(before[:1])) | {entry["step"]: entry[key] for entry in run["history"] if key in entry}

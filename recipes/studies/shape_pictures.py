@@ -1,0 +1,75 @@
+"""A picture of what shapes of scorers are worth: error against what a pair of tokens, a key and a step cost."""
+
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from studies.number_format import form_of
+from studies.pictures import save
+from studies.results import Results
+from studies.study_file import Study
+
+
+PANELS = {
+    "step": "time of a training step, to that of the dot product with SDPA",
+    "pair": "multiplications and additions for a pair's score",
+    "key": "bytes of a key in a float32 cache, per head",
+}
+
+
+def head_dim(run: dict[str, Any]) -> int:
+    """Of a run's arguments."""
+    width, heads = ("hidden_size", "num_attention_heads") if "hidden_size" in run else ("n_embd", "n_head")
+    return int(run[width]) // int(run[heads])
+
+
+def cost_of(settings: dict[str, Any], size: int) -> dict[str, float]:
+    """What a pair's score takes, in multiplications and additions that a processor does as one, and a key, in bytes.
+
+    Args:
+        settings: of an arm.
+        size: of a head.
+    """
+    if settings["attention"] == "dot":
+        first, pair = size, 0 if settings.get("score_spread") == 0 else size
+    elif settings.get("neural_mode") == "thin":
+        first = pair = settings["neural_proj_dim"]
+    else:
+        small = settings.get("neural_proj_dim") or max(2, size // 32)
+        first, second = settings.get("neural_hidden_dims") or (small, max(1, small // 2))
+        # adds u + w, multiplies by the second layer, and weighs its units; of ReLU one each for both layers
+        pair = first + first * second + 2 * second
+    return {"pair": pair, "key": 4 * first}
+
+
+def draw_shapes(study: Study, found: Results, rows: list[dict[str, Any]], path: Path) -> None:
+    """A panel for each cost, with the arms that no other one beats in both joined by a line (the Pareto front)."""
+    figure, form = Figure(figsize=(15, 5), layout="constrained"), form_of(study, rows, study.metric)
+    places = []
+    for row in rows:
+        size = head_dim(next(iter(found[row["arm"]].values()))["run"])
+        error = row["mean"] if study.lower_is_better else 1 - row["mean"]
+        places.append({"arm": row["arm"], "error": form.factor * error, "step": row["relative_time"]})
+        places[-1] |= cost_of(study.settings(row["arm"]), size)
+    for axis, (cost, title) in zip(figure.subplots(1, len(PANELS), sharey=True), PANELS.items(), strict=True):
+        for place in places:
+            axis.plot(place[cost], place["error"], "o", color=study.attention(place["arm"]).color)
+            axis.annotate(place["arm"], (place[cost], place["error"]), (4, 3), textcoords="offset points", fontsize=8)
+        front = pareto_front([(place[cost], place["error"]) for place in places])
+        axis.plot(*zip(*front, strict=True), color="tab:red", linewidth=1, drawstyle="steps-post", zorder=0)
+        axis.set_xlabel(title)
+        axis.grid(alpha=0.3)
+        if cost != "step":
+            axis.set_xscale("symlog")
+    figure.supylabel(f"error, {form.unit.strip()}" if form.unit else study.metric)
+    save(figure, path)
+
+
+def pareto_front(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Those to which none is better in one figure and at least as good in the other, by the first; lower is better."""
+    front: list[tuple[float, float]] = []
+    for point in sorted(set(points)):
+        if not front or point[1] < front[-1][1]:
+            front.append(point)
+    return front

@@ -1,0 +1,66 @@
+"""Attention scores during training: how they spread, whether they are saturated, and whether a gradient reaches them."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from hf_neural_attention.analysis import ScoreCallback
+from hf_neural_attention.introspection import unwrap
+
+
+# What families call the layers that make queries and keys alone
+QUERY_AND_KEY_LAYERS = {"q_proj", "k_proj", "query", "key", "q", "k", "q_lin", "k_lin"}
+
+GRADIENT = "gradient"
+
+
+class WatchScores(ScoreCallback):
+    """`ScoreCallback`, and for each layer the norm of the gradient that has reached its query and key weights, before clipping
+    (`scores/LAYER/gradient`), where layers of their own make queries and keys, or GPT-2's `c_attn`."""
+
+    def __init__(self, inputs: Any, every: int = 1):
+        super().__init__(inputs, every)
+        self.shares: dict[str, float] = {}  # layer -> of the norm of the whole gradient, which clipping leaves as it is
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        step = state.global_step + 1
+        if step > 1 and step % max(1, state.logging_steps):
+            return
+        base = unwrap(model)
+        whole = norm_of(parameter.grad for parameter in base.parameters() if parameter.grad is not None)
+        self.shares = {}
+        for name, module in base.named_modules():
+            if gradients := query_and_key_gradients(module):
+                self.shares[name] = norm_of(gradients) / whole if whole else 0.0
+
+    def on_log(self, args: Any, state: Any, control: Any, model: Any = None, logs: Any = None, **kwargs: Any) -> None:
+        before = set(logs or ())
+        super().on_log(args, state, control, model=model, logs=logs, **kwargs)
+        layers = {name.split("/")[1] for name in set(logs or ()) - before if name.startswith("scores/")}
+        if logs is None or "grad_norm" not in logs:
+            return
+        figures = {
+            f"scores/{name}/{GRADIENT}": share * float(logs["grad_norm"])
+            for name, share in self.shares.items()
+            if name in layers
+        }
+        logs.update(figures)
+        state.log_history[-1].update(figures)
+
+
+def query_and_key_gradients(module: nn.Module) -> list[torch.Tensor]:
+    """Of the weights that make an attention module's queries and keys; none for other modules."""
+    children = dict(module.named_children())
+    if "c_attn" in children and hasattr(module, "split_size"):
+        fused: Any = children["c_attn"]
+        gradient, width = fused.weight.grad, int(module.split_size)  # type: ignore[arg-type]
+        return [] if gradient is None else [gradient[:, :-width]]  # leaves out the values, which come last
+    layers = [child for name, child in children.items() if name in QUERY_AND_KEY_LAYERS]
+    weights: list[Any] = [getattr(layer, "weight", None) for layer in layers]
+    return [weight.grad for weight in weights if weight is not None and weight.grad is not None]
+
+
+def norm_of(tensors: Any) -> float:
+    norms = [tensor.float().norm() for tensor in tensors]
+    return torch.stack(norms).norm().item() if norms else 0.0
