@@ -18,12 +18,14 @@ import PIL.Image
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from matplotlib.figure import Figure
+from safetensors import SafetensorError
 from transformers import AutoImageProcessor, AutoTokenizer
 
 from hf_neural_attention import analysis, from_pretrained
+from training.data_files import in_one_line
+from training.pixels import UNREADABLE
 
 
-STANDARD_DEVIATIONS = 3.0
 LABELLED = 60  # tokens, at most, that are named at a map's sides
 MAP, ALL_MAPS = 10.0, 80.0  # inches that one map and a row of them may have
 
@@ -51,38 +53,21 @@ def draw_maps_over(maps: tuple[torch.Tensor, ...], image: PIL.Image.Image) -> Fi
     return figure
 
 
-def principal(vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """Mean of `[..., head_dim]`, the direction along which they spread most, and their standard deviation along it."""
-    flat = vectors.flatten(0, -2)
-    mean = flat.mean(0)
-    _, sizes, directions = torch.linalg.svd(flat - mean, full_matrices=False)
-    return mean, directions[0], float(sizes[0]) / len(flat) ** 0.5
-
-
 def draw_surfaces(model: Any, inputs: dict[str, torch.Tensor], head: int) -> Figure:
     """A column per neural layer: around the mean query and key, along the directions in which they spread most."""
     seen = analysis.queries_and_keys(model, **inputs)
-    heads = min(queries.shape[1] for queries, *_ in seen.values())
+    heads = min(layer.query.shape[1] for layer in seen.values())
     if not 0 <= head < heads:
         raise ValueError(f"--head is {head}; expected 0 to {heads - 1}, which all neural layers have.")
+    surfaces = {name: analysis.surface_around(model.get_submodule(name).scorer, layer, head) for name, layer in seen.items()}
     figure = Figure(figsize=(3.6 * len(seen), 6.4), layout="constrained")
     axes = figure.subplots(2, len(seen), squeeze=False)
-    for column, (name, (queries, keys, scaling)) in zip(axes.T, seen.items(), strict=True):
-        query, along_query, query_std = principal(queries[:, head])
-        key, along_key, key_std = principal(keys[:, head])
-        extent = STANDARD_DEVIATIONS * max(query_std, key_std)
-        surface = analysis.score_surface(
-            model.get_submodule(name).scorer,
-            along_query,
-            along_key,
-            query=query,
-            key=key,
-            head=head,
-            scaling=scaling,
-            extent=extent,
-        )
-        for axis, title in zip(analysis.draw_surface(surface, column), ("network", "dot product"), strict=True):
+    for (network, dot_product), (name, surface) in zip(axes.T, surfaces.items(), strict=True):
+        is_compact = surface.dot_product is None
+        drawn = analysis.draw_surface(surface, network if is_compact else (network, dot_product))
+        for axis, title in zip(drawn, ("network", "dot product"), strict=False):
             axis.set_title(f"{name}, head {head}:\n{title}", fontsize=9)
+        dot_product.set_visible(not is_compact)
     return figure
 
 
@@ -98,6 +83,15 @@ def tokens_of(ids: torch.Tensor, name: str, positions: int | None) -> list[str]:
         raise ValueError(f"--text has {len(ids)} token(s); expected 2 to {positions or 'any number'}, which the model takes.")
     tokenizer = AutoTokenizer.from_pretrained(name)
     return [str(tokenizer.decode([token])).replace("\n", "\\n") for token in ids.tolist()]
+
+
+def open_image(path: Path) -> PIL.Image.Image:
+    """Raises a ValueError if it is none, or damaged, or of a mode that does not say what is white."""
+    try:
+        with PIL.Image.open(path) as image:
+            return analysis.to_rgb(image)
+    except UNREADABLE as error:
+        raise ValueError(f"--image {path} cannot be read: {in_one_line(error)}") from None
 
 
 def main() -> None:
@@ -116,7 +110,7 @@ def main() -> None:
             image, inputs = None, dict(AutoTokenizer.from_pretrained(arguments.model)(arguments.text, return_tensors="pt"))
             tokens = tokens_of(inputs["input_ids"][0], arguments.model, getattr(model.config, "max_position_embeddings", None))
         else:
-            image = PIL.Image.open(arguments.image).convert("RGB")
+            image = open_image(arguments.image)
             inputs = dict(AutoImageProcessor.from_pretrained(arguments.model, backend="pil")(image, return_tensors="pt"))
         health = analysis.scorer_health(model, **inputs)
         print(health)
@@ -126,13 +120,16 @@ def main() -> None:
             "surface": draw_surfaces(model, inputs, arguments.head),
             "health": draw_health(health),
         }
-    except (OSError, ValueError, StrictDataclassError) as error:
-        raise SystemExit(str(error)) from None
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    for name, figure in pictures.items():
-        path = arguments.output.with_name(f"{arguments.output.name}-{name}.png")
-        figure.savefig(path, dpi=100)
-        print(path)
+    except (OSError, ValueError, RuntimeError, StrictDataclassError, SafetensorError) as error:
+        raise SystemExit(in_one_line(error)) from None
+    try:
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
+        for name, figure in pictures.items():
+            path = arguments.output.with_name(f"{arguments.output.name}-{name}.png")
+            figure.savefig(path, dpi=100)
+            print(path)
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"--output {arguments.output} cannot be written to: {in_one_line(error)}") from None
 
 
 if __name__ == "__main__":
