@@ -11,8 +11,9 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
-import drawing
 import gradio as gr
+
+import drawing
 import looking
 from looking import Mistake
 from visiting import BEFORE, DOT_PRODUCT, Visit, look_beside, status_of, visit_of
@@ -62,17 +63,17 @@ class Page:
         self.name = gr.Dropdown(models, value=first, allow_custom_value=True, label="Model", info=where, elem_id="model")
         self.open_button = gr.Button("Open", variant="primary", elem_id="open")
         self.text = gr.Textbox(TEXT, label="Text", lines=3, elem_id="text")
-        self.image = gr.File(label="Image (without one: a photograph)", height=120, visible=False, elem_id="image")
+        self.image = gr.File(label="Image", height=120, visible=False, elem_id="image")
         self.look_button = gr.Button("Look", variant="primary", elem_id="look")
-        self.predicted = gr.Label(label="Prediction", num_top_classes=looking.TOP, visible=False, elem_id="predicted")
+        self.predicted = gr.Label(num_top_classes=looking.TOP, show_heading=False, visible=False, elem_id="predicted")
 
     def add_patch(self) -> None:
         with gr.Accordion("Patch a copy of it"):
             with gr.Row():
                 self.layers = gr.Textbox("all", label="Layers", info="all, or 0, 2", min_width=100, elem_id="layers")
                 self.mode = gr.Dropdown(MODES, value="replace", label="Mode", info="of scorers", min_width=100, elem_id="mode")
-            self.proj_dim = gr.Slider(1, 64, 16, step=1, label="Numbers per query and key")
-            self.steps = gr.Slider(0, 300, 100, step=50, label="Calibration steps, on what is shown (not for residual)")
+            self.proj_dim = gr.Slider(1, 64, 16, step=1, label="Size", info="numbers per query and key")
+            self.steps = gr.Slider(0, 300, 100, step=50, label="Calibration", info="steps on this input; none for residual")
             self.per_head = gr.Checkbox(False, label="A network for each head")
             with gr.Row():
                 self.patch_button = gr.Button("Patch", variant="primary", min_width=100, elem_id="patch")
@@ -80,15 +81,16 @@ class Page:
 
     def add_choice(self, local: list[str]) -> None:
         with gr.Row():
-            self.layer = gr.Slider(0, 1, 0, step=1, label="Layer", min_width=150, elem_id="layer")
-            self.head = gr.Slider(0, 1, 0, step=1, label="Head", min_width=150, elem_id="head")
+            self.layer = gr.Slider(0, 1, 0, step=1, label="Layer", scale=1, min_width=150, elem_id="layer")
+            self.head = gr.Slider(0, 1, 0, step=1, label="Head", scale=1, min_width=150, elem_id="head")
             self.beside = gr.Dropdown(
                 [DOT_PRODUCT, BEFORE, *local],
                 value=DOT_PRODUCT,
                 allow_custom_value=True,
                 label="Beside it",
                 info="Or another model: a folder, or a name on the Hub.",
-                min_width=320,
+                scale=2,
+                min_width=340,
                 elem_id="beside",
             )
 
@@ -113,13 +115,16 @@ class Page:
         seen: list[Any] = [self.visit, self.text, self.image, self.layer, self.head]
         patch = [self.layers, self.mode, self.proj_dim, self.per_head, self.steps]
         outputs = self.outputs()
-        gr.on([self.blocks.load, self.open_button.click], self.in_words(self.open), [*seen, self.name], outputs)
-        gr.on([self.look_button.click, self.text.submit], self.in_words(self.look), [*seen, self.beside], outputs)
-        self.image.upload(self.in_words(self.look), [*seen, self.beside], outputs)
-        self.patch_button.click(self.in_words(self.patch), [*seen, *patch], outputs)
-        self.unpatch_button.click(self.in_words(self.take_off), seen, outputs)
-        gr.on([self.layer.release, self.head.release], self.in_words(self.choose), seen, outputs, show_progress="hidden")
-        self.beside.input(self.in_words(self.put_beside), [*seen, self.beside], outputs)
+        # by turns, since a model looks at one thing at a time
+        one: dict[str, Any] = {"outputs": outputs, "concurrency_limit": 1, "concurrency_id": "models"}
+        gr.on([self.blocks.load, self.open_button.click], self.in_words(self.open), [*seen, self.name], **one)
+        looks = [self.look_button.click, self.text.submit, self.image.upload]
+        gr.on(looks, self.in_words(self.look), [*seen, self.beside], **one)
+        self.patch_button.click(self.in_words(self.patch), [*seen, *patch], **one)
+        self.unpatch_button.click(self.in_words(self.take_off), seen, **one)
+        self.beside.input(self.in_words(self.put_beside), [*seen, self.beside], **one)
+        slides = [self.layer.input, self.head.input]
+        gr.on(slides, self.in_words(self.choose), seen, **one, trigger_mode="always_last", show_progress="hidden")
 
     def outputs(self) -> list[Any]:
         return [
@@ -232,7 +237,7 @@ def main() -> None:
     parser.add_argument("model", nargs="?", help="A folder, or a name on the Hub.")
     parser.add_argument("--port", type=int, help="Default: the first one that is free from 7860.")
     arguments = parser.parse_args()
-    Page(arguments.model).blocks.launch(server_port=arguments.port, theme=THEME, css=CSS)
+    Page(arguments.model).blocks.launch(server_port=arguments.port, theme=THEME, css=CSS, footer_links=["gradio", "settings"])
 
 
 if __name__ == "__main__":

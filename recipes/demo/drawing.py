@@ -3,14 +3,16 @@
 from typing import Any
 
 import torch
-from looking import Change, Look, Mistake, Prediction
+from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 
 from hf_neural_attention import analysis
+from looking import Change, Look, Mistake, Prediction
 
 
 LABELLED = 60  # tokens, at most, that are named at a map's sides
 WIDTH = 12.0  # inches of a figure
+SMALL = 2.4  # inches, at most, of a head among all
 TITLE = {"fontsize": 11}
 
 
@@ -51,6 +53,11 @@ def of_other(look: Look, other: Look, layer: int, head: int) -> tuple[torch.Tens
     return weights, title_of(other, layer, head)
 
 
+def weight_colours(highest: float) -> PowerNorm:
+    """Colours by the root of a weight: the first query has but one key, whose weight of 1 would leave all others dark."""
+    return PowerNorm(0.5, vmin=0.0, vmax=highest)
+
+
 def matrices(look: Look, drawn: list[tuple[torch.Tensor | None, str]]) -> Figure:
     """Queries against keys, with the same colours in both."""
     tokens = look.example.tokens
@@ -61,7 +68,7 @@ def matrices(look: Look, drawn: list[tuple[torch.Tensor | None, str]]) -> Figure
             say(axis, title)
             continue
         analysis.draw_attention(weights, tokens if len(tokens) <= LABELLED else None, axis)
-        axis.images[0].set_clim(0.0, highest)
+        axis.images[0].set_norm(weight_colours(highest))
         axis.set_title(title, **TITLE)
     return figure
 
@@ -92,8 +99,9 @@ def say(axis: Any, text: str) -> None:
 def draw_all(look: Look) -> Figure:
     """Every layer and head, small: a row per layer. For an image, what the class token attends to."""
     shape = (len(look.maps), look.heads)
-    size = min(WIDTH / shape[1], 3.0)
-    figure = Figure(figsize=(max(size * shape[1], 4.0), (size + 0.25) * shape[0]), layout="constrained")
+    size = min(WIDTH / shape[1], SMALL)
+    width = WIDTH if look.example.image is None else max(size * shape[1], WIDTH / 3)
+    figure = Figure(figsize=(width, (size + 0.25) * shape[0]), layout="constrained")
     axes = figure.subplots(*shape, squeeze=False)
     for layer, row in enumerate(axes):
         for head, axis in enumerate(row):
@@ -106,7 +114,7 @@ def draw_small(look: Look, layer: int, head: int, axis: Any) -> None:
     """A head's attention without tokens and scale."""
     weights, image = look.maps[layer][head], look.example.image
     if image is None:
-        axis.imshow(weights.numpy(), vmin=0.0, cmap="viridis", aspect="auto")
+        axis.imshow(weights.numpy(), norm=weight_colours(float(weights.max())), cmap="viridis", aspect="auto")
         axis.set_xticks([])
         axis.set_yticks([])
     else:
@@ -135,7 +143,7 @@ def draw_surfaces(look: Look, layer: int, head: int) -> Figure:
 
 def draw_health(look: Look) -> Figure:
     """Spread, entropy and saturation of all layers' scores."""
-    figure = Figure(figsize=(WIDTH, 2.2 + 0.3 * len(look.names)), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 3.6 + 0.25 * len(look.names)), layout="constrained")
     if look.scores is None:
         say(figure.subplots(), "The scores of this model cannot be looked at.")
         return figure
@@ -169,7 +177,8 @@ def health_words(look: Look) -> str:
     dead = sum(layer.dead for layer in look.health)
     scorers = sum(layer.scorers for layer in look.health)
     if not dead:
-        return f"All {scorers} scorer{'s are' if scorers > 1 else ' is'} alive: some unit of the last hidden layer is active."
+        which = "The scorer is" if scorers == 1 else f"All {scorers} scorers are"
+        return f"{which} alive: for this input, units of the last hidden layer are active."
     return f"**{dead} of {scorers} scorers seem dead**: for this input no unit is active, so all keys get the same score."
 
 

@@ -300,7 +300,7 @@ def patch_copy(
 
 
 class Prediction(NamedTuple):
-    what: str  # a token or a class
+    what: str  # a token, its spaces as dots, or a class
     probability: float
 
 
@@ -319,7 +319,8 @@ def predictions(look: Look, count: int = TOP) -> list[Prediction]:
     values, indices = shares.topk(min(count, len(shares)))
     labels = look.opened.model.config.id2label
     names = [
-        token_text(look.opened, index) if look.opened.predicts == "token" else str(labels[index]) for index in indices.tolist()
+        token_text(look.opened, index).replace(" ", "·") if look.opened.predicts == "token" else str(labels[index])
+        for index in indices.tolist()
     ]
     return [Prediction(*pair) for pair in zip(names, values.tolist(), strict=True)]
 

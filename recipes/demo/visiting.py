@@ -2,14 +2,14 @@
 
 from dataclasses import dataclass, replace
 
-import looking
-from looking import Example, Look, Mistake, Opened
 from matplotlib.cbook import get_sample_data
 
+import looking
 from hf_neural_attention import patch_status
+from looking import Example, Look, Mistake, Opened
 
 
-DOT_PRODUCT, BEFORE = "the dot product of the same queries and keys", "the model before the patch"
+DOT_PRODUCT, BEFORE = "the dot product (same queries and keys)", "the model before the patch"
 
 
 @dataclass(frozen=True)
@@ -80,4 +80,5 @@ def status_of(look: Look) -> str:
     neural = ", ".join(str(index) for index, scorer in enumerate(look.scorers) if scorer != "dot product")
     modes = ", ".join(sorted({f"`{layer.mode}`" for layer in layers}))
     patched = " This is a patched copy; the model itself is as it was." if look.opened.unpatched else ""
-    return f"{what} Neural layers: {neural}, of mode {modes}, with {layers.num_parameters:,} parameters.{patched}"
+    scorers = f"mode {modes}, {layers.num_parameters:,} parameters"
+    return f"{what} Neural: layer{'s' * (len(layers) > 1)} {neural} ({scorers}).{patched}"
