@@ -75,7 +75,7 @@ def matrices(look: Look, drawn: list[tuple[torch.Tensor | None, str]]) -> Figure
 
 def over_image(look: Look, drawn: list[tuple[torch.Tensor | None, str]]) -> Figure:
     """The picture, and over it what the class token attends to."""
-    image: Any = look.example.image
+    image: Any = look.example.shown
     figure = Figure(figsize=(WIDTH, WIDTH / 3 + 0.4), layout="constrained")
     picture, *others = figure.subplots(1, 3)
     picture.imshow(image)
@@ -112,7 +112,7 @@ def draw_all(look: Look) -> Figure:
 
 def draw_small(look: Look, layer: int, head: int, axis: Any) -> None:
     """A head's attention without tokens and scale."""
-    weights, image = look.maps[layer][head], look.example.image
+    weights, image = look.maps[layer][head], look.example.shown
     if image is None:
         axis.imshow(weights.numpy(), norm=weight_colours(float(weights.max())), cmap="viridis", aspect="auto")
         axis.set_xticks([])

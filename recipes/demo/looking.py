@@ -75,6 +75,7 @@ class Example:
     text: str = ""
     tokens: tuple[str, ...] = ()  # of the text
     image: PIL.Image.Image | None = None
+    shown: PIL.Image.Image | None = None  # the image, as small as it is drawn
 
 
 @dataclass(frozen=True)
@@ -145,6 +146,8 @@ def open_model(name: str) -> Opened:
     except UNREADABLE as error:
         what = "image processor" if takes_images else "tokenizer"
         raise Mistake(f"The {what} of {name} cannot be loaded: {in_one_line(error)}") from None
+    if not takes_images and len(reader) <= len(reader.all_special_tokens):  # is what Transformers makes of no files
+        raise Mistake(f"{name} has no tokenizer, so it cannot read a text.")
     return Opened(name, model, reader, predicts)
 
 
@@ -202,11 +205,11 @@ def read_image(opened: Opened, path: str | Path | None) -> Example:
         raise Mistake("Drop an image first.")
     try:
         with PIL.Image.open(path) as image:
-            shown = analysis.to_rgb(image)
+            whole = analysis.to_rgb(image)
     except NO_IMAGE as error:
         reason = in_one_line(error).replace(str(path), Path(path).name)
         raise Mistake(f"{Path(path).name} is no image that can be read: {reason}") from None
-    return of_image(opened, shown)
+    return of_image(opened, whole)
 
 
 def of_image(opened: Opened, image: PIL.Image.Image) -> Example:
@@ -214,7 +217,7 @@ def of_image(opened: Opened, image: PIL.Image.Image) -> Example:
     inputs = dict(opened.reader(image, return_tensors="pt"))
     shown = image.copy()
     shown.thumbnail((SHOWN_SIDE, SHOWN_SIDE))
-    return Example(inputs, image=shown)
+    return Example(inputs, image=image, shown=shown)
 
 
 @torch.no_grad()
