@@ -27,7 +27,7 @@ TEXT = "The import statement binds names. The import statement finds a module, a
 FROM_THE_HUB = "openai-community/gpt2"
 MODES = ["replace", "residual", "thin"]
 KEPT_FOR = 3600  # seconds that a visitor's models stay in memory
-NOT_PATCHED = "Nothing was patched here yet. Choose layers on the left, and patch a copy."
+NOT_PATCHED = "Patch a copy, and here is what changes. The model itself stays as it is."
 
 # Loads nothing from a network
 THEME = gr.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
@@ -50,7 +50,6 @@ class Page:
             with gr.Row():
                 with gr.Column(scale=1, min_width=320):
                     self.add_inputs(first, list(dict.fromkeys([first, *local])))
-                    self.add_patch()
                 with gr.Column(scale=3, min_width=600):
                     self.message = gr.Markdown(visible=False, elem_id="message")
                     self.status = gr.Markdown("Opening the model ...", elem_id="status")
@@ -68,16 +67,17 @@ class Page:
         self.predicted = gr.Label(num_top_classes=looking.TOP, show_heading=False, visible=False, elem_id="predicted")
 
     def add_patch(self) -> None:
-        with gr.Accordion("Patch a copy of it"):
-            with gr.Row():
-                self.layers = gr.Textbox("all", label="Layers", info="all, or 0, 2", min_width=100, elem_id="layers")
-                self.mode = gr.Dropdown(MODES, value="replace", label="Mode", info="of scorers", min_width=100, elem_id="mode")
-            self.proj_dim = gr.Slider(1, 64, 16, step=1, label="Size", info="numbers per query and key")
-            self.steps = gr.Slider(0, 300, 100, step=50, label="Calibration", info="steps on this input; none for residual")
-            self.per_head = gr.Checkbox(False, label="A network for each head")
-            with gr.Row():
-                self.patch_button = gr.Button("Patch", variant="primary", min_width=100, elem_id="patch")
-                self.unpatch_button = gr.Button("Take it off", min_width=100, elem_id="unpatch")
+        with gr.Row():
+            self.layers = gr.Textbox("all", label="Layers", info="all, or 0, 2", scale=1, min_width=100, elem_id="layers")
+            self.mode = gr.Dropdown(MODES, value="replace", label="Mode", info="of the scorers", scale=1, min_width=110)
+            size = {"label": "Size", "info": "numbers per query and key"}
+            self.proj_dim = gr.Slider(1, 64, 16, step=1, **size, scale=2, min_width=180)
+            calibration = {"label": "Calibration", "info": "steps; none for residual"}
+            self.steps = gr.Slider(0, 300, 100, step=50, **calibration, scale=2, min_width=180)
+        with gr.Row(equal_height=True):
+            self.per_head = gr.Checkbox(False, label="A network for each head", scale=2)
+            self.patch_button = gr.Button("Patch a copy", variant="primary", scale=1, elem_id="patch")
+            self.unpatch_button = gr.Button("Take it off", scale=1, elem_id="unpatch")
 
     def add_choice(self, local: list[str]) -> None:
         with gr.Row():
@@ -95,18 +95,19 @@ class Page:
             )
 
     def add_views(self) -> None:
-        with gr.Tabs() as self.tabs:
-            with gr.Tab("Attention", id="attention"):
+        with gr.Tabs():
+            with gr.Tab("Attention"):
                 self.attention = gr.Plot(show_label=False, elem_id="attention")
-            with gr.Tab("All layers and heads", id="all"):
+            with gr.Tab("All layers and heads"):
                 self.everything = gr.Plot(show_label=False, elem_id="everything")
-            with gr.Tab("Score surface", id="surface"):
+            with gr.Tab("Score surface"):
                 self.surface = gr.Plot(show_label=False, elem_id="surface")
-            with gr.Tab("Health of scorers", id="health"):
+            with gr.Tab("Health of scorers"):
                 self.health_words = gr.Markdown(elem_id="health-words")
                 self.health_rows = gr.Dataframe(headers=drawing.HEALTH_HEADER, interactive=False, elem_id="health-rows")
                 self.health = gr.Plot(show_label=False, elem_id="health")
-            with gr.Tab("What the patch changes", id="changes"):
+            with gr.Tab("Patch it"):
+                self.add_patch()
                 self.changed_words = gr.Markdown(NOT_PATCHED, elem_id="changed-words")
                 self.changed = gr.Plot(show_label=False, elem_id="changed")
                 self.changed_rows = gr.Dataframe(headers=drawing.PREDICTION_HEADER, interactive=False, elem_id="changed-rows")
@@ -128,19 +129,9 @@ class Page:
 
     def outputs(self) -> list[Any]:
         return [
-            *(
-                self.visit,
-                self.message,
-                self.status,
-                self.text,
-                self.image,
-                self.predicted,
-                self.layer,
-                self.head,
-                self.beside,
-            ),
-            *(self.tabs, self.attention, self.everything, self.surface, self.health_words, self.health_rows, self.health),
-            *(self.changed_words, self.changed, self.changed_rows),
+            *(self.visit, self.message, self.status, self.text, self.image, self.predicted, self.layer, self.head),
+            *(self.beside, self.attention, self.everything, self.surface, self.health_words, self.health_rows),
+            *(self.health, self.changed_words, self.changed, self.changed_rows),
         ]
 
     def in_words(self, function: Callable[..., dict[Any, Any]]) -> Callable[..., dict[Any, Any]]:
@@ -165,8 +156,7 @@ class Page:
     def patch(self, visit: Visit | None, text: str, path: str | None, layer: int, head: int, *settings: Any) -> dict[Any, Any]:
         looked = current(visit).looked
         opened = looking.patch_copy(looked.opened, looked.example, *settings)
-        shown = self.show(visit_of(opened, text, path, BEFORE), layer, head)
-        return shown | {self.beside: BEFORE, self.tabs: gr.Tabs(selected="changes")}
+        return self.show(visit_of(opened, text, path, BEFORE), layer, head) | {self.beside: BEFORE}
 
     def take_off(self, visit: Visit | None, text: str, path: str | None, layer: int, head: int) -> dict[Any, Any]:
         unpatched = current(visit).looked.opened.unpatched

@@ -100,8 +100,7 @@ def draw_all(look: Look) -> Figure:
     """Every layer and head, small: a row per layer. For an image, what the class token attends to."""
     shape = (len(look.maps), look.heads)
     size = min(WIDTH / shape[1], SMALL)
-    width = WIDTH if look.example.image is None else max(size * shape[1], WIDTH / 3)
-    figure = Figure(figsize=(width, (size + 0.25) * shape[0]), layout="constrained")
+    figure = Figure(figsize=(max(size * shape[1], WIDTH / 3), (size + 0.25) * shape[0]), layout="constrained")
     axes = figure.subplots(*shape, squeeze=False)
     for layer, row in enumerate(axes):
         for head, axis in enumerate(row):

@@ -294,7 +294,9 @@ def patch_copy(
     chosen = layers_of(layers)
     try:
         model = copy.deepcopy(stock.model)
-        patch(model, chosen, mode=mode, proj_dim=int(proj_dim), per_head=per_head, example_inputs=example.inputs)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)  # draws the same scorers for the same settings
+            patch(model, chosen, mode=mode, proj_dim=int(proj_dim), per_head=per_head, example_inputs=example.inputs)
         if calibration_steps and mode != "residual":
             calibrate(model, [example.inputs], steps=int(calibration_steps), progress=False)
     except ValueError as error:

@@ -33,9 +33,9 @@ def address(tmp_path_factory) -> Iterator[str]:
 def tab(address) -> Iterator[Any]:
     """The page as it is at first, which must not ask for anything from elsewhere."""
     asked: list[str] = []
-    with open_page(address) as tab:
-        tab.on("request", lambda request: asked.append(request.url))
+    with open_page(address, asked=asked) as tab:
         yield tab
+    assert address in "".join(asked)
     assert not [url for url in asked if not url.startswith((address, "data:", "blob:"))]
 
 
@@ -90,6 +90,7 @@ def test_a_patch_made_and_taken_off(tab):
     tab.click("#open")
     wait_for_text(tab, "status", "All layers score by the dot product")
     stock = picture(tab, "attention")
+    show(tab, "Patch it")
     tab.fill("#layers textarea, #layers input", "0")
     tab.click("#patch")
     wait_for_text(tab, "status", "Neural: layer 0 (mode replace")
@@ -98,11 +99,13 @@ def test_a_patch_made_and_taken_off(tab):
     wait_for_text(tab, "changed-rows", "before")
     show(tab, "Attention")
     wait_for_other(tab, "attention", stock)
+    show(tab, "Patch it")
     tab.click("#unpatch")
     wait_for_text(tab, "status", "All layers score by the dot product")
-    assert picture(tab, "attention") == stock
     tab.click("#unpatch")
     wait_for_text(tab, "message", "nothing to take off")
+    show(tab, "Attention")
+    assert picture(tab, "attention") == stock
 
 
 def test_mistakes_get_a_sentence_and_lose_nothing(tab, tmp_path):
@@ -113,8 +116,10 @@ def test_mistakes_get_a_sentence_and_lose_nothing(tab, tmp_path):
     tab.fill("#text textarea", "")
     tab.click("#look")
     wait_for_text(tab, "message", "The text has 0 tokens")
+    show(tab, "Patch it")
     tab.click("#patch")
     wait_for_text(tab, "message", "has neural layers by its class")
+    show(tab, "Attention")
     assert picture(tab, "attention") == before and "runs/quickstart/neural" in tab.inner_text("#status")
 
 

@@ -61,14 +61,16 @@ def running_page(folder: Path) -> Iterator[str]:
 
 
 @contextmanager
-def open_page(address: str, width: int = 1400, height: int = 1000) -> Iterator[Any]:
-    """A tab of a browser in which the first picture is there."""
+def open_page(address: str, *, height: int = 1000, asked: list[str] | None = None) -> Iterator[Any]:
+    """A tab of a browser in which the first picture is there; `asked` gets whatever addresses it asks for."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
         started = playwright.chromium.launch(executable_path=browser(), headless=True, args=["--no-sandbox"])
         try:
-            tab = started.new_page(viewport={"width": width, "height": height})
+            tab = started.new_page(viewport={"width": 1400, "height": height})
+            if asked is not None:
+                tab.on("request", lambda request: asked.append(request.url))
             tab.set_default_timeout(MILLISECONDS_TO_SHOW)
             tab.goto(address)
             tab.wait_for_selector("#attention img")
@@ -87,7 +89,7 @@ def take_picture(folder: Path, path: Path) -> None:
     """Of the quick start's neural model, beside the one with the dot product."""
     from PIL import Image
 
-    with running_page(folder) as address, open_page(address, height=1060) as tab:
+    with running_page(folder) as address, open_page(address, height=850) as tab:
         before = tab.get_attribute("#attention img", "src")
         choose(tab, "#beside", "runs/quickstart/dot")
         tab.wait_for_function("before => document.querySelector('#attention img').src != before", arg=before)
@@ -96,7 +98,7 @@ def take_picture(folder: Path, path: Path) -> None:
         tab.screenshot(path=path)
     with Image.open(path) as image:
         small = image.convert("RGB").resize((1050, round(image.height * 1050 / image.width)), Image.Resampling.LANCZOS)
-    small.quantize(128).save(path, optimize=True)
+    small.save(path, optimize=True)
 
 
 if __name__ == "__main__":

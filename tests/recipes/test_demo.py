@@ -56,7 +56,6 @@ def images(models) -> Opened:
 
 def patched(opened: Opened, layers: str = "all", mode: str = "replace", steps: int = 0, **settings: Any) -> Opened:
     given: Any = {"proj_dim": 4, "per_head": False, **settings}
-    torch.manual_seed(0)
     return looking.patch_copy(opened, looking.read_text(opened, TEXT), layers, mode, calibration_steps=steps, **given)
 
 
@@ -94,11 +93,13 @@ def test_wrong_names_get_a_sentence(name: str, words: str):
 def test_wrong_folders_get_a_sentence(tmp_path):
     with pytest.raises(Mistake, match="damaged cannot be loaded: "):
         looking.open_model(damaged(tmp_path / "damaged"))
-    shutil.copytree(
-        "runs/quickstart/dot", tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer*", "*vocab*", "merges*")
-    )
-    with pytest.raises(Mistake, match="The tokenizer of .*bare cannot be loaded: "):
+    ignored = shutil.ignore_patterns("*token*", "*vocab*", "merges*", "*processor*")
+    shutil.copytree("runs/quickstart/dot", tmp_path / "bare", ignore=ignored)
+    with pytest.raises(Mistake, match="bare has no tokenizer"):
         looking.open_model(str(tmp_path / "bare"))
+    shutil.copytree("runs/images/neural", tmp_path / "blind", ignore=ignored)
+    with pytest.raises(Mistake, match=r"The image processor of .*blind cannot be loaded: "):
+        looking.open_model(str(tmp_path / "blind"))
     (tmp_path / "of nobody").mkdir()
     (tmp_path / "of nobody/config.json").write_text(json.dumps({"model_type": "nobody's"}))
     with pytest.raises(Mistake, match="of nobody cannot be loaded: "):
@@ -140,6 +141,7 @@ def test_a_patch_leaves_the_model_as_it_was(stock):
     before = copy.deepcopy(stock.model)
     first = patched(stock, steps=50)
     assert_same_state(stock.model, before)
+    assert_same_state(patched(stock, steps=50).model, first.model)
     assert not patch_status(stock.model) and len(patch_status(first.model)) == 2 and first.unpatched is stock
     again = patched(first, "0", "thin")  # starts from the stock model
     assert len(patch_status(again.model)) == 1 and again.unpatched is stock
