@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from transformers import AutoImageProcessor, AutoTokenizer
 
 from hf_neural_attention import analysis, from_pretrained
+from tools.command_lines import make_folder_of
 from training.data_files import in_one_line
 from training.pixels import UNREADABLE
 
@@ -103,6 +104,7 @@ def main() -> None:
     parser.add_argument("--head", type=int, default=0, help="Whose scores are drawn as surfaces. Default: 0.")
     parser.add_argument("--output", type=Path, required=True, help="Beginning of the pictures' names.")
     arguments = parser.parse_args()
+    make_folder_of("--output", arguments.output)
     tokens: list[str] = []
     try:
         model: Any = from_pretrained(arguments.model).eval()
@@ -122,14 +124,10 @@ def main() -> None:
         }
     except (OSError, ValueError, RuntimeError, StrictDataclassError, SafetensorError) as error:
         raise SystemExit(in_one_line(error)) from None
-    try:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        for name, figure in pictures.items():
-            path = arguments.output.with_name(f"{arguments.output.name}-{name}.png")
-            figure.savefig(path, dpi=100)
-            print(path)
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"--output {arguments.output} cannot be written to: {in_one_line(error)}") from None
+    for name, figure in pictures.items():
+        path = arguments.output.with_name(f"{arguments.output.name}-{name}.png")
+        figure.savefig(path, dpi=100)
+        print(path)
 
 
 if __name__ == "__main__":
