@@ -5,7 +5,6 @@ import re
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, NamedTuple
 
 import PIL.Image
@@ -32,7 +31,7 @@ SHOWN_SIDE = 512  # pixels of a picture that attention is laid over
 TOP = 5  # predictions that are shown
 
 # What can be wrong with a file or folder that somebody names
-UNREADABLE = (OSError, ValueError, RuntimeError, KeyError, ImportError, StrictDataclassError, SafetensorError, UnpicklingError)
+UNREADABLE = (OSError, ValueError, RuntimeError, KeyError, ImportError, StrictDataclassError, SafetensorError)
 NO_IMAGE = (OSError, SyntaxError, ValueError, EOFError, struct.error, PIL.Image.DecompressionBombError)
 
 # End of an architecture's name -> what loads it, and what it predicts
@@ -134,7 +133,9 @@ def open_model(name: str) -> Opened:
         model = auto.from_pretrained(name).eval()
     except Mistake:
         raise
-    except UNREADABLE as error:
+    except Exception as error:
+        if not isinstance(error, UNREADABLE) and not is_pickled(error):
+            raise
         raise Mistake(what_is_wrong(name, error)) from None
     if model.main_input_name not in ("input_ids", "pixel_values"):
         raise Mistake(f"{name} takes `{model.main_input_name}`; this page has texts and images alone.")
@@ -175,7 +176,14 @@ def check_size(auto: Any, config: Any, name: str) -> None:
         raise Mistake(f"{name} has {size:,} parameters; this page takes up to {MOST_PARAMETERS:,}.")
 
 
+def is_pickled(error: BaseException) -> bool:
+    """Whether weights are pickles, and damaged or more than weights; by the error's name, since nothing here unpickles."""
+    return type(error).__name__ == "UnpicklingError"
+
+
 def what_is_wrong(name: str, error: BaseException) -> str:
+    if is_pickled(error):
+        return f"The weights of {name} are damaged, or are more than weights, which is not read here."
     if Path(name).is_dir():
         return f"The model in {name} cannot be loaded: {in_one_line(error)}"
     if isinstance(error, OSError):

@@ -89,7 +89,7 @@ def take_picture(folder: Path, path: Path) -> None:
     """Of the quick start's neural model, beside the one with the dot product."""
     from PIL import Image
 
-    with running_page(folder) as address, open_page(address, height=850) as tab:
+    with running_page(folder) as address, open_page(address, height=868) as tab:
         before = tab.get_attribute("#attention img", "src")
         choose(tab, "#beside", "runs/quickstart/dot")
         tab.wait_for_function("before => document.querySelector('#attention img').src != before", arg=before)
@@ -98,7 +98,7 @@ def take_picture(folder: Path, path: Path) -> None:
         tab.screenshot(path=path)
     with Image.open(path) as image:
         small = image.convert("RGB").resize((1050, round(image.height * 1050 / image.width)), Image.Resampling.LANCZOS)
-    small.save(path, optimize=True)
+    small.quantize(256, kmeans=1, dither=Image.Dither.NONE).save(path, optimize=True)
 
 
 if __name__ == "__main__":

@@ -100,6 +100,10 @@ def test_wrong_folders_get_a_sentence(tmp_path):
     shutil.copytree("runs/images/neural", tmp_path / "blind", ignore=ignored)
     with pytest.raises(Mistake, match=r"The image processor of .*blind cannot be loaded: "):
         looking.open_model(str(tmp_path / "blind"))
+    shutil.copytree("runs/quickstart/dot", tmp_path / "pickled", ignore=shutil.ignore_patterns("*.safetensors"))
+    (tmp_path / "pickled/pytorch_model.bin").write_text("no weights")
+    with pytest.raises(Mistake, match=r"The weights of .*pickled are damaged"):
+        looking.open_model(str(tmp_path / "pickled"))
     (tmp_path / "of nobody").mkdir()
     (tmp_path / "of nobody/config.json").write_text(json.dumps({"model_type": "nobody's"}))
     with pytest.raises(Mistake, match="of nobody cannot be loaded: "):
