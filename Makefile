@@ -15,8 +15,8 @@ VERSION_TESTS := tests/test_export.py tests/models/test_flat_folder.py tests/tes
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test test-slow test-triton gpu test-versions test-oldest test-newest test-clients coverage lint format types docs build
-.PHONY: release clean
+.PHONY: help quickstart demo test test-slow test-triton gpu test-versions test-oldest test-newest test-clients coverage lint format types
+.PHONY: docs build release clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 22
@@ -31,6 +31,21 @@ $(STAMP): pyproject.toml constraints.txt
 
 quickstart: $(STAMP) ## Train a small GPT-2 with Neural Attention and one with the dot product, and compare them
 	$(BIN)/python recipes/language_modeling.py recipes/configs/quickstart.yaml
+
+demo: .venv-demo/installed ## Open a page that shows attention, scores and scorers of a model, and what a patch changes
+	.venv-demo/bin/python recipes/demo/app.py
+
+# Gradio takes older versions of these two than the pinned ones, hence an environment of its own with all other pins
+.venv-demo/installed: pyproject.toml constraints.txt recipes/demo/requirements.txt
+	$(PYTHON) -m venv --clear .venv-demo
+	grep -v -e '^pillow==' -e '^tomlkit==' constraints.txt > .venv-demo/constraints.txt
+	.venv-demo/bin/$(INSTALL) -c .venv-demo/constraints.txt -e . -r recipes/demo/requirements.txt
+	@touch $@
+
+# Drives a browser that is on the machine: playwright brings none
+.venv-demo/testable: .venv-demo/installed
+	.venv-demo/bin/$(INSTALL) -c .venv-demo/constraints.txt playwright==1.65.2 pytest pytest-timeout pytest-xdist
+	@touch $@
 
 test: $(STAMP) ## Run the tests that are not marked slow: some of every part
 	$(TESTS) -m "not slow"
@@ -67,8 +82,9 @@ test-newest:
 
 # Has an environment of its own, so that all other tests show what works without these libraries
 test-clients: BIN := .venv-clients/bin
-test-clients: .venv-clients/installed ## Run the tests of what others build on Transformers: TRL, torchao, Sentence Transformers
+test-clients: .venv-clients/installed .venv-demo/testable ## Run the tests of TRL, torchao and Sentence Transformers, and the page's
 	$(TESTS) tests/clients
+	OMP_NUM_THREADS=1 .venv-demo/bin/python -m pytest -q tests/clients/test_demo.py
 
 .venv-clients/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv --clear .venv-clients
@@ -104,6 +120,6 @@ release: lint types ## Do everything of a release but the upload, for which it p
 	.ci/release
 
 clean: ## Remove .venv, caches and built files (trained models in runs/ stay)
-	rm -rf .venv .venv-oldest .venv-newest .venv-clients .coverage .coverage.* build dist site
+	rm -rf .venv .venv-oldest .venv-newest .venv-clients .venv-demo .coverage .coverage.* build dist site
 	rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis *.egg-info
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

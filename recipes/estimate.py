@@ -20,22 +20,26 @@ from typing import Any
 
 import torch
 from accelerate.utils import send_to_device
+from huggingface_hub.errors import StrictDataclassError
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import IntervalStrategy
 
+from tools.command_lines import make_folder_of
 from tools.json_files import write_json
 from tools.markdown import markdown_table
-from tools.own_process import in_own_process
+from tools.own_process import ProcessKilledError, in_own_process
 from tools.peak_memory import peak_memory
 from tools.provenance import command_line, environment
 from tools.timing_by_turns import Runner, synchronize, time_by_turns
 from training.arms import Arm
+from training.data_files import in_one_line
 from training.experiment import Experiment
 
 
 STEPS = 12
 WARM_UP = 2  # steps
+BUILDING_ERRORS = (OSError, ValueError, RuntimeError, StrictDataclassError)
 HEADER = ["", "parameters", "s / step", "steps", "evaluations, s each", "whole run", "memory of training, GiB"]
 
 
@@ -55,6 +59,14 @@ def load(recipe: str, words: list[str], folder: str) -> tuple[Experiment, tuple[
     return experiment, neural.arms
 
 
+def build(experiment: Experiment, arm: Arm) -> Any:
+    """Raises SystemExit if the arguments make no model."""
+    try:
+        return experiment.initial_model(arm)
+    except BUILDING_ERRORS as error:
+        raise SystemExit(f"The {arm} model cannot be built: {in_one_line(error)}") from None
+
+
 def measure(recipe: str, words: list[str], arm: Arm) -> dict[str, Any]:
     """A few steps of one arm, in this very process."""
     with TemporaryDirectory() as folder:
@@ -62,7 +74,7 @@ def measure(recipe: str, words: list[str], arm: Arm) -> dict[str, Any]:
         never: Any = dict.fromkeys(("save_strategy", "eval_strategy", "logging_strategy"), IntervalStrategy.NO)
         times = StepTimes()
         with peak_memory(experiment.training.device.type) as peak:
-            model: Any = experiment.initial_model(arm)
+            model: Any = build(experiment, arm)
             trainer = experiment.trainer(arm, model, times, max_steps=STEPS, load_best_model_at_end=False, **never)
             trainer.train()
         return {
@@ -92,7 +104,7 @@ def evaluation(trainer: Trainer, experiment: Experiment) -> float:
 def operations(experiment: Experiment) -> float:
     """Of the matrix products of a training step of the dot-product model, two for each multiplication with its addition;
     counted on the CPU."""
-    model: Any = experiment.initial_model(Arm.DOT)
+    model = build(experiment, Arm.DOT)
     model.set_attn_implementation("eager")  # picks the one whose products are counted
     size = experiment.training.per_device_train_batch_size
     with FlopCounterMode(display=False) as counter:
@@ -165,12 +177,14 @@ def main() -> None:
     parser.add_argument("--note", default="", help="A sentence for the report.")
     arguments, more = parser.parse_known_args()
     words = [str(arguments.config), *more]
+    if arguments.output is not None:
+        make_folder_of("--output", arguments.output)
     with TemporaryDirectory() as folder:
         experiment, arms = load(arguments.recipe, words, folder)
         steps, evaluations = total_steps(experiment)
         try:
             measured = {arm: in_own_process(measure, arguments.recipe, words, arm) for arm in arms}
-        except RuntimeError as error:
+        except ProcessKilledError as error:
             raise SystemExit(
                 f"{error}: the model needs more memory than there is. Try a smaller batch or another machine."
             ) from None
@@ -187,7 +201,6 @@ def main() -> None:
     text = markdown(record)
     print(text)
     if arguments.output is not None:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
         write_json(Path(f"{arguments.output}.json"), record)
         Path(f"{arguments.output}.md").write_text(text)
 

@@ -18,12 +18,15 @@ import PIL.Image
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from matplotlib.figure import Figure
+from safetensors import SafetensorError
 from transformers import AutoImageProcessor, AutoTokenizer
 
 from hf_neural_attention import analysis, from_pretrained
+from tools.command_lines import make_folder_of
+from training.data_files import in_one_line
+from training.pixels import UNREADABLE
 
 
-STANDARD_DEVIATIONS = 3.0
 LABELLED = 60  # tokens, at most, that are named at a map's sides
 MAP, ALL_MAPS = 10.0, 80.0  # inches that one map and a row of them may have
 
@@ -51,41 +54,21 @@ def draw_maps_over(maps: tuple[torch.Tensor, ...], image: PIL.Image.Image) -> Fi
     return figure
 
 
-def principal(vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """Mean of `[..., head_dim]`, the direction along which they spread most, and their standard deviation along it."""
-    flat = vectors.flatten(0, -2)
-    mean = flat.mean(0)
-    _, sizes, directions = torch.linalg.svd(flat - mean, full_matrices=False)
-    return mean, directions[0], float(sizes[0]) / len(flat) ** 0.5
-
-
 def draw_surfaces(model: Any, inputs: dict[str, torch.Tensor], head: int) -> Figure:
     """A column per neural layer: around the mean query and key, along the directions in which they spread most."""
     seen = analysis.queries_and_keys(model, **inputs)
-    heads = min(queries.shape[1] for queries, *_ in seen.values())
+    heads = min(layer.query.shape[1] for layer in seen.values())
     if not 0 <= head < heads:
         raise ValueError(f"--head is {head}; expected 0 to {heads - 1}, which all neural layers have.")
-    surfaces = {}
-    for name, (queries, keys, scaling) in seen.items():
-        query, along_query, query_std = principal(queries[:, head])
-        key, along_key, key_std = principal(keys[:, head])
-        extent = STANDARD_DEVIATIONS * max(query_std, key_std)
-        surfaces[name] = analysis.score_surface(
-            model.get_submodule(name).scorer,
-            along_query,
-            along_key,
-            query=query,
-            key=key,
-            head=head,
-            scaling=scaling,
-            extent=extent,
-        )
+    surfaces = {name: analysis.surface_around(model.get_submodule(name).scorer, layer, head) for name, layer in seen.items()}
     rows = 1 if all(surface.dot_product is None for surface in surfaces.values()) else 2
     figure = Figure(figsize=(3.6 * len(seen), 3.2 * rows), layout="constrained")
     axes = figure.subplots(rows, len(seen), squeeze=False)
     for column, (name, surface) in zip(axes.T, surfaces.items(), strict=True):
-        for axis in analysis.draw_surface(surface, column[0] if surface.dot_product is None else column):
+        is_compact = surface.dot_product is None
+        for axis in analysis.draw_surface(surface, column[0] if is_compact else column):
             axis.set_title(f"{name}, head {head}:\n{axis.get_title()}", fontsize=9)
+        column[-1].set_visible(rows == 1 or not is_compact)
     return figure
 
 
@@ -103,6 +86,15 @@ def tokens_of(ids: torch.Tensor, name: str, positions: int | None) -> list[str]:
     return [str(tokenizer.decode([token])).replace("\n", "\\n") for token in ids.tolist()]
 
 
+def open_image(path: Path) -> PIL.Image.Image:
+    """Raises a ValueError if it is none, or damaged, or of a mode that does not say what is white."""
+    try:
+        with PIL.Image.open(path) as image:
+            return analysis.to_rgb(image)
+    except UNREADABLE as error:
+        raise ValueError(f"--image {path} cannot be read: {in_one_line(error)}") from None
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
@@ -112,6 +104,7 @@ def main() -> None:
     parser.add_argument("--head", type=int, default=0, help="Whose scores are drawn as surfaces. Default: 0.")
     parser.add_argument("--output", type=Path, required=True, help="Beginning of the pictures' names.")
     arguments = parser.parse_args()
+    make_folder_of("--output", arguments.output)
     tokens: list[str] = []
     try:
         model: Any = from_pretrained(arguments.model).eval()
@@ -119,7 +112,7 @@ def main() -> None:
             image, inputs = None, dict(AutoTokenizer.from_pretrained(arguments.model)(arguments.text, return_tensors="pt"))
             tokens = tokens_of(inputs["input_ids"][0], arguments.model, getattr(model.config, "max_position_embeddings", None))
         else:
-            image = PIL.Image.open(arguments.image).convert("RGB")
+            image = open_image(arguments.image)
             inputs = dict(AutoImageProcessor.from_pretrained(arguments.model, backend="pil")(image, return_tensors="pt"))
         health = analysis.scorer_health(model, **inputs)
         print(health)
@@ -129,9 +122,8 @@ def main() -> None:
             "surface": draw_surfaces(model, inputs, arguments.head),
             "health": draw_health(health),
         }
-    except (OSError, ValueError, StrictDataclassError) as error:
-        raise SystemExit(str(error)) from None
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError, RuntimeError, StrictDataclassError, SafetensorError) as error:
+        raise SystemExit(in_one_line(error)) from None
     for name, figure in pictures.items():
         path = arguments.output.with_name(f"{arguments.output.name}-{name}.png")
         figure.savefig(path, dpi=100)

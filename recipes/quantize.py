@@ -8,18 +8,27 @@ rounded layers answer. Needs `pip install '.[quantization,recipes]'`.
 """
 
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 import hf_neural_attention  # noqa: F401, registers its models
-from tools.command_lines import parse_arguments
+from tools.command_lines import at_least, make_folder_of, parse_arguments
 from tools.json_files import write_json
 from tools.markdown import markdown_table
 from tools.provenance import command_line, environment
+from training.data_files import in_one_line
+from training.fit import check_positions, check_tokens
 from training.perplexity import perplexity
 from training.text import TextArguments, load_text, load_tokenizer, tokenize
+
+
+# What can be wrong with a folder that somebody names
+UNREADABLE = (OSError, ValueError, RuntimeError, StrictDataclassError, SafetensorError)
 
 
 @dataclass
@@ -31,6 +40,10 @@ class QuantizationArguments:
     batch_size: int = field(default=16, metadata={"help": "Windows at a time."})
     card: str | None = field(default=None, metadata={"help": "Write NAME.md and NAME.json."})
 
+    def __post_init__(self) -> None:
+        """Raises a ValueError for windows of nothing."""
+        at_least("batch_size", self.batch_size, 1)
+
 
 def size_of(model: Any) -> int:
     """Bytes of all weights as they are stored; of quantised ones, integers and scales."""
@@ -38,10 +51,36 @@ def size_of(model: Any) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in state.values())
 
 
+def load(name: str, **options: Any) -> Any:
+    """Raises SystemExit if there is no causal language model of that name."""
+    try:
+        return AutoModelForCausalLM.from_pretrained(name, **options)
+    except UNREADABLE as error:
+        raise SystemExit(f"--model_name_or_path {name} cannot be loaded: {in_one_line(error)}") from None
+
+
+def load_config(name: str) -> Any:
+    """Raises SystemExit if there is no model of that name."""
+    try:
+        return AutoConfig.from_pretrained(name)
+    except UNREADABLE as error:
+        raise SystemExit(f"--model_name_or_path {name} is no checkpoint: {in_one_line(error)}") from None
+
+
 def main() -> None:
     arguments, text = parse_arguments(QuantizationArguments, TextArguments, description=__doc__)
+    if find_spec("bitsandbytes") is None:
+        raise SystemExit("bitsandbytes is not installed, which rounds the weights: pip install '.[quantization,recipes]'")
+    if arguments.card:
+        make_folder_of("--card", arguments.card)
+    config = load_config(arguments.model_name_or_path)
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is not None:
+        check_positions(text, positions)
     splits = load_text(text)
     tokenizer = load_tokenizer(text, arguments.model_name_or_path, splits)
+    if (embeddings := getattr(config, "vocab_size", None)) is not None:
+        check_tokens(text, tokenizer, arguments.model_name_or_path, embeddings)
     test = tokenize(splits["test"], text.text_column_name, tokenizer)
     # keeps the head, since it is tied to the embeddings, which stay as they are
     kept = ["lm_head", *([r".*\.scorer"] if arguments.keep_scorers else [])]
@@ -49,7 +88,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for name, quantization in settings.items():
         options = {} if quantization is None else {"quantization_config": quantization, "device_map": "auto"}
-        model = AutoModelForCausalLM.from_pretrained(arguments.model_name_or_path, **options)
+        model = load(arguments.model_name_or_path, **options)
         figures = perplexity(
             model,
             test.tokens[: text.max_eval_tokens],
@@ -69,7 +108,6 @@ def main() -> None:
     if arguments.card:
         where = environment()
         record = {"command": command_line(), "environment": where, "rows": rows}
-        Path(arguments.card).parent.mkdir(parents=True, exist_ok=True)
         write_json(Path(f"{arguments.card}.json"), record)
         Path(f"{arguments.card}.md").write_text(
             "# Weights in int8\n\n"

@@ -5,8 +5,9 @@ from ..scores import LayerScores, ScoreStatistics, score_statistics
 from .callback import ScoreCallback, ScorerHealthCallback, WatchingCallback
 from .drawing import draw_attention, draw_attention_over_image, draw_health, draw_scores, draw_surface
 from .health import LayerHealth, ScorerHealth, scorer_health
-from .maps import attention_maps, attention_over_image
-from .surface import ScoreSurface, score_surface
+from .image_modes import to_rgb
+from .maps import attention_maps, attention_over_image, dot_product_maps
+from .surface import ScoreSurface, score_surface, surface_around
 from .watching import QueriesAndKeys, queries_and_keys
 
 
@@ -22,6 +23,7 @@ __all__ = [
     "WatchingCallback",
     "attention_maps",
     "attention_over_image",
+    "dot_product_maps",
     "draw_attention",
     "draw_attention_over_image",
     "draw_health",
@@ -31,4 +33,6 @@ __all__ = [
     "score_statistics",
     "score_surface",
     "scorer_health",
+    "surface_around",
+    "to_rgb",
 ]

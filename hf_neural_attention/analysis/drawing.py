@@ -27,8 +27,9 @@ def draw_attention(weights: torch.Tensor, tokens: Sequence[str] | None = None, a
     ax.figure.colorbar(image, ax=ax, label="weight")
     ax.set(title=title, xlabel="key", ylabel="query")
     if tokens is not None:
-        ax.set_xticks(range(len(tokens)), tokens, rotation=90, fontsize=7)
-        ax.set_yticks(range(weights.shape[0]), tokens[-weights.shape[0] :], fontsize=7)
+        # shows dollar signs as they are, which else begin a formula
+        ax.set_xticks(range(len(tokens)), tokens, rotation=90, fontsize=7, parse_math=False)
+        ax.set_yticks(range(weights.shape[0]), tokens[-weights.shape[0] :], fontsize=7, parse_math=False)
     return ax
 
 

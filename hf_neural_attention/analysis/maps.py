@@ -1,11 +1,16 @@
-"""Attention weights of every layer and head, neural or not."""
+"""Attention weights of every layer and head, neural or not, and those of the dot product in a scorer's place."""
 
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from ..introspection import left_as_it_was, moved, unwrap
+from ..introspection import Call, left_as_it_was, moved, unwrap
+from ..models.neural_attention_blockwise import without_autocast
+from ..models.neural_attention_reference import softmax_or_zero
+from ..models.neural_attention_scorer import is_compact
+from ..scores import scores_of
+from .watching import watch
 
 
 @torch.no_grad()
@@ -39,6 +44,35 @@ def attention_maps(model: Any, **inputs: Any) -> tuple[torch.Tensor, ...]:
     if not found or any(weights is None for weights in found):
         raise ValueError(f"This {type(base).__name__} gives no attention weights of one stack of layers (`attentions`).")
     return tuple(found)
+
+
+def dot_product_maps(model: Any, **inputs: Any) -> dict[str, torch.Tensor]:
+    """What the dot product would attend to in the place of each neural layer's scorer: of the same queries and keys, under the
+    same mask.
+
+    The layers before it stay neural. The model runs once in evaluation mode and is left as it was.
+
+    Args:
+        model: with neural layers, by class or by `patch`.
+        inputs: for its forward.
+
+    Returns:
+        By the layer's name `[batch, heads, queries, keys]` in float32, of each layer that the inputs reach. Compact layers are
+        left out, since they have no queries and keys.
+
+    Raises:
+        ValueError: if the model has no neural layer, or the inputs reach none.
+    """
+    found = watch(model, inputs, dot_product_weights, padded=True)
+    return {name: weights for name, weights in found.items() if weights is not None}
+
+
+def dot_product_weights(scorer: Any, call: Call) -> torch.Tensor | None:
+    if is_compact(scorer):
+        return None
+    rows = torch.arange(call.query.shape[2], device=call.query.device)
+    with without_autocast(call.query):
+        return softmax_or_zero(call.masked_rows(scores_of(None, call, rows), rows))
 
 
 def attention_over_image(weights: torch.Tensor, image_size: tuple[int, int], query: int = 0) -> torch.Tensor:

@@ -6,6 +6,10 @@ from typing import Any, NamedTuple
 import torch
 
 from ..models.neural_attention_reference import ScorerWeights, reference_scores
+from .watching import QueriesAndKeys
+
+
+STANDARD_DEVIATIONS = 3.0
 
 
 class ScoreSurface(NamedTuple):
@@ -58,3 +62,43 @@ def score_surface(
     network = reference_scores(queries[None, None], keys[None, None], weights)[0, 0]
     scaling = 1.0 / math.sqrt(scorer.head_dim) if scaling is None else scaling
     return ScoreSurface(line, line, network, queries @ keys.T * scaling if weights.has_first_layer else None)
+
+
+@torch.no_grad()
+def surface_around(scorer: Any, seen: QueriesAndKeys, head: int = 0, *, steps: int = 61) -> ScoreSurface:
+    """A scorer's scores where a head's queries and keys are: around the mean query and the mean key, along the directions in
+    which they spread most, three standard deviations of the wider spread to each side.
+
+    Args:
+        scorer: as for `score_surface`.
+        seen: what `queries_and_keys` says of the scorer's layer.
+        head: whose queries and keys; with weights per head, also whose weights.
+        steps: along each side.
+
+    Raises:
+        ValueError: if there is no such head.
+    """
+    heads = seen.query.shape[1]
+    if not 0 <= head < heads:
+        raise ValueError(f"`head` is {head}; expected 0 to {heads - 1}.")
+    query, along_query, query_spread = principal(seen.query[:, head])
+    key, along_key, key_spread = principal(seen.key[:, head])
+    return score_surface(
+        scorer,
+        along_query,
+        along_key,
+        query=query,
+        key=key,
+        head=head,
+        scaling=seen.scaling,
+        extent=STANDARD_DEVIATIONS * max(query_spread, key_spread),
+        steps=steps,
+    )
+
+
+def principal(vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """Mean of `[..., head_dim]`, the direction along which they spread most, and their standard deviation along it."""
+    flat = vectors.flatten(0, -2)
+    mean = flat.mean(0)
+    _, sizes, directions = torch.linalg.svd(flat - mean, full_matrices=False)
+    return mean, directions[0], float(sizes[0]) / len(flat) ** 0.5

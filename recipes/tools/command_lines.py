@@ -1,6 +1,7 @@
 """Command lines of the recipes: flags, or one JSON or YAML file, which flags after it override."""
 
 import json
+import os
 import sys
 from argparse import ArgumentParser
 from pathlib import Path
@@ -77,3 +78,18 @@ def at_least(name: str, value: float | None, least: float, why: str = "") -> Non
     `parse_arguments` shows."""
     if value is not None and not value >= least:
         raise ValueError(f"--{name} is {value}; expected at least {least}{f', since {why}' if why else ''}.")
+
+
+def make_folder_of(flag: str, beginning: str | Path) -> None:
+    """Makes the folder of files whose names begin like this, before anything is measured that they shall hold.
+
+    Raises:
+        SystemExit: naming the flag, if that cannot be.
+    """
+    folder = Path(beginning).parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SystemExit(f"{flag} {beginning} cannot be written to: {error.strerror}.") from None
+    if not os.access(folder, os.W_OK):
+        raise SystemExit(f"{flag} {beginning} cannot be written to: permission denied in {folder}.")

@@ -9,11 +9,15 @@ from typing import Any
 import torch
 
 
+class ProcessKilledError(RuntimeError):
+    """The process that measured something is gone, as the system does with one that takes all memory."""
+
+
 def in_own_process(function: Callable[..., Any], *arguments: Any) -> Any:
     """Result of the function in a process that did nothing before, with as many threads.
 
     Raises:
-        RuntimeError: if the process is killed, as the system does with one that takes all memory.
+        ProcessKilledError: if the process is killed.
     """
     context = multiprocessing.get_context("forkserver")
     # imports once what takes seconds to import, since the processes are copies of one that did
@@ -22,4 +26,4 @@ def in_own_process(function: Callable[..., Any], *arguments: Any) -> Any:
         try:
             return pool.submit(function, *arguments).result()
         except BrokenProcessPool as error:
-            raise RuntimeError("the process that measured it was killed") from error
+            raise ProcessKilledError("the process that measured it was killed") from error

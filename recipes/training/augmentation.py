@@ -14,7 +14,7 @@ from PIL import Image as PIL
 from PIL import ImageEnhance, ImageOps
 from transformers import BaseImageProcessor, TrainerCallback
 
-from training.image_modes import to_rgb
+from hf_neural_attention.analysis import to_rgb
 
 
 AUGMENTATIONS = ("none", "crop", "paper")

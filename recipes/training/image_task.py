@@ -16,9 +16,9 @@ from transformers import (
     default_data_collator,
 )
 
+from hf_neural_attention.analysis import to_rgb
 from hf_neural_attention.metrics import Accuracy
 from training.augmentation import AugmentedImages, CountEpochs
-from training.image_modes import to_rgb
 from training.images import EMBEDDED, ImageArguments, LabelledImages
 from training.pixels import with_pixels
 from training.prepared_data import PreparedData

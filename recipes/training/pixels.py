@@ -9,9 +9,9 @@ from PIL import Image as PIL
 from tqdm.auto import tqdm
 from transformers import BaseImageProcessor
 
+from hf_neural_attention.analysis import to_rgb
 from training.augmentation import resize
 from training.data_files import in_one_line
-from training.image_modes import to_rgb
 
 
 SHOWN = 3  # examples in a message

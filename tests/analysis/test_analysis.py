@@ -52,6 +52,29 @@ def test_models_without_maps_are_refused():
         analysis.attention_maps(model, **FAMILIES["t5"].inputs())
 
 
+@pytest.mark.parametrize("padded", (False, True))
+def test_dot_product_maps(padded: bool):
+    """A new residual layer computes the dot product: its own attention is that of the dot product, until it is trained."""
+    model, inputs = patch(FAMILIES["llama"].model(), "all", proj_dim=4), FAMILIES["llama"].inputs()
+    if padded:
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+        inputs["attention_mask"][0, 5:] = 0
+    names = [layer.layer for layer in analysis.score_statistics(model, **inputs)]
+    found = analysis.dot_product_maps(model, **inputs)
+    assert list(found) == names
+    for name, weights in zip(names, analysis.attention_maps(model, **inputs), strict=True):
+        assert torch.allclose(found[name], weights, atol=1e-6)
+    liven(model)
+    others = analysis.dot_product_maps(model, **inputs)
+    assert torch.allclose(others[names[0]], found[names[0]], atol=1e-6), "the first layer's queries and keys stay"
+    assert not torch.allclose(others[names[0]], analysis.attention_maps(model, **inputs)[0], atol=1e-3)
+
+
+def test_compact_layers_have_no_dot_product():
+    model, inputs = GPT2.neural(neural_layers=[1], neural_compact=True, neural_hidden_dims=[4, 2]), GPT2.inputs(labels=False)
+    assert analysis.dot_product_maps(model, **inputs) == {}
+
+
 def test_attention_over_an_image():
     weights = torch.rand(4, 17, 17)
     large = analysis.attention_over_image(weights, (16, 24))
@@ -81,6 +104,23 @@ def test_score_surface(num_heads: int | None):
     assert torch.allclose(twice.dot_product, 2 * surface.dot_product)
     default = analysis.score_surface(scorer)
     assert default.network.shape == (61, 61) and default.network.std() > 0
+
+
+@pytest.mark.parametrize("num_heads", (None, 2))
+def test_a_surface_around_queries_and_keys(num_heads: int | None):
+    scorer, along = NeuralScorer(8, num_heads=num_heads), torch.nn.functional.normalize(torch.randn(8), dim=0)
+    query, key = torch.randn(1, 2, 1, 8).expand(1, 2, 50, 8), torch.randn(1, 2, 1, 8) + 0.01 * torch.randn(1, 2, 50, 8)
+    query = query + torch.linspace(-1, 1, 50)[:, None] * along  # lie on a line
+    seen = analysis.QueriesAndKeys(query, key, 0.5)
+    surface = analysis.surface_around(scorer, seen, head=1, steps=3)
+    extent = 3 * float(torch.linspace(-1, 1, 50).std(correction=0))
+    assert surface.query_steps.tolist() == pytest.approx([-extent, 0, extent], rel=1e-4)
+    middle = query[0, 1].mean(0), key[0, 1].mean(0)
+    assert surface.dot_product[1, 1] == pytest.approx(float(0.5 * middle[0] @ middle[1]), rel=1e-4)
+    ends = {float(0.5 * (middle[0] + side * extent * along) @ middle[1]) for side in (-1, 1)}
+    assert sorted(surface.dot_product[::2, 1].tolist()) == pytest.approx(sorted(ends), rel=1e-3)
+    with pytest.raises(ValueError, match="`head` is 2; expected 0 to 1"):
+        analysis.surface_around(scorer, seen, head=2)
 
 
 def test_health_by_hand(monkeypatch):
@@ -240,7 +280,8 @@ def test_pictures(tmp_path):
     model = GPT2.neural(neural_layers="all")
     inputs = GPT2.inputs(labels=False)
     maps = analysis.attention_maps(model, **inputs)
-    axes = [analysis.draw_attention(maps[0][0, 0], [str(i) for i in range(12)], title="head 0")]
+    tokens = ["$$", "$a_{$", *(str(i) for i in range(10))]  # begin no formulas
+    axes = [analysis.draw_attention(maps[0][0, 0], tokens, title="head 0")]
     axes += analysis.draw_surface(analysis.score_surface(model.transformer.h[0].attn.scorer))
     axes += analysis.draw_health(analysis.scorer_health(model, **inputs))
     image = torch.rand(16, 16, 3).numpy()

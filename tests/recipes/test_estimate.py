@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 from transformers import TrainingArguments
 
+import estimate
 from estimate import duration, markdown, total_steps
 from tests.helpers.running import RECIPES, run_in
+from training.arms import Arm
 
 
 def experiment(tmp_path: Any, **arguments: Any) -> Any:
@@ -40,6 +42,39 @@ def test_figures_by_hand():
         "2 hours",
         "2.08 days",
     ]
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    (
+        (("nowhere.yaml",), "Cannot read the configuration nowhere.yaml"),
+        ((str(RECIPES / "configs/quickstart.yaml"), "--nothing", "1"), "--nothing"),
+        ((str(RECIPES / "configs/quickstart.yaml"), "--n_head", "0"), "--n_head is 0; expected at least 1"),
+        ((str(RECIPES / "configs/quickstart.yaml"), "--output", "file/e"), "--output file/e cannot be written to: "),
+    ),
+)
+def test_bad_arguments_get_a_sentence(tmp_path, monkeypatch, flags: tuple, words: str):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("sys.argv", ["estimate.py", "language_modeling", *flags])
+    with pytest.raises(SystemExit, match=words):
+        estimate.main()
+
+
+def test_models_that_cannot_be_built_get_a_sentence(tmp_path):
+    def build(arm: Any) -> Any:
+        raise ValueError("`embed_dim` must be\ndivisible by num_heads")
+
+    with pytest.raises(SystemExit, match="The dot model cannot be built: `embed_dim` must be divisible by num_heads"):
+        estimate.build(SimpleNamespace(initial_model=build), Arm.DOT)
+
+
+@pytest.mark.slow
+def test_an_estimate_of_a_model_that_cannot_be_built(tmp_path):
+    config = str(RECIPES / "configs/quickstart.yaml")
+    flags = ["--n_embd", "10", "--n_layer", "1", "--n_head", "3", "--vocab_size", "300", "--block_size", "32"]
+    said = run_in(tmp_path, "estimate.py", "language_modeling", config, *flags, "--max_train_samples", "8", fails=True)
+    assert "The dot model cannot be built: " in said
 
 
 @pytest.mark.slow

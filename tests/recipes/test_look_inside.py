@@ -50,6 +50,26 @@ def test_of_an_image_classifier(tmp_path, monkeypatch, is_compact):
     PIL.Image.fromarray(torch.randint(256, (20, 24, 3), dtype=torch.uint8).numpy()).save(tmp_path / "i.png")
     look(monkeypatch, tmp_path / "model", "--image", tmp_path / "i.png", "--output", tmp_path / "pictures/a")
     check_pictures(tmp_path / "pictures")
+    (tmp_path / "no.png").write_text("no image")
+    with pytest.raises(SystemExit, match=r"--image .*no.png cannot be read: cannot identify image file"):
+        look(monkeypatch, tmp_path / "model", "--image", tmp_path / "no.png", "--output", tmp_path / "pictures/a")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "i.png").read_bytes()[:100])
+    with pytest.raises(SystemExit, match=r"--image .*cut.png cannot be read: "):
+        look(monkeypatch, tmp_path / "model", "--image", tmp_path / "cut.png", "--output", tmp_path / "pictures/a")
+    with pytest.raises(SystemExit, match=r"--output .* cannot be written to: "):
+        look(monkeypatch, tmp_path / "model", "--image", tmp_path / "i.png", "--output", tmp_path / "i.png/a")
+    with pytest.raises(SystemExit, match=r"tokenizer"):
+        look(monkeypatch, tmp_path / "model", "--text", "some text", "--output", tmp_path / "pictures/a")
+
+
+def test_of_a_compact_model_without_a_dot_product(tmp_path, monkeypatch):
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = NeuralViTConfig(**sizes, image_size=16, patch_size=4, neural_layers=[1], neural_compact=True)
+    NeuralViTForImageClassification(config).save_pretrained(tmp_path / "model")
+    ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(tmp_path / "model")
+    PIL.Image.fromarray(torch.arange(4096, dtype=torch.int32).view(64, 64).numpy().astype("uint16")).save(tmp_path / "i.png")
+    look(monkeypatch, tmp_path / "model", "--image", tmp_path / "i.png", "--output", tmp_path / "pictures/a")
+    check_pictures(tmp_path / "pictures")
 
 
 def test_long_texts_and_many_heads_stay_within_bounds():

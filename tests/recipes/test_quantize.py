@@ -1,10 +1,20 @@
 """The quantisation recipe: perplexity before and after, scorers rounded or left."""
 
 import json
+import re
 
 import pytest
-from transformers import GPT2Tokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPT2Tokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
+import quantize
 from hf_neural_attention import NeuralGPT2Config, NeuralGPT2LMHeadModel
 from tests.helpers.running import run_in
 from training.text import TextArguments, load_text
@@ -29,8 +39,44 @@ def test_before_and_after(tmp_path, flags, is_compact):
     assert after["perplexity"] != before["perplexity"] and after["megabytes"] < before["megabytes"]
 
 
-def test_the_sizes_of_a_llama_are_those_of_its_tensors():
-    from quantize import size_of
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    (
+        (("--model_name_or_path", "nowhere"), "--model_name_or_path nowhere is no checkpoint: "),
+        (("--model_name_or_path", "model", "--batch_size", 0), "--batch_size is 0; expected at least 1"),
+        (("--model_name_or_path", "model", "--block_size", 64), "--block_size 64 is more than the 32 positions"),
+        (
+            ("--model_name_or_path", "model", "--block_size", 32, "--card", "model/config.json/card"),
+            "--card .* cannot be written",
+        ),
+        (("--model_name_or_path", "images"), "--model_name_or_path images cannot be loaded: Unrecognized configuration class"),
+        (("--model_name_or_path", "damaged", "--block_size", 32), "--model_name_or_path damaged cannot be loaded: "),
+        ((), "--model_name_or_path"),
+    ),
+)
+def test_bad_arguments_get_a_sentence(checkpoints, monkeypatch, capsys, flags: tuple, words: str):
+    monkeypatch.chdir(checkpoints)
+    monkeypatch.setattr("sys.argv", ["quantize.py", "--max_eval_tokens", "40", *map(str, flags)])
+    with pytest.raises(SystemExit) as caught:
+        quantize.main()
+    assert re.search(words, f"{caught.value} {capsys.readouterr().err}")
 
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoints")
+    tokenizer = GPT2Tokenizer().train_new_from_iterator(["some text"], vocab_size=300)
+    sizes = {"n_embd": 8, "n_layer": 1, "n_head": 1, "n_positions": 32, "bos_token_id": 0, "eos_token_id": 0}
+    for name in ("model", "damaged"):
+        GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), **sizes)).save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    (folder / "damaged/model.safetensors").write_bytes(b"no weights")
+    small = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8, "image_size": 8}
+    ViTForImageClassification(ViTConfig(**small, patch_size=4)).save_pretrained(folder / "images")
+    tokenizer.save_pretrained(folder / "images")
+    return folder
+
+
+def test_the_sizes_of_a_llama_are_those_of_its_tensors():
     model = LlamaForCausalLM(LlamaConfig(hidden_size=16, num_hidden_layers=1, vocab_size=10, num_attention_heads=2))
-    assert size_of(model) == 4 * sum(parameter.numel() for parameter in model.parameters())
+    assert quantize.size_of(model) == 4 * sum(parameter.numel() for parameter in model.parameters())

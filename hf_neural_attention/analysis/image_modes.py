@@ -1,21 +1,33 @@
 """The modes that images come in (grey, palette, alpha, CMYK, 16 bits), and the one that models take."""
 
+from typing import Any
+
 import numpy as np
-from PIL import Image as PIL
 
 
 SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N")
 HAVE_SIXTEEN_BITS = ("PNG", "PPM")  # formats whose integers, where Pillow gives them mode I, go up to 65,535
 
 
-def to_rgb(image: PIL.Image) -> PIL.Image:
-    """The image in RGB of 8 bits, as a person would see it: 16 bits scaled to 8, transparent parts white.
+def to_rgb(image: Any) -> Any:
+    """The image in RGB of 8 bits, as a person would see it: turned as its camera says, 16 bits scaled to 8, transparent parts
+    white.
+
+    Args:
+        image (`PIL.Image.Image`): Of any mode; it stays as it is.
+
+    Returns:
+        `PIL.Image.Image` of mode RGB.
 
     Raises:
         ValueError: if its mode does not say which values are black and white (I, F).
     """
-    if image.mode in SIXTEEN_BITS or (image.mode == "I" and image.format in HAVE_SIXTEEN_BITS):
-        image = PIL.fromarray(np.round(np.asarray(image) / 257).astype(np.uint8))
+    from PIL import Image, ImageOps  # not everybody has Pillow
+
+    form = image.format  # is lost where the image is turned
+    image = ImageOps.exif_transpose(image)
+    if image.mode in SIXTEEN_BITS or (image.mode == "I" and form in HAVE_SIXTEEN_BITS):
+        image = Image.fromarray(np.round(np.asarray(image) / 257).astype(np.uint8))
     elif image.mode in ("I", "F"):
         kind = "integers of 32 bits" if image.mode == "I" else "floating-point numbers"
         raise ValueError(
@@ -24,5 +36,5 @@ def to_rgb(image: PIL.Image) -> PIL.Image:
         )
     if image.has_transparency_data:
         image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
-        image = PIL.alpha_composite(PIL.new("RGBA", image.size, "white"), image)
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image as PIL
 
-from training.image_modes import SIXTEEN_BITS, to_rgb
+from hf_neural_attention.analysis import to_rgb
+from hf_neural_attention.analysis.image_modes import SIXTEEN_BITS
 
 
 RED, WHITE, BLACK = [255, 0, 0], [255, 255, 255], [0, 0, 0]
@@ -74,3 +75,14 @@ def test_inks_are_subtracted_from_white():
     assert rgb(PIL.new("CMYK", (1, 1), (0, 0, 0, 0))) == [WHITE] and rgb(PIL.new("CMYK", (1, 1), (0, 0, 0, 255))) == [BLACK]
     image = PIL.new("CMYK", (8, 8), (0, 255, 255, 0))
     assert rgb(image)[0] == RED and np.allclose(rgb(through(image, "JPEG"))[0], RED, atol=3)
+
+
+@pytest.mark.parametrize(("kind", "dtype"), (("JPEG", np.uint8), ("PNG", np.uint8), ("PNG", np.uint16)))
+def test_images_stand_upright(kind, dtype):
+    image = PIL.fromarray((np.array([[0] * 8, [1] * 8] * 1).repeat(4, 0) * np.iinfo(dtype).max).astype(dtype))
+    exif = PIL.Exif()
+    exif[0x0112] = 6  # the camera was turned to the left
+    buffer = io.BytesIO()
+    image.save(buffer, kind, exif=exif)
+    upright = np.asarray(to_rgb(PIL.open(buffer)))
+    assert upright[:, 0].min() > 240 and upright[:, -1].max() < 15
