@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
-from .models.neural_attention_interface import NeuralConfigView, mask_of_call
+from .models.neural_attention_interface import NeuralConfigView, mask_of_call, share_batch
 from .models.neural_attention_masking import mask_scores
 from .models.neural_attention_reference import expand_heads
 
@@ -189,6 +189,7 @@ def call_of(
     scorer: Any = getattr(module, "scorer", None)
     if hasattr(scorer, "unpack"):  # takes heads apart that share one in a packed layer
         query, key = scorer.unpack(query, key)
+    query, key, _ = share_batch(query, key, value)
     mask, causal, num_keys = mask_of_call(module, query, key, attention_mask, is_causal, position_bias)
     scaling = 1.0 / math.sqrt(query.shape[-1]) if scaling is None else scaling
     key = expand_heads(key[:, :, :num_keys], query.shape[1])

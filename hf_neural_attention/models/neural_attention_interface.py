@@ -144,6 +144,14 @@ def add_position_bias(attention_mask: torch.Tensor | None, position_bias: torch.
     return position_bias + attention_mask
 
 
+def share_batch(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The same, of one batch size: learned queries may come as a single example for all keys, as stock functions broadcast."""
+    if query.shape[0] == key.shape[0]:
+        return query, key, value
+    batch = max(query.shape[0], key.shape[0])
+    return tuple(tensor.expand(batch, -1, -1, -1) for tensor in (query, key, value))
+
+
 def mask_of_call(
     module: AttentionModule,
     query: torch.Tensor,
@@ -180,7 +188,7 @@ def neural_attention_forward(
 
     Args:
         query, key, value: `[B, H, Tq, D]`, `[B, Hkv, Tk, D]`, `[B, Hkv, Tk, Dv]`; keys of another size than the queries
-            come projected from a `NeuralCache`.
+            come projected from a `NeuralCache`. A batch of one, of queries or of keys, stands for all.
         attention_mask: as the model's own implementation gets it (see `normalize_mask`).
         position_bias: `[B or 1, H, Tq, Tk]`, added to the scores (T5).
 
@@ -198,6 +206,7 @@ def neural_attention_forward(
         if kwargs.get(name) is not None:
             raise ValueError(f"Neural Attention cannot honour {feature} (`{name}`), which this model's attention asks for.")
     implementation = module.config.base._attn_implementation
+    query, key, value = share_batch(query, key, value)
     mask, causal, num_keys = mask_of_call(module, query, key, attention_mask, is_causal, position_bias)
     output, weights = module.scorer(
         query,

@@ -12,15 +12,14 @@ from ..diagnostics import Explanation, explain_layer
 from ..introspection import compact_layers, is_born_neural, is_sharded, neural_layers, patched_modules, place_of
 from ..models.configuration_neural_attention import is_positive_int
 from ..models.neural_attention_interface import (
-    UNSUPPORTED_ARGUMENTS,
     NeuralConfigView,
     attach_scorer,
     check_implementation,
     detach_scorer,
 )
 from ..models.neural_attention_scorer import NeuralScorer
+from .arguments import unhonoured
 from .errors import AlreadyPatchedError, PatchError, ProbeError, UnsupportedLayerError
-from .inputs import MAKERS
 from .layers import Layers, attention_modules, choose_layers, listed
 from .pretrained import hook_saving, unhook_saving
 from .probing import AttentionCall, probe
@@ -29,28 +28,6 @@ from .sizes import ModelSize, size_of
 
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
-
-# Arguments that stock attention functions ignore or `neural_attention_forward` honours. All others are refused, since they
-# may change the scores.
-KNOWN_ARGUMENTS = {
-    "cu_seq_lens_k",
-    "cu_seq_lens_q",
-    "deterministic",
-    "dropout",
-    "is_causal",
-    "logits_to_keep",
-    "max_length_k",
-    "max_length_q",
-    "output_attentions",
-    "output_hidden_states",
-    "output_router_logits",
-    "position_bias",
-    "position_ids",
-    "return_dict",
-    "scaling",
-    "sliding_window",  # is part of the mask already
-    "use_cache",
-}
 
 
 def patch(
@@ -137,7 +114,7 @@ def see_layers(
     check_implementations(found)
     calls, reasons = probe(model, found, example_inputs)
     names = choose_layers(layers, found, calls, reasons)
-    check_layers({name: found[name] for name in names}, calls, reasons, set(example_inputs or MAKERS))
+    check_layers({name: found[name] for name in names}, calls, reasons)
     return {name: calls[found[name]][0] for name in names}, calls
 
 
@@ -265,9 +242,7 @@ def check_implementations(found: Mapping[str, Any]) -> None:
             raise UnsupportedLayerError(f"{error} `model.set_attn_implementation` changes it.") from None
 
 
-def check_layers(
-    chosen: Mapping[str, Any], calls: Mapping[nn.Module, list[AttentionCall]], reasons: str, inputs: set[str]
-) -> None:
+def check_layers(chosen: Mapping[str, Any], calls: Mapping[nn.Module, list[AttentionCall]], reasons: str) -> None:
     """Raises an error that says for each reason which of the chosen layers it speaks against.
 
     Raises:
@@ -276,7 +251,7 @@ def check_layers(
     """
     against: dict[str, list[str]] = {}
     for name, module in chosen.items():
-        for reason in reasons_against(module, calls[module], inputs):
+        for reason in reasons_against(module, calls[module]):
             against.setdefault(reason, []).append(name)
     if against:
         raise UnsupportedLayerError(
@@ -291,15 +266,12 @@ def check_layers(
         )
 
 
-def reasons_against(module: Any, calls: list[AttentionCall], inputs: set[str]) -> Iterator[str]:
+def reasons_against(module: Any, calls: list[AttentionCall]) -> Iterator[str]:
     """Why a score network could not do what an attention module asks for, once per reason."""
     if hasattr(module, "scorer"):
         yield f"its {type(module).__name__} has an attribute `scorer` of its own, in whose place the network would go"
     arguments = {name for call in calls for name in call.arguments}
-    for name in sorted(arguments & UNSUPPORTED_ARGUMENTS.keys()):
-        yield f"{UNSUPPORTED_ARGUMENTS[name]} (`{name}`)"
-    for name in sorted(arguments - UNSUPPORTED_ARGUMENTS.keys() - KNOWN_ARGUMENTS - inputs):
-        yield f"an argument `{name}` of its attention function, of which it is not known here what it does"
+    yield from unhonoured(module, arguments)
     shapes = [(call.query, call.key, call.value) for call in calls]
     if any(len(tensor) != 4 for call in shapes for tensor in call):
         yield "queries, keys or values that are not [batch, heads, length, size]"
