@@ -15,7 +15,7 @@ VERSION_TESTS := tests/test_export.py tests/models/test_flat_folder.py tests/tes
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test test-triton gpu test-fast test-versions test-oldest test-newest coverage lint format types docs build
+.PHONY: help quickstart test test-slow test-triton gpu test-versions test-oldest test-newest test-clients coverage lint format types docs build
 .PHONY: release clean
 
 help: ## Show this list
@@ -32,17 +32,17 @@ $(STAMP): pyproject.toml constraints.txt
 quickstart: $(STAMP) ## Train a small GPT-2 with Neural Attention and one with the dot product, and compare them
 	$(BIN)/python recipes/language_modeling.py recipes/configs/quickstart.yaml
 
-test: $(STAMP) ## Run all tests but those of `make test-triton`
-	$(TESTS)
+test: $(STAMP) ## Run the tests that are not marked slow: some of every part
+	$(TESTS) -m "not slow"
+
+test-slow: $(STAMP) ## Run the tests that are marked slow
+	$(TESTS) -m slow
 
 test-triton: $(STAMP) ## Run the tests of the Triton kernels on the CPU, in Triton's interpreter
 	TRITON_INTERPRET=1 $(TESTS) -m interpreter tests/ops
 
 gpu: ## Test the Triton kernels on a GPU and measure them, in 8 minutes; without one, say what that would be
 	$(PYTHON) recipes/benchmark_gpu.py
-
-test-fast: $(STAMP) ## Run the tests that are not marked slow
-	$(TESTS) -m "not slow"
 
 # Old libraries call what others have deprecated since: there, and only there, deprecations are no errors
 test-oldest: BIN := .venv-oldest/bin
@@ -64,6 +64,16 @@ test-newest:
 	$(BIN)/$(INSTALL) -c .venv-newest/constraints.txt -e '.[dev]'
 	$(TESTS) -m "not slow"
 	$(TESTS) -m slow $(VERSION_TESTS)
+
+# Has an environment of its own, so that all other tests show what works without these libraries
+test-clients: BIN := .venv-clients/bin
+test-clients: .venv-clients/installed ## Run the tests of what others build on Transformers: TRL, torchao, Sentence Transformers
+	$(TESTS) tests/clients
+
+.venv-clients/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv --clear .venv-clients
+	.venv-clients/bin/$(INSTALL) -c constraints.txt -e '.[clients,dev]'
+	@touch $@
 
 test-versions: test-oldest test-newest ## Run the fast tests with the oldest and with the newest versions of all libraries
 	@.venv-newest/bin/python -m tests.helpers.packages
@@ -94,6 +104,6 @@ release: lint types ## Do everything of a release but the upload, for which it p
 	.ci/release
 
 clean: ## Remove .venv, caches and built files (trained models in runs/ stay)
-	rm -rf .venv .venv-oldest .venv-newest .coverage .coverage.* build dist site
+	rm -rf .venv .venv-oldest .venv-newest .venv-clients .coverage .coverage.* build dist site
 	rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis *.egg-info
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

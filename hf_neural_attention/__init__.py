@@ -29,7 +29,9 @@ from .models.neural_attention_cache import NeuralCache
 from .models.neural_attention_scorer import CompactScorer, NeuralScorer
 from .ops import set_backend, use_backend
 from .patching import calibrate, compact, from_pretrained, load_patch, patch, patch_status, patched, save_patch, unpatch
+from .patching.auto_classes import register_patched_models
 from .registration import register_auto_classes
+from .starting import start_scores
 
 
 __all__ = [
@@ -62,8 +64,10 @@ __all__ = [
     "patched",
     "save_patch",
     "set_backend",
+    "start_scores",
     "unpatch",
     "use_backend",
 ]
 
 register_auto_classes()
+register_patched_models()

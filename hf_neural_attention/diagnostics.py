@@ -12,6 +12,7 @@ from .introspection import hooks_of, neural_layers, place_of
 from .models.neural_attention_backends import AUTO, BACKENDS, check_devices, choose_backend
 from .models.neural_attention_functional import check_arguments
 from .models.neural_attention_pytorch import Inputs
+from .models.neural_attention_scorer import is_quantised
 from .ops import asked_backend
 
 
@@ -125,6 +126,10 @@ def explain_choice(name: str, scorer: Any, inputs: Inputs, backend: str | None) 
     if lacks_weights(scorer, inputs):
         reason = f"the scorer's weights are on the meta device, without numbers, and the tokens on {inputs.device_type!r}"
         return LayerBackend(name, None, False, reason, notes)
+    if scorer.mode == "thin":
+        name_of_backend = "reference" if asked.name == "reference" else "sdpa"
+        why = f"{asked.source} asks for {asked.name!r}" if name_of_backend == "reference" else None
+        return LayerBackend(name, name_of_backend, why is None, why, (*notes, 'mode="thin": a dot product, through SDPA'))
     # finds models from the Hub whose code was imported where this package was missing, and so brings copies of two backends
     if not backends_of(scorer).keys() >= BACKENDS.keys():
         reason = f"its code, {type(scorer).__module__}, does not use this package's backends but copies of two"
@@ -145,8 +150,8 @@ def explain_choice(name: str, scorer: Any, inputs: Inputs, backend: str | None) 
 
 
 def layers_of(scorer: Any) -> dict[str, Any]:
-    """The linear layers of a scorer's network; a compact one has no first layer."""
-    return {name: getattr(scorer, name) for name in LAYERS if hasattr(scorer, name)}
+    """The linear layers of a scorer; a compact one has no first layer, and one of mode "thin" no network."""
+    return {name: layer for name in LAYERS if (layer := getattr(scorer, name, None)) is not None}
 
 
 def backends_of(scorer: Any) -> dict[str, Any]:
@@ -186,6 +191,8 @@ def notes_on_layer(layer: Any, inputs: Inputs) -> Iterator[str]:
                 "with quantised activations, scaled for the identity matrix instead of tokens, its weights are inexact: leave "
                 'scorers out (`exclude="*scorer*"`)'
             )
+    elif is_quantised(base.weight):
+        yield f"the weight is quantised ({type(base.weight).__name__}); the numbers that it stands for are used"
     elif type(base.weight) not in (nn.Parameter, torch.Tensor):
         yield f"the weight is a {type(base.weight).__name__}, which is used as it is and untried"
     elif base.weight.is_meta and hooks_of(base):

@@ -189,9 +189,23 @@ def read_results(results: Mapping[str, float] | str | Path | None) -> dict[str, 
     if isinstance(results, str | Path):
         results = json.loads(Path(results).read_text())
     metrics = results.get("metrics", results) if isinstance(results, Mapping) else None
-    if not isinstance(metrics, Mapping) or not all(isinstance(value, int | float) for value in metrics.values()):
+    if not isinstance(metrics, Mapping):
         raise ValueError("`results` must hold numbers by name, or a recipe's results.json with `metrics`.")
-    return dict(metrics)
+    return {str(name): plain_number(name, value) for name, value in metrics.items()}
+
+
+def plain_number(name: Any, value: Any) -> float:
+    """A number of Python's own, which YAML has words for, of one of numpy's or torch's.
+
+    Raises:
+        ValueError: if it is none.
+    """
+    if hasattr(value, "item") and getattr(value, "ndim", None) == 0:
+        value = value.item()
+    if isinstance(value, int | float):
+        # makes a plain one of a subclass, as numpy's float64 is
+        return value if type(value) in (bool, int) else float(value) if isinstance(value, float) else int(value)
+    raise ValueError(f"`results` has {value!r} for {name!r}; it must hold numbers by name, or be a recipe's results.json.")
 
 
 def compact_section(model: Any) -> str:

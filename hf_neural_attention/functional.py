@@ -39,11 +39,13 @@ def neural_attention(
         is_causal (`bool`): Query `i` attends to keys `j <= i` only, counted from the first query and key also where `Tq`
             and `Tk` differ (upper-left alignment, as there). Default: False.
         scale (`float`, *optional*): Factor of the dot product in `mode="residual"`. Default: `1 / sqrt(D)`. The scores of
-            the network are never scaled, so `mode="replace"` takes no notice of it.
+            the network are never scaled, so `mode="replace"` takes no notice of it, nor does `"thin"`, whose factor is
+            `1 / sqrt(proj_dim)`.
         backend (`str`, *optional*): `"native"` (fused, CPU), `"triton"` (fused, GPU), `"blockwise"` (PyTorch operators,
             linear memory), `"reference"` (literal; memory `B * H * Tq * Tk * proj_dim`), or `"auto"`, the first of these that
-            can take the inputs. Default: what `use_backend`, `set_backend` or `HF_NEURAL_ATTENTION_BACKEND` says, else
-            `"auto"`.
+            can take the inputs. A scorer of mode `"thin"` takes notice of `"reference"` alone: otherwise it runs through
+            `scaled_dot_product_attention`, or with dropout through the reference. Default: what `use_backend`, `set_backend`
+            or `HF_NEURAL_ATTENTION_BACKEND` says, else `"auto"`.
         keys_projected (`bool`): `key` is what `scorer.project_keys(key)` returned: `[B, Hkv, Tk, h1]` (`H` heads with weights
             per head), with `h1 = scorer.hidden_dims[0]`. Not in `mode="residual"`. Default: False.
         queries_projected (`bool`): `query` is what `scorer.project_queries(query)` returned: `[B, H, Tq, h1]`. Not in

@@ -10,12 +10,14 @@ from typing import Any, NamedTuple
 import torch
 from accelerate.utils import extract_model_from_parallel
 from torch import nn
+from torch.utils._pytree import tree_map_only
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
 from .models.neural_attention_interface import NeuralConfigView, mask_of_call, share_batch
 from .models.neural_attention_masking import mask_scores
 from .models.neural_attention_reference import expand_heads
+from .models.neural_attention_scorer import is_compact
 
 
 # Classes that count a model's parameters when put around it, by name, since not every build of torch has them
@@ -44,11 +46,6 @@ def is_sharded(module: nn.Module) -> bool:
 def is_scorer(module: nn.Module) -> bool:
     """By what it can do: models from the Hub bring scorer classes of their own, and peft may wrap one."""
     return hasattr(module, "weights") and hasattr(module, "linear3")
-
-
-def is_compact(scorer: Any) -> bool:
-    """Whether a scorer lacks the first layer, since its attention module projects hidden states straight to that."""
-    return not hasattr(scorer, "linear1")
 
 
 def compact_layers(model: nn.Module) -> list[str]:
@@ -117,6 +114,11 @@ def left_as_it_was(model: nn.Module) -> Iterator[torch.device]:
             module.training = training
 
 
+def moved(inputs: Any, device: torch.device) -> Any:
+    """Inputs of a model, however nested, with their tensors on a device."""
+    return tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), inputs)
+
+
 OBSERVER_NAME = "neural_attention_observer"
 
 # Takes what an attention function takes, and returns what one returns: output [B, Tq, H, Dv], and weights or None
@@ -172,6 +174,30 @@ class Call(NamedTuple):
         mask = self.mask if self.mask is None or self.mask.shape[-2] == 1 else self.mask[..., rows, :]
         return mask_scores(scores, mask, causal)
 
+    def without_padding(self, tokens: torch.Tensor | None = None) -> "Call":
+        """The same call in which queries of padding come last and may see nothing, on whichever side they were.
+
+        Args:
+            tokens: `[B, Tq]`, True (or 1) for queries that are no padding. Default: what the mask says of self-attention, that
+                is, positions that some query may see as a key.
+        """
+        batch, _, num_queries, _ = self.query.shape
+        if tokens is None:
+            if self.mask is None or num_queries != self.mask.shape[-1]:
+                return self
+            visible = self.mask if self.mask.dtype == torch.bool else self.mask > float("-inf")
+            tokens = visible.flatten(1, 2).any(1)
+        tokens = tokens.to(self.query.device, torch.bool).expand(batch, num_queries)
+        if tokens.all():
+            return self
+        order = (~tokens).to(torch.int8).argsort(dim=-1, stable=True)[:, None, :, None]
+        count = int(tokens.sum(-1).max())  # leaves out what is padding in all examples
+        order, kept = order[:, :, :count], tokens[:, None, :, None].take_along_dim(order, 2)[:, :, :count]
+        mask = torch.ones((), dtype=torch.bool, device=kept.device) if self.mask is None else self.mask
+        mask = mask.expand(batch, *(mask.shape[1:2] or (1,)), num_queries, self.key.shape[2]).take_along_dim(order, 2)
+        mask = mask & kept if mask.dtype == torch.bool else mask.masked_fill(~kept, float("-inf"))
+        return self._replace(query=self.query.take_along_dim(order, 2), mask=mask)
+
 
 def call_of(
     module: Any,
@@ -190,7 +216,9 @@ def call_of(
     if hasattr(scorer, "unpack"):  # takes heads apart that share one in a packed layer
         query, key = scorer.unpack(query, key)
     query, key, _ = share_batch(query, key, value)
-    mask, causal, num_keys = mask_of_call(module, query, key, attention_mask, is_causal, position_bias)
+    mask, causal, num_keys = mask_of_call(
+        module, module.config.base._attn_implementation, query, key, attention_mask, is_causal, position_bias
+    )
     scaling = 1.0 / math.sqrt(query.shape[-1]) if scaling is None else scaling
     key = expand_heads(key[:, :, :num_keys], query.shape[1])
     return Call(query.float(), key.float(), mask, causal, scaling)

@@ -22,6 +22,7 @@ from transformers.utils import is_torchvision_available
 from .models.configuration_neural_gpt2 import NeuralGPT2Config
 from .models.configuration_neural_vit import NeuralViTConfig
 from .models.modeling_neural_gpt2 import (
+    NeuralGPT2DoubleHeadsModel,
     NeuralGPT2ForQuestionAnswering,
     NeuralGPT2ForSequenceClassification,
     NeuralGPT2ForTokenClassification,
@@ -29,6 +30,7 @@ from .models.modeling_neural_gpt2 import (
     NeuralGPT2Model,
 )
 from .models.modeling_neural_vit import NeuralViTForImageClassification, NeuralViTForMaskedImageModeling, NeuralViTModel
+from .models.neural_attention_lookup import make_findable
 
 
 # model type -> the stock model type of the family
@@ -54,6 +56,13 @@ def register_auto_classes() -> None:
     for auto, models in MODELS_OF_AUTO_CLASSES.items():
         for model in models:
             auto.register(model.config_class, model, exist_ok=True)
+    make_findable(
+        {
+            model.__name__: model
+            for models in ((NeuralGPT2DoubleHeadsModel,), *MODELS_OF_AUTO_CLASSES.values())
+            for model in models
+        }
+    )
     # registers here, since the table of image models without a head has no Auto class
     MODEL_FOR_IMAGE_MAPPING.register(NeuralViTConfig, NeuralViTModel, exist_ok=True)  # type: ignore[arg-type]
     AutoTokenizer.register(NeuralGPT2Config, TOKENIZER_MAPPING[GPT2Config], exist_ok=True)

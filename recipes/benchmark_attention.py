@@ -19,11 +19,11 @@ import torch
 from benchmarks.bars import kernel_bars, measure_bars
 from benchmarks.cases import DOT_PRODUCTS, DTYPES, GPU_PROVIDERS, MASKS, PHASES, PROVIDERS, SCORERS, Case, Entry
 from benchmarks.checks import Checker
-from benchmarks.compact_bars import measure_compact_bars, planned_compact_bars
+from benchmarks.compact_bars import COMPACT_COLUMNS, measure_compact_bars, planned_compact_bars
 from benchmarks.measuring import Limits, peak_bytes, time_entries
 from benchmarks.models import ATTENTIONS, CACHES, COMPACT, GPT2_124M, STOCK, VIT_BASE, measure_decoding, measure_steps
+from benchmarks.modules import LENGTHS, MODULES, measure_modules
 from benchmarks.reporting import BARS_COLUMNS, MODELS_COLUMNS, Row, sweep_columns, write_files
-from hf_neural_attention.models.configuration_neural_attention import MODES
 from tools.markdown import table_heading, table_row
 from tools.provenance import command_line, environment
 from tools.timing_by_turns import Spread, ratio_of
@@ -49,6 +49,7 @@ SWEEPS: dict[str, dict[str, list]] = {
 LIMITS = {
     "quick": Limits(repeats=20, seconds=3),
     "lengths": Limits(repeats=20, seconds=3, fewest=3, call=1.5),
+    "modules": Limits(repeats=20, seconds=6, fewest=3),
     "shapes": Limits(repeats=30, seconds=20),
     "bars": Limits(repeats=50, seconds=10),
     "compact": Limits(repeats=50, seconds=10),
@@ -64,7 +65,7 @@ LIMITS_HELP = {
     "memory": "GiB that a provider may hold for its pairs.",
     "call": "Seconds of a call, by its time at a shorter length, beyond which only SDPA and fused kernels go on.",
 }
-CHOICES = {"phase": PHASES, "dtype": tuple(DTYPES), "mask": MASKS, "mode": MODES, "scorer": SCORERS}
+CHOICES = {"phase": PHASES, "dtype": tuple(DTYPES), "mask": MASKS, "mode": ("replace", "residual"), "scorer": SCORERS}
 AXES = [field for field in dataclasses.fields(Case) if field.name != "device"]
 CACHED_TOKENS = (1024, 4096)
 GPU_ATTENTIONS = (STOCK, 'neural_layers="all"', COMPACT)
@@ -85,7 +86,8 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
         default="quick",
         help="quick, shapes and lengths: calls of attention, whose axes are the flags below; bars: what the kernels must "
         "reach; compact: what the compact form must reach; models: training, forward and decode steps of GPT-2 124M and "
-        "ViT-B; cache: decoding with each kind of cache; gpu and gpu-models: what `make gpu` measures.",
+        "ViT-B; cache: decoding with each kind of cache; modules: the attention module of GPT-2 124M, stock, neural and "
+        "compact, against the length, on the CPU; gpu and gpu-models: what `make gpu` measures.",
     )
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="Of torch and of the native kernel.")
@@ -100,6 +102,8 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
         default = "yes or no" if field.type is bool else f"{field.default} where the preset says nothing"
         axes.add_argument(f"--{field.name}", nargs="+", type=kind, choices=CHOICES.get(field.name), help=default)
     arguments = parser.parse_args(words)
+    if arguments.preset == "modules" and arguments.device != "cpu":
+        parser.error("--preset modules measures on the CPU; on a GPU, take gpu-models")
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no CUDA device here")
     if arguments.preset not in SWEEPS:
@@ -197,6 +201,8 @@ def plan(arguments: argparse.Namespace) -> Iterator[str]:
         yield from ("peak memory", "first uses", f"training steps of {GPT2_124M.name}")
     elif arguments.preset == "compact":
         yield from planned_compact_bars(arguments.device)
+    elif arguments.preset == "modules":
+        yield from (f"{name}, {length:,} tokens" for length in LENGTHS for name in MODULES)
     elif arguments.preset in ("models", "gpu-models"):
         attentions = GPU_ATTENTIONS if arguments.preset == "gpu-models" else tuple(ATTENTIONS)
         yield from (f"{family.name}, {attention}" for family in (GPT2_124M, VIT_BASE) for attention in attentions)
@@ -212,7 +218,8 @@ def describe(arguments: argparse.Namespace, record: dict[str, Any]) -> str:
         f"Measured by `{record['command']}` on {where['cpu']}, {where['threads']} threads, {gpu}, with Python "
         f"{where['python']}, torch {where['torch']}, transformers {where['transformers']}.",
         "Medians and, in parentheses, quartiles. What is compared was timed by turns in one run, and ratios were taken turn "
-        "by turn. Nothing was timed that does not match the reference in float64 on the very inputs that are timed.",
+        "by turn. Nothing was timed that does not match the reference in float64, "
+        + ("at few tokens." if arguments.preset == "modules" else "on the very inputs that are timed."),
     ]
     if arguments.preset in SWEEPS:
         axes = sweep_axes(arguments)
@@ -235,8 +242,12 @@ def main(words: list[str] | None = None) -> None:
         measured, columns = sweep(arguments, Checker(), limits), sweep_columns(axes)
     elif arguments.preset in ("bars", "compact"):
         step_limits = LIMITS["models"]._replace(**given)
-        measure_them = measure_bars if arguments.preset == "bars" else measure_compact_bars
-        measured, columns = measure_them(arguments.device, Checker(), limits, step_limits), BARS_COLUMNS
+        measures_bars = {"bars": (measure_bars, BARS_COLUMNS), "compact": (measure_compact_bars, COMPACT_COLUMNS)}
+        measure_them, columns = measures_bars[arguments.preset]
+        measured = measure_them(arguments.device, Checker(), limits, step_limits)
+    elif arguments.preset == "modules":
+        axes = ["length", "phase"]
+        measured, columns = measure_modules(limits), sweep_columns(axes)
     else:
         measures = {"models": measure_models, "gpu-models": measure_gpu_models, "cache": measure_caches}
         measured, columns = measures[arguments.preset](arguments.device, limits), MODELS_COLUMNS

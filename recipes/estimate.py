@@ -25,6 +25,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import IntervalStrategy
 
 from tools.json_files import write_json
+from tools.markdown import markdown_table
 from tools.own_process import in_own_process
 from tools.peak_memory import peak_memory
 from tools.provenance import command_line, environment
@@ -35,6 +36,7 @@ from training.experiment import Experiment
 
 STEPS = 12
 WARM_UP = 2  # steps
+HEADER = ["", "parameters", "s / step", "steps", "evaluations, s each", "whole run", "memory of training, GiB"]
 
 
 class StepTimes(TrainerCallback):
@@ -117,8 +119,23 @@ def duration(seconds: float) -> str:
     return f"{seconds:.3g} seconds"
 
 
+def cells(arm: Arm, figures: dict[str, Any], steps: int, evaluations: int) -> list[str]:
+    """An arm's row of the table."""
+    seconds = figures["seconds_per_step"] * steps + figures["seconds_of_evaluation"] * evaluations
+    return [
+        arm.label,
+        f"{figures['parameters']:,}",
+        f"{figures['seconds_per_step']:.3g}",
+        f"{steps:,}",
+        f"{evaluations:,} of {figures['seconds_of_evaluation']:.0f}",
+        duration(seconds),
+        f"{figures['memory'] / 2**30:.2f}",
+    ]
+
+
 def markdown(record: dict[str, Any]) -> str:
-    where = record["environment"]
+    where, steps, evaluations = record["environment"], record["steps"], record["evaluations"]
+    operations = record["operations_per_step"]
     lines = [
         f"# Estimate: `{record['config']}`",
         "",
@@ -126,19 +143,7 @@ def markdown(record: dict[str, Any]) -> str:
         f"thread(s) (GPU: {where['gpu']}); torch {where['torch']}, transformers {where['transformers']}. "
         f"{record['note']}".strip(),
         "",
-        "| | parameters | s / step | steps | evaluations, s each | whole run | memory of training, GiB |",
-        "| --- " * 7 + "|",
-    ]
-    steps, evaluations = record["steps"], record["evaluations"]
-    for name, figures in record["arms"].items():
-        seconds = figures["seconds_per_step"] * steps + figures["seconds_of_evaluation"] * evaluations
-        lines.append(
-            f"| {Arm(name).label} | {figures['parameters']:,} | {figures['seconds_per_step']:.3g} | {steps:,} | "
-            f"{evaluations:,} of {figures['seconds_of_evaluation']:.0f} | {duration(seconds)} | "
-            f"{figures['memory'] / 2**30:.2f} |"
-        )
-    operations = record["operations_per_step"]
-    lines += [
+        markdown_table(HEADER, [cells(Arm(name), figures, steps, evaluations) for name, figures in record["arms"].items()]),
         "",
         "Loading of data and the evaluations on the way are counted; checkpoints and the last evaluation are not. Memory is "
         "the peak beyond what the process held before: weights, gradients, AdamW's state, activations. The dot product's step "

@@ -8,9 +8,9 @@ Flags after a configuration file override it. Running the same command again goe
 """
 
 from dataclasses import dataclass, field
+from functools import partial
 
 from transformers import (
-    AutoImageProcessor,
     BaseImageProcessor,
     PreTrainedModel,
     TrainerCallback,
@@ -18,12 +18,14 @@ from transformers import (
     ViTImageProcessorPil,
 )
 
-from tools.command_lines import parse_arguments
+from tools.command_lines import at_least, parse_arguments
+from training.argument_checks import check_halving, check_training
 from training.arms import Arm
 from training.checkpoints import load_checkpoint_config
 from training.experiment import Experiment
-from training.image_task import prepare
-from training.images import ImageArguments, load_images
+from training.fit import check_sizes, fit_labels, load_classifier, load_processor, names_of
+from training.image_task import MEASURES, prepare
+from training.images import ImageArguments, LabelledImages, load_images
 from training.model_families import VIT
 from training.neural_arguments import NeuralArguments
 from training.reporting import Task
@@ -50,6 +52,12 @@ class ModelArguments:
         default=None, metadata={"help": "Halve the learning rate once, after so many epochs, as the paper does after 3."}
     )
 
+    def __post_init__(self) -> None:
+        """Raises a ValueError for sizes of nothing."""
+        names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "patch_size")
+        for name in (*names, "halve_learning_rate_after"):
+            at_least(name, getattr(self, name), 1)
+
 
 class HalveLearningRate(TrainerCallback):
     """Halves the learning rate of any schedule from a given epoch on, once."""
@@ -72,11 +80,9 @@ def build_model(
 ) -> PreTrainedModel:
     """The model of an arm, newly initialised or from the checkpoint."""
     classes, fields = VIT[arm], neural.config_fields() if arm.is_neural else {}
-    fields |= {"id2label": dict(enumerate(labels)), "label2id": {label: index for index, label in enumerate(labels)}}
     if model.model_name_or_path is not None:
-        return classes.model.from_pretrained(
-            model.model_name_or_path, ignore_mismatched_sizes=model.ignore_mismatched_sizes, **fields
-        )
+        load = partial(classes.model.from_pretrained, **fields)
+        return load_classifier(load, model.model_name_or_path, labels, model.ignore_mismatched_sizes)
     config = classes.config(
         image_size=image.image_size,
         patch_size=model.patch_size,
@@ -86,37 +92,32 @@ def build_model(
         intermediate_size=model.intermediate_size or 4 * model.hidden_size,
         hidden_dropout_prob=model.dropout,
         attention_probs_dropout_prob=model.dropout,
+        **names_of(labels),
         **fields,
     )
     return classes.model(config)
 
 
-def check_fit(model: ModelArguments, image: ImageArguments, neural: NeuralArguments, labels: list[str]) -> None:
-    """Raises SystemExit if images, labels and model do not fit together."""
-    if model.model_name_or_path is None:
+def fit(model: ModelArguments, image: ImageArguments, neural: NeuralArguments, images: LabelledImages) -> LabelledImages:
+    """The images, their classes in the checkpoint's order.
+
+    Raises:
+        SystemExit: if images, labels and model do not fit together.
+    """
+    checkpoint = model.model_name_or_path
+    if checkpoint is None:
         if image.image_size % model.patch_size:
             raise SystemExit(f"--image_size {image.image_size} is no multiple of --patch_size {model.patch_size}.")
-        return
-    config = load_checkpoint_config(model.model_name_or_path, VIT, neural)
-    if config.image_size != image.image_size:
-        raise SystemExit(
-            f"{model.model_name_or_path} was made for images of {config.image_size} pixels and --image_size is "
-            f"{image.image_size}. Use its size: images are resized to it."
-        )
-    stored = list((config.id2label or {}).values())
-    unnamed = len(stored) == len(labels) and all(name.startswith("LABEL_") for name in stored)
-    if stored != labels and not unnamed and not model.ignore_mismatched_sizes:
-        raise SystemExit(
-            f"{model.model_name_or_path} has {len(stored)} labels ({', '.join(stored[:3])}, ...) and the data has "
-            f"{len(labels)} ({', '.join(labels[:3])}, ...): they do not fit. To fine-tune it with a new classifier, add "
-            "--ignore_mismatched_sizes."
-        )
+        return images
+    config = load_checkpoint_config(checkpoint, VIT, neural)
+    check_sizes(image, checkpoint, config, VIT[Arm.DOT].model, make_processor(model, image))
+    return fit_labels(images, checkpoint, config, model.ignore_mismatched_sizes)
 
 
 def make_processor(model: ModelArguments, image: ImageArguments) -> BaseImageProcessor:
     """The checkpoint's image processor, or ViT's for `image_size`."""
     if model.model_name_or_path is not None:
-        return AutoImageProcessor.from_pretrained(model.model_name_or_path)
+        return load_processor(model.model_name_or_path)
     side = {"height": image.image_size, "width": image.image_size}
     return ViTImageProcessorPil(size=side)
 
@@ -127,10 +128,11 @@ ARGUMENTS = (ModelArguments, ImageArguments, NeuralArguments, TrainingArguments)
 def load_experiment(words: list[str] | None = None) -> tuple[Experiment, Task, NeuralArguments]:
     """Data, models and training as flags ask for them (default: those of `sys.argv`)."""
     model, image, neural, training = parse_arguments(*ARGUMENTS, words=words, description=__doc__)
+    check_training(training, neural, MEASURES)
+    check_halving(training, model.halve_learning_rate_after)
     halving = model.halve_learning_rate_after
     callbacks: list[TrainerCallback] = [HalveLearningRate(halving)] if halving else []
-    images = load_images(image, training.seed)
-    check_fit(model, image, neural, images.labels)
+    images = fit(model, image, neural, load_images(image, training.seed))
     data = prepare(image, images, make_processor(model, image), training, callbacks)
 
     def build(arm: Arm) -> PreTrainedModel:

@@ -11,16 +11,18 @@ from dataclasses import dataclass, field
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
-from tools.command_lines import parse_arguments
+from tools.command_lines import at_least, parse_arguments
+from training.argument_checks import check_training
 from training.arms import Arm
 from training.checkpoints import load_checkpoint_config
 from training.experiment import Experiment
+from training.fit import check_positions, check_tokens
 from training.model_families import GPT2
 from training.neural_arguments import NeuralArguments
 from training.reporting import Task
 from training.runner import carry_out
 from training.text import TextArguments, load_text, load_tokenizer
-from training.text_task import prepare
+from training.text_task import MEASURES, prepare
 
 
 @dataclass
@@ -38,6 +40,11 @@ class ModelArguments:
     n_positions: int | None = field(default=None, metadata={"help": "Longest sequence. Default: block_size."})
     dropout: float = field(default=0.1, metadata={"help": "Of embeddings, attention weights and residual branches."})
     prompt: str | None = field(default=None, metadata={"help": "Start of the sample. Default: the first words of the test."})
+
+    def __post_init__(self) -> None:
+        """Raises a ValueError for sizes of nothing."""
+        for name in ("n_embd", "n_layer", "n_head", "n_inner", "n_positions"):
+            at_least(name, getattr(self, name), 1)
 
 
 def build_model(
@@ -75,23 +82,8 @@ def check_fit(model: ModelArguments, text: TextArguments, neural: NeuralArgument
     if model.model_name_or_path is not None:
         config = load_checkpoint_config(model.model_name_or_path, GPT2, neural)
         positions = config.n_positions
-        if len(tokenizer) > config.vocab_size:
-            raise SystemExit(
-                f"The tokenizer has {len(tokenizer)} tokens and {model.model_name_or_path} embeddings for "
-                f"{config.vocab_size}: they do not belong together. Choose the checkpoint's own with --tokenizer_name."
-            )
-        if text.tokenizer_name is not None and len(tokenizer) < config.vocab_size:
-            print(
-                f"Note: the tokenizer {text.tokenizer_name} has {len(tokenizer)} tokens and the checkpoint embeddings for "
-                f"{config.vocab_size}. If it is not the one that the checkpoint was trained with, training starts from noise."
-            )
-    if text.block_size > positions:
-        raise SystemExit(
-            f"--block_size {text.block_size} is more than the {positions} positions of the model. Lower it, or raise "
-            "--n_positions for a new model."
-        )
-    if text.stride is not None and not 0 < text.stride <= text.block_size:
-        raise SystemExit(f"--stride {text.stride} must be from 1 to --block_size, {text.block_size} tokens.")
+        check_tokens(text, tokenizer, model.model_name_or_path, config.vocab_size)
+    check_positions(text, positions)
     return positions
 
 
@@ -101,6 +93,7 @@ ARGUMENTS = (ModelArguments, TextArguments, NeuralArguments, TrainingArguments)
 def load_experiment(words: list[str] | None = None) -> tuple[Experiment, Task, NeuralArguments]:
     """Data, models and training as flags ask for them (default: those of `sys.argv`)."""
     model, text, neural, training = parse_arguments(*ARGUMENTS, words=words, description=__doc__)
+    check_training(training, neural, MEASURES)
     splits = load_text(text)
     tokenizer = load_tokenizer(text, model.model_name_or_path, splits)
     tokenizer.model_max_length = check_fit(model, text, neural, tokenizer)

@@ -20,6 +20,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator
 from functools import partial
+from itertools import starmap
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from families.examining import examine, in_a_line, num_attention_layers
 from families.shrinking import families, shrunk_models
 from families.tested import tested_models
 from tools.json_files import write_json
+from tools.markdown import markdown_table
 from tools.provenance import command_line, environment
 
 
@@ -113,18 +115,23 @@ def markdown(record: dict[str, Any]) -> str:
         f"Made by `{record['command']}` with Transformers {record['environment']['transformers']} and torch "
         f"{record['environment']['torch']}.",
         "",
-        "| | families | |",
-        "| --- | --- | --- |",
-        *(f"| {status} | {counts[status]} | {meaning} |" for status, meaning in meanings.items() if counts[status]),
+        markdown_table(
+            ["", "families", ""], [[name, str(counts[name]), text] for name, text in meanings.items() if counts[name]]
+        ),
         "",
-        "| family | result | model | layers patched, of all attention layers | |",
-        "| --- | --- | --- | --- | --- |",
+        markdown_table(
+            ["family", "result", "model", "layers patched, of all attention layers", ""], starmap(cells, results.items())
+        ),
+        "",
     ]
-    for name, result in results.items():
-        layers = f"{result['patched_layers']} of {result['attention_layers']}" if "patched_layers" in result else ""
-        reason = (result.get("reason") or ", ".join(f"`{stack}`" for stack in result["stacks"])).replace("|", "\\|")
-        lines.append(f"| {name} | {result['status']} | {result.get('class', '')} | {layers} | {reason} |")
-    return "\n".join([*lines, ""])
+    return "\n".join(lines)
+
+
+def cells(name: str, result: dict[str, Any]) -> list[str]:
+    """A family's row of the table."""
+    layers = f"{result['patched_layers']} of {result['attention_layers']}" if "patched_layers" in result else ""
+    reason = (result.get("reason") or ", ".join(f"`{stack}`" for stack in result["stacks"])).replace("|", "\\|")
+    return [name, result["status"], result.get("class", ""), layers, reason]
 
 
 def main() -> None:

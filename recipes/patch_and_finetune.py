@@ -24,7 +24,6 @@ from torch.utils.data import DataLoader
 from transformers import (
     MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
     AutoConfig,
-    AutoImageProcessor,
     AutoModelForCausalLM,
     AutoModelForImageClassification,
     PreTrainedModel,
@@ -34,11 +33,14 @@ from transformers import (
 )
 
 from hf_neural_attention import calibrate, load_patch, patch, patch_status, save_patch
-from tools.command_lines import parse_arguments, value_of_flag
+from tools.command_lines import at_least, parse_arguments, value_of_flag
 from tools.json_files import write_json
+from tools.markdown import markdown_table
 from training import image_task, text_task
+from training.argument_checks import check_training
 from training.arms import Arm
 from training.experiment import Experiment
+from training.fit import check_positions, check_sizes, check_tokens, fit_labels, load_classifier, load_processor
 from training.images import ImageArguments, load_images
 from training.neural_arguments import NeuralArguments
 from training.prepared_data import PreparedData
@@ -67,19 +69,18 @@ class CheckpointArguments:
     )
     calibration_batches: int = field(default=8, metadata={"help": "Batches of training data that calibration sees."})
 
+    def __post_init__(self) -> None:
+        """Raises a ValueError for batches of nothing."""
+        at_least("calibration_batches", self.calibration_batches, 1)
+
 
 def text_data(checkpoint: CheckpointArguments, text: TextArguments, training: TrainingArguments) -> tuple[Build, PreparedData]:
     """A causal language model's."""
     splits = load_text(text)
     tokenizer = load_tokenizer(text, checkpoint.model_name_or_path, splits)
     config = AutoConfig.from_pretrained(checkpoint.model_name_or_path).get_text_config()
-    positions = getattr(config, "max_position_embeddings", None) or text.block_size
-    if text.block_size > positions or len(tokenizer) > config.vocab_size:
-        raise SystemExit(
-            f"{checkpoint.model_name_or_path} has {positions} positions and embeddings for {config.vocab_size} tokens; "
-            f"--block_size is {text.block_size} and the tokenizer has {len(tokenizer)} tokens. Lower the one, or take the "
-            "checkpoint's own tokenizer with --tokenizer_name."
-        )
+    check_tokens(text, tokenizer, checkpoint.model_name_or_path, config.vocab_size)
+    check_positions(text, getattr(config, "max_position_embeddings", None) or text.block_size)
     data = text_task.prepare(text, splits, tokenizer, checkpoint.prompt, training.seed)
     return lambda: AutoModelForCausalLM.from_pretrained(checkpoint.model_name_or_path), data
 
@@ -88,17 +89,16 @@ def image_data(
     checkpoint: CheckpointArguments, image: ImageArguments, training: TrainingArguments
 ) -> tuple[Build, PreparedData]:
     """An image classifier's."""
+    name, ignored = checkpoint.model_name_or_path, checkpoint.ignore_mismatched_sizes
     images = load_images(image, training.seed)
-    processor = AutoImageProcessor.from_pretrained(checkpoint.model_name_or_path)
+    config, processor = AutoConfig.from_pretrained(name), load_processor(name)
+    classes: Any = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING[type(config)]  # several for few models, which take the same sizes
+    check_sizes(image, name, config, classes[0] if isinstance(classes, tuple) else classes, processor)
+    images = fit_labels(images, name, config, ignored)
     data = image_task.prepare(image, images, processor, training, [])
 
     def build() -> PreTrainedModel:
-        return AutoModelForImageClassification.from_pretrained(
-            checkpoint.model_name_or_path,
-            id2label=dict(enumerate(images.labels)),
-            label2id={label: index for index, label in enumerate(images.labels)},
-            ignore_mismatched_sizes=checkpoint.ignore_mismatched_sizes,
-        )
+        return load_classifier(AutoModelForImageClassification.from_pretrained, name, images.labels, ignored)
 
     return build, data
 
@@ -116,6 +116,7 @@ def patch_settings(neural: NeuralArguments) -> dict[str, Any]:
 
 def build_model(arm: Arm, build: Build, neural: NeuralArguments, folder: Path, seed: int) -> PreTrainedModel:
     """The model of an arm before fine-tuning."""
+    set_seed(seed)  # draws the same new classifier, where there is one, before and after patching
     model = build()
     if not arm.is_neural:
         return model
@@ -179,21 +180,21 @@ def stages_table(stages: dict[str, Any], results: Results, task: Task) -> str:
         "calibrated": (None, stages.get("calibrated")),
         "fine-tuned": (stock, patched),
     }
-    lines = [f"| | {' | '.join(f'stock, {name} | patched, {name}' for name in ('validation', 'test'))} |", "| --- " * 5 + "|"]
-    for stage, figures in rows.items():
-        cells = [f"{figure[name]:.4g}" if figure else "" for name in names for figure in figures]
-        if any(cells):
-            lines.append(f"| {stage} | {' | '.join(cells)} |")
-    text = f"{task.metrics[task.main_metric].removeprefix('test ').capitalize()}, stage by stage:\n\n" + "\n".join(lines)
+    cells = [
+        [stage, *(f"{figure[name]:.4g}" if figure else "" for name in names for figure in figures)]
+        for stage, figures in rows.items()
+        if any(figures)
+    ]
+    header = ["", *(f"{arm}, {name}" for name in ("validation", "test") for arm in ("stock", "patched"))]
+    metric = task.metrics[task.main_metric].removeprefix("test ").capitalize()
+    text = f"{metric}, stage by stage:\n\n{markdown_table(header, cells)}"
     if "calibration" in stages:
-        layers = [
-            f"| `{layer['layer']}` | {layer['kl_before']:.3f} | {layer['kl_after']:.3f} | {layer['kl_uniform']:.3f} |"
-            for layer in stages["calibration"]
-        ]
+        names = ["kl_before", "kl_after", "kl_uniform"]
+        layers = [[f"`{layer['layer']}`", *(f"{layer[name]:.3f}" for name in names)] for layer in stages["calibration"]]
         text += (
             "\n\nCalibration: KL divergence of the network's attention from the dot product's, in nats per attention row, on "
             "batches that were not fitted; last that of attention which is the same for all keys.\n\n"
-            "| layer | before | after | uniform |\n| --- | --- | --- | --- |\n" + "\n".join(layers)
+            f"{markdown_table(['layer', 'before', 'after', 'uniform'], layers)}"
         )
     return text
 
@@ -212,6 +213,7 @@ def main() -> None:
         TrainingArguments,
         description=__doc__,
     )
+    check_training(training, neural, (image_task if is_image else text_task).MEASURES)
     build, data = (image_data if is_image else text_data)(checkpoint, arguments, training)
     folder = Path(training.output_dir)
 

@@ -8,8 +8,10 @@ import sysconfig
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import yaml
 from huggingface_hub.errors import StrictDataclassError
 from transformers import GPT2Config, GPT2LMHeadModel, GPT2Tokenizer, LlamaConfig, LlamaForCausalLM, ViTImageProcessorPil
 
@@ -23,6 +25,7 @@ from hf_neural_attention import (
     patch,
 )
 from hf_neural_attention.patching import PatchError
+from tests.helpers.documents import python_blocks
 from tests.helpers.hub import running_hub
 
 
@@ -52,6 +55,9 @@ import torch, transformers
 model = transformers.{{auto}}.from_pretrained("{{name}}", trust_remote_code=True)
 assert type(model).__module__.startswith("transformers_modules."), type(model)
 assert torch.equal(model(**{{inputs}}).logits, torch.load("logits.pt"))
+config = transformers.AutoConfig.from_pretrained("{{name}}", trust_remote_code=True)
+found = getattr(transformers, config.architectures[0]).from_pretrained("{{name}}", trust_remote_code=True)  # as serving does
+assert torch.equal(found(**{{inputs}}).logits, torch.load("logits.pt"))
 base = transformers.AutoModel.from_pretrained("{{name}}", trust_remote_code=True)
 assert not hasattr(base, "lm_head") and type(base).__name__.endswith("Model")
 """
@@ -116,6 +122,7 @@ def test_it_loads_in_every_way(family: str, tmp_path: Path):
     assert model.config.use_cache is False
     for code in (SAVE, WITHOUT, UNTRUSTED, PIPELINE[family]):
         script(code.format(name="model", auto=AUTO[family], inputs=INPUTS[family]), tmp_path)
+    script("\n".join(code for _, code in python_blocks((tmp_path / "model/README.md").read_text())), tmp_path)
 
 
 def test_what_is_in_the_folder(tmp_path: Path):
@@ -196,6 +203,17 @@ def test_a_failing_export_leaves_what_was_there(tmp_path: Path):
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before and list(tmp_path.iterdir()) == [folder]
     with pytest.raises(ValueError, match="numbers by name"):
         export_to_hub(model, folder, results={"metrics": {"loss": "low"}})
+
+
+def test_figures_of_numpy_and_torch_are_plain_ones_in_the_card(tmp_path: Path):
+    numbers = [np.float64(12.5), np.float32(0.25), np.int64(3), torch.tensor(1.5), torch.tensor(2, dtype=torch.int32), 7]
+    folder = export_to_hub(make("gpt2")[0], tmp_path / "model", results={f"n{i}": number for i, number in enumerate(numbers)})
+    metadata = yaml.safe_load((folder / "README.md").read_text().split("---")[1])
+    values = [metric["value"] for metric in metadata["model-index"][0]["results"][0]["metrics"]]
+    assert values == [12.5, 0.25, 3, 1.5, 2, 7]
+    assert [type(value) for value in values] == [float, float, int, float, int, int]
+    with pytest.raises(ValueError, match="for 'x'; it must hold numbers"):
+        export_to_hub(make("gpt2")[0], tmp_path / "model", results={"x": torch.ones(2)})
 
 
 def test_a_config_from_the_future(tmp_path: Path):

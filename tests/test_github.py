@@ -38,6 +38,17 @@ def steps(path: Path) -> list[dict[str, Any]]:
     return [step for job in read(path)["jobs"].values() for step in job["steps"]]
 
 
+def called_targets(path: Path) -> set[str]:
+    """Targets of make that a workflow runs, by name or as `target` of a matrix."""
+    called = set()
+    for job in read(path)["jobs"].values():
+        of_matrix = job.get("strategy", {}).get("matrix", {}).get("target", [])
+        for step in job["steps"]:
+            for names in re.findall(r"^make (.+)$", step.get("run", ""), re.MULTILINE):
+                called.update(of_matrix if names == "${{ matrix.target }}" else names.split())
+    return called
+
+
 def make_targets() -> set[str]:
     return set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
 
@@ -64,10 +75,15 @@ def test_workflows_have_what_github_needs(path: Path):
 
 @every_workflow
 def test_workflows_run_targets_that_exist(path: Path):
-    commands = "\n".join(step.get("run", "") for step in steps(path))
-    called = {name for names in re.findall(r"^make (.+)$", commands, re.MULTILINE) for name in names.split()}
+    called = called_targets(path)
     assert called, "a workflow does what everybody can do by make"
     assert called <= make_targets()
+
+
+def test_all_tests_are_run():
+    tests = {target for target in make_targets() if target.startswith("test")} - {"test-oldest", "test-newest"}
+    called = set().union(*map(called_targets, WORKFLOWS))
+    assert {"test", "test-slow", "test-triton", "test-versions"} <= tests <= called
 
 
 @every_workflow

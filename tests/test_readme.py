@@ -1,14 +1,26 @@
 """What the README and the pages of docs/ tell people to type works as it stands there, and what they link to exists."""
 
 import ast
+import inspect
 import re
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
-from transformers import GPT2Config, GPT2LMHeadModel, GPT2Tokenizer
+import torch
+from PIL import Image
+from transformers import GPT2Config, GPT2LMHeadModel, GPT2Tokenizer, ViTImageProcessorPil
 
 import hf_neural_attention
-from hf_neural_attention import NeuralGPT2Config, NeuralGPT2LMHeadModel, analysis
+from hf_neural_attention import (
+    NeuralGPT2Config,
+    NeuralGPT2LMHeadModel,
+    NeuralViTConfig,
+    NeuralViTForImageClassification,
+    analysis,
+)
+from tests.helpers.documents import python_blocks
+from tests.helpers.versions import CACHE
 
 
 ROOT = Path(__file__).parents[1]
@@ -17,17 +29,16 @@ GUIDES = {path.stem: path.read_text() for path in sorted((ROOT / "docs").glob("*
 FENCE = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
 
 
-def python_blocks() -> list[tuple[str, str, str]]:
-    """Page, heading and code of each block."""
-    found = []
-    for page, text in {"README": README, **GUIDES}.items():
-        for section in re.split(r"^(?=#+ )", text, flags=re.MULTILINE):
-            heading = section.partition("\n")[0].lstrip("# ")
-            found += [(page, heading, code) for code in re.findall(r"```python\n(.*?)```", section, re.DOTALL)]
-    return found
-
-
-BLOCKS = python_blocks()
+# Page, heading and code of each block
+BLOCKS = [(page, *block) for page, text in {"README": README, **GUIDES}.items() for block in python_blocks(text)]
+# Code in the docstring of each public name; it may use a `model` and its `inputs`
+EXAMPLES = {
+    name: [code for _, code in python_blocks(inspect.getdoc(getattr(hf_neural_attention, name)) or "")]
+    for name in hf_neural_attention.__all__
+}
+EXAMPLES = {name: examples for name, examples in EXAMPLES.items() if examples}
+# Leaves out what differs in nothing: cards of models of the same kind have the same code
+CARDS_CODE = sorted({code for path in (ROOT / "model_cards").rglob("*.md") for _, code in python_blocks(path.read_text())})
 # Marks exports as slow, since one takes more than ten seconds
 CASES = [
     pytest.param(*block, id=", ".join(block[:2]), marks=[pytest.mark.slow] if "exporters" in block[2] else [])
@@ -37,7 +48,7 @@ CASES = [
 
 @pytest.fixture
 def in_a_folder_with_models(tmp_path, monkeypatch):
-    """The folders that the blocks load: what `make quickstart` leaves, and a small GPT-2 in the place of the Hub's."""
+    """The folders that the blocks load: what `make quickstart` leaves, small models in the places of others, and a picture."""
     monkeypatch.chdir(tmp_path)
     texts = ["The import statement binds names."] * 3
     tokenizer = GPT2Tokenizer().train_new_from_iterator(texts, vocab_size=270)
@@ -46,6 +57,17 @@ def in_a_folder_with_models(tmp_path, monkeypatch):
     tokenizer.save_pretrained("runs/quickstart/neural")
     GPT2LMHeadModel(GPT2Config(**sizes)).save_pretrained("openai-community/gpt2")
     tokenizer.save_pretrained("openai-community/gpt2")
+    small = {"image_size": 8, "patch_size": 4, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    NeuralViTForImageClassification(NeuralViTConfig(**small)).save_pretrained("runs/images/neural")
+    ViTImageProcessorPil(size={"height": 8, "width": 8}).save_pretrained("runs/images/neural")
+    Image.new("RGB", (8, 8)).save("image.png")
+
+
+def run(code: str, where: str, scope: dict | None = None) -> dict:
+    """Runs code as written, and returns the names that it binds."""
+    scope = {} if scope is None else scope
+    exec(compile(code, where, "exec"), scope)
+    return scope
 
 
 def check(page: str, heading: str, scope: dict, printed: str) -> None:
@@ -75,17 +97,43 @@ def check(page: str, heading: str, scope: dict, printed: str) -> None:
 
 def test_every_page_with_code_is_found():
     pages = {page for page, _, _ in BLOCKS}
-    named = {"looking-inside", "patching", "publishing-and-export", "speed-and-backends", "training", "versions"}
+    named = {
+        "how-scorers-start",
+        "looking-inside",
+        "patching",
+        "publishing-and-export",
+        "speed-and-backends",
+        "training",
+        "versions",
+    }
     assert pages == {"README", "compact-form", *named}
+    assert len(BLOCKS) == sum(text.count("```python") for text in (README, *GUIDES.values()))
 
 
 # Ignores what torch has deprecated, since Transformers' exporters use it, as in test_export_formats.py
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 @pytest.mark.parametrize(("page", "heading", "code"), CASES)
 def test_the_blocks_run_as_written(page, heading, code, in_a_folder_with_models, capsys):
-    scope: dict = {}
-    exec(compile(code, f"{page}, {heading}", "exec"), scope)
+    scope = run(code, f"{page}, {heading}")
     check(page, heading, scope, capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_the_examples_of_docstrings_run(name, in_a_folder_with_models):
+    model = NeuralGPT2LMHeadModel.from_pretrained("runs/quickstart/neural")
+    scope = {"model": model, "inputs": model.dummy_inputs, name: getattr(hf_neural_attention, name)}
+    for example in EXAMPLES[name]:
+        # builds large models without their weights, which take seconds
+        with torch.device("meta") if name.endswith("Config") else nullcontext():
+            run(example.replace("past_key_values=", f"{CACHE}="), name, scope)
+    assert name != "NeuralCache" or scope["tokens"].shape[1] > 20
+
+
+@pytest.mark.parametrize("code", CARDS_CODE, ids=lambda code: "images" if "image-classification" in code else "text")
+def test_the_code_of_cards_runs(code, in_a_folder_with_models, capsys):
+    is_image = "image-classification" in code
+    run(code.replace("FOLDER", f"runs/{'images' if is_image else 'quickstart'}/neural"), "card")
+    assert ("'score': " if is_image else "The") in capsys.readouterr().out
 
 
 def test_a_patched_checkpoint_computes_what_it_computed(in_a_folder_with_models):
@@ -130,9 +178,11 @@ def test_the_readme_leads_to_every_guide():
 
 def test_messages_that_troubleshooting_quotes_are_those_of_the_code():
     literals = []
-    for path in (ROOT / "hf_neural_attention").rglob("*.py"):
+    for path in (path for folder in ("hf_neural_attention", "recipes") for path in (ROOT / folder).rglob("*.py")):
         nodes = ast.walk(ast.parse(path.read_text()))
         literals += [node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    # Transformers puts what it reads there into its own error
+    literals += [path.read_text() for path in (ROOT / "hf_neural_attention").rglob("*.json")]
     quotes = re.findall(r"^> .*(?:\n> .*)*", GUIDES["troubleshooting"], re.MULTILINE)
     assert len(quotes) > 15
     for quote in quotes:
@@ -148,8 +198,3 @@ def test_every_public_name_has_its_place_in_the_reference():
     wanted = {f"hf_neural_attention.{name}" for name in hf_neural_attention.__all__ if name != "__version__"}
     wanted |= {f"hf_neural_attention.analysis.{name}" for name in analysis.__all__}
     assert wanted <= set(places)
-
-
-def test_ci_runs_the_readmes_test_command():
-    assert "make test" in (ROOT / ".ci/run").read_text()
-    assert "make test" in README

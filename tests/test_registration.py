@@ -132,6 +132,21 @@ def test_pipelines_and_trainer_know_the_language_model_by_its_name():
     assert hf_neural_attention.NeuralGPT2LMHeadModel.__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
 
 
+def test_clients_find_our_classes_where_they_look_for_stock_ones():
+    code = """
+import transformers as first
+from transformers import processing_utils  # makes a second module `transformers`, which does not replace what others hold
+import transformers as second
+import hf_neural_attention
+for module in (first, second):
+    assert module.NeuralGPT2LMHeadModel is hf_neural_attention.NeuralGPT2LMHeadModel
+    assert module.NeuralViTForImageClassification is hf_neural_attention.NeuralViTForImageClassification
+assert first is not second
+print("done")
+"""
+    assert run_python(code) == "done"
+
+
 PEFT = {
     "peft first": "import peft, hf_neural_attention",
     "peft last": "import hf_neural_attention\n{model}\nimport peft",

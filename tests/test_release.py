@@ -20,7 +20,7 @@ class Checkout:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        for name in (".ci/release", "CHANGELOG.md", "CITATION.cff", ".gitignore"):
+        for name in (".ci/release", "CHANGELOG.md", "CITATION.cff", "LICENSE", "README.md", "pyproject.toml", ".gitignore"):
             (folder / name).parent.mkdir(exist_ok=True)
             shutil.copy(ROOT / name, folder / name)
         shutil.copytree(ROOT / "hf_neural_attention", folder / "hf_neural_attention")

@@ -1,4 +1,4 @@
-"""`ScorerHealthCallback`: keeps an eye on scorers while `Trainer` trains."""
+"""Callbacks that keep an eye on attention scores and on scorers while `Trainer` trains."""
 
 import logging
 from collections.abc import Mapping
@@ -6,14 +6,15 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from ..scores import score_statistics
 from .health import scorer_health
 
 
 logger = logging.getLogger(__name__)
 
 
-class ScorerHealthCallback(TrainerCallback):
-    """Adds the health of every scorer to what `Trainer` logs, and warns once of each that seems dead.
+class WatchingCallback(TrainerCallback):
+    """Adds figures to what `Trainer` logs.
 
     `Trainer` calls the callbacks of `report_to` (TensorBoard, W&B ...) before those that it is given: they do not see these
     figures, which are in its history and on the console. To have them reported as well, put the callback first:
@@ -29,18 +30,47 @@ class ScorerHealthCallback(TrainerCallback):
     def __init__(self, inputs: Mapping[str, Any], every: int = 1):
         self.inputs, self.every = dict(inputs), every
         self.logs = 0
-        self.dead: dict[str, int] = {}  # layer -> number of dead scorers that it has warned of
+
+    def look(self, model: Any) -> dict[str, float]:
+        """The figures of a model, by the name that they are logged under."""
+        raise NotImplementedError
 
     def on_log(self, args, state, control, model=None, logs=None, **kwargs):
         self.logs += 1
         if model is None or logs is None or (self.logs - 1) % self.every:
             return
+        figures = self.look(model)
+        logs.update(figures)  # shows them to the callbacks that come after
+        state.log_history[-1].update(figures)
+
+
+class ScoreCallback(WatchingCallback):
+    """Adds spread, entropy and saturation of every attention layer's scores, dot product or neural, to what `Trainer` logs
+    (see `score_statistics`). Arguments, and where the figures are seen, as of `WatchingCallback`.
+    """
+
+    def look(self, model: Any) -> dict[str, float]:
+        return {
+            f"scores/{layer.layer}/{name}": getattr(layer, name)
+            for layer in score_statistics(model, **self.inputs)
+            for name in ("spread", "entropy", "saturated")
+        }
+
+
+class ScorerHealthCallback(WatchingCallback):
+    """Adds the health of every scorer to what `Trainer` logs, and warns once of each that seems dead (see `scorer_health`).
+    Arguments, and where the figures are seen, as of `WatchingCallback`.
+    """
+
+    def __init__(self, inputs: Mapping[str, Any], every: int = 1):
+        super().__init__(inputs, every)
+        self.dead: dict[str, int] = {}  # layer -> number of dead scorers that it has warned of
+
+    def look(self, model: Any) -> dict[str, float]:
+        figures: dict[str, float] = {}
         for layer in scorer_health(model, **self.inputs):
-            figures = {
-                f"scorer/{layer.layer}/{name}": getattr(layer, name) for name in ("active_units", "score_std", "entropy")
-            }
-            logs.update(figures)  # shows them to the callbacks that come after
-            state.log_history[-1].update(figures)
+            names = ("active_units", "score_std", "entropy")
+            figures |= {f"scorer/{layer.layer}/{name}": getattr(layer, name) for name in names}
             if layer.dead > self.dead.get(layer.layer, 0):
                 self.dead[layer.layer] = layer.dead
                 which = "The scorer" if layer.scorers == 1 else f"{layer.dead} of the {layer.scorers} scorers"
@@ -53,3 +83,4 @@ class ScorerHealthCallback(TrainerCallback):
                     layer.layer,
                     "seem" if layer.dead > 1 else "seems",
                 )
+        return figures

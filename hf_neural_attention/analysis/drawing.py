@@ -5,7 +5,8 @@ from typing import Any
 
 import torch
 
-from .health import ScorerHealth
+from ..scores import LayerScores, ScoreStatistics
+from .health import LayerHealth, ScorerHealth
 from .surface import ScoreSurface
 
 
@@ -67,15 +68,44 @@ def draw_surface(surface: ScoreSurface, axes: Any = None, *, less_row_mean: bool
 def draw_health(health: ScorerHealth, axes: Any = None) -> list[Any]:
     """Spread of scores and entropy of attention, layer by layer. Returns both axes."""
     both = new_axes(axes, 2)
-    names = [layer.layer for layer in health]
-    both[0].barh(
-        names, [layer.score_std for layer in health], color=["tab:red" if layer.dead else "tab:blue" for layer in health]
-    )
-    both[0].set(title="spread of scores", xlabel="standard deviation within a row")
-    both[1].barh(names, [layer.entropy for layer in health], color="tab:blue", label="attention")
-    both[1].plot([layer.uniform_entropy for layer in health], names, "k|", markersize=16, label="uniform attention")
-    both[1].set(title="entropy of attention", xlabel="nats")
-    both[1].legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2)
-    for ax in both:
-        ax.set_ylim(len(names) - 0.5, -0.5)  # puts the first layer on top, also where axes share theirs
+    colors = ["tab:red" if layer.dead else "tab:blue" for layer in health]
+    draw_spread(both[0], [layer.layer for layer in health], [layer.score_std for layer in health], colors)
+    draw_entropy(both[1], health)
     return both
+
+
+def draw_scores(statistics: ScoreStatistics, axes: Any = None) -> list[Any]:
+    """Spread of scores, entropy of attention and saturation, layer by layer, whatever scores. Returns the three axes.
+
+    Dot products are gray and scorers blue.
+    """
+    three = new_axes(axes, 3)
+    names = [layer.layer for layer in statistics]
+    colors = ["tab:gray" if layer.scorer == "dot product" else "tab:blue" for layer in statistics]
+    draw_spread(three[0], names, [layer.spread for layer in statistics], colors)
+    draw_entropy(three[1], statistics, colors)
+    three[2].barh(names, [100 * layer.saturated for layer in statistics], color=colors)
+    three[2].set(title="saturated rows", xlabel="% with a weight over 0.99", xlim=(0.0, 100.0))
+    first_on_top(three[2], len(names))
+    for ax in three[1:]:
+        ax.set_yticklabels([])
+    return three
+
+
+def draw_spread(ax: Any, names: list[str], spreads: list[float], colors: list[str]) -> None:
+    ax.barh(names, spreads, color=colors)
+    ax.set(title="spread of scores", xlabel="standard deviation within a row")
+    first_on_top(ax, len(names))
+
+
+def draw_entropy(ax: Any, layers: Sequence[LayerHealth | LayerScores], colors: str | list[str] = "tab:blue") -> None:
+    names = [layer.layer for layer in layers]
+    ax.barh(names, [layer.entropy for layer in layers], color=colors, label="attention")
+    ax.plot([layer.uniform_entropy for layer in layers], names, "k|", markersize=16, label="uniform attention")
+    ax.set(title="entropy of attention", xlabel="nats")
+    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2)
+    first_on_top(ax, len(names))
+
+
+def first_on_top(ax: Any, count: int) -> None:
+    ax.set_ylim(count - 0.5, -0.5)  # puts the first layer on top, also where axes share theirs

@@ -8,9 +8,10 @@ from torch.nn.functional import relu
 
 from ..introspection import Call
 from ..models.neural_attention_blockwise import without_autocast
-from ..models.neural_attention_reference import apply_linear, key_features, query_features, softmax_or_zero
+from ..models.neural_attention_reference import apply_linear, key_features, query_features
 from ..patching.calibration import NUMBERS_AT_ONCE
 from ..patching.reports import table
+from ..scores import RowFigures
 from .watching import watch
 
 
@@ -43,15 +44,16 @@ def scorer_health(model: Any, **inputs: Any) -> ScorerHealth:
 
     Args:
         model: with neural layers, by class or by `patch`.
-        inputs: for its forward; a few examples of what it is trained on.
+        inputs: for its forward; a few examples of what it is trained on. What their `attention_mask` calls padding does not
+            count.
 
     Returns:
         `ScorerHealth`: of each layer that the forward reaches (its first call), in the order of the model.
 
     Raises:
-        ValueError: if the model has no neural layer, or the inputs reach none.
+        ValueError: if no neural layer of the model has a network (mode `"thin"` has none), or the inputs reach none.
     """
-    found = watch(model, inputs, health_of_layer)
+    found = watch(model, inputs, health_of_layer, networks_alone=True)
     return ScorerHealth(health._replace(layer=name) for name, health in found.items())
 
 
@@ -68,7 +70,7 @@ def health_in_float32(scorer: Any, call: Call) -> LayerHealth:
     batch, heads, num_queries, _ = call.query.shape
     at_once = max(1, NUMBERS_AT_ONCE // (batch * heads * keys.shape[3] * keys.shape[4]))
     active_pairs: Any = 0  # [H, h2]
-    spread = entropy = uniform = pairs = counted_rows = 0.0
+    figures, pairs = RowFigures(), 0.0
     for rows in torch.arange(num_queries, device=call.query.device).split(at_once):
         query = call.query[:, :, rows]
         hidden = relu(query_features(query, weights).unsqueeze(3) + keys)
@@ -79,19 +81,13 @@ def health_in_float32(scorer: Any, call: Call) -> LayerHealth:
             scores = scores + query @ call.key.transpose(-1, -2) * call.scaling
         scores = call.masked_rows(scores, rows)
         seen = scores > float("-inf")
-        counted = seen.sum(-1) > 1  # counts only rows with a choice
         active_pairs = active_pairs + ((active > 0) & seen.unsqueeze(-1)).sum((0, 2, 3))
-        number = seen.sum(-1).clamp_min(1)
-        mean = (network * seen).sum(-1) / number
-        variance = ((network - mean.unsqueeze(-1)).square() * seen).sum(-1) / number
-        spread += variance.sqrt()[counted].sum().item()
-        entropy += torch.special.entr(softmax_or_zero(scores)).sum(-1)[counted].sum().item()
-        uniform += number.float().log()[counted].sum().item()
+        figures.add(network, scores)
         pairs += seen.sum().item()
-        counted_rows += counted.sum().item()
     scorers = active_pairs if scorer.num_heads else active_pairs.sum(0, keepdim=True)
     alive = scorers > 0
-    mean_over_rows = [total / counted_rows if counted_rows else math.nan for total in (spread, entropy, uniform)]
+    sums = figures.deviations, figures.entropy, figures.uniform
+    mean_over_rows = [total / figures.rows if figures.rows else math.nan for total in sums]
     return LayerHealth(
         "",
         len(alive),

@@ -3,10 +3,9 @@
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_map_only
 from transformers import PreTrainedModel
 
-from ..introspection import left_as_it_was, unwrap
+from ..introspection import left_as_it_was, moved, unwrap
 
 
 @torch.no_grad()
@@ -29,7 +28,7 @@ def attention_maps(model: Any, **inputs: Any) -> tuple[torch.Tensor, ...]:
     parts = [part for part in base.modules() if isinstance(part, PreTrainedModel)]  # lists all: their settings may differ
     before = [(part, part.config._attn_implementation) for part in parts]
     with left_as_it_was(base) as device:
-        inputs = tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), inputs)
+        inputs = moved(inputs, device)
         try:
             base.set_attn_implementation("eager")
             outputs = base(**inputs, output_attentions=True)

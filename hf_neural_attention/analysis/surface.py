@@ -46,7 +46,7 @@ def score_surface(
     weights = scorer.weights().to(torch.float32)
     if weights.per_head:
         weights = ScorerWeights(*(None if tensor is None else tensor[head] for tensor in weights))  # type: ignore[arg-type]
-    origin = torch.zeros(scorer.head_dim, device=weights.weight2.device)
+    origin = torch.zeros(scorer.head_dim, device=next((each.device for each in weights if each is not None), None))
     first_unit = torch.eye(scorer.head_dim, device=origin.device)[0]
     sees_first = [first_unit if weight is None else weight[0] for weight in (weights.q_weight, weights.k_weight)]
     along_query = sees_first[0] if query_direction is None else query_direction

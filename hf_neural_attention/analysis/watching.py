@@ -4,38 +4,37 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
-from torch.utils._pytree import tree_map_only
 
-from ..introspection import Call, call_of, left_as_it_was, neural_layers, observed, unwrap
-from ..models.neural_attention_interface import neural_attention_forward
+from ..introspection import Call, neural_layers, unwrap
+from ..scores import watch_layers
 
 
-@torch.no_grad()
-def watch(model: Any, inputs: Mapping[str, Any], look: Callable[[Any, Call], Any]) -> dict[str, Any]:
+def watch(
+    model: Any,
+    inputs: Mapping[str, Any],
+    look: Callable[[Any, Call], Any],
+    *,
+    padded: bool = False,
+    networks_alone: bool = False,
+) -> dict[str, Any]:
     """What `look` makes of each neural layer's scorer and its call (the first, if there are several), by name.
 
     The model runs in evaluation mode and is left as it was.
 
+    Args:
+        padded: whether `look` gets queries of padding as well, and all in their places.
+        networks_alone: leave out scorers without a network, those of mode `"thin"`.
+
     Raises:
-        ValueError: if the model has no neural layer, or the inputs reach none.
+        ValueError: if the model has no such layer, or the inputs reach none.
     """
     base = unwrap(model)
-    layers: dict[str, Any] = {name: module for name, module, _ in neural_layers(base)}
+    layers: dict[str, Any] = {
+        name: module for name, module, scorer in neural_layers(base) if not networks_alone or scorer.mode != "thin"
+    }
     if not layers:
-        raise ValueError(f"This {type(base).__name__} has no neural layer.")
-    seen: dict[Any, Any] = {}
-
-    def look_and_go_on(module: Any, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-        if module not in seen:
-            # looks here, where a sharded model has its weights together
-            seen[module] = look(module.scorer, call_of(module, *args, **kwargs))
-        return neural_attention_forward(module, *args, **kwargs)
-
-    with left_as_it_was(base) as device, observed(layers.values(), look_and_go_on):
-        model(**tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), dict(inputs)))
-    if not seen:
-        raise ValueError(f"These inputs reach no neural layer of this {type(base).__name__}.")
-    return {name: seen[module] for name, module in layers.items() if module in seen}
+        raise ValueError(f"This {type(base).__name__} has no neural layer{' with a network' if networks_alone else ''}.")
+    return watch_layers(model, base, inputs, layers, lambda module, call: look(module.scorer, call), padded=padded)
 
 
 class QueriesAndKeys(NamedTuple):
@@ -50,7 +49,7 @@ class QueriesAndKeys(NamedTuple):
 
 
 def queries_and_keys(model: Any, **inputs: Any) -> dict[str, QueriesAndKeys]:
-    """What every neural layer's scorer sees of some inputs, by the layer's name.
+    """What every neural layer's scorer sees of some inputs, padding included, by the layer's name.
 
     Args:
         model: with neural layers, by class or by `patch`; left as it was.
@@ -59,4 +58,4 @@ def queries_and_keys(model: Any, **inputs: Any) -> dict[str, QueriesAndKeys]:
     Raises:
         ValueError: if the model has no neural layer, or the inputs reach none.
     """
-    return watch(model, inputs, lambda scorer, call: QueriesAndKeys(call.query, call.key, call.scaling))
+    return watch(model, inputs, lambda scorer, call: QueriesAndKeys(call.query, call.key, call.scaling), padded=True)

@@ -6,11 +6,13 @@ from typing import Any, Literal, TypeAlias, get_args
 
 from huggingface_hub.dataclasses import validated_field
 
+from .neural_attention_lookup import stand_in
+
 
 # Counts formats of the neural fields and scorers' weights: goes up when code of the last version would misread what is saved
 FORMAT_VERSION = 1
 
-Mode: TypeAlias = Literal["replace", "residual"]
+Mode: TypeAlias = Literal["replace", "residual", "thin"]
 Initialization: TypeAlias = Literal["mirrored", "paper"]
 MODES, INITIALIZATIONS = get_args(Mode), get_args(Initialization)
 
@@ -79,11 +81,12 @@ class NeuralAttentionConfigMixin:
         neural_hidden_dims (`list[int]`, *optional*): Sizes of the scorer's two hidden layers. Default:
             `(proj_dim, max(1, proj_dim // 2))`.
         neural_mode (`str`): `"replace"` (the network's score alone) or `"residual"` (added to the dot product, starting
-            as exactly that). Default: `"replace"`.
+            as exactly that), or `"thin"` (no network: the dot product of the numbers that it would see, `neural_proj_dim`
+            of them). Default: `"replace"`.
         neural_per_head (`bool`): One scorer per head instead of one per layer. Default: False.
         neural_compact (`bool`): Project hidden states straight to the scorer's first hidden layer, where queries and keys have
             no use of their own: fewer parameters, less time and a smaller cache for the same functions. Needs mode
-            `"replace"`. Default: False.
+            `"replace"` or `"thin"`. Default: False.
         neural_folded_from (`str`, *optional*): What a compact model was folded from, if it was: a name, or a class.
         neural_init (`str`): `"mirrored"` (never dead at birth) or `"paper"`. Default: `"mirrored"`.
         neural_format_version (`int`): Of these fields; a checkpoint of a later one is refused.
@@ -110,14 +113,26 @@ class NeuralAttentionConfigMixin:
         # removes the model type that the config.json of a stock checkpoint leaves on the instance
         self.__dict__.pop("model_type", None)
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        made = super().from_dict(config_dict, **kwargs)
+        stand_in(made[0] if isinstance(made, tuple) else made)
+        return made
+
     def validate_neural_layers(self) -> None:
         resolve_layers(self.neural_layers, self.num_hidden_layers)
 
     def validate_neural_compact(self) -> None:
-        if self.neural_compact and self.neural_mode != "replace":
+        if self.neural_compact and self.neural_mode == "residual":
             raise ValueError(
                 f"`neural_compact` is True and `neural_mode` is {self.neural_mode!r}, whose dot product needs whole queries "
                 'and keys. Use `neural_mode="replace"`, or `neural_compact=False`.'
+            )
+
+    def validate_neural_mode(self) -> None:
+        if self.neural_mode == "thin" and self.neural_hidden_dims is not None:
+            raise ValueError(
+                f'`neural_hidden_dims` is {self.neural_hidden_dims!r}; `neural_mode="thin"` has no hidden layers: leave it.'
             )
 
     @property

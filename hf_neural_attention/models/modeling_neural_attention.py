@@ -5,10 +5,12 @@ from typing import Any
 
 from torch import nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, initialization
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .neural_attention_cache import CACHE_ARGUMENT, NEURAL_CACHES, replace_cache
 from .neural_attention_compact import CompactAttentionMixin, folded_modules, reason_against_folding
 from .neural_attention_interface import attach_scorer, check_implementation
+from .neural_attention_names import forget_names, origin_of
 from .neural_attention_scorer import NeuralScorer, resolve_sizes
 
 
@@ -24,15 +26,20 @@ class NeuralPreTrainedModelMixin:
         """As `PreTrainedModel.from_pretrained`. `neural_compact=True` folds a checkpoint that is not compact: it is loaded as
         it was saved, and then computes the same in the compact form (see `hf_neural_attention.compact`)."""
         name = pretrained_model_name_or_path
+        given = {option: kwargs[option] for option in HUB_OPTIONS if option in kwargs}
+        stored = {} if name is None or "gguf_file" in kwargs else PreTrainedConfig.get_config_dict(name, **given)[0]
         folds = kwargs.get("neural_compact") is True and kwargs.get("config") is None and name is not None
+        folds = folds and not stored.get("neural_compact")
         if folds:
-            given = {option: kwargs[option] for option in HUB_OPTIONS if option in kwargs}
-            folds = not PreTrainedConfig.get_config_dict(name, **given)[0].get("neural_compact")
-        if not folds:
-            return super().from_pretrained(name, *model_args, **kwargs)
-        del kwargs["neural_compact"]
+            del kwargs["neural_compact"]
         loaded = super().from_pretrained(name, *model_args, **kwargs)
-        fold_own_model(loaded[0] if isinstance(loaded, tuple) else loaded)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if folds:
+            fold_own_model(model)
+        if stored.get("model_type") != cls.config_class.model_type or (
+            layers_of(cls.config_class.from_dict(dict(stored))) != layers_of(model.config)
+        ):
+            forget_names(model)  # by that name, clients would load another model: the stock one, say
         return loaded
 
     # Turns these off, since their masks are read by kernels that compute dot products
@@ -43,7 +50,9 @@ class NeuralPreTrainedModelMixin:
     compact_attention_class: type[CompactAttentionMixin]
 
     def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args, **kwargs) -> str:
-        check_implementation(attn_implementation, type(self).__name__)
+        # leaves what nobody knows to the stock method, which lists what there is
+        if attn_implementation in ALL_ATTENTION_FUNCTIONS or "/" in (attn_implementation or ""):
+            check_implementation(attn_implementation, type(self).__name__)
         return super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -94,6 +103,12 @@ class NeuralPreTrainedModelMixin:
             given.check_model(self)
 
 
+def layers_of(config: Any) -> tuple:
+    """Which layers a config makes neural, and how, but for what their weights start as."""
+    sizes = config.neural_proj_dim, config.neural_hidden_dims and tuple(config.neural_hidden_dims)
+    return config.neural_layer_indices, *sizes, config.neural_mode, config.neural_per_head, config.neural_compact
+
+
 def attach_scorers(model: Any, attentions: list[str]) -> None:
     """Makes those of a model's self-attention modules (their names, in the order of its layers) neural that its config names:
     with a scorer, or as compact attention.
@@ -114,9 +129,12 @@ def attach_scorers(model: Any, attentions: list[str]) -> None:
             compact = model.compact_attention_class(
                 config,
                 layer_idx=index,
-                hidden_dims=resolve_sizes(attention.head_dim, config.neural_proj_dim, config.neural_hidden_dims)[1],
+                hidden_dims=resolve_sizes(
+                    attention.head_dim, config.neural_proj_dim, config.neural_hidden_dims, config.neural_mode
+                )[1],
                 per_head=config.neural_per_head,
                 init=config.neural_init,
+                mode=config.neural_mode,
             )
             model.set_submodule(attentions[index], compact)
             continue
@@ -141,15 +159,15 @@ def fold_own_model(model: Any) -> None:
     """
     if reason := reason_against_folding(model):
         raise ValueError(f"This {type(model).__name__} cannot be made compact: {reason}.")
-    stock = next(parent for parent in model.compact_attention_class.__mro__[1:] if parent is not CompactAttentionMixin)
-    for name, compact in folded_modules(model, {stock: model.compact_attention_class}).items():
+    compact_class = model.compact_attention_class
+    for name, compact in folded_modules(model, {compact_class.stock_class(): compact_class}).items():
         model.set_submodule(name, compact)
     mark_compact(model)
 
 
 def mark_compact(model: Any) -> None:
     """Lets the config of a model that has just been folded say so."""
-    model.config.neural_folded_from = model.config.name_or_path or type(model).__name__
+    model.config.neural_folded_from = origin_of(model) or type(model).__name__
     for module in model.modules():  # parts of a model have the same config, or a copy of it
         if hasattr(getattr(module, "config", None), "neural_compact"):
             module.config.neural_compact = True
@@ -162,8 +180,12 @@ class NeuralHeadMixin:
     base_model_arguments: dict = {}
 
     def __init__(self, config):
+        # keeps what the stock base model takes out of the config, which old checkpoints have
+        checkpointing = getattr(config, "gradient_checkpointing", False)
         # spends no time on the weights of the base model that the stock constructor hard-codes, since it is replaced below
         with initialization.no_init_weights():
             super().__init__(config)
+        if checkpointing:
+            config.gradient_checkpointing = checkpointing
         setattr(self, self.base_model_prefix, self.base_model_class(config, **self.base_model_arguments))
         self.post_init()

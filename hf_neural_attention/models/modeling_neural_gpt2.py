@@ -35,7 +35,6 @@ class CompactGPT2Attention(CompactAttentionMixin, GPT2Attention):
         super().__init__(config, layer_idx=layer_idx)
         self.make_compact(config, num_heads=self.num_heads, **scorer_arguments)
         self.c_attn = Conv1D(2 * self.projection_size + self.embed_dim, self.embed_dim)
-        self.reset_parameters()
 
     def write_first_layer(self, query_weight, query_bias, key_weight, key_bias):
         for parameter, parts in (
@@ -61,12 +60,10 @@ class CompactGPT2Attention(CompactAttentionMixin, GPT2Attention):
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """As the stock module's, of self-attention; caches get `w` for keys. Transformers before 5.24 names the cache
-        `past_key_values`, and then `cache` is one of pages."""
+        `past_key_values`, and then `cache` is one of pages, which the attention function updates."""
+        pages = None
         if cache is not None and not isinstance(cache, Cache):
-            raise ValueError(
-                f"Compact attention cannot keep its keys in a {type(cache).__name__}: continuous batching has room for keys "
-                "of the size of values, and these are smaller. Use `generate`."
-            )
+            pages, cache = cache, None
         cache = kwargs.pop("past_key_values", None) if cache is None else cache
         sizes = self.projection_size, self.projection_size, self.embed_dim
         u, w, value = self.c_attn(hidden_states).split(sizes, dim=-1)
@@ -77,7 +74,7 @@ class CompactGPT2Attention(CompactAttentionMixin, GPT2Attention):
         if cache is not None:
             w, value = cache.update(w, value, self.layer_idx)
         dropout = self.attn_dropout.p if self.training else 0.0
-        output, weights = self.attend(u, w, value, attention_mask, dropout=dropout, **kwargs)
+        output, weights = self.attend(u, w, value, attention_mask, dropout=dropout, cache=pages, **kwargs)
         return self.resid_dropout(self.c_proj(output)), weights
 
 

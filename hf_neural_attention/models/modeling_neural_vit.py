@@ -23,7 +23,6 @@ class CompactViTAttention(CompactAttentionMixin, ViTAttention):
         self.make_compact(config, num_heads=self.num_attention_heads, **scorer_arguments)
         self.q_proj = nn.Linear(config.hidden_size, self.projection_size)
         self.k_proj = nn.Linear(config.hidden_size, self.projection_size)
-        self.reset_parameters()
 
     def write_first_layer(self, query_weight, query_bias, key_weight, key_bias):
         for parameter, drawn in (

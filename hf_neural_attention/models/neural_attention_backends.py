@@ -38,6 +38,19 @@ def warn_once(message: str) -> None:
     logger.warning(message)
 
 
+def asked_name(name: str | None) -> str:
+    """The backend that is asked for, by argument or, if the package is installed, from outside.
+
+    Raises:
+        ValueError: if there is no such backend.
+    """
+    if asked_backend is not None:
+        return asked_backend(name).name
+    if (name := name or AUTO) not in (AUTO, *BACKENDS):
+        raise ValueError(f"`backend` is {name!r}; it must be one of {', '.join(map(repr, (AUTO, *BACKENDS)))}.")
+    return name
+
+
 def choose_backend(name: str | None, inputs: Inputs) -> Choice:
     """The backend asked for, or the fastest that can take the inputs; for an exported graph always the reference.
 
@@ -47,10 +60,7 @@ def choose_backend(name: str | None, inputs: Inputs) -> Choice:
     Raises:
         ValueError: if there is no such backend, or it (with "auto": none) can take these inputs here.
     """
-    if asked_backend is not None:
-        name = asked_backend(name).name
-    elif (name := name or AUTO) not in (AUTO, *BACKENDS):
-        raise ValueError(f"`backend` is {name!r}; it must be one of {', '.join(map(repr, (AUTO, *BACKENDS)))}.")
+    name = asked_name(name)
     reasons: dict[str, str] = {}
     if name != AUTO and not inputs.exporting:
         reason = BACKENDS[name].reason_against(inputs)
@@ -88,6 +98,16 @@ def check_devices(query: torch.Tensor, **others: torch.Tensor | None) -> None:
 def choose_name(name: str | None, device_type: str, dtype: torch.dtype, head_dim: int) -> str:
     # makes the name a constant to torch.compile, which could not trace a compiler's run
     return choose_backend(name, Inputs(device_type, dtype, head_dim)).name
+
+
+@torch.compiler.assume_constant_result
+def asks_for_reference(name: str | None) -> bool:
+    """Whether the literal formula is asked for: by name, or, if the package is installed, from outside.
+
+    Raises:
+        ValueError: if there is no such backend.
+    """
+    return asked_name(name) == "reference"
 
 
 def run_backend(

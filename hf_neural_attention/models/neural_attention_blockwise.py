@@ -27,8 +27,8 @@ NAMESPACE = "hf_neural_attention" if __name__.startswith("hf_neural_attention.")
 
 
 def without_autocast(tensor: torch.Tensor) -> AbstractContextManager:
-    if tensor.device.type == "meta":
-        return nullcontext()  # does nothing, since autocast does not know this device
+    if tensor.device.type == "meta" or not torch.is_autocast_enabled(tensor.device.type):
+        return nullcontext()  # does nothing on the meta device, which autocast does not know
     return torch.autocast(device_type=tensor.device.type, enabled=False)
 
 

@@ -21,6 +21,7 @@ from transformers.cache_utils import (
 )
 
 from .neural_attention_interface import AttentionModule
+from .neural_attention_scorer import is_compact
 
 
 # Says under which name models and `generate` take a cache: `past_key_values` before Transformers 5.24, which renamed it
@@ -192,7 +193,7 @@ class NeuralCache(Cache):
 
     ```python
     cache = NeuralCache(model)
-    tokens = model.generate(**inputs, cache=cache, max_new_tokens=20)
+    tokens = model.generate(**inputs, past_key_values=cache, max_new_tokens=20)  # `cache=cache` from Transformers 5.24 on
     cache.nbytes
     ```
     """
@@ -213,15 +214,13 @@ class NeuralCache(Cache):
             for index, attention in neural_attentions(model).items():
                 if saves_memory(attention, dtype):
                     layers[index] = project_layer(layers[index], attention)
-        # asks what it lacks, not its class, as `neural_attentions` does
-        scorers = [getattr(module, "scorer", None) for module in model.modules()]
-        is_compact = any(hasattr(scorer, "linear3") and not hasattr(scorer, "linear1") for scorer in scorers)
-        if is_compact and not any(isinstance(layer, ProjectedKeys) for layer in layers):
+        saves_nothing = not any(isinstance(layer, ProjectedKeys) for layer in layers)
+        if saves_nothing and any(is_compact(getattr(module, "scorer", None)) for module in model.modules()):
             raise ValueError(
                 f"NeuralCache is not for this {type(model).__name__}, which is compact: its layers hand every cache keys that "
                 "are projected already, `hidden_dims[0]` numbers of a key and head. Use a DynamicCache or a StaticCache."
             )
-        if not any(isinstance(layer, ProjectedKeys) for layer in layers):
+        if saves_nothing:
             raise ValueError(
                 f"NeuralCache would save nothing with this {type(model).__name__}: no layer has a scorer that needs less than "
                 'the whole key (layers with the dot product, of mode "residual", or with scorers as wide as a key need all of '

@@ -1,7 +1,7 @@
 """The compact form: attention whose queries and keys are the first layer of its scorer.
 
-A scorer sees a query and a key through linear maps to `h1` numbers each. In mode `"replace"`, and where nothing happens to
-queries and keys between their projection and the scorer, hidden states can be projected to these numbers at once:
+A scorer sees a query and a key through linear maps to `h1` numbers each. In modes `"replace"` and `"thin"`, and where nothing
+happens to queries and keys between their projection and the scorer, hidden states can be projected to these numbers at once:
 
     u = A (W_Q x + b_Q) + a = (A W_Q) x + (A b_Q + a)        d_model -> H * h1
     w = C (W_K x + b_K) + c = (C W_K) x + (C b_K + c)        d_model -> H * h1
@@ -16,10 +16,10 @@ import torch
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .neural_attention_initialization import CompactWeights, draw_compact_weights
+from .neural_attention_initialization import CompactWeights, draw_compact_weights, needs_weights
 from .neural_attention_interface import NeuralConfigView
 from .neural_attention_reference import ScorerWeights, first_layer_of_key, first_layer_of_query
-from .neural_attention_scorer import CompactScorer
+from .neural_attention_scorer import CompactScorer, is_compact
 
 
 class CompactAttentionMixin:
@@ -35,12 +35,26 @@ class CompactAttentionMixin:
     num_attention_heads: int
     head_dim: int
 
+    @classmethod
+    def stock_class(cls) -> type:
+        """The stock attention class whose place it takes."""
+        return next(
+            parent for parent in cls.__mro__ if issubclass(parent, nn.Module) and not issubclass(parent, CompactAttentionMixin)
+        )
+
     def make_compact(
-        self, config: Any, hidden_dims: tuple[int, int], num_heads: int, per_head: bool, init: str = "mirrored"
+        self,
+        config: Any,
+        hidden_dims: tuple[int, int],
+        num_heads: int,
+        per_head: bool,
+        init: str = "mirrored",
+        mode: str = "replace",
     ) -> None:
-        """Gives the module a scorer, and the view of its config that tells what is neural."""
+        """Gives the module a scorer, and the view of its config that tells what is neural. The model's initialisation draws
+        the weights."""
         self.hidden_size, self.num_attention_heads = config.hidden_size, num_heads
-        self.scorer = CompactScorer(hidden_dims, num_heads if per_head else None, init)
+        self.scorer = CompactScorer(hidden_dims, num_heads if per_head else None, init, mode)
         self.config = NeuralConfigView(config)
 
     @property
@@ -67,7 +81,7 @@ class CompactAttentionMixin:
 
     def reset_parameters(self) -> None:
         """Draws new weights of what is not stock. Weights that `from_pretrained` has just loaded are left as they are."""
-        if self.scorer.linear2.weight.is_meta:
+        if not needs_weights(self):  # type: ignore[arg-type]
             self.scorer.reset_parameters()
             return
         self.write_weights(
@@ -77,6 +91,7 @@ class CompactAttentionMixin:
                 self.scorer.hidden_dims,
                 self.num_attention_heads,
                 self.scorer.num_heads is not None,
+                self.scorer.mode,
             )
         )
 
@@ -104,7 +119,7 @@ def fold(
     Computes in float64, and returns float64: rounded once, to the dtype of the model.
 
     Args:
-        weights: of a `NeuralScorer` of mode `"replace"`.
+        weights: of a `NeuralScorer` of mode `"replace"` or `"thin"`.
         query, key: weight `[H * D, d_model]`, or `[Hkv * D, d_model]` of keys, and bias or None.
         num_heads: `H`.
     """
@@ -133,11 +148,11 @@ def reason_against_folding(model: nn.Module) -> str | None:
     neural = {
         name: module for name, module in model.named_modules() if isinstance(getattr(module, "config", None), NeuralConfigView)
     }
-    whole = {name: module for name, module in neural.items() if not isinstance(module.scorer, CompactScorer)}
+    whole = {name: module for name, module in neural.items() if not is_compact(module.scorer)}
     if not whole:
         return "it is compact already" if neural else "it has no neural layer"
     for name, module in whole.items():
-        if module.scorer.mode != "replace":
+        if module.scorer.mode == "residual":
             return f"the scorer of {name!r} has mode {module.scorer.mode!r}, whose dot product needs whole queries and keys"
         for part_name, part in module.named_modules():
             where = f"{name}.{part_name}".rstrip(".")
@@ -156,7 +171,7 @@ def reason_against_folding(model: nn.Module) -> str | None:
 
 
 def fold_attention(attention: Any, compact_class: type) -> Any:
-    """A compact module that computes what a stock attention module with a scorer of mode `"replace"` computes, up to rounding.
+    """A compact module that computes what a stock attention module with a scorer computes, up to rounding.
     It takes over what the stock module has beside queries and keys, and leaves that module as it is."""
     scorer = attention.scorer
     arguments = {
@@ -164,17 +179,27 @@ def fold_attention(attention: Any, compact_class: type) -> Any:
         "hidden_dims": scorer.hidden_dims,
         "per_head": scorer.num_heads is not None,
         "init": scorer.init,
+        "mode": scorer.mode,
     }
-    weights = scorer.weights()
     with torch.device("meta"):  # draws nothing
         compact = compact_class(attention.config.base, **arguments)
-    # takes dtype and device from the stock module, of which the scorer's may differ
-    compact = compact.to(next(attention.parameters()).dtype).to_empty(device=weights.weight2.device)
+    place_like(compact, attention)
     query, key = compact.take_stock(attention)
-    compact.write_weights(fold(weights, query, key, compact.num_attention_heads))
+    compact.write_weights(fold(scorer.weights(), query, key, compact.num_attention_heads))
     for module in compact.modules():  # lets `init_weights`, should it run again, leave them
         module._is_hf_initialized = True
     return compact.train(attention.training)
+
+
+def place_like(new: nn.Module, old: nn.Module) -> None:
+    """Gives a module on the meta device memory, parameter by parameter: of dtype and device of the one of the same name in
+    another module, and trainable where that one is. A bias that the other has not goes with its layer's weight."""
+    known = dict(old.named_parameters())
+    for name, parameter in list(new.named_parameters()):
+        layer, _, leaf = name.rpartition(".")
+        like = known[name] if name in known else known[f"{layer}.weight".lstrip(".")]
+        made = torch.empty_like(parameter, dtype=like.dtype, device=like.device)
+        setattr(new.get_submodule(layer), leaf, nn.Parameter(made, requires_grad=like.requires_grad))
 
 
 def folded_modules(model: nn.Module, compact_classes: dict[type, type]) -> dict[str, Any]:

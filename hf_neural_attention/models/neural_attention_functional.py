@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 
-from .neural_attention_backends import run_backend
+from .neural_attention_backends import asks_for_reference, check_devices, run_backend
 from .neural_attention_masking import draw_dropout_seed
 from .neural_attention_reference import ScorerWeights, reference_attention
+from .neural_attention_thin import thin_attention
 
 
 def scorer_attention(
@@ -32,7 +33,7 @@ def scorer_attention(
     Args:
         weights: of a scorer, shared by all heads or one set per head. Without a first layer, `query` and `key` are taken as
             projected.
-        mode: `"replace"` or `"residual"`, as of `NeuralScorer`.
+        mode: `"replace"`, `"residual"` or `"thin"`, as of `NeuralScorer`. Weights without a network are of the last.
         need_weights: also return the attention weights, which only the reference holds; `backend` is then ignored.
 
     Returns:
@@ -53,8 +54,19 @@ def scorer_attention(
         arguments["queries_projected"] = True
     if mode == "residual":
         arguments["residual_scale"] = 1.0 / math.sqrt(weights.head_dim) if scale is None else scale
-    if need_weights:
-        return reference_attention(query, key, value, weights, **arguments)
+    literal = need_weights
+    if weights.is_thin and not literal:
+        check_devices(query, key=key, value=value, attn_mask=attn_mask, **weights._asdict())
+        # drops what every backend drops for a seed, which torch's own attention would not
+        literal = asks_for_reference(backend) or arguments["dropout_seed"] is not None
+    if literal:
+        output, attention = reference_attention(query, key, value, weights, **arguments)
+        return output, attention if need_weights else None
+    if weights.is_thin:
+        projected = {"keys_projected": keys_projected, "queries_projected": queries_projected}
+        mask = arguments["attn_mask"]
+        output = thin_attention(query, key, value, weights, attn_mask=mask, is_causal=is_causal, **projected)
+        return output, None
     output = run_backend(backend, query, key, value, weights, **arguments)
     if weights.bias3.requires_grad:  # gives it a gradient if peft or others thaw it, since DDP stops at one of None
         output = output + 0.0 * weights.bias3.sum().to(output.dtype)
@@ -83,8 +95,13 @@ def check_arguments(
         said = " and ".join(f"`{name}`" for name, value in projected.items() if value)
         if mode == "residual":
             raise ValueError(f'{said} does not go with `mode="residual"`, whose dot product needs whole queries and keys.')
-        wanted_heads, size = (weights.num_heads or value.shape[1]) if keys_projected else key.shape[1], weights.hidden_dims[0]
-        sizes = size if queries_projected else weights.head_dim, size if keys_projected else weights.head_dim
+        wanted_heads = (weights.num_heads or value.shape[1]) if keys_projected else key.shape[1]
+        if weights.any_tensor is None:  # takes as many numbers as there are, but the same of both
+            sizes = query.shape[3], query.shape[3]
+            wanted_heads = key.shape[1] if key.shape[1] == query.shape[1] else wanted_heads
+        else:
+            size = weights.hidden_dims[0]
+            sizes = size if queries_projected else weights.head_dim, size if keys_projected else weights.head_dim
         if (query.shape[3], key.shape[1], key.shape[3]) != (sizes[0], wanted_heads, sizes[1]):
             raise ValueError(
                 f"`query` and `key` have shapes {tuple(query.shape)} and {tuple(key.shape)}; with {said} this "

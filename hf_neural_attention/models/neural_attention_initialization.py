@@ -40,6 +40,14 @@ def paper_weights(head_dim: int, proj_dim: int, first: int, second: int) -> Scor
     )
 
 
+def needs_weights(module: nn.Module) -> bool:
+    """Whether a module has parameters in memory that `from_pretrained` has not just loaded. Only then is anything drawn, since
+    that takes time, random numbers of the program, and threads that forked processes would miss."""
+    return not any(parameter.is_meta for parameter in module.parameters()) and not all(
+        getattr(parameter, "_is_hf_initialized", False) for parameter in module.parameters()
+    )
+
+
 def mirrored_weights(head_dim: int, proj_dim: int, first: int, second: int) -> ScorerWeights:
     """An initialisation that no draw leaves dead and that starts with scores of standard deviation one.
 
@@ -80,11 +88,27 @@ def relu_sum_std(coefficients: torch.Tensor, covariance: torch.Tensor) -> float:
     """Standard deviation of `sum_c coefficients[c] * relu(x_c)` for `x` normal with mean zero and this covariance."""
     covariance, coefficients = covariance.double(), coefficients.double()
     deviation = covariance.diagonal().sqrt()
+    mean = coefficients @ deviation / math.sqrt(2 * math.pi)
+    return (coefficients @ relu_moments(covariance, deviation) @ coefficients - mean**2).sqrt().item()
+
+
+def relu_sum_spread(coefficients: torch.Tensor, of_query: torch.Tensor, of_key: torch.Tensor) -> float:
+    """Root of the mean variance of `sum_c coefficients[c] * relu(u_c + w_c)` for one `u` and many `w`, normal with mean zero
+    and these covariances: the spread of scores within rows. Less than the deviation of all scores, since the means of rows
+    differ, which a softmax does not see."""
+    of_query, of_key, coefficients = of_query.double(), of_key.double(), coefficients.double()
+    deviation = (of_query + of_key).diagonal().sqrt()
+    # leaves in the second moments of one `u` and two `w` what rows have in common
+    within = relu_moments(of_query + of_key, deviation) - relu_moments(of_query, deviation)
+    return (coefficients @ within @ coefficients).clamp_min(0.0).sqrt().item()
+
+
+def relu_moments(covariance: torch.Tensor, deviation: torch.Tensor) -> torch.Tensor:
+    """Second moments of `relu(x_c)` and `relu(y_d)`, for normal numbers with these deviations and covariances of `x_c` and
+    `y_d`."""
     scale = deviation[:, None] * deviation
     angle = (covariance / scale).clamp(-1.0, 1.0).acos()
-    second_moment = scale * (angle.sin() + (math.pi - angle) * angle.cos()) / (2 * math.pi)
-    mean = coefficients @ deviation / math.sqrt(2 * math.pi)
-    return (coefficients @ second_moment @ coefficients - mean**2).sqrt().item()
+    return scale * (angle.sin() + (math.pi - angle) * angle.cos()) / (2 * math.pi)
 
 
 class CompactWeights(NamedTuple):
@@ -98,7 +122,7 @@ class CompactWeights(NamedTuple):
 
 
 def draw_compact_weights(
-    init: str, hidden_size: int, hidden_dims: tuple[int, int], num_heads: int, per_head: bool
+    init: str, hidden_size: int, hidden_dims: tuple[int, int], num_heads: int, per_head: bool, mode: str = "replace"
 ) -> CompactWeights:
     """New weights, in float32 on the CPU: those of one scorer a head that sees hidden states as its queries and keys.
 
@@ -106,7 +130,10 @@ def draw_compact_weights(
     which is what a LayerNorm hands on. Where heads share the layers that act on pairs, the first layer of each head is scaled
     to that.
     """
-    drawn = draw_weights(init, hidden_size, hidden_dims[0], hidden_dims, num_heads)
+    drawn = draw_weights(init, hidden_size, hidden_dims[0], (hidden_dims[0], hidden_dims[1] or 1), num_heads)
+    if mode == "thin":
+        nothing: Any = ScorerWeights(*[None] * len(ScorerWeights._fields))  # type: ignore[arg-type]
+        return CompactWeights(*drawn[:4], nothing)  # type: ignore[arg-type]
     query_weight, query_bias = first_layer_of_query(drawn)
     key_weight, key_bias = first_layer_of_key(drawn)
     of_pairs = drawn.without_first_layer()

@@ -11,6 +11,7 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
 from transformers.masking_utils import sdpa_mask
 
+from .neural_attention_pages import update_pages
 from .neural_attention_scorer import Scorer
 
 
@@ -19,8 +20,8 @@ ATTENTION_NAME = "neural_attention"
 # Stands for any stock attention module, since annotations of `nn.Module` leave no room for attributes like `config`
 AttentionModule: TypeAlias = Any
 
-# The stock implementations whose masks `normalize_mask` understands
-SUPPORTED_IMPLEMENTATIONS = ("eager", "sdpa")
+# The stock implementations whose masks `normalize_mask` understands; those of pages are what continuous batching sets
+SUPPORTED_IMPLEMENTATIONS = ("eager", "sdpa", "paged|eager", "paged|sdpa")
 
 # Arguments of attention functions that change the scores in ways that only a dot product can honour, or that would need
 # another kernel. Silently dropping one would give wrong results.
@@ -30,7 +31,6 @@ UNSUPPORTED_ARGUMENTS = {
     "sinks": "attention sinks",
     "indices": "sparse attention to keys that an indexer has selected",
     "block_indices": "sparse attention to blocks of keys that an indexer has selected",
-    "cache": "paged attention (continuous batching)",
 }
 
 
@@ -88,8 +88,6 @@ def check_implementation(name: str | None, model_name: str) -> None:
         return
     if name == ATTENTION_NAME:
         reason = "it is what single layers run (`config.neural_layers` chooses them), not an implementation for a model"
-    elif name.startswith("paged"):
-        reason = "its cache keeps keys in pages, which a score network does not read"
     else:
         reason = "its masks come in a form that only its own kernel reads, and that kernel computes dot products"
     raise ValueError(
@@ -154,6 +152,7 @@ def share_batch(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> 
 
 def mask_of_call(
     module: AttentionModule,
+    implementation: str,
     query: torch.Tensor,
     key: torch.Tensor,
     attention_mask: torch.Tensor | None,
@@ -161,7 +160,6 @@ def mask_of_call(
     position_bias: torch.Tensor | None,
 ) -> tuple[torch.Tensor | None, bool, int]:
     """`normalize_mask` of what an attention module hands to its attention function, biases included."""
-    implementation = module.config.base._attn_implementation
     if implementation not in SUPPORTED_IMPLEMENTATIONS:  # refuses it here, since a stock model does not when it is set
         check_implementation(implementation, f"A model with a neural {type(module).__name__}")
     if is_causal is None:
@@ -182,6 +180,7 @@ def neural_attention_forward(
     scaling: float | None = None,
     is_causal: bool | None = None,
     position_bias: torch.Tensor | None = None,
+    cache: Any = None,
     **kwargs,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The attention function of neural layers, called by stock attention modules as they call any other.
@@ -191,13 +190,15 @@ def neural_attention_forward(
             come projected from a `NeuralCache`. A batch of one, of queries or of keys, stands for all.
         attention_mask: as the model's own implementation gets it (see `normalize_mask`).
         position_bias: `[B or 1, H, Tq, Tk]`, added to the scores (T5).
+        cache: of pages, of which continuous batching expects that attention functions update them; its mask tells the requests
+            apart that share a batch.
 
     Returns:
         Output `[B, Tq, H, Dv]`, and the attention weights `[B, H, Tq, Tk]` if the model's implementation is "eager".
 
     Raises:
         ValueError: if the module has no scorer, an argument asks for what a score network cannot do, or the model has been
-            set to an implementation with masks of another kind.
+            set to an implementation with masks of another kind, or to one of pages that it did not get.
     """
     # ignores the class of its config, since of several copies of this file, each from a model on the Hub, the last serves all
     if not hasattr(module, "scorer"):
@@ -206,12 +207,21 @@ def neural_attention_forward(
         if kwargs.get(name) is not None:
             raise ValueError(f"Neural Attention cannot honour {feature} (`{name}`), which this model's attention asks for.")
     implementation = module.config.base._attn_implementation
+    if cache is not None:
+        key, value = update_pages(cache, module, key, value, kwargs)
+    elif implementation.startswith("paged"):
+        raise ValueError(
+            f"`attn_implementation={implementation!r}` is for continuous batching (`generate_batch`), whose cache and mask "
+            "this forward did not get. `model.set_attn_implementation` changes it."
+        )
     query, key, value = share_batch(query, key, value)
-    mask, causal, num_keys = mask_of_call(module, query, key, attention_mask, is_causal, position_bias)
+    mask, causal, num_keys = mask_of_call(module, implementation, query, key, attention_mask, is_causal, position_bias)
+    if num_keys < key.shape[2]:
+        key, value = key[:, :, :num_keys], value[:, :, :num_keys]
     output, weights = module.scorer(
         query,
-        key[:, :, :num_keys],
-        value[:, :, :num_keys],
+        key,
+        value,
         mask,
         dropout,
         causal,

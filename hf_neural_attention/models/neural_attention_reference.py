@@ -5,6 +5,7 @@ of size `Tq * Tk * proj_dim`, differentiates through autograd any number of time
 is why `attn_implementation="eager"` runs it.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -18,7 +19,7 @@ class ScorerWeights(NamedTuple):
 
     With `p = proj_dim`, `D = head_dim` and `h1, h2 = hidden_dims`. Weights of one set per head have a leading dimension
     `H` (query heads); shared weights have none. Those of a `CompactScorer` are None up to `bias1`: it gets queries and keys
-    projected to the first hidden layer.
+    projected to the first hidden layer. In mode `"thin"`, which has no network, they are None from `weight1` on.
     """
 
     q_weight: torch.Tensor | None  # [p, D]
@@ -27,18 +28,29 @@ class ScorerWeights(NamedTuple):
     k_bias: torch.Tensor | None  # [p]
     weight1: torch.Tensor | None  # [h1, 2p], its first p columns for the query
     bias1: torch.Tensor | None  # [h1]
-    weight2: torch.Tensor  # [h2, h1]
+    weight2: torch.Tensor  # [h2, h1]; None in mode "thin", which is asked for first
     bias2: torch.Tensor  # [h2]
     weight3: torch.Tensor  # [1, h2]
     bias3: torch.Tensor  # [1]
 
     @property
+    def is_thin(self) -> bool:
+        """Whether there is no network, so that scores are dot products of what it would see."""
+        return self.weight2 is None
+
+    @property
     def per_head(self) -> bool:
-        return self.weight2.dim() == 3
+        matrix = self.q_weight if self.is_thin else self.weight2
+        return matrix is not None and matrix.dim() == 3
 
     @property
     def has_first_layer(self) -> bool:
-        return self.weight1 is not None
+        return self.q_weight is not None
+
+    @property
+    def any_tensor(self) -> torch.Tensor | None:
+        """One of them, for its dtype and device; None of a compact scorer of mode "thin", which has no weights."""
+        return self.q_weight if self.is_thin else self.weight2
 
     @property
     def head_dim(self) -> int:
@@ -47,14 +59,19 @@ class ScorerWeights(NamedTuple):
 
     @property
     def hidden_dims(self) -> tuple[int, int]:
+        if self.is_thin:
+            assert self.q_weight is not None  # a compact one goes by the size of what it gets
+            return self.q_weight.shape[-2], 0
         return self.weight2.shape[-1], self.weight2.shape[-2]
 
     @property
     def num_heads(self) -> int | None:
         """Query heads with a set of weights each; None where all share one."""
-        return self.weight2.shape[0] if self.per_head else None
+        return self.any_tensor.shape[0] if self.per_head else None  # type: ignore[union-attr]
 
     def to(self, dtype: torch.dtype) -> "ScorerWeights":
+        if all(tensor is None or tensor.dtype == dtype for tensor in self):
+            return self
         return ScorerWeights(*(None if tensor is None else tensor.to(dtype) for tensor in self))  # type: ignore[arg-type]
 
     def without_first_layer(self) -> "ScorerWeights":
@@ -84,16 +101,18 @@ def first_layer_of_query(weights: ScorerWeights) -> tuple[torch.Tensor, torch.Te
     Returns:
         `[h1, D]` and `[h1]` (linear1's bias included), with a leading dimension H where the weights are per head.
     """
-    assert weights.q_weight is not None and weights.weight1 is not None and weights.bias1 is not None
-    assert weights.q_bias is not None
+    assert weights.q_weight is not None and weights.q_bias is not None
+    if weights.weight1 is None or weights.bias1 is None:  # mode "thin"
+        return weights.q_weight, weights.q_bias
     weight = weights.weight1[..., : weights.q_weight.shape[-2]]
     return weight @ weights.q_weight, weights.bias1 + (weight @ weights.q_bias.unsqueeze(-1)).squeeze(-1)
 
 
 def first_layer_of_key(weights: ScorerWeights) -> tuple[torch.Tensor, torch.Tensor]:
     """`(C, c)` such that a key contributes `w = C k + c`; otherwise as `first_layer_of_query`."""
-    assert weights.q_weight is not None and weights.weight1 is not None
-    assert weights.k_weight is not None and weights.k_bias is not None
+    assert weights.q_weight is not None and weights.k_weight is not None and weights.k_bias is not None
+    if weights.weight1 is None:  # mode "thin"
+        return weights.k_weight, weights.k_bias
     weight = weights.weight1[..., weights.q_weight.shape[-2] :]
     return weight @ weights.k_weight, (weight @ weights.k_bias.unsqueeze(-1)).squeeze(-1)
 
@@ -102,7 +121,7 @@ def query_features(query: torch.Tensor, weights: ScorerWeights, projected: bool 
     """`u` of all queries, all that a scorer needs to know of them: `[B, H, Tq, D]` -> `[B, H, Tq, h1]`, in the weights' dtype.
     `projected`: that is what `query` holds already."""
     if projected or not weights.has_first_layer:
-        return query.to(weights.weight2.dtype)
+        return query if weights.any_tensor is None else query.to(weights.any_tensor.dtype)
     weight, bias = first_layer_of_query(weights)
     return apply_linear(query.to(weight.dtype), weight, bias)
 
@@ -113,7 +132,7 @@ def key_features(key: torch.Tensor, weights: ScorerWeights, projected: bool = Fa
     Weights per head give every query head features of its own: `key` must then have `H` heads.
     """
     if projected or not weights.has_first_layer:
-        return key.to(weights.weight2.dtype)
+        return key if weights.any_tensor is None else key.to(weights.any_tensor.dtype)
     weight, bias = first_layer_of_key(weights)
     return apply_linear(key.to(weight.dtype), weight, bias)
 
@@ -135,6 +154,9 @@ def reference_scores(
         queries_projected: `query` is `query_features(query)`, `[B, H, Tq, h1]`.
     """
     weights = weights.to(query.dtype)
+    if weights.is_thin:
+        u, w = query_features(query, weights, queries_projected), key_features(key, weights, keys_projected)
+        return u @ w.to(u.dtype).transpose(-1, -2) / math.sqrt(u.shape[-1])
     num_queries, num_keys = query.shape[-2], key.shape[-2]
     if queries_projected or keys_projected or not weights.has_first_layer:
         u, w = query_features(query, weights, queries_projected), key_features(key, weights, keys_projected)

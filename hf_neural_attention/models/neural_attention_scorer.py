@@ -10,7 +10,7 @@ from transformers import initialization
 from .configuration_neural_attention import INITIALIZATIONS, MODES
 from .neural_attention_blockwise import without_autocast
 from .neural_attention_functional import scorer_attention
-from .neural_attention_initialization import draw_weights
+from .neural_attention_initialization import draw_weights, needs_weights
 from .neural_attention_reference import ScorerWeights, expand_heads, key_features, query_features
 
 
@@ -38,10 +38,16 @@ class Scorer(nn.Module):
 
     # of the network, by the fields of `ScorerWeights` in pairs of weight and bias; None where it has no such layer
     layers: tuple[Any, ...]
+    linear3: Any  # the last layer; None in mode "thin"
     mode: str
     num_heads: int | None  # None: all heads share one set of weights
     hidden_dims: tuple[int, int]
     head_dim: int  # size of the queries and keys that it takes
+
+    def freeze_idle(self) -> None:
+        """Freezes the bias of the last layer, which has no effect; loading makes everything trainable, and so thaws it."""
+        if self.linear3 is not None:
+            self.linear3.bias.requires_grad_(False)
 
     def weights(self) -> ScorerWeights:
         """The weights as plain tensors. A layer that an adapter or a quantiser has wrapped is asked for what it computes:
@@ -97,10 +103,18 @@ def linear_layer(num_heads: int | None, in_features: int, out_features: int) -> 
 
 
 def resolve_sizes(
-    head_dim: int, proj_dim: int | None, hidden_dims: tuple[int, int] | list[int] | None
+    head_dim: int, proj_dim: int | None, hidden_dims: tuple[int, int] | list[int] | None, mode: str = "replace"
 ) -> tuple[int, tuple[int, int]]:
-    """`proj_dim` and `hidden_dims`, with the paper's where they are None."""
+    """`proj_dim` and `hidden_dims`, with the paper's where they are None; in mode `"thin"` these are `(p, 0)`.
+
+    Raises:
+        ValueError: if there are hidden layers in mode `"thin"`.
+    """
     proj_dim = max(2, head_dim // 32) if proj_dim is None else proj_dim
+    if mode == "thin":
+        if hidden_dims is not None and tuple(hidden_dims) != (proj_dim, 0):
+            raise ValueError(f'`hidden_dims` is {hidden_dims!r}, and mode "thin" has no hidden layers; leave it None.')
+        return proj_dim, (proj_dim, 0)
     first, second = (proj_dim, max(1, proj_dim // 2)) if hidden_dims is None else hidden_dims
     return proj_dim, (first, second)
 
@@ -134,7 +148,9 @@ class NeuralScorer(Scorer):
         proj_dim (`int`, *optional*): `p`. Default: `max(2, head_dim // 32)`, the paper's.
         hidden_dims (`tuple[int, int]`, *optional*): `h1, h2`. Default: `(p, max(1, p // 2))`, the paper's.
         mode (`str`): `"replace"` scores by the network alone, as the paper does. `"residual"` adds the network's score to
-            the scaled dot product and starts, with `linear3` at zero, as exactly that. Default: `"replace"`.
+            the scaled dot product and starts, with `linear3` at zero, as exactly that. `"thin"` has no network: it scores by
+            `q' . k' / sqrt(p)`, the dot product of what the network would see, and has `q_proj` and `k_proj` alone.
+            Default: `"replace"`.
         num_heads (`int`, *optional*): Number of query heads, to give each a set of weights of its own. Default: None, one
             set for all heads, as in the paper.
         init (`str`): `"mirrored"` (see `mirrored_weights`) or `"paper"` (`nn.Linear`'s own, which the released code
@@ -154,36 +170,43 @@ class NeuralScorer(Scorer):
         init: str = "mirrored",
     ):
         super().__init__()
-        proj_dim, (first, second) = resolve_sizes(head_dim, proj_dim, hidden_dims)
-        sizes = {"head_dim": head_dim, "proj_dim": proj_dim, "hidden_dims[0]": first, "hidden_dims[1]": second}
+        proj_dim, (first, second) = resolve_sizes(head_dim, proj_dim, hidden_dims, mode)
+        sizes = {"head_dim": head_dim, "proj_dim": proj_dim}
+        if mode != "thin":
+            sizes |= {"hidden_dims[0]": first, "hidden_dims[1]": second}
         check_choices(sizes | {"num_heads": 1 if num_heads is None else num_heads}, mode, init)
         self.head_dim, self.proj_dim, self.hidden_dims = head_dim, proj_dim, (first, second)
         self.mode, self.num_heads, self.init = mode, num_heads, init
+        self.linear1: Any
+        self.linear2: Any
 
         self.q_proj = linear_layer(num_heads, head_dim, proj_dim)
         self.k_proj = linear_layer(num_heads, head_dim, proj_dim)
-        self.linear1 = linear_layer(num_heads, 2 * proj_dim, first)
-        self.linear2 = linear_layer(num_heads, first, second)
-        self.linear3 = linear_layer(num_heads, second, 1)
+        has_network = mode != "thin"
+        self.linear1 = linear_layer(num_heads, 2 * proj_dim, first) if has_network else None
+        self.linear2 = linear_layer(num_heads, first, second) if has_network else None
+        self.linear3 = linear_layer(num_heads, second, 1) if has_network else None
         self.reset_parameters()
 
     def extra_repr(self) -> str:
         return f"mode={self.mode!r}, init={self.init!r}"
 
     @property
-    def layers(self) -> tuple[nn.Linear | PerHeadLinear, ...]:  # type: ignore[override]
+    def layers(self) -> tuple[nn.Linear | PerHeadLinear | None, ...]:  # type: ignore[override]
         return self.q_proj, self.k_proj, self.linear1, self.linear2, self.linear3
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draws new weights by `self.init`. Weights that `from_pretrained` has just loaded are left as they are."""
         # freezes it here, since `from_pretrained` makes everything trainable, and DDP stops at a parameter without a gradient
-        self.linear3.bias.requires_grad_(False)
-        if self.linear1.weight.is_meta:
+        self.freeze_idle()
+        if not needs_weights(self):
             return
-        drawn: Any = draw_weights(self.init, self.head_dim, self.proj_dim, self.hidden_dims, self.num_heads)
-        targets = [parameter for layer in self.layers for parameter in (layer.weight, layer.bias)]
-        for target, source in zip(targets, drawn, strict=True):
+        first, second = self.hidden_dims
+        drawn: Any = draw_weights(self.init, self.head_dim, self.proj_dim, (first, second or 1), self.num_heads)
+        present = [layer for layer in self.layers if layer is not None]
+        targets = [parameter for layer in present for parameter in (layer.weight, layer.bias)]
+        for target, source in zip(targets, drawn[: len(targets)], strict=True):
             initialization.copy_(target, source)
         if self.mode == "residual":
             initialization.zeros_(self.linear3.weight)
@@ -239,25 +262,39 @@ class CompactScorer(Scorer):
         hidden_dims (`tuple[int, int]`): `h1, h2`.
         num_heads (`int`, *optional*): Number of query heads, to give each weights of its own. Default: None, one set for all.
         init (`str`): `"mirrored"` or `"paper"`, as of `NeuralScorer`. Default: `"mirrored"`.
+        mode (`str`): `"replace"`, or `"thin"`: `s = u . w / sqrt(h1)`, without any weights; `h2` is then 0. Default:
+            `"replace"`.
 
     Raises:
-        ValueError: on a size below one, or an unknown initialisation.
+        ValueError: on a size below one, or an unknown mode or initialisation.
     """
 
-    mode = "replace"
-
-    def __init__(self, hidden_dims: tuple[int, int] | list[int], num_heads: int | None = None, init: str = "mirrored"):
+    def __init__(
+        self,
+        hidden_dims: tuple[int, int] | list[int],
+        num_heads: int | None = None,
+        init: str = "mirrored",
+        mode: str = "replace",
+    ):
         super().__init__()
         first, second = hidden_dims
-        sizes = {"hidden_dims[0]": first, "hidden_dims[1]": second, "num_heads": 1 if num_heads is None else num_heads}
-        check_choices(sizes, self.mode, init)
-        self.head_dim, self.hidden_dims, self.num_heads, self.init = first, (first, second), num_heads, init
-        self.linear2 = linear_layer(num_heads, first, second)
-        self.linear3 = linear_layer(num_heads, second, 1)
+        if mode == "residual":
+            raise ValueError(
+                '`mode` is "residual", whose dot product needs whole queries and keys; a compact scorer has none.'
+            )
+        sizes = {"hidden_dims[0]": first, "num_heads": 1 if num_heads is None else num_heads}
+        if mode == "thin":
+            resolve_sizes(first, first, (first, second), mode)
+        else:
+            sizes["hidden_dims[1]"] = second
+        check_choices(sizes, mode, init)
+        self.head_dim, self.hidden_dims, self.num_heads, self.init, self.mode = first, (first, second), num_heads, init, mode
+        self.linear2 = None if mode == "thin" else linear_layer(num_heads, first, second)
+        self.linear3 = None if mode == "thin" else linear_layer(num_heads, second, 1)
         self.reset_parameters()
 
     def extra_repr(self) -> str:
-        return f"init={self.init!r}"
+        return f"mode={self.mode!r}, init={self.init!r}"
 
     @property
     def layers(self) -> tuple[nn.Linear | PerHeadLinear | None, ...]:  # type: ignore[override]
@@ -266,8 +303,8 @@ class CompactScorer(Scorer):
     @torch.no_grad()
     def reset_parameters(self, drawn: ScorerWeights | None = None) -> None:
         """Sets the weights to these, or to new ones by `self.init`. Those that `from_pretrained` has just loaded are left."""
-        self.linear3.bias.requires_grad_(False)
-        if self.linear2.weight.is_meta:
+        self.freeze_idle()
+        if self.linear2 is None or self.linear3 is None or not needs_weights(self):
             return
         if drawn is None:
             drawn = draw_weights(self.init, self.hidden_dims[0], self.hidden_dims[0], self.hidden_dims, self.num_heads)
@@ -277,13 +314,29 @@ class CompactScorer(Scorer):
             initialization.copy_(target, source)
 
 
+def is_quantised(weight: torch.Tensor) -> bool:
+    """Whether a weight is a tensor around others that its own linear layer knows to read, as torchao makes them. A DTensor,
+    which any operator takes, is none."""
+    return hasattr(type(weight), "__tensor_flatten__") and not hasattr(type(weight), "full_tensor")
+
+
+def is_compact(scorer: Any) -> bool:
+    """Whether a scorer is one without a first layer, as a `CompactScorer` is. Asks what it has, not its class, since every
+    model from the Hub that brings its code has classes of its own."""
+    return hasattr(scorer, "linear3") and not hasattr(scorer, "linear1")
+
+
 def effective_weights(layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weight `[out, in]` and bias `[out]` of a linear layer, plain, per head (leading dimension H), or wrapped."""
+    """Weight `[out, in]` and bias `[out]` of a linear layer, plain, per head (leading dimension H), quantised or wrapped."""
     # passes over layers with hooks, since torch's pruning computes the weight in one, before each call
     if type(layer) in (nn.Linear, PerHeadLinear) and not layer._forward_pre_hooks:
-        # brings in what accelerate keeps on the CPU or on disk
-        with align_module_device(layer) if layer.weight.is_meta else nullcontext():
-            return layer.weight, layer.bias
+        if not is_quantised(layer.weight):
+            # brings in what accelerate keeps on the CPU or on disk
+            with align_module_device(layer) if layer.weight.is_meta else nullcontext():
+                return layer.weight, layer.bias
+        if type(layer.weight).dequantize is not torch.Tensor.dequantize:
+            # takes NaN for zero, since float8 divides a row of zeros by its largest number: `linear3` of a new residual scorer
+            return layer.weight.dequantize().nan_to_num(), layer.bias
     base = layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
     stored = base.bias() if callable(base.bias) else base.bias  # calls the method of torch's dynamically quantised layers
     dtype = stored.dtype if stored.is_floating_point() else torch.float32

@@ -22,6 +22,7 @@ from .native_interface import (
     Pointer,
     Problem,
     describe_tensor,
+    pack,
 )
 from .operators import Tensors, define_operators
 
@@ -73,13 +74,16 @@ def library_for(dtype: torch.dtype) -> ctypes.CDLL:
     return library
 
 
-def describe_problem(arguments: NativeArguments) -> tuple[Problem, list[torch.Tensor | None]]:
+def describe_problem(arguments: NativeArguments) -> tuple[bytes, list[torch.Tensor | None]]:
     """The arguments as the kernels take them, and the tensors that must outlive the call."""
     query, key, value, weight2 = arguments.query, arguments.key, arguments.value, arguments.weight2
     batch, heads, queries, size = query.shape
     keys = key.shape[2]
     mask = None if arguments.attn_mask is None else arguments.attn_mask.expand(batch, heads, queries, keys)
-    problem = Problem(
+    given = {name: getattr(arguments, name) for name in PARAMETERS}
+    parameters = {name: tensor.contiguous() for name, tensor in given.items() if tensor is not None}
+    problem = pack(
+        Problem,
         batch=batch,
         heads=heads,
         kv_heads=value.shape[1],
@@ -103,11 +107,8 @@ def describe_problem(arguments: NativeArguments) -> tuple[Problem, list[torch.Te
         key=describe_tensor(key),
         value=describe_tensor(value),
         mask=describe_tensor(mask),
+        **{name: parameter.data_ptr() for name, parameter in parameters.items()},
     )
-    given = {name: getattr(arguments, name) for name in PARAMETERS}
-    parameters = {name: tensor.contiguous() for name, tensor in given.items() if tensor is not None}
-    for name, parameter in parameters.items():
-        setattr(problem, name, parameter.data_ptr())
     return problem, [mask, *parameters.values()]
 
 
@@ -130,9 +131,9 @@ def run_forward(arguments: NativeArguments, output: torch.Tensor, softmax: torch
         return
     library = library_for(arguments.weight2.dtype)
     problem, keep = describe_problem(arguments)
-    features = arguments.weight2.new_empty(library.working_memory(ctypes.byref(problem)))
-    result = ForwardResult(describe_tensor(output), softmax.data_ptr())
-    library.forward(ctypes.byref(problem), Pointer(features.data_ptr()), ctypes.byref(result))
+    features = arguments.weight2.new_empty(library.working_memory(problem))
+    result = pack(ForwardResult, output=describe_tensor(output), softmax=softmax.data_ptr())
+    library.forward(problem, Pointer(features.data_ptr()), result)
     del keep
 
 
@@ -151,20 +152,20 @@ def run_backward(
         return
     library = library_for(arguments.weight2.dtype)
     problem, keep = describe_problem(arguments)
-    result = BackwardResult(
-        output=describe_tensor(output), grad_output=describe_tensor(grad_output), softmax=softmax.data_ptr()
-    )
-    for name in TOKENS:
-        setattr(result, f"grad_{name}", describe_tensor(gradients[name]))
-    for name in PARAMETERS:
-        if name in gradients:
-            setattr(result, f"grad_{name}", gradients[name].data_ptr())
     of_pairs = None
     if "attn_mask" in gradients:
         # starts from zeros, since the kernel never writes to the pairs that a mask leaves out
         of_pairs = arguments.weight2.new_zeros(*arguments.query.shape[:3], arguments.key.shape[2])
-        result.grad_mask = of_pairs.data_ptr()
-    library.backward(ctypes.byref(problem), ctypes.byref(result))
+    result = pack(
+        BackwardResult,
+        output=describe_tensor(output),
+        grad_output=describe_tensor(grad_output),
+        softmax=softmax.data_ptr(),
+        grad_mask=0 if of_pairs is None else of_pairs.data_ptr(),
+        **{f"grad_{name}": describe_tensor(gradients[name]) for name in TOKENS},
+        **{f"grad_{name}": gradients[name].data_ptr() for name in PARAMETERS if name in gradients},
+    )
+    library.backward(problem, result)
     del keep
     if of_pairs is not None:
         gradients["attn_mask"].copy_(of_pairs.sum_to_size(gradients["attn_mask"].shape))

@@ -5,6 +5,9 @@ sides describe what they have, and are compared when a library is loaded.
 """
 
 import ctypes
+import functools
+import struct
+from typing import Any
 
 import torch
 
@@ -56,13 +59,47 @@ class BackwardResult(ctypes.Structure):
 
 STRUCTURES = (Tensor, Problem, ForwardResult, BackwardResult)
 TYPE_NAMES = {Int: "int64", Int * 4: "int64[4]", ctypes.c_double: "float64", Pointer: "pointer", Tensor: "Tensor"}
+FORMATS = {Int: "q", Int * 4: "4q", ctypes.c_double: "d", Pointer: "P"}
+
+# Fields of a `Tensor`, one after the other
+TensorFields = tuple[int, ...]
 
 
-def describe_tensor(tensor: torch.Tensor | None) -> Tensor:
+def describe_tensor(tensor: torch.Tensor | None) -> TensorFields:
     """Address, strides and type of a tensor with four dimensions, which must outlive the description."""
     if tensor is None:
-        return Tensor()
-    return Tensor(tensor.data_ptr(), (Int * 4)(*tensor.stride()), ELEMENT_TYPES[tensor.dtype])
+        return 0, 0, 0, 0, 0, 0
+    return tensor.data_ptr(), *tensor.stride(), ELEMENT_TYPES[tensor.dtype]
+
+
+def format_of(structure: type[ctypes.Structure]) -> str:
+    """As `struct` writes it: native sizes and alignment."""
+    kinds = (kind for _, kind, *_ in structure._fields_)
+    return "".join(format_of(kind) if kind is Tensor else FORMATS[kind] for kind in kinds)
+
+
+@functools.cache
+def layout_of(structure: type[ctypes.Structure]) -> tuple[struct.Struct, dict[str, TensorFields | int]]:
+    """How a structure is packed, and its fields in their order, all of them zero."""
+    zeros = {Tensor: describe_tensor(None), Int * 4: (0, 0, 0, 0)}
+    return struct.Struct(f"@{format_of(structure)}"), {name: zeros.get(kind, 0) for name, kind, *_ in structure._fields_}
+
+
+def pack(structure: type[ctypes.Structure], **fields: Any) -> bytes:
+    """A structure as the kernels read it; what is not given is zero. Quicker than by `ctypes`, which a step of decoding
+    feels.
+
+    Args:
+        fields: integers (and addresses), float numbers, and what `describe_tensor` returns.
+    """
+    packer, nothing = layout_of(structure)
+    numbers: list[Any] = []
+    for value in (nothing | fields).values():
+        if isinstance(value, tuple):
+            numbers += value
+        else:
+            numbers.append(value)
+    return packer.pack(*numbers)
 
 
 def describe_interface(dtype: torch.dtype) -> dict[str, str]:

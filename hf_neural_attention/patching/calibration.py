@@ -14,12 +14,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 from torch.nn.functional import kl_div, log_softmax
-from torch.utils._pytree import tree_map_only
 from tqdm.auto import tqdm
 
-from ..introspection import Call, call_of, left_as_it_was, neural_layers, observed, unwrap
+from ..introspection import Call, call_of, left_as_it_was, moved, neural_layers, observed, unwrap
+from ..models.neural_attention_names import forget_names
 from ..models.neural_attention_reference import key_features, reference_scores
 from .errors import PatchError
+from .layers import tokens_of_queries
 from .patching import check_unsharded, check_whole
 from .records import check_plain
 from .reports import table
@@ -63,7 +64,7 @@ def calibrate(
     max_batches: int = 8,
     progress: bool = True,
 ) -> CalibrationReport:
-    """Fits each scorer of a model with mode `"replace"` to the dot-product attention of its layer, in place.
+    """Fits each scorer of a model with mode `"replace"` (or `"thin"`) to the dot-product attention of its layer, in place.
 
     Nothing but the scorers' weights changes, and a layer whose divergence would not become smaller keeps what it has.
 
@@ -71,7 +72,7 @@ def calibrate(
         model (`nn.Module`): A model that `patch(..., mode="replace")` has changed, or one of this package's own classes with
             the weights of a stock checkpoint. Not compiled, wrapped or sharded for training yet; peft may be around it.
         data (iterable of `dict`): Batches of arguments for the model's forward, a `DataLoader` for instance. Every fourth,
-            and one if there are two or more, is kept for the report.
+            and one if there are two or more, is kept for the report. What their `attention_mask` calls padding does not count.
         steps (`int`): Of the optimiser, for each layer; each takes some queries of one batch. Default: 300.
         learning_rate (`float`): Of AdamW without weight decay, falling to zero along a cosine. Default: 0.01.
         max_batches (`int`): How much of `data` is used. Default: 8.
@@ -96,7 +97,7 @@ def calibrate(
     check_whole(base, "calibrated")
     for name, module in layers.items():
         check_plain(name, module.scorer)
-        if module.scorer.linear1.weight.is_meta:
+        if module.scorer.q_proj.weight.is_meta:
             raise PatchError(f"The scorer of {name!r} is offloaded; calibrate the model where it is in memory.")
     if residual := [name for name, module in layers.items() if module.scorer.mode == "residual"]:
         raise PatchError(
@@ -110,16 +111,17 @@ def calibrate(
         raise ValueError("`data` has no batches; `calibrate` needs at least one dict of arguments for the model's forward.")
     report = []
     with left_as_it_was(base) as device, tqdm(total=len(layers) * steps, desc="calibrating", disable=not progress) as bar:
-        batches = tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), batches)
+        batches = moved(batches, device)
         for name, module in layers.items():
             bar.set_postfix_str(name)
             report.append(calibrate_layer(name, module, capture(base, name, module, batches), steps, learning_rate, bar))
+    forget_names(model)
     return CalibrationReport(report)
 
 
 @torch.no_grad()
 def capture(model: nn.Module, name: str, module: Any, batches: list[dict[str, Any]]) -> list[Call]:
-    """The call of one layer's attention function in each batch."""
+    """The call of one layer's attention function in each batch, without padding."""
     calls: list[Call] = []
 
     def keep_and_stop(*args: Any, **kwargs: Any) -> Any:
@@ -131,6 +133,7 @@ def capture(model: nn.Module, name: str, module: Any, batches: list[dict[str, An
             try:
                 model(**batch)
             except LayerReached:
+                calls[-1] = calls[-1].without_padding(tokens_of_queries(name, module, batch))
                 continue
             raise PatchError(f"`data` does not reach {name!r}: a forward ended without calling its attention.")
     return calls
@@ -143,7 +146,8 @@ def calibrate_layer(name: str, module: Any, calls: list[Call], steps: int, learn
     held_out = [calls[index] for index in kept] or fitted
     # fits in float32 whatever the model's dtype is, since steps this small would be lost in bfloat16
     scorer = copy.deepcopy(module.scorer).float().requires_grad_()
-    scorer.linear3.bias.requires_grad_(False)
+    if scorer.linear3 is not None:
+        scorer.linear3.bias.requires_grad_(False)
     before = mean_divergence(scorer, held_out)
     fit(scorer, fitted, steps, learning_rate, bar)
     after = mean_divergence(scorer, held_out)

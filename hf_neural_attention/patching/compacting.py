@@ -6,29 +6,25 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from accelerate.utils.other import is_compiled_module
 from torch import nn
-from transformers.models.gpt2.modeling_gpt2 import GPT2Attention
-from transformers.models.vit.modeling_vit import ViTAttention
 from transformers.pytorch_utils import Conv1D
 
 from ..diagnostics import explain
-from ..introspection import is_born_neural, is_compact, is_sharded, left_as_it_was, neural_layers, patched_modules, unwrap
+from ..introspection import is_born_neural, is_sharded, left_as_it_was, neural_layers, patched_modules, unwrap
 from ..models.modeling_neural_attention import mark_compact
-from ..models.modeling_neural_gpt2 import CompactGPT2Attention
-from ..models.modeling_neural_vit import CompactViTAttention
+from ..models.modeling_neural_patched import COMPACT_CLASSES
 from ..models.neural_attention_compact import folded_modules, reason_against_folding
-from ..models.neural_attention_interface import SUPPORTED_IMPLEMENTATIONS, attach_scorer
+from ..models.neural_attention_interface import SUPPORTED_IMPLEMENTATIONS
+from ..models.neural_attention_names import forget_names, origin_of
+from ..models.neural_attention_packing import pack, put_in, watch_caches
+from ..models.neural_attention_scorer import is_compact
 from .errors import PatchError, UnsupportedLayerError
 from .layers import attention_modules, listed
-from .packing import pack, put_in, rebuild
 from .reports import CompactPlan, PatchedLayer, PatchStatus
 from .sizes import ModelSize, size_of
 from .tracing import Refusal, Run, outputs_of, run, trace
 
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
-
-# Attention modules that have a compact class of their own; in modules of all others, layers inside them are replaced
-COMPACT_CLASSES: dict[type, type] = {GPT2Attention: CompactGPT2Attention, ViTAttention: CompactViTAttention}
 
 
 class Swap(NamedTuple):
@@ -41,10 +37,10 @@ class Swap(NamedTuple):
 def compact(model: ModelT, *, example_inputs: Mapping[str, Any] | None = None, dry_run: bool = False) -> Any:
     """Makes the neural layers of a model compact, in place: they compute the same, up to rounding, with fewer parameters.
 
-    A scorer sees a query and a key through linear maps to `h1 = hidden_dims[0]` numbers. In mode `"replace"`, and where
-    nothing happens to queries and keys between their projection and the scorer, hidden states are projected to these numbers
-    at once, and any cache keeps `h1` numbers of a key and head, not `head_dim`. Queries and keys are gone then: such a model
-    is trained, saved and run like others, but not patched, unpatched or calibrated.
+    A scorer sees a query and a key through linear maps to `h1 = hidden_dims[0]` numbers. In modes `"replace"` and `"thin"`,
+    where nothing happens to queries and keys between their projection and the scorer, hidden states are projected to these
+    numbers at once, and any cache keeps `h1` numbers of a key and head, not `head_dim`. Queries and keys are gone then: such a
+    model is trained, saved and run like others, but not patched, unpatched or calibrated.
 
     It takes models of this package, GPT-2 and ViT that `patch` has changed, and patched models of other families whose
     queries and keys are what a linear layer inside the attention module makes, times a constant at most (BERT, BART, T5, CLIP
@@ -75,7 +71,7 @@ def compact(model: ModelT, *, example_inputs: Mapping[str, Any] | None = None, d
         raise PatchError(f"This {type(model).__name__} cannot be made compact: {reason}. Nothing was changed.")
     base: Any = model
     own = is_born_neural(model)
-    classes = {stock_of(base.compact_attention_class): base.compact_attention_class} if own else COMPACT_CLASSES
+    classes = {base.compact_attention_class.stock_class(): base.compact_attention_class} if own else COMPACT_CLASSES
     layers = patched_modules(model)
     others = {name: module for name, module in layers.items() if not takes(classes, module)}
     traces, runs = trace(model, others, example_inputs) if others else ({}, [])
@@ -88,7 +84,7 @@ def compact(model: ModelT, *, example_inputs: Mapping[str, Any] | None = None, d
             packed = pack(others[name], found.query, found.key, found.num_heads)
             parts = (*packed[:2], ("scorer", packed.scorer))
             swaps += [Swap(f"{name}.{part}", made) for part, made in parts]
-    folded_from = getattr(getattr(model, "config", None), "name_or_path", "") or type(model).__name__
+    folded_from = origin_of(model) or type(model).__name__
     for swap in swaps:
         if hasattr(scorer := getattr(swap.new, "scorer", swap.new), "hidden_dims"):
             scorer.folded_from = folded_from
@@ -101,8 +97,11 @@ def compact(model: ModelT, *, example_inputs: Mapping[str, Any] | None = None, d
     except BaseException:
         undo()
         raise
+    for module in others.values():
+        watch_caches(module)
     if own:
         mark_compact(model)
+    forget_names(model)
     return model
 
 
@@ -139,11 +138,6 @@ def reason_against(model: nn.Module) -> str | None:
 def takes(classes: Mapping[type, type], attention: Any) -> bool:
     """Whether there is a compact class for an attention module, or it is compact already."""
     return is_compact(attention.scorer) or (type(attention) in classes and not getattr(attention, "is_cross_attention", False))
-
-
-def stock_of(compact_class: type) -> type:
-    """The stock attention class of a compact one."""
-    return next(stock for stock in compact_class.__mro__ if stock in COMPACT_CLASSES)
 
 
 def check_traces(refusals: Mapping[str, Refusal]) -> None:
@@ -219,41 +213,3 @@ def plan_of(
         before.cache_bytes_per_token,
     )
     return CompactPlan(status, stock, before, after, backends)
-
-
-def rebuild_compact(model: nn.Module, record: Mapping[str, Any], where: str) -> None:
-    """Gives a stock model the compact layers of a record, without weights that mean anything.
-
-    Raises:
-        PatchError: if a layer's settings do not fit the model.
-    """
-    for name, settings in record["layers"].items():
-        if not settings.get("compact"):
-            continue
-        attention: Any = model.get_submodule(name)
-        own = COMPACT_CLASSES.get(type(attention))
-        try:
-            if own is not None:
-                compact_attention = made_for(attention, own, settings)
-                put_in(model, name, compact_attention)
-                scorer = compact_attention.scorer
-            else:
-                packed = rebuild(attention, {key: value for key, value in settings.items() if key != "compact"})
-                for part, made in packed[:2]:
-                    put_in(attention, part, made)
-                attach_scorer(attention, packed.scorer)
-                scorer = packed.scorer
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise PatchError(f"{where} has settings for {name!r} that make no compact layer: {error}") from None
-        scorer.folded_from = record.get("folded_from")
-
-
-def made_for(attention: Any, compact_class: Any, settings: Mapping[str, Any]) -> Any:
-    """A new compact module for the place of a stock one."""
-    return compact_class(
-        attention.config,
-        layer_idx=getattr(attention, "layer_idx", None),
-        hidden_dims=tuple(settings["hidden_dims"]),
-        per_head=settings["num_heads"] is not None,
-        init=settings["init"],
-    )

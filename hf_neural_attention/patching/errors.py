@@ -1,8 +1,9 @@
 """What can be wrong with a patch. Every one of them is raised before the model is changed."""
 
+from ..models.configuration_neural_patched import PatchError
 
-class PatchError(ValueError):
-    """The model cannot be patched, or unpatched, as asked. The model is what it was."""
+
+__all__ = ["AlreadyPatchedError", "NoPatchableLayerError", "PatchError", "ProbeError", "UnsupportedLayerError"]
 
 
 class NoPatchableLayerError(PatchError):

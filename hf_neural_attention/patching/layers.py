@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeAlias
 
+import torch
 from torch import nn
 
 from ..models.neural_attention_compact import CompactAttentionMixin
@@ -139,6 +140,15 @@ def self_attention_stacks(
             "a predicate `(name, module) -> bool`."
         )
     return kept
+
+
+def tokens_of_queries(name: str, module: nn.Module, inputs: Mapping[str, Any]) -> torch.Tensor | None:
+    """Which queries of an attention layer are no padding, `[B or 1, Tq or 1]`, as `Call.without_padding` wants it. None leaves
+    that to the mask, but that of cross-attention says nothing of queries: there, it is what the inputs say of the decoder."""
+    if not is_cross_attention(name, module):
+        return None
+    mask = inputs.get("decoder_attention_mask")
+    return torch.ones(1, 1) if mask is None or mask.dim() != 2 else mask
 
 
 def is_index(value: Any) -> bool:

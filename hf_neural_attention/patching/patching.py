@@ -17,6 +17,7 @@ from ..models.neural_attention_interface import (
     check_implementation,
     detach_scorer,
 )
+from ..models.neural_attention_names import CHANGED, adapter_configs, forget_names, names_of, neural_parts
 from ..models.neural_attention_scorer import NeuralScorer
 from .arguments import unhonoured
 from .errors import AlreadyPatchedError, PatchError, ProbeError, UnsupportedLayerError
@@ -28,6 +29,9 @@ from .sizes import ModelSize, size_of
 
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
+
+# Attribute of a patched model: what `unpatch` gives back, as `names_of` has it
+NAMES_BEFORE = "names_before_patch"
 
 
 def patch(
@@ -48,8 +52,11 @@ def patch(
     Nothing is replaced, no class is touched, and no other model notices. `unpatch` takes it back. Everything is checked
     before anything is changed: after an error the model is what it was.
 
+    The model can no longer be loaded again by its name, as some clients do (TRL, peft): `name_or_path` becomes one that fails
+    with a sentence, until the model is saved whole and loaded from there.
+
     `save_pretrained` of the model, and of models inside it, then writes a checkpoint for `hf_neural_attention.from_pretrained`
-    (and the Auto classes, of GPT-2 and ViT); a larger model that holds it would save the patch without a word about it, so
+    and the Auto classes; a larger model that holds it would save the patch without a word about it, so
     patch the outermost one. A stock class that loads such a checkpoint warns of the model type and drops the scorers.
 
     In mode `"residual"` the outputs stay as they were: to rounding under "sdpa", to the bit in float32 under "eager". But
@@ -66,8 +73,8 @@ def patch(
             over names and modules. Default: `[0]`.
         proj_dim, hidden_dims, init: as in `NeuralScorer`.
         mode (`str`): `"residual"` (the network's score is added to the dot product's and starts at zero: the model computes
-            what it computed before, and learns from there) or `"replace"` (the network alone: the paper's). Default:
-            `"residual"`.
+            what it computed before, and learns from there), `"replace"` (the network alone: the paper's) or `"thin"` (no
+            network: the dot product of `proj_dim` numbers). Default: `"residual"`.
         per_head (`bool`): A network for each query head, not one for all. Default: False.
         example_inputs (`dict`, *optional*): Arguments for the model's forward, for models that do not run on inputs made from
             their config. Encoder and decoder inputs should differ in length, and they should reach all layers that count.
@@ -126,6 +133,9 @@ def attach_scorers(model: nn.Module, scorers: Mapping[str, NeuralScorer]) -> Non
     for name, scorer in scorers.items():
         attach_scorer(model.get_submodule(name), scorer)
     hook_saving(model)
+    for part in neural_parts(model):
+        vars(part)[NAMES_BEFORE] = names_of(part)
+    forget_names(model)
 
 
 def plan_of(model: nn.Module, scorers: Mapping[str, NeuralScorer], calls: dict[nn.Module, list[AttentionCall]]) -> PatchPlan:
@@ -155,10 +165,23 @@ def unpatch(model: ModelT) -> ModelT:
     if not layers:
         raise PatchError(f"This {type(model).__name__} is not patched; there is nothing to take off.")
     check_whole(model, "unpatched")
+    parts = neural_parts(model)
+    forget_names(model)
     for module in layers.values():
         detach_scorer(module)
     unhook_saving(model)
+    restore_names(model, parts)
     return model
+
+
+def restore_names(model: nn.Module, parts: list[Any]) -> None:
+    """Gives parts of an unpatched model the names that they had before `patch`."""
+    if not all(NAMES_BEFORE in vars(part) for part in parts):
+        return  # leaves one that was loaded as a patched one, of which there is no stock one by that name
+    for part in parts:
+        part.name_or_path, part.config.name_or_path = vars(part).pop(NAMES_BEFORE)
+    for config in adapter_configs(model):
+        config.base_model_name_or_path = (config.base_model_name_or_path or "").removesuffix(CHANGED) or None
 
 
 @contextmanager

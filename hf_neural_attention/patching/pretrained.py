@@ -2,7 +2,8 @@
 
 The weights of a patched model are saved like any others. Its config.json would be that of the stock model, which would load
 without a word about the scorers. So `patch` gives the instance a `save_pretrained` that writes another `model_type`: for
-GPT-2 and ViT that of our own classes, which the Auto classes know; else one that tells whoever reads the error what to do.
+GPT-2 and ViT that of our own classes, else that of patched models, which tells whoever reads the error what to do. The Auto
+classes know both once this package is imported.
 """
 
 import json
@@ -19,18 +20,14 @@ import hf_neural_attention
 
 from ..introspection import compact_layers, patched_modules
 from ..models.configuration_neural_attention import FORMAT_VERSION
+from ..models.configuration_neural_patched import PATCHED_TYPE, RECORD, PatchError, check_version
 from ..models.modeling_neural_attention import HUB_OPTIONS
-from ..models.neural_attention_interface import NeuralConfigView, attach_scorer
+from ..models.modeling_neural_patched import PREFIX, load_patched, split_config
+from ..models.neural_attention_interface import NeuralConfigView
 from ..registration import FAMILIES
-from .compacting import compact, rebuild_compact
-from .errors import PatchError
-from .records import check_version, check_without_adapters, record_of, scorers_of, transformers_class
+from .compacting import compact
+from .records import check_without_adapters, record_of, transformers_class
 
-
-RECORD = "neural_attention_patch"
-
-# Part of a model type that Transformers does not know, and shows in its error
-HOW_TO_LOAD = "patched by hf_neural_attention (install it, and load this with hf_neural_attention.from_pretrained)"
 
 # Names of the layers that `neural_layers` of our own configs counts, by the stock model type
 COUNTED_LAYERS = {"gpt2": r"(?:.+\.)?h\.(\d+)\.attn", "vit": r"(?:.+\.)?layers\.(\d+)\.attention"}
@@ -52,7 +49,8 @@ class ConfigToSave(NeuralConfigView):
         path = Path(save_directory) / CONFIG_NAME
         content = json.loads(path.read_text())
         content |= neural_fields(self.record) or {
-            "model_type": f"{self.base.model_type} {HOW_TO_LOAD}",
+            "model_type": PATCHED_TYPE,
+            "architectures": [f"{PREFIX}{self.record['base_model']['class']}"],
             RECORD: self.record,
         }
         path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
@@ -72,7 +70,10 @@ def neural_fields(record: dict[str, Any]) -> dict[str, Any] | None:
     names = ("proj_dim", "hidden_dims", "mode", "per_head", "init")
     fields = {f"neural_{name}": settings[0][name] for name in names if name in settings[0]}
     if settings[0].get("compact"):
-        fields |= {"neural_compact": True, "neural_mode": "replace", "neural_folded_from": record.get("folded_from")}
+        mode = settings[0].get("mode", "replace")
+        fields |= {"neural_compact": True, "neural_mode": mode, "neural_folded_from": record.get("folded_from")}
+    if fields["neural_mode"] == "thin":
+        fields |= {"neural_proj_dim": settings[0]["hidden_dims"][0], "neural_hidden_dims": None}
     return {
         "model_type": neural_type,
         "architectures": [architecture],
@@ -127,20 +128,21 @@ def from_pretrained(pretrained_model_name_or_path: Any, *, model_class: Any = No
 
     Args:
         pretrained_model_name_or_path (`str` or path): A folder, or a repository on the Hub.
-        model_class (*optional*): Stock class of a patched model that Transformers does not have (a subclass of your own, or
-            one whose code comes from the Hub). Default: the one of the name that was saved.
+        model_class (*optional*): Stock class that the model shall have: with another head, with one, or without; or one that
+            Transformers does not have (a subclass of your own, or one whose code comes from the Hub). Default: the one of the
+            name that was saved.
         kwargs: as for `PreTrainedModel.from_pretrained` (`dtype`, `device_map`, `attn_implementation`, `revision` ...), but no
             `config`. `neural_compact=True` makes the model compact when it is loaded (see `compact`), if it is not.
 
     Returns:
-        The model in evaluation mode, of the class that it was saved from: patched, so that `unpatch` gives the stock model.
+        The model in evaluation mode, of that class: patched, so that `unpatch` gives the stock model.
         A patched GPT-2 or ViT comes as the class of this package that computes the same (`NeuralGPT2LMHeadModel` ...), as
         `AutoModel` loads it.
 
     Raises:
         OSError: if there is no such folder or repository.
         PatchError: if the checkpoint has no neural layers, is of a later version of this package or of a class that this
-            Transformers does not have, or lacks weights of its scorers.
+            Transformers does not have, does not fit `model_class`, or lacks weights of its scorers.
     """
     where, with_info = str(pretrained_model_name_or_path), kwargs.pop("output_loading_info", False)
     folds = kwargs.pop("neural_compact", None) is True
@@ -148,41 +150,49 @@ def from_pretrained(pretrained_model_name_or_path: Any, *, model_class: Any = No
     content, _ = PreTrainedConfig.get_config_dict(pretrained_model_name_or_path, **options)
     architecture = next(iter(content.get("architectures") or []), "")
     if content.get("model_type") in FAMILIES and architecture in hf_neural_attention.__all__:
-        own = getattr(hf_neural_attention, architecture)
+        own = own_class(architecture, model_class, where)
         model, info = own.from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
         check_complete(info, where, model)
-        if folds and not compact_layers(model):
-            compact(model)
-        return (model, info) if with_info else model
-    if RECORD not in content:
+    elif RECORD not in content:
         raise PatchError(
             f"{where} has no neural layers: its model type is {content.get('model_type')!r} and its config.json has no "
             f"`{RECORD}`. Load it with Transformers, and give it neural layers by `hf_neural_attention.patch`, or by "
             "`load_patch` if what you have is a patch for it."
         )
-    record = content.pop(RECORD)
-    check_version(record, f"config.json of {where}")
-    advice = "Give that class as `model_class`."
-    base = transformers_class(record, where, advice) if model_class is None else model_class
-    content["model_type"] = record["base_model"]["model_type"]
-    # keeps these from the config, which would take what is meant for the model
-    options |= {name: kwargs[name] for name in ("dtype", "torch_dtype", "quantization_config") if name in kwargs}
-    fields = {name: value for name, value in kwargs.items() if name not in options}
-    config, fields = base.config_class.from_dict(content, return_unused_kwargs=True, **fields)
-    config.name_or_path = where
-    loader = patched_class(base, record, where)
-    model, info = loader.from_pretrained(
-        pretrained_model_name_or_path, config=config, output_loading_info=True, **options, **fields
-    )
-    check_complete(info, where, model)
-    if type(model) is loader:  # skips a model that FSDP has given a class of its own
-        model.__class__ = base
-    for module in patched_modules(model).values():
-        module.scorer.linear3.bias.requires_grad_(False)  # freezes it again, since loading makes everything trainable
-    hook_saving(model)
+    else:
+        record = content.pop(RECORD)
+        check_version(record, f"config.json of {where}")
+        advice = "Give that class as `model_class`."
+        base = transformers_class(record, where, advice) if model_class is None else model_class
+        content["model_type"] = record["base_model"]["model_type"]
+        content.pop("auto_map", None)
+        config, arguments = split_config(content, kwargs, base.config_class)
+        config.name_or_path = where
+        model, info = load_patched(base, record, where, config, **arguments)
+        hook_saving(model)
     if folds and not compact_layers(model):
         compact(model)
     return (model, info) if with_info else model
+
+
+def own_class(architecture: str, model_class: Any, where: str) -> Any:
+    """The class of this package that `architecture` names, or the one that does what a stock class of its family does.
+
+    Raises:
+        PatchError: if there is none.
+    """
+    saved = getattr(hf_neural_attention, architecture)
+    if model_class is None:
+        return saved
+    candidates = [getattr(hf_neural_attention, name) for name in hf_neural_attention.__all__]
+    family = [each for each in candidates if getattr(each, "config_class", None) is saved.config_class]
+    for own in family:
+        if own is model_class or own.__name__ == f"Neural{model_class.__name__}":
+            return own
+    raise PatchError(
+        f"{where} holds a {architecture}, which cannot be loaded as a {model_class.__name__}: expected one of "
+        f"{', '.join(own.__name__ for own in family)}, or the stock class of one of these."
+    )
 
 
 def check_complete(info: dict[str, Any], where: str, model: nn.Module) -> None:
@@ -192,20 +202,3 @@ def check_complete(info: dict[str, Any], where: str, model: nn.Module) -> None:
         raise PatchError(
             f"{where} lacks weights of its neural layers: {', '.join(missing[:5])}. The checkpoint is not complete."
         )
-
-
-def patched_class(base: Any, record: dict[str, Any], where: str) -> Any:
-    """The class of a model whose instances are patched when they are made, so that all weights are loaded in one go."""
-
-    def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
-        base.__init__(self, config, *args, **kwargs)
-        modules = dict(self.named_modules())
-        for name in record["layers"]:
-            if name not in modules:
-                raise PatchError(f"config.json of {where} has a patch for {name!r}, and {base.__name__} no such module.")
-        for name, scorer in scorers_of(record, where).items():
-            attach_scorer(modules[name], scorer)
-        rebuild_compact(self, record, where)
-
-    # keeps the name, by which Transformers looks up what to rename in old checkpoints
-    return type(base.__name__, (base,), {"__init__": __init__, "__module__": base.__module__})

@@ -15,18 +15,17 @@ from transformers import PreTrainedModel
 from transformers.utils import CONFIG_NAME
 
 from .. import __version__
-from ..introspection import is_born_neural, is_compact, patched_modules, unwrap
-from ..models.neural_attention_scorer import NeuralScorer
+from ..introspection import is_born_neural, patched_modules, unwrap
+from ..models.configuration_neural_patched import FORMAT_VERSION
+from ..models.neural_attention_names import origin_of
+from ..models.neural_attention_packing import PackedScorer
+from ..models.neural_attention_scorer import NeuralScorer, is_compact, is_quantised
 from .errors import PatchError
-from .packing import PackedScorer
 
 
 # Arguments of a compact scorer, and of one in a packed layer
 COMPACT_SETTINGS = ("hidden_dims", "num_heads", "init")
 PACKED_SETTINGS = ("num_query_heads", "num_key_heads", "stock_head_dim", "query_layer", "key_layer")
-
-# Goes up when a reader of the last version would misunderstand what is written
-FORMAT_VERSION = 1
 
 
 def record_of(model: nn.Module, base_revision: str | None = None) -> dict[str, Any]:
@@ -45,7 +44,7 @@ def record_of(model: nn.Module, base_revision: str | None = None) -> dict[str, A
         raise PatchError(f"This {type(base).__name__} is not patched; there is nothing to save.")
     folded_from = next(filter(None, (getattr(module.scorer, "folded_from", None) for module in layers.values())), None)
     config = getattr(base, "config", None)
-    base_name = getattr(config, "name_or_path", "") or None
+    base_name = origin_of(base) or None
     return {
         "format_version": FORMAT_VERSION,
         "hf_neural_attention_version": __version__,
@@ -86,14 +85,19 @@ def settings_of(scorer: Any) -> dict[str, Any]:
     if is_compact(scorer):
         names = COMPACT_SETTINGS + (PACKED_SETTINGS if isinstance(scorer, PackedScorer) else ())
     settings = {name: list(value) if isinstance(value := getattr(scorer, name), tuple) else value for name in names}
-    return settings | ({"compact": True} if is_compact(scorer) else {})
+    if not is_compact(scorer):
+        return settings
+    # says the mode only where it is not what all compact layers of earlier records have
+    return settings | ({"compact": True} if scorer.mode == "replace" else {"compact": True, "mode": scorer.mode})
 
 
 def check_plain(name: str, scorer: Any) -> None:
     """Raises a PatchError if a scorer holds other weights than its own."""
     with torch.device("meta"):
         plain = NeuralScorer(**settings_of(scorer)).state_dict()
-    if foreign := sorted(scorer.state_dict().keys() ^ plain.keys()):
+    weights = scorer.state_dict()
+    quantised = {part for part, weight in weights.items() if is_quantised(weight)}
+    if foreign := sorted(quantised | weights.keys() ^ plain.keys()):
         raise PatchError(
             f"The scorer of {name!r} holds what is no part of a patch ({', '.join(foreign[:3])}, ...): adapters, or quantised "
             "weights. Merge adapters first: `model = model.merge_and_unload()` in peft. Of a quantised model, "
@@ -107,20 +111,6 @@ def check_without_adapters(model: nn.Module) -> None:
         raise PatchError(
             f"This {type(model).__name__} has adapters inside ({', '.join(adapted[:3])}, ...). Merge them first, by "
             "`model.merge_and_unload()` of the peft model around it, or save the adapters by `save_pretrained` of that."
-        )
-
-
-def check_version(record: Mapping[str, Any], where: str) -> None:
-    """Raises a PatchError if a record comes from a later version of this package, or is none."""
-    record = record if isinstance(record, dict) else {}
-    version = record.get("format_version")
-    whole = all(isinstance(record.get(name), dict) and record[name] for name in ("layers", "base_model"))
-    if not isinstance(version, int) or not whole:
-        raise PatchError(f"{where} is no record of a patch: it lacks `format_version`, `layers` or `base_model`.")
-    if version > FORMAT_VERSION:
-        raise PatchError(
-            f"{where} was written by hf_neural_attention {record.get('hf_neural_attention_version')} in format {version}; "
-            f"this is {__version__}, which reads formats up to {FORMAT_VERSION}. Install a newer hf_neural_attention."
         )
 
 

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from ..diagnostics import Explanation
-from ..introspection import is_compact
+from ..models.neural_attention_scorer import is_compact
 from .sizes import SIZE_TITLES, ModelSize
 
 

@@ -14,13 +14,16 @@ from torch import nn
 from transformers.utils import cached_file
 
 from ..introspection import patched_modules, unwrap
+from ..models.configuration_neural_patched import check_version
+from ..models.modeling_neural_patched import name_in
+from ..models.neural_attention_names import origin_of
 from ..models.neural_attention_scorer import NeuralScorer
 from ..uploading import upload
 from .errors import PatchError
 from .layers import attention_modules, listed
 from .patching import attach_scorers, check_model, check_whole, inspect_layers
 from .probing import AttentionCall
-from .records import check_plain, check_version, is_repository, record_of, scorers_of, transformers_class
+from .records import check_plain, is_repository, record_of, scorers_of, transformers_class
 
 
 WEIGHTS, RECORD = "neural_patch.safetensors", "neural_patch.json"
@@ -167,8 +170,8 @@ def load_patch(
     complain(base, record, where, [f"there is no attention module {name!r}" for name in scorers if name not in found])
     calls = inspect_layers(base, list(scorers), example_inputs)
     complain(base, record, where, [text for name, scorer in scorers.items() for text in misfits(name, scorer, calls[name])])
+    made_for, here = record["base_model"]["name_or_path"], origin_of(base)
     attach_scorers(base, scorers)
-    made_for, here = record["base_model"]["name_or_path"], getattr(getattr(base, "config", None), "name_or_path", None)
     if made_for and here and made_for != here:
         logger.warning("The patch %s was made for %s and is now on %s, which it fits in shape.", where, made_for, here)
     return model
@@ -199,13 +202,6 @@ def filled_scorers(record: dict[str, Any], weights: dict[str, torch.Tensor], whe
     for name, scorer in scorers.items():
         scorer.load_state_dict({part: weights[f"{name}.scorer.{part}"] for part in scorer.state_dict()}, assign=True)
     return scorers
-
-
-def name_in(base: Any, name: str) -> str:
-    """A layer's name in this model, where the patch was made for the same one with a head, or without."""
-    prefix = f"{getattr(base, 'base_model_prefix', '')}."
-    modules = dict(base.named_modules())
-    return next((each for each in (name, name.removeprefix(prefix), prefix + name) if each in modules), name)
 
 
 def misfits(name: str, scorer: NeuralScorer, call: AttentionCall) -> list[str]:

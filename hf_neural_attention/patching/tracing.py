@@ -12,13 +12,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_map_only
 from transformers import PreTrainedModel
 
-from ..introspection import left_as_it_was, observed
+from ..introspection import left_as_it_was, moved, observed
 from ..models.neural_attention_interface import neural_attention_forward
+from ..models.neural_attention_packing import Source
 from .inputs import possible_inputs
-from .packing import Source
 from .probing import describe, quiet
 
 
@@ -75,7 +74,7 @@ def run_until_reached(
         if (not isinstance(part, PreTrainedModel) and name) or all(map(reached, inside)):
             continue
         if example_inputs is not None and not name:
-            candidates = iter([tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), dict(example_inputs))])
+            candidates = iter([moved(dict(example_inputs), device)])
         else:
             candidates = random_inputs(part, device, dtype) if isinstance(part, PreTrainedModel) else iter(())
         reason = "its inputs are not known here"

@@ -6,8 +6,10 @@ from typing import Any
 from benchmarks.bars import Bar, RatioBar, bar_of_row, measure_kernels
 from benchmarks.cases import Case, Entry
 from benchmarks.checks import Checker
+from benchmarks.counted import least_seconds, products_per_second
 from benchmarks.measuring import Limits
 from benchmarks.models import COMPACT, GPT2_124M, STOCK, VIT_BASE, measure_decoding, measure_steps
+from benchmarks.reporting import BARS_COLUMNS, Columns, milliseconds
 
 
 # proj_dim, shape -> phase -> bound of the ratio to SDPA
@@ -20,6 +22,8 @@ GPT2_STEPS = {0.0: 0.80, 0.1: 0.45}  # dropout -> bound
 DECODING = {1024: 0.88, 4096: 0.75}  # cached tokens -> bound
 VIT_STEP = 0.86
 PARAMETERS, CACHE_BYTES = 0.89, 0.52
+
+COMPACT_COLUMNS: Columns = BARS_COLUMNS | {"least ms by count": milliseconds("least_seconds")}
 
 
 def operation_bars(device: str) -> Iterator[list[RatioBar]]:
@@ -44,8 +48,11 @@ def planned_compact_bars(device: str) -> Iterator[str]:
 
 
 def measure_compact_bars(device: str, checker: Checker, limits: Limits, step_limits: Limits) -> Iterator[dict[str, Any]]:
-    """A row for each bar."""
-    yield from measure_kernels(operation_bars(device), checker, limits)
+    """A row for each bar; of the operation on a CPU, also the least time by count (`benchmarks.counted`)."""
+    for group in operation_bars(device):
+        rate = products_per_second() if device == "cpu" else None
+        for row, item in zip(measure_kernels([group], checker, limits), group, strict=True):
+            yield row if rate is None else row | {"least_seconds": least_seconds(item.entry.case, rate)}
     both = (STOCK, COMPACT)
     steps = measure_steps(
         GPT2_124M, device, step_limits, batch_size=1, dropouts=tuple(GPT2_STEPS), forward=False, attentions=both

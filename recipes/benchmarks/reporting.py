@@ -23,6 +23,11 @@ LABELS = {
     "triton": "Triton",
     "blockwise": "blockwise",
     "reference": "reference",
+    "stock": "stock, SDPA",
+    "neural 2x1": "neural, (2, 1)",
+    "compact 2x1": "compact, (2, 1)",
+    "compact 16x2": "compact, (16, 2)",
+    "compact 16x8": "compact, (16, 8)",
 }
 COLORS = {
     "literal": "tab:red",
@@ -34,6 +39,11 @@ COLORS = {
     "triton": "tab:green",
     "blockwise": "tab:orange",
     "reference": "tab:purple",
+    "stock": "black",
+    "neural 2x1": "tab:cyan",
+    "compact 2x1": "tab:blue",
+    "compact 16x2": "tab:green",
+    "compact 16x8": "tab:orange",
 }
 PHASES = {"forward": "forward", "backward": "backward", "both": "forward + backward", "decode": "decode, one token"}
 STYLES = ("-", "--", ":", "-.")

@@ -76,7 +76,13 @@ def markdown(study: Study, found: Results, rows: list[dict[str, Any]], where: di
         "the median over turns, with quartiles. The time of all steps is that times their number. Memory is what training "
         "takes beyond the weights, at its peak (on a CPU of the whole process: a rough figure). A scorer is counted as dead "
         "if no unit of its last hidden layer is active for any pair of the examples that were looked at (all layers, heads "
-        "and seeds). Spread is the standard deviation of the network's scores within a row, mean over layers and seeds.",
+        "and seeds). Spread is the standard deviation of the network's scores within a row, mean over layers and seeds."
+        + (
+            " Of all scores, whatever makes them, it is pooled over the rows of a layer. A row is saturated if one key has "
+            "over 0.99 of its weight."
+            if "spread_at_start" in rows[0]
+            else ""
+        ),
         costs_table(study, rows),
         "Settings:",
         "\n".join(f"- {arm}: `{fields}`" for arm, fields in study.arms.items()),
@@ -117,7 +123,17 @@ def beside_all(study: Study, found: Results, rows: list[dict[str, Any]]) -> str:
     return markdown_table(["", *bases], lines)
 
 
+# Of all scores, whatever makes them: title and form of a column
+SCORE_COLUMNS = {
+    "spread_at_start": ("of all scores at start", "{:.3f}"),
+    "spread_at_end": ("at end", "{:.2f}"),
+    "saturated_at_end": ("saturated rows", "{:.1%}"),
+}
+
+
 def costs_table(study: Study, rows: list[dict[str, Any]]) -> str:
+    looked_at = SCORE_COLUMNS if "spread_at_start" in rows[0] else {}
+
     def line(row: dict[str, Any]) -> list[str]:
         dead = [f"{row[name]} of {row['scorers']}" if row["scorers"] else "" for name in ("dead_at_start", "dead_at_end")]
         return [
@@ -131,11 +147,13 @@ def costs_table(study: Study, rows: list[dict[str, Any]]) -> str:
             f"{row['training_memory'] / 2**20:,.0f}",
             *dead,
             "" if row["score_std"] is None else f"{row['score_std']:.2f}",
+            *("" if row[name] is None else form.format(row[name]) for name, (_, form) in looked_at.items()),
         ]
 
     base = study.baseline
     header = ["arm", "steps", "parameters", "of scorers", "s / step", f"/ {base}", f"all steps / {base}", "MiB"]
-    return markdown_table([*header, "dead scorers at start", "at end", "spread at end"], [line(row) for row in rows])
+    header += ["dead scorers at start", "at end", "spread at end", *(title for title, _ in looked_at.values())]
+    return markdown_table(header, [line(row) for row in rows])
 
 
 def summary(study: Study, found: Results, rows: list[dict[str, Any]]) -> str:

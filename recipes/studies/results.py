@@ -155,9 +155,27 @@ def summarize(study: Study, found: Results, costs: dict[str, Any]) -> list[dict[
                 "dead_at_start": sum(layer["dead"] for each in runs.values() for layer in each["scorer_health"]["start"]),
                 "dead_at_end": sum(layer["dead"] for layer in health),
                 "score_std": statistics.mean(layer["score_std"] for layer in health) if health else None,
+                **scores_of(found, runs),
             }
         )
     return rows
+
+
+def scores_of(found: Results, runs: dict[int, dict[str, Any]]) -> dict[str, float | None]:
+    """Spread of attention scores and saturation of rows, mean over layers and seeds; nothing where no run of the study has
+    looked at them, as runs before these figures were taken."""
+    if not any("score_statistics" in each for of_arm in found.values() for each in of_arm.values()):
+        return {}
+
+    def mean(when: str, name: str) -> float | None:
+        values = [layer[name] for each in runs.values() for layer in each.get("score_statistics", {}).get(when, ())]
+        return statistics.mean(values) if values else None
+
+    return {
+        "spread_at_start": mean("start", "spread"),
+        "spread_at_end": mean("end", "spread"),
+        "saturated_at_end": mean("end", "saturated"),
+    }
 
 
 def relative_steps(record: dict[str, Any], base: dict[int, dict[str, Any]]) -> float:

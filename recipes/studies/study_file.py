@@ -16,6 +16,17 @@ from training.arms import Arm
 SCRIPTS = Path(__file__).parents[1]
 COSTS = "costs.json"
 SAME_TIME = "same_time_as"
+
+# Settings of an arm that do not change what a step costs
+OF_THE_SAME_STEP = {
+    SAME_TIME,
+    "learning_rate",
+    "max_steps",
+    "neural_init",
+    "score_spread",
+    "scorer_learning_rate",
+    "scorer_weight_decay",
+}
 RECIPES = {"language_modeling.py": text_task, "image_classification.py": image_task}
 
 
@@ -85,11 +96,11 @@ class Study:
         return Arm(self.arms[arm]["attention"])
 
     def timed_as(self, arm: str) -> str:
-        """The first arm whose steps are the same: rates, the scorers' decay and start, and the number of steps change none."""
+        """The first arm whose steps are the same: rates, decay and start of scorers and scores, and the number of steps
+        change none."""
 
         def model(name: str) -> dict[str, Any]:
-            unlike = (SAME_TIME, "max_steps", "learning_rate", "neural_init", "scorer_learning_rate", "scorer_weight_decay")
-            return {key: value for key, value in self.settings(name).items() if key not in unlike}
+            return {key: value for key, value in self.settings(name).items() if key not in OF_THE_SAME_STEP}
 
         return next(other for other in self.arms if model(other) == model(arm))
 

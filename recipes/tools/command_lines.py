@@ -70,3 +70,10 @@ def as_flags(content: dict[str, Any]) -> list[str]:
         values = values or ["none"]  # stands for an empty list of layers
         flags += [json.dumps(item) if isinstance(item, dict) else str(item) for item in values]
     return flags
+
+
+def at_least(name: str, value: float | None, least: float, why: str = "") -> None:
+    """Raises a ValueError if the argument of that name is given and smaller. For `__post_init__` of a dataclass, whose errors
+    `parse_arguments` shows."""
+    if value is not None and not value >= least:
+        raise ValueError(f"--{name} is {value}; expected at least {least}{f', since {why}' if why else ''}.")

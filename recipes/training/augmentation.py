@@ -14,6 +14,8 @@ from PIL import Image as PIL
 from PIL import ImageEnhance, ImageOps
 from transformers import BaseImageProcessor, TrainerCallback
 
+from training.image_modes import to_rgb
+
 
 AUGMENTATIONS = ("none", "crop", "paper")
 
@@ -40,7 +42,7 @@ class AugmentedImages(torch.utils.data.Dataset[dict[str, Any]]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         generator = random.Random(f"{self.seed} {int(self.epoch)} {index}")
         example = self.data[index]
-        image = augment(example["image"].convert("RGB"), self.augmentation, self.size, generator)
+        image = augment(to_rgb(example["image"]), self.augmentation, self.size, generator)
         pixels = self.processor(image, return_tensors="pt")["pixel_values"][0]
         return {"pixel_values": pixels, "labels": example["label"]}
 

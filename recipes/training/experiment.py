@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
 
-from hf_neural_attention import patch_status
-from hf_neural_attention.analysis import scorer_health
+from hf_neural_attention import patch_status, start_scores
+from hf_neural_attention.analysis import score_statistics, scorer_health
 from hf_neural_attention.models.neural_attention_compact import CompactAttentionMixin
+from hf_neural_attention.starting import ScoreStart
 from training.arms import Arm
 from training.scorer_trainer import ScorerTrainer
 
@@ -30,6 +31,8 @@ class Experiment:
         trainer_arguments: further arguments of `Trainer` (data sets, collator, processing class, metrics).
         settings: every argument of the command line, for `run.json`.
         scorer_settings: what `ScorerTrainer` takes beside `Trainer`'s arguments.
+        score_spread: that the attention scores of every arm start with; None leaves them as they are initialised.
+        score_starts: what that has changed in each arm's model.
     """
 
     training: TrainingArguments
@@ -39,6 +42,8 @@ class Experiment:
     trainer_arguments: dict[str, Any]
     settings: dict[str, Any]
     scorer_settings: dict[str, Any] = field(default_factory=dict)
+    score_spread: float | None = None
+    score_starts: dict[Arm, ScoreStart] = field(default_factory=dict)
 
     @property
     def folder(self) -> Path:
@@ -60,11 +65,18 @@ class Experiment:
         )
 
     def initial_model(self, arm: Arm) -> PreTrainedModel:
-        """The arm's model; a neural one takes all weights that it shares with the stock one from that."""
+        """The arm's model; a neural one takes all weights that it shares with the stock one from that.
+
+        Raises:
+            ValueError: if scores are to start otherwise, and cannot.
+        """
         model = self.build_model(arm)
         if arm.is_neural:
             set_seed(self.training.seed)
             share_weights(model, self.build_model(Arm.DOT))
+        if self.score_spread is not None:
+            batch = self.first_batch("train_dataset", self.training.per_device_train_batch_size)
+            self.score_starts[arm] = start_scores(model, batch, self.score_spread)
         return model
 
     def trainer(self, arm: Arm, model: PreTrainedModel, *callbacks: TrainerCallback, **changes: Any) -> ScorerTrainer:
@@ -85,11 +97,21 @@ class Experiment:
     def health(self, trainer: Trainer) -> list[dict[str, Any]]:
         """Of each layer's scorers, on a few examples of the validation data. By all processes: parameters may be sharded."""
         model: Any = trainer.model
-        if not patch_status(model):
+        if not any(layer.mode != "thin" for layer in patch_status(model)):
             return []
         batch = self.first_batch("eval_dataset", HEALTH_EXAMPLES)
         with trainer.accelerator.autocast():
             return [layer._asdict() for layer in scorer_health(model, **batch)]
+
+    def scores(self, trainer: Trainer) -> list[dict[str, Any]]:
+        """Spread, entropy and saturation of each attention layer's scores, on the same examples; by all processes as well."""
+        batch = self.first_batch("eval_dataset", HEALTH_EXAMPLES)
+        try:
+            with trainer.accelerator.autocast():
+                return [layer._asdict() for layer in score_statistics(trainer.model, **batch)]
+        except ValueError as error:
+            self.say(f"The scores of this model cannot be looked at: {error}")
+            return []
 
 
 def share_weights(model: PreTrainedModel, stock: PreTrainedModel) -> None:

@@ -18,7 +18,9 @@ from transformers import (
 
 from hf_neural_attention.metrics import Accuracy
 from training.augmentation import AugmentedImages, CountEpochs
-from training.images import EMBEDDED, ImageArguments, LabelledImages, with_pixels
+from training.image_modes import to_rgb
+from training.images import EMBEDDED, ImageArguments, LabelledImages
+from training.pixels import with_pixels
 from training.prepared_data import PreparedData
 from training.reporting import Task
 
@@ -26,6 +28,7 @@ from training.reporting import Task
 TASK = "image classification"
 PIPELINE_TAG = "image-classification"
 GRID_ROWS, GRID_COLUMNS = 3, 8
+MEASURES = ("loss", "accuracy")  # by an evaluation on the way
 
 
 def prepare(
@@ -50,16 +53,23 @@ def prepare(
             "eval_dataset": held_out["validation"],
             "data_collator": default_data_collator,
             "processing_class": processor,
-            "compute_metrics": compute_accuracy,
+            "compute_metrics": AccuracyOfBatches(),
             "callbacks": [CountEpochs(training_images), *callbacks],
         },
         task=describe_task(images, image),
     )
 
 
-def compute_accuracy(prediction: EvalPrediction) -> dict[str, float]:
-    predictions = np.argmax(prediction.predictions, axis=-1)
-    return Accuracy(keep_in_memory=True).compute(predictions=predictions, references=prediction.label_ids)
+class AccuracyOfBatches:
+    """Accuracy of a whole evaluation, or of its batches one after the other (`--batch_eval_metrics`)."""
+
+    def __init__(self) -> None:
+        self.metric = Accuracy(keep_in_memory=True)
+
+    def __call__(self, prediction: EvalPrediction, compute_result: bool = True) -> dict[str, float]:
+        logits, labels = torch.as_tensor(prediction.predictions), torch.as_tensor(prediction.label_ids)
+        self.metric.add_batch(predictions=logits.argmax(-1).tolist(), references=labels.tolist())
+        return self.metric.compute() if compute_result else {}
 
 
 def final_figures(trainer: Trainer, datasets: dict[str, Dataset]) -> dict[str, float]:
@@ -92,7 +102,7 @@ def draw_predictions(
         axis.axis("off")
     for axis, example, guess in zip(axes.flat, chosen, guesses, strict=False):
         hit = guess == example["label"]
-        axis.imshow(example["image"].convert("RGB"))
+        axis.imshow(to_rgb(example["image"]))
         title = images.labels[guess] if hit else f"{images.labels[guess]}\n(not {images.labels[example['label']]})"
         axis.set_title(title, fontsize=8, color="black" if hit else "tab:red")
     figure.savefig(folder / "predictions.png", dpi=120)

@@ -1,22 +1,26 @@
-"""Images to classify: loading, labels, pixels."""
+"""Images to classify: where they come from, and which of their columns are images and labels."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
+from glob import escape
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, load_dataset
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value, load_dataset
 from datasets.data_files import EmptyDatasetError
+from datasets.exceptions import DatasetsError
 from PIL import Image as PIL
-from transformers import BaseImageProcessor
 
-from training.augmentation import AUGMENTATIONS, resize
+from tools.command_lines import at_least
+from training.augmentation import AUGMENTATIONS
+from training.data_files import ALIASES, SPLITS, cause_of, files_of_splits, in_one_line, kind_of, read_files
 from training.hub_datasets import load_hub_dataset
+from training.labels import can_be_class_label, hold_out, is_class_label, with_classes
+from training.pixels import check_images
 
 
 EMBEDDED = "embedded"
-HELD_OUT_SHARE = 0.1
 
 
 @dataclass
@@ -32,7 +36,9 @@ class ImageArguments:
     )
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration on the Hub."})
     image_column_name: str | None = field(default=None, metadata={"help": "Default: the only column of images."})
-    label_column_name: str | None = field(default=None, metadata={"help": "Default: the only column of class labels."})
+    label_column_name: str | None = field(
+        default=None, metadata={"help": "Default: the only column of class labels, or else of strings or integers."}
+    )
     image_size: int = field(default=32, metadata={"help": "Side of the square that the model sees, in pixels."})
     augmentation: str = field(
         default="crop",
@@ -44,6 +50,11 @@ class ImageArguments:
     )
     max_train_samples: int | None = field(default=None, metadata={"help": "Train on so many images only."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on so many images only."})
+
+    def __post_init__(self) -> None:
+        """Raises a ValueError for sizes of nothing."""
+        for name in ("image_size", "max_train_samples", "max_eval_samples"):
+            at_least(name, getattr(self, name), 1)
 
 
 @dataclass
@@ -58,29 +69,23 @@ def load_images(arguments: ImageArguments, seed: int) -> LabelledImages:
     """Loads the data set; where it has no validation split, a tenth of the training split, drawn by `seed`, serves.
 
     Raises:
-        SystemExit: naming what was not found, and what was expected.
+        SystemExit: naming what was not found, or is not as it must be, and what was expected.
     """
+    name = arguments.dataset_name
     splits = load_splits(arguments)
-    features = splits["train"].features
-    image = only_column(features, Image, arguments.image_column_name, "image_column_name", arguments)
-    label = only_column(features, ClassLabel, arguments.label_column_name, "label_column_name", arguments)
-    labels = features[label].names
-    for split, data in splits.items():
-        if data.features[label].names != labels:
-            raise SystemExit(f"Split {split} of {arguments.dataset_name} has other labels than split train.")
-        data = data.select_columns([image, label])
-        splits[split] = data.rename_columns({old: new for old, new in ((image, "image"), (label, "label")) if old != new})
-    if "test" not in splits:
-        splits |= splits["train"].train_test_split(HELD_OUT_SHARE, seed=seed, stratify_by_column="label")
-    if "validation" not in splits:
-        parts = splits["train"].train_test_split(HELD_OUT_SHARE, seed=seed, stratify_by_column="label")
-        splits["train"], splits["validation"] = parts["train"], parts["test"]
+    splits = DatasetDict({split: standard_columns(splits[split], split, arguments) for split in SPLITS if split in splits})
+    splits, labels = with_classes(splits, name)
+    loaded = set(splits)
+    splits = DatasetDict({split: data.add_column("row", np.arange(data.num_rows)) for split, data in splits.items()})
+    splits = hold_out(splits, seed, name)
     limits = {"train": arguments.max_train_samples}
     for split, data in splits.items():
         limit = limits.get(split, arguments.max_eval_samples)
         if limit is not None and limit < data.num_rows:
             # draws them, since some data sets come sorted by class
             splits[split] = data.shuffle(seed=seed).select(range(limit))
+        check_images(splits[split], f"Split {split if split in loaded else 'train'} of {name}")
+        splits[split] = splits[split].remove_columns("row")
     return LabelledImages(splits, labels)
 
 
@@ -90,13 +95,8 @@ def load_splits(arguments: ImageArguments) -> DatasetDict:
         return embedded_digits()
     path = Path(name)
     if path.is_dir():
-        files: dict[str, list[str]] = {}
-        for file in sorted(path.glob("*.parquet")):  # takes train.parquet, or train-00000-of-00001.parquet as on the Hub
-            files.setdefault(file.stem.split("-")[0], []).append(str(file))
-        try:
-            splits = load_dataset("parquet", data_files=files) if files else load_dataset("imagefolder", data_dir=name)
-        except EmptyDatasetError:
-            raise SystemExit(f"The folder {name} has no train.parquet and no train/CLASS/*.png.") from None
+        files = files_of_splits(path, (".parquet",), arguments.dataset_config_name)
+        splits = read_files(files) if files else read_image_folder(path)
     elif path.exists() or name.startswith((".", "/")) or path.suffix:
         raise SystemExit(f"{name} is no folder. Expected a folder with train.parquet, or with train/CLASS/*.png.")
     else:
@@ -106,21 +106,74 @@ def load_splits(arguments: ImageArguments) -> DatasetDict:
     return splits
 
 
-def only_column(features: Features, kind: type, wanted: str | None, flag: str, arguments: ImageArguments) -> str:
-    columns = [name for name, feature in features.items() if isinstance(feature, kind)]
+def read_image_folder(folder: Path) -> DatasetDict:
+    """Folders of the splits with a folder for each class (`train/CLASS/*.png`), or what else `imagefolder` knows."""
+    found = {ALIASES.get(part.name, part.name): part for part in sorted(folder.iterdir()) if part.is_dir()}
+    # reads them one by one, since one without classes, as of hidden labels, would take the others' classes with it
+    parts: dict[str, Any] = {
+        split: {"data_files": f"{escape(str(found[split]))}/**", "split": "train"} for split in SPLITS if split in found
+    }
+    try:
+        if "train" in parts:
+            return DatasetDict({split: load_dataset("imagefolder", **part) for split, part in parts.items()})
+        return load_dataset("imagefolder", data_dir=str(folder))
+    except (EmptyDatasetError, FileNotFoundError):
+        raise SystemExit(f"The folder {folder} has no train.parquet and no train/CLASS/*.png.") from None
+    except (DatasetsError, ValueError) as error:
+        raise SystemExit(f"The folder {folder} cannot be read: {in_one_line(cause_of(error))}") from None
+
+
+def standard_columns(data: Dataset, split: str, arguments: ImageArguments) -> Dataset:
+    """Its images and labels, as columns `image` and `label`; the latter may be missing in a split that is not for training."""
+    where = f"Split {split} of {arguments.dataset_name}"
+    image = the_column(
+        data.features, (is_image, can_be_image), "images", arguments.image_column_name, "image_column_name", where
+    )
+    kinds, wanted = (is_class_label, can_be_class_label), arguments.label_column_name
+    left = Features({name: feature for name, feature in data.features.items() if name != image})
+    if split != "train" and not any(kind(feature) for kind in kinds for feature in left.values()):
+        return data.select_columns([image]).rename_columns({image: "image"}).cast_column("image", Image())
+    label = the_column(left, kinds, "class labels", wanted, "label_column_name", where)
+    data = data.select_columns([image, label])
+    data = data.rename_columns({old: new for old, new in ((image, "image"), (label, "label")) if old != new})
+    return data.cast_column("image", Image())
+
+
+def is_image(feature: Any) -> bool:
+    return isinstance(feature, Image)
+
+
+def can_be_image(feature: Any) -> bool:
+    """Whether it holds files of images, as libraries other than `datasets` write them."""
+    return feature in (Value("binary"), Value("large_binary")) or (
+        isinstance(feature, dict) and feature.keys() == {"bytes", "path"}
+    )
+
+
+def the_column(
+    features: Features, kinds: tuple[Callable[[Any], bool], ...], what: str, wanted: str | None, flag: str, where: str
+) -> str:
+    """The column that is wanted, or the only one of the first kind that there is one of.
+
+    Raises:
+        SystemExit: if there is none, or several.
+    """
+    columns = [[name for name, feature in features.items() if kind(feature)] for kind in kinds]
     if wanted is not None:
-        if wanted not in columns:
-            raise SystemExit(
-                f"{arguments.dataset_name} has no column {wanted!r} of type {kind.__name__}; it has: "
-                f"{', '.join(columns) or 'none'}."
-            )
+        if not any(wanted in names for names in columns):
+            raise SystemExit(f"{where} has no column {wanted!r} of {what}; it has {described(features)}.")
         return wanted
-    if len(columns) != 1:
-        raise SystemExit(
-            f"{arguments.dataset_name} has {len(columns) or 'no'} columns of type {kind.__name__} "
-            f"({', '.join(columns) or ', '.join(features)}). Choose one with --{flag}."
-        )
-    return columns[0]
+    found = next(filter(None, columns), [])
+    if not found:
+        raise SystemExit(f"{where} has no column of {what}; it has {described(features)}.")
+    if len(found) > 1:
+        raise SystemExit(f"{where} has {len(found)} columns of {what} ({', '.join(found)}). Choose one with --{flag}.")
+    return found[0]
+
+
+def described(features: Features) -> str:
+    """Columns with what they hold."""
+    return ", ".join(f"{name} ({kind_of(feature)})" for name, feature in features.items()) or "no other columns"
 
 
 def embedded_digits() -> DatasetDict:
@@ -128,19 +181,10 @@ def embedded_digits() -> DatasetDict:
     from sklearn.datasets import load_digits
 
     digits = load_digits()
-    images = [PIL.fromarray((image * (255 / 16)).astype(np.uint8)) for image in digits.images]
     features = Features({"image": Image(), "label": ClassLabel(names=[str(name) for name in digits.target_names])})
-    everything = Dataset.from_dict({"image": images, "label": digits.target.tolist()}, features=features)
-    test = range(0, len(images), 5)
-    train = [index for index in range(len(images)) if index % 5]
-    return DatasetDict(train=everything.select(train), test=everything.select(test))
-
-
-def with_pixels(data: Dataset, processor: BaseImageProcessor, size: int) -> Dataset:
-    """The data set with `pixel_values` and `labels`, computed when an example is read."""
-    return data.with_transform(partial(make_pixels, processor=processor, size=size))
-
-
-def make_pixels(batch: dict[str, Any], processor: BaseImageProcessor, size: int) -> dict[str, Any]:
-    images = [resize(image.convert("RGB"), size) for image in batch["image"]]
-    return {"pixel_values": processor(images, return_tensors="pt")["pixel_values"], "labels": batch["label"]}
+    is_test = np.arange(len(digits.images)) % 5 == 0
+    splits = DatasetDict()
+    for split, chosen in {"train": ~is_test, "test": is_test}.items():
+        images = [PIL.fromarray((image * (255 / 16)).astype(np.uint8)) for image in digits.images[chosen]]
+        splits[split] = Dataset.from_dict({"image": images, "label": digits.target[chosen].tolist()}, features=features)
+    return splits

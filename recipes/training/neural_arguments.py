@@ -37,6 +37,14 @@ class NeuralArguments:
         metadata={"help": "Project hidden states straight to the scorers' first layer: the compact form. Default: False."},
     )
     neural_init: str | None = field(default=None, metadata={"help": "mirrored (default) or paper."})
+    score_spread: float | None = field(
+        default=None,
+        metadata={
+            "help": "Standard deviation within rows that attention scores start with, in every model that is trained, dot "
+            "product or neural (`start_scores`, measured on the first batch). 0: attention without scores, uniform for ever "
+            "(dot product only). Default: what the models' own initialisation gives."
+        },
+    )
     scorer_learning_rate: float | None = field(
         default=None, metadata={"help": "Of the scorers' weights. Default: that of all others."}
     )

@@ -35,7 +35,15 @@ class PreparedData:
 
         Args:
             others: dataclasses of further arguments, recorded with the run.
+
+        Raises:
+            SystemExit: if the only batch is one that is dropped.
         """
+        examples, step = len(self.trainer_arguments["train_dataset"]), training.train_batch_size * training.world_size
+        if training.dataloader_drop_last and examples < step:
+            raise SystemExit(
+                f"--dataloader_drop_last leaves nothing to train on: {examples} examples are less than a batch of {step}."
+            )
         return Experiment(
             training=training,
             build_model=build_model,
@@ -44,4 +52,5 @@ class PreparedData:
             trainer_arguments=self.trainer_arguments,
             settings=settings_of(*others, neural, training) | ({"train_tokens": self.fingerprint} if self.fingerprint else {}),
             scorer_settings=neural.scorer_settings(),
+            score_spread=neural.score_spread,
         )

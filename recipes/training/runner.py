@@ -86,7 +86,7 @@ def run_arm(experiment: Experiment, arm: Arm) -> dict[str, Any]:
     parameters = {name: parameter.numel() for name, parameter in model.named_parameters()}  # counts before they are sharded
     use_cache = getattr(model.config, "use_cache", None)
     trainer = experiment.trainer(arm, model, StepClock())
-    health = {"start": experiment.health(trainer)}
+    health, scores = {"start": experiment.health(trainer)}, {"start": experiment.scores(trainer)}
     checkpoint = last_whole_checkpoint(folder, experiment.say)
     experiment.say(f"{arm}: {'resuming from ' + checkpoint if checkpoint else 'training from the start'}")
     with checkpoints_as_they_are(model), peak_memory(experiment.training.device.type) as memory:
@@ -99,7 +99,7 @@ def run_arm(experiment: Experiment, arm: Arm) -> dict[str, Any]:
     elif hasattr(model.config, "use_cache"):
         del model.config.use_cache
     trainer.save_model()
-    health["end"] = experiment.health(trainer)
+    health["end"], scores["end"] = experiment.health(trainer), experiment.scores(trainer)
     results = {
         "attention": arm,
         "parameters": sum(parameters.values()),
@@ -111,6 +111,9 @@ def run_arm(experiment: Experiment, arm: Arm) -> dict[str, Any]:
         "training_memory": memory.size,
         "metrics": experiment.evaluate(trainer),
         "scorer_health": health,
+        "score_spread": experiment.score_spread,
+        "score_start": [layer._asdict() for layer in experiment.score_starts.get(arm, ())],
+        "score_statistics": scores,
         "config": model.config.to_diff_dict(),
         "history": trainer.state.log_history,
     }

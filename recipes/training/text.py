@@ -9,14 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, DatasetDict, load_dataset
+from datasets import Dataset, DatasetDict, Value
 from tokenizers import processors
 from transformers import AutoTokenizer, BertTokenizer, GPT2Tokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from tools.command_lines import at_least
+from training.data_files import SPLITS, Files, files_of_splits, kind_of, read_files
 from training.hub_datasets import load_hub_dataset
 
 
-SPLITS = ("train", "validation", "test")
+SUFFIXES = (".txt", ".parquet", ".json", ".jsonl", ".csv")
 EMBEDDED = "embedded"
 HELD_OUT_SHARE = 0.05
 
@@ -46,6 +48,15 @@ class TextArguments:
     max_train_samples: int | None = field(default=None, metadata={"help": "Train on the first so many blocks only."})
     max_eval_tokens: int | None = field(default=None, metadata={"help": "Evaluate the first so many tokens only."})
 
+    def __post_init__(self) -> None:
+        """Raises a ValueError for sizes with which there is nothing to train on, or to predict."""
+        at_least("block_size", self.block_size, 2, "the first token of a block is predicted from nothing")
+        at_least("max_eval_tokens", self.max_eval_tokens, 2, "the first token is predicted from nothing")
+        at_least("max_train_samples", self.max_train_samples, 1)
+        at_least("vocab_size", self.vocab_size, 257, "a byte-level BPE has all bytes and an end of text")
+        if self.stride is not None and not 0 < self.stride <= self.block_size:
+            raise ValueError(f"--stride {self.stride} must be from 1 to --block_size, {self.block_size} tokens.")
+
 
 def load_text(arguments: TextArguments) -> DatasetDict:
     """Splits train, validation and test with a column of text, line breaks kept.
@@ -58,56 +69,74 @@ def load_text(arguments: TextArguments) -> DatasetDict:
         return embedded_text(arguments.text_column_name)
     path = Path(name)
     if path.exists():
-        files = {str(key): str(value) for key, value in files_of(path).items()}
-        kind = Path(next(iter(files.values()))).suffix.lstrip(".")
-        builder = {"txt": "text", "jsonl": "json"}.get(kind, kind)
-        options = {"keep_linebreaks": True} if builder == "text" else {}
-        splits = load_dataset(builder, data_files=files, **options)
+        splits = read_files(text_files(path, arguments.dataset_config_name))
     elif name.startswith((".", os.sep)) or path.suffix:
         raise SystemExit(f"There is no file or folder {name}.")
     else:
         splits = load_hub_dataset(name, arguments.dataset_config_name)
-    check_columns(splits, arguments)
-    return with_held_out_splits(splits)
+    if "train" not in splits:
+        raise SystemExit(f"{name} has no split train; it has {', '.join(splits)}.")
+    kept = {split: only_texts(splits[split], split, arguments) for split in SPLITS if split in splits}
+    return with_held_out_splits(DatasetDict(kept), name)
 
 
-def files_of(path: Path) -> dict[str, Path]:
-    """The file of each split: a folder's `train.*`, `validation.*` (or `valid.*`, `val.*`) and `test.*`, or one file."""
-    suffixes = (".txt", ".parquet", ".json", ".jsonl", ".csv")
+def text_files(path: Path, config: str | None) -> Files:
+    """The files of each split: those of a folder, or one file to be cut."""
     if path.is_file():
-        if path.suffix not in suffixes:
-            raise SystemExit(f"{path} is none of {', '.join(suffixes)}.")
-        return {"train": path}
-    aliases = {"valid": "validation", "val": "validation", "dev": "validation"}
-    found = {aliases.get(file.stem, file.stem): file for file in sorted(path.iterdir()) if file.suffix in suffixes}
-    found = {split: found[split] for split in SPLITS if split in found}
+        if path.suffix not in SUFFIXES:
+            raise SystemExit(f"{path} is none of {', '.join(SUFFIXES)}.")
+        return {"train": [path]}
+    found = files_of_splits(path, SUFFIXES, config)
     if "train" not in found:
-        names = ", ".join(f"train{suffix}" for suffix in suffixes)
-        raise SystemExit(f"The folder {path} has no training text: expected one of {names}.")
-    if len({file.suffix for file in found.values()}) > 1:
-        raise SystemExit(f"The splits in {path} have different formats: {', '.join(file.name for file in found.values())}.")
+        names = ", ".join(f"train{suffix}" for suffix in SUFFIXES)
+        raise SystemExit(f"The folder {path} has no training text: expected one of {names}, there or in its folder data.")
     return found
 
 
-def check_columns(splits: DatasetDict, arguments: TextArguments) -> None:
-    for split, data in splits.items():
-        if arguments.text_column_name not in data.column_names:
-            raise SystemExit(
-                f"Split {split} of {arguments.dataset_name} has no column {arguments.text_column_name!r}; it has "
-                f"{', '.join(data.column_names)}. Choose one with --text_column_name."
-            )
-        if data.num_rows == 0:
-            raise SystemExit(f"Split {split} of {arguments.dataset_name} is empty.")
+def only_texts(data: Dataset, split: str, arguments: TextArguments) -> Dataset:
+    """The column of texts, without rows that have none.
+
+    Raises:
+        SystemExit: if there is no such column, or it holds something else.
+    """
+    column, where = arguments.text_column_name, f"Split {split} of {arguments.dataset_name}"
+    if column not in data.column_names:
+        raise SystemExit(
+            f"{where} has no column {column!r}; it has {', '.join(data.column_names)}. Choose one with --text_column_name."
+        )
+    data = data.select_columns(column)
+    has_text = data.with_format("arrow")[:][column].is_valid().to_numpy()
+    if not has_text.any():
+        raise SystemExit(f"{where} has no text: its column {column!r} is empty in each of {data.num_rows} rows.")
+    if data.features[column] not in (Value("string"), Value("large_string")):
+        raise SystemExit(
+            f"{where} has no text in its column {column!r}, but {kind_of(data.features[column])}. Choose another with "
+            "--text_column_name, or write the texts as strings."
+        )
+    if not has_text.all():
+        print(f"Note: {where} has no text in {(~has_text).sum():,} of {data.num_rows:,} rows, which are left out.")
+        data = data.select(np.flatnonzero(has_text))
+    return data
 
 
-def with_held_out_splits(splits: DatasetDict) -> DatasetDict:
-    """Where a data set brings no validation or test split, the end of its training text serves."""
-    for split in ("test", "validation"):
-        if split not in splits:
-            train = splits["train"]
-            kept = train.num_rows - max(1, round(HELD_OUT_SHARE * train.num_rows))
-            splits[split] = train.select(range(kept, train.num_rows))
-            splits["train"] = train.select(range(kept))
+def with_held_out_splits(splits: DatasetDict, name: str) -> DatasetDict:
+    """Where a data set brings no validation or test split, the end of its training text serves.
+
+    Raises:
+        SystemExit: if the training text has too few rows to be cut.
+    """
+    missing = [split for split in ("test", "validation") if split not in splits]
+    rows = splits["train"].num_rows
+    if rows <= len(missing):
+        raise SystemExit(
+            f"Split train of {name} has {rows} row(s), and its last rows are to serve as split {' and '.join(missing)}. Give "
+            f"files of these splits, or a training text of at least {len(missing) + 1} rows."
+        )
+    for split in missing:
+        train = splits["train"]
+        kept = train.num_rows - max(1, round(HELD_OUT_SHARE * train.num_rows))
+        splits[split] = train.select(range(kept, train.num_rows))
+        splits["train"] = train.select(range(kept))
     return splits
 
 
@@ -194,14 +223,17 @@ def tokenize(split: Dataset, column: str, tokenizer: PreTrainedTokenizerBase) ->
     return TokenizedText(np.concatenate(parts), np.cumsum(num_tokens), np.cumsum(num_words))
 
 
-def cut_into_blocks(tokens: np.ndarray, block_size: int, limit: int | None = None) -> Dataset:
+def cut_into_blocks(tokens: np.ndarray, block_size: int, limit: int | None = None, name: str = "The text") -> Dataset:
     """Training examples of `block_size` tokens; what is left over at the end is dropped.
+
+    Args:
+        name: of the text, in errors.
 
     Raises:
         SystemExit: if the text is shorter than one block.
     """
     count = len(tokens) // block_size
     if count == 0:
-        raise SystemExit(f"The text has {len(tokens)} tokens, less than one block of --block_size {block_size}.")
+        raise SystemExit(f"{name} has {len(tokens)} tokens, less than one block of --block_size {block_size}.")
     blocks = tokens[: count * block_size].reshape(count, block_size)[:limit]
     return Dataset.from_dict({"input_ids": blocks}).with_format("torch")

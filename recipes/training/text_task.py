@@ -16,15 +16,23 @@ from training.text import EMBEDDED, TextArguments, TokenizedText, cut_into_block
 TASK = "language modelling"
 PIPELINE_TAG = "text-generation"
 SAMPLE_TOKENS = 60
+MEASURES = ("loss",)  # by an evaluation on the way
 
 
 def prepare(
     text: TextArguments, splits: DatasetDict, tokenizer: PreTrainedTokenizerBase, prompt: str | None, seed: int
 ) -> PreparedData:
-    """Text as blocks to train on, and what is measured on the held-out splits."""
+    """Text as blocks to train on, and what is measured on the held-out splits.
+
+    Raises:
+        SystemExit: naming the split that is too short.
+    """
     texts = {split: tokenize(data, text.text_column_name, tokenizer) for split, data in splits.items()}
     counts = ", ".join(f"{split} {len(part.tokens):,}" for split, part in texts.items())
     print(f"Tokens: {counts}; vocabulary {len(tokenizer):,}")
+    name = f"of {text.dataset_name}"
+    if len(texts["test"].tokens) < 2:
+        raise SystemExit(f"Split test {name} has {len(texts['test'].tokens)} token(s), too few to predict any.")
     limit = text.max_eval_tokens and max(1, text.max_eval_tokens // text.block_size)
     lines = (line for line in splits["test"][text.text_column_name] if line.strip())
     start = prompt or " ".join(next(lines, tokenizer.eos_token or "The").split()[:6])
@@ -33,8 +41,10 @@ def prepare(
         evaluate=lambda trainer: final_figures(trainer, held_out, text),
         show=lambda model, folder: generate_sample(model, folder, tokenizer, start, seed),
         trainer_arguments={
-            "train_dataset": cut_into_blocks(texts["train"].tokens, text.block_size, text.max_train_samples),
-            "eval_dataset": cut_into_blocks(texts["validation"].tokens, text.block_size, limit),
+            "train_dataset": cut_into_blocks(
+                texts["train"].tokens, text.block_size, text.max_train_samples, f"Split train {name}"
+            ),
+            "eval_dataset": cut_into_blocks(texts["validation"].tokens, text.block_size, limit, f"Split validation {name}"),
             "data_collator": collate,
             "processing_class": tokenizer,
         },

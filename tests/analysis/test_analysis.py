@@ -126,7 +126,7 @@ def test_inputs_that_reach_no_layer():
     inputs = FAMILIES["t5"].inputs()
     model = patch(FAMILIES["t5"].model(), ["encoder.block.0.layer.0.SelfAttention"], mode="replace")
     encoded = model.encoder(inputs["input_ids"])
-    with pytest.raises(ValueError, match="reach no neural layer"):
+    with pytest.raises(ValueError, match="reach none of these layers"):
         analysis.scorer_health(model, encoder_outputs=encoded, decoder_input_ids=inputs["input_ids"])
 
 

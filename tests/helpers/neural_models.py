@@ -54,6 +54,9 @@ VARIANTS = {
     "residual": {"neural_layers": "all", "neural_mode": "residual"},
     "per head": {"neural_layers": "all", "neural_per_head": True, "neural_proj_dim": 4},
     "compact per head": {"neural_layers": "all", "neural_per_head": True, **COMPACT},
+    "thin": {**ALL, "neural_mode": "thin"},
+    "thin per head": {**ALL, "neural_mode": "thin", "neural_per_head": True},
+    "compact thin": {**ALL, "neural_mode": "thin", "neural_compact": True},
 }
 
 

@@ -10,6 +10,7 @@ from torch.nn.functional import layer_norm, relu
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 from hf_neural_attention import NeuralCache, NeuralGPT2Config, NeuralGPT2LMHeadModel, NeuralViTConfig, NeuralViTModel
+from hf_neural_attention.models import neural_attention_compact
 from hf_neural_attention.models.modeling_neural_attention import fold_own_model
 from hf_neural_attention.models.neural_attention_cache import cache_nbytes
 from hf_neural_attention.models.neural_attention_initialization import draw_compact_weights
@@ -163,6 +164,16 @@ def test_a_new_model_draws_its_first_layer(family: Family, init: str):
     norms = weight.norm(dim=-1)
     expected = {"mirrored": 1 / math.sqrt(2), "paper": 0.3}[init]
     assert abs(norms.mean().item() / expected - 1) < (0.3 if init == "mirrored" else 0.6)
+
+
+@every_model
+def test_a_new_model_draws_each_first_layer_once(family: Family, head: str, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(
+        neural_attention_compact, "draw_compact_weights", lambda *args: drawn.append(args) or draw_compact_weights(*args)
+    )
+    model = family.neural_class(head)(family.config(neural_layers="all", neural_compact=True, neural_hidden_dims=[4, 2]))
+    assert len(drawn) == 3 and all(parameter.isfinite().all() for parameter in model.parameters())
 
 
 def test_sizes_are_as_computed():

@@ -58,7 +58,7 @@ INVALID = [
         for value in ([2.0, 1], [2, True], ["2", 1], 2, "21", {2: 1})
     ),
     *(
-        ("neural_mode", value, "one of ('replace', 'residual')")
+        ("neural_mode", value, "one of ('replace', 'residual', 'thin')")
         for value in ("Replace", "add", "", None, 1, True, ["replace"])
     ),
     *(("neural_per_head", value, "expected bool") for value in (1, 0, None, "True", [True])),
@@ -183,7 +183,9 @@ def test_invalid_values_in_a_file_are_refused(family: Family, tmp_path):
     family.config(neural_layers=[2]).save_pretrained(tmp_path)
     path = tmp_path / "config.json"
     path.write_text(path.read_text().replace('"neural_mode": "replace"', '"neural_mode": "multiply"'))
-    with pytest.raises(StrictDataclassError, match=r"'neural_mode' expected one of \('replace', 'residual'\), got multiply"):
+    with pytest.raises(
+        StrictDataclassError, match=r"'neural_mode' expected one of \('replace', 'residual', 'thin'\), got multiply"
+    ):
         type(family.config()).from_pretrained(tmp_path)
 
 

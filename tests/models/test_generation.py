@@ -1,5 +1,7 @@
 """`generate`: every strategy and every cache gives, token by token, what generating without a cache gives."""
 
+from typing import Any
+
 import pytest
 import torch
 from transformers import (
@@ -14,9 +16,13 @@ from transformers import (
 )
 from transformers.utils import is_optimum_quanto_available
 
+from hf_neural_attention import patch
+from hf_neural_attention.models.neural_attention_interface import neural_attention_forward
+from hf_neural_attention.models.neural_attention_pages import as_value
 from tests.helpers.comparing import assert_near, run, transformers_log
 from tests.helpers.generating import NEW_TOKENS, generate, neural, prompt, stock_model
-from tests.helpers.neural_models import ALL, GPT2, all_variants, eager_and_sdpa, whole_and_compact
+from tests.helpers.neural_models import ALL, GPT2, all_variants, eager_and_sdpa, liven, whole_and_compact
+from tests.helpers.stock_models import FAMILIES
 from tests.helpers.versions import CACHE
 
 
@@ -129,7 +135,8 @@ QUANTIZED = {
 
 
 @eager_and_sdpa
-@pytest.mark.parametrize("backend", QUANTIZED)
+# Marks quanto's as slow, since its first use compiles C++
+@pytest.mark.parametrize("backend", (pytest.param("quanto", marks=pytest.mark.slow), "fp8"))
 @whole_and_compact
 def test_quantized_caches(implementation: str, backend: str, fields: dict):
     if backend == "quanto" and not is_optimum_quanto_available():
@@ -155,29 +162,50 @@ def test_quantized_caches(implementation: str, backend: str, fields: dict):
         assert 1e-4 < (lossy - exact).abs().max() / exact.abs().max() < 0.5, "something is lost, but little"
 
 
-@pytest.mark.skipif(
-    CACHE != "cache", reason="Transformers before 5.24 asks attention functions to read pages, which ours refuses"
-)
-@pytest.mark.parametrize("fields", (ALL, RESIDUAL, {**ALL, "neural_layers": [1], "neural_per_head": True}), ids=str)
-def test_continuous_batching(fields: dict):
-    model = neural(attn_implementation="sdpa", **fields)
-    prompts = [torch.randint(3, 98, (1, length)) for length in (9, 5)]
-    expected = [generate(model, {"input_ids": ids}).squeeze(0).tolist() for ids in prompts]
+def batched(model: Any, prompts: list[list[int]]) -> list[list[int]]:
+    """New tokens of continuous batching."""
     settings = GenerationConfig(max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=-1, pad_token_id=0)
     small = ContinuousBatchingConfig(max_batch_tokens=64, num_blocks=8, page_size=16)
-    found = model.generate_batch(
-        [ids.squeeze(0).tolist() for ids in prompts],
-        generation_config=settings,
-        continuous_batching_config=small,
-        warmup=False,
-    )
-    assert [each.generated_tokens for each in found.values()] == expected
+    arguments = {"generation_config": settings, "continuous_batching_config": small, "warmup": False}
+    return [each.generated_tokens for each in model.generate_batch(prompts, **arguments).values()]
 
 
-def test_compact_attention_refuses_pages():
-    attention = neural(neural_compact=True, **ALL).transformer.h[0].attn
-    with pytest.raises(ValueError, match="cannot keep its keys in a object: continuous batching has room for keys"):
-        attention(torch.zeros(1, 3, attention.embed_dim), cache=object())
+PAGED = {
+    "replace": lambda: neural(**ALL),
+    "residual": lambda: neural(**RESIDUAL),
+    "one layer, per head": lambda: neural(**{**ALL, "neural_layers": [1], "neural_per_head": True}),
+    "compact": lambda: neural(neural_compact=True, **ALL),
+    "compact, per head": lambda: neural(neural_compact=True, neural_per_head=True, **ALL),
+    "patched, grouped heads": lambda: liven(patch(FAMILIES["llama"].model(), "all", proj_dim=4)),
+    "patched, sliding window": lambda: liven(patch(FAMILIES["mistral"].model(), "all", mode="replace", proj_dim=4)),
+    "patched, per head": lambda: liven(patch(FAMILIES["mistral"].model(), "all", mode="replace", proj_dim=4, per_head=True)),
+}
+
+
+@pytest.mark.parametrize("implementation", ("sdpa", "paged|eager"))
+@pytest.mark.parametrize("make", PAGED.values(), ids=PAGED)
+def test_continuous_batching(make: Any, implementation: str):
+    model = make()
+    prompts = [torch.randint(3, 98, (length,)).tolist() for length in (9, 5, 14)]
+    expected = [generate(model, {"input_ids": torch.tensor([ids])}, eos_token_id=None)[0].tolist() for ids in prompts]
+    model.set_attn_implementation(implementation)
+    assert batched(model, prompts) == expected
+
+
+def test_pages_are_for_continuous_batching_alone():
+    model = neural(**ALL)
+    model.set_attn_implementation("paged|eager")
+    attention = model.transformer.h[0].attn
+    with pytest.raises(ValueError, match=r"`attn_implementation='paged\|eager'` is for continuous batching"):
+        neural_attention_forward(attention, *torch.randn(3, 1, 4, 5, 8), None)
+
+
+def test_keys_that_have_no_room_in_a_page():
+    key, value = torch.randn(1, 4, 3, 8), torch.randn(1, 2, 3, 8)
+    with pytest.raises(ValueError, match=r"room for 16 numbers of a key.*layer have 32 \(4 heads of 8\)"):
+        as_value(key, value)
+    narrow = torch.randn(1, 4, 3, 2)
+    assert torch.equal(as_value(narrow, value).transpose(1, 2).flatten(2)[..., :8], narrow.transpose(1, 2).flatten(2))
 
 
 @pytest.mark.gpu

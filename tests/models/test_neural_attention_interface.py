@@ -27,8 +27,6 @@ REFUSED = {
     "flash_attention_2": "kernel computes dot products",
     "flash_attention_3": "kernel computes dot products",
     "flex_attention": "kernel computes dot products",
-    "paged|eager": "keeps keys in pages",
-    "unheard_of": "kernel computes dot products",
     ATTENTION_NAME: "what single layers run",
 }
 refused = pytest.mark.parametrize(("name", "reason"), REFUSED.items(), ids=REFUSED.keys())
@@ -92,6 +90,16 @@ def test_other_implementations_are_refused_at_load(family: Family, name: str, re
             make()
         assert repr(name) in str(error.value) and "'eager', 'sdpa'" in str(error.value)
         assert f"Neural{family.stem}" in str(error.value)
+
+
+@both_families
+def test_unknown_names_get_the_message_of_stock_models(family: Family):
+    for model in (family.neural(), family.stock()):
+        with pytest.raises(ValueError, match='Specified `attn_implementation="foo"` is not supported'):
+            model.set_attn_implementation("foo")
+        assert model.config._attn_implementation == "sdpa"
+        with pytest.raises(ValueError, match='Specified `attn_implementation="foo"` is not supported'):
+            type(model)._from_config(model.config, attn_implementation="foo")
 
 
 @both_families

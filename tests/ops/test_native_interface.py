@@ -1,6 +1,8 @@
 """A native library that sees what it shares with Python differently is refused before anything is computed."""
 
+import ctypes
 import shutil
+import struct
 from pathlib import Path
 
 import pytest
@@ -83,3 +85,26 @@ def test_a_field_that_is_changed_in_the_sources_alone_is_refused(
     assert old in interface.read_text()
     interface.write_text(interface.read_text().replace(old, new))
     assert_refused(build, difference, caplog)
+
+
+@pytest.mark.parametrize("structure", native_interface.STRUCTURES, ids=lambda structure: structure.__name__)
+def test_structures_are_packed_as_ctypes_lays_them_out(structure: type[ctypes.Structure]):
+    kinds = {name: kind for name, kind, *_ in structure._fields_}
+    fields = {name: number for number, name in enumerate(kinds, start=1)}
+    fields |= {
+        name: tuple(range(number, number + 6)) for name, number in fields.items() if kinds[name] is native_interface.Tensor
+    }
+    if structure is native_interface.Tensor:
+        fields |= {"strides": (2, 3, 4, 5)}
+    expected = structure()
+    for name, value in fields.items():
+        tensor = kinds[name] is native_interface.Tensor
+        value = native_interface.Tensor(value[0], value[1:5], value[5]) if tensor else value
+        setattr(expected, name, value)
+    assert native_interface.pack(structure, **fields) == bytes(expected)
+    assert native_interface.pack(structure) == bytes(structure())
+
+
+def test_a_field_that_a_structure_does_not_have_is_an_error():
+    with pytest.raises(struct.error):
+        native_interface.pack(native_interface.Problem, batches=2)

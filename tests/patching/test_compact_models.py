@@ -26,16 +26,15 @@ from hf_neural_attention import (
     patch_status,
 )
 from hf_neural_attention.analysis import attention_maps, draw_surface, queries_and_keys, score_surface, scorer_health
+from hf_neural_attention.models.neural_attention_packing import PackedScorer
 from hf_neural_attention.patching import PatchError
-from hf_neural_attention.patching.packing import PackedScorer
 from hf_neural_attention.patching.sizes import size_of, stock_twin
+from tests.helpers.compacted_models import WITH_CLASSES, every_setting, folded_families, neural
 from tests.helpers.comparing import assert_near, run
 from tests.helpers.stock_models import FAMILIES, Family
-from tests.patching.test_compacting import every_setting, folded_families, neural
 
 
 GPT2, VIT, BERT = (FAMILIES[name] for name in ("gpt2", "vit", "bert"))
-WITH_CLASSES = ("gpt2", "vit")
 GUIDE = (Path(__file__).parents[2] / "docs/compact-form.md").read_text()
 BRACKETS = str.maketrans("()", "[]")
 

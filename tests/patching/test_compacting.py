@@ -8,9 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from accelerate.hooks import ModelHook, add_hook_to_module
 from torch import nn
-from torch.nn.utils import parametrizations, prune
 from transformers import (
     BertConfig,
     BertLMHeadModel,
@@ -19,67 +17,25 @@ from transformers import (
     VisionEncoderDecoderConfig,
     VisionEncoderDecoderModel,
 )
-from transformers.models.dinov2.modeling_dinov2 import Dinov2Attention
 
 from hf_neural_attention import (
-    NeuralCache,
-    calibrate,
     compact,
     explain,
     from_pretrained,
-    load_patch,
     patch,
     patch_status,
-    save_patch,
-    unpatch,
 )
-from hf_neural_attention.patching import AlreadyPatchedError, PatchError, UnsupportedLayerError
 from hf_neural_attention.patching.sizes import size_of
 from tests.helpers import neural_models
+from tests.helpers.compacted_models import every_setting, folded_families, inputs_of, neural
 from tests.helpers.comparing import assert_far, assert_near, assert_same_state, run
 from tests.helpers.stock_models import FAMILIES, IMAGE, SIZES, TEXT, Family
 from tests.helpers.versions import CACHE
 
 
-GPT2, VIT, BERT, T5, BART, LLAMA = (FAMILIES[name] for name in ("gpt2", "vit", "bert", "t5", "bart", "llama"))
-FOLDED = ("gpt2", "vit", "bert", "roberta", "distilbert", "t5", "bart", "dinov2")
-WITH_CLASSES = ("gpt2", "vit")
-SETTINGS = {
-    "shared": {"hidden_dims": (4, 2)},
-    "per head": {"hidden_dims": (3, 2), "per_head": True},  # fills no whole number of heads
-    "paper": {"proj_dim": 5, "init": "paper"},
-}
+GPT2, VIT, BERT, T5, BART = (FAMILIES[name] for name in ("gpt2", "vit", "bert", "t5", "bart"))
 # Of the outputs' size: rounding of one product more or less, through three layers
 BOUNDS = {torch.float64: 1e-12, torch.float32: 1e-5}
-
-every_setting = pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
-folded_families = pytest.mark.parametrize("family", [FAMILIES[name] for name in FOLDED], ids=FOLDED)
-
-
-def neural(family: Family = GPT2, layers: Any = "all", dtype: torch.dtype = torch.float32, **settings) -> Any:
-    """A patched model whose scorers have learned something, their biases too."""
-    torch.manual_seed(0)
-    model = patch(family.model(), layers, mode="replace", **({"hidden_dims": (4, 2)} | settings))
-    with torch.no_grad():
-        for scorer in neural_models.scorers(model):
-            for parameter in scorer.parameters():
-                parameter.add_(0.1 * torch.randn_like(parameter))
-    return model.to(dtype)
-
-
-def inputs_of(family: Family, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
-    return {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in family.inputs().items()}
-
-
-def assert_refused(model: Any, error: type[Exception], match: str, **arguments) -> None:
-    """With the reason, and the model is what it was, also after asking for a plan."""
-    before, modules = copy.deepcopy(model), list(model.modules())
-    for dry_run in (True, False):
-        with pytest.raises(error, match=match):
-            compact(model, dry_run=dry_run, **arguments)
-    assert [*map(id, model.modules())] == [*map(id, modules)] and patch_status(model) == patch_status(before)
-    assert_same_state(model, before)
-    assert [module.training for module in model.modules()] == [module.training for module in before.modules()]
 
 
 @folded_families
@@ -135,6 +91,23 @@ def test_rows_that_fill_a_head_stay_zero():
     assert key.weight.shape == (16, 32) and not key.weight[12:].any() and key.weight[:12].any()
     model(**BERT.inputs()).logits.sum().backward()
     assert not key.weight.grad[12:].any() and not key.bias.grad[12:].any() and key.weight.grad[:12].any()
+
+
+@pytest.mark.parametrize("family", (GPT2, VIT, BERT, T5), ids=("gpt2", "vit", "bert", "t5"))
+def test_parameters_keep_by_name_what_is_frozen_and_their_dtype(family: Family):
+    """Whoever trains the scorers alone goes on to do so; and a scorer of float32 in a bfloat16 model stays one."""
+    model = neural(family, dtype=torch.bfloat16)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(".scorer." in name and not name.endswith("linear3.bias"))
+    for scorer in neural_models.scorers(model):
+        scorer.float()
+    before = {name: (each.requires_grad, each.dtype) for name, each in model.named_parameters()}
+    compact(model)
+    after = {name: (each.requires_grad, each.dtype) for name, each in model.named_parameters()}
+    assert {name: before.get(name, (False, torch.bfloat16)) for name in after} == after
+    new = {name.rpartition(".")[2] for name in after.keys() - before.keys()}
+    assert new == ({"bias"} if family is T5 else set())  # whose layers have none
+    assert any(trains for trains, _ in after.values())
 
 
 @pytest.mark.parametrize("layers", ([0], [1, 2]))
@@ -288,178 +261,3 @@ def test_status_is_plain_data():
         "num_parameters": 13,
         "num_bytes": 52,
     }
-
-
-# --- what is refused
-
-
-@pytest.mark.parametrize(
-    ("model_type", "match"),
-    [
-        ("llama", "queries are not what a linear layer makes.*rotary"),
-        ("qwen3", "rotary positions, a norm"),
-        ("gpt_neox", "put together of several parts"),
-        ("modernbert", "not what a linear layer makes"),
-        ("opt", "counts heads by itself"),
-    ],
-)
-def test_families_that_are_refused(model_type: str, match: str):
-    assert_refused(neural(FAMILIES[model_type]).train(), UnsupportedLayerError, match)
-
-
-class Meddling(nn.Module):
-    """Put in place of a query layer's own output: what it does to queries."""
-
-    def __init__(self, attention: Any, meddle: Any):
-        super().__init__()
-        self.linear, self.meddle = attention.q_proj, meddle
-
-    def forward(self, states: torch.Tensor) -> torch.Tensor:
-        return self.meddle(self.linear(states))
-
-
-@pytest.mark.parametrize(
-    ("meddle", "match"),
-    [
-        (
-            lambda query: query * torch.ones(query.shape[1], 1),
-            "multiplied by what is no constant",
-        ),  # as long-context models do
-        (lambda query: query * 0.123, "0.123, which is no constant of the module"),
-        (lambda query: query.flip(-1), "`Flip`"),
-        (
-            lambda query: query.view(*query.shape[:-1], 8, 4).transpose(-1, -2).flatten(-2),
-            "not the heads, one after the other",
-        ),
-        (lambda query: torch.zeros_like(query), "do not come from a linear layer"),
-    ],
-)
-def test_queries_that_are_treated(meddle: Any, match: str):
-    model = neural(FAMILIES["dinov2"], [1])
-    attention = model.get_submodule(FAMILIES["dinov2"].layers[1])
-    attention.q_proj = Meddling(attention, meddle)
-    assert_refused(model, UnsupportedLayerError, f"queries.*{match}")
-
-
-def test_a_constant_factor_of_the_module_is_folded():
-    model, inputs = neural(FAMILIES["dinov2"], [1]), FAMILIES["dinov2"].inputs()
-    attention = model.get_submodule(FAMILIES["dinov2"].layers[1])
-    attention.q_proj = Meddling(attention, lambda query: query * attention.scaling)
-    expected = run(model, **inputs)
-    assert_near(run(compact(model), **inputs), expected)
-
-
-class KeysForMore(Dinov2Attention):
-    def forward(self, hidden_states: torch.Tensor, **kwargs) -> tuple[torch.Tensor, torch.Tensor | None]:
-        output, weights = super().forward(hidden_states, **kwargs)
-        return output + self.k_proj(hidden_states).mean(), weights
-
-
-def test_keys_that_serve_for_more_than_scores():
-    model = neural(FAMILIES["dinov2"], [1])
-    model.get_submodule(FAMILIES["dinov2"].layers[1]).__class__ = KeysForMore
-    assert_refused(model, UnsupportedLayerError, "would change beyond rounding, so its queries and keys are used for more")
-
-
-def test_a_layer_that_makes_values_as_well_stays_for_these():
-    model, inputs = neural(FAMILIES["dinov2"], [1]), FAMILIES["dinov2"].inputs()
-    attention = model.get_submodule(FAMILIES["dinov2"].layers[1])
-    attention.v_proj = attention.k_proj
-    expected = run(model, **inputs)
-    assert_near(run(compact(model), **inputs), expected)
-
-
-def test_residual_and_stock_models():
-    assert_refused(patch(GPT2.model(), [0]), PatchError, "mode .residual., whose dot product needs whole queries and keys")
-    assert_refused(GPT2.model(), PatchError, "has no neural layer")
-    with pytest.raises(TypeError, match="takes a model, not a str"):
-        compact("gpt2")
-
-
-def test_what_is_around_a_model(tmp_path):
-    compiled = torch.compile(neural(GPT2))
-    with pytest.raises(PatchError, match="it is compiled; make it compact before"):
-        compact(compiled)
-    hooked = neural(BERT)
-    hooked.get_submodule(BERT.layers[0]).query.register_forward_hook(lambda *_: None)
-    assert_refused(hooked, PatchError, "has forward hooks, which would be lost")
-    dispatched = neural(GPT2)
-    add_hook_to_module(dispatched.get_submodule(GPT2.layers[0]), ModelHook())
-    with pytest.raises(PatchError, match="offloaded or dispatched by accelerate"):
-        compact(dispatched)
-    pruned = neural(VIT)
-    prune.l1_unstructured(pruned.get_submodule(VIT.layers[0]).q_proj, "weight", 0.5)
-    with pytest.raises(PatchError, match="has forward hooks, which would be lost"):
-        compact(pruned)
-    normed = neural(VIT)
-    parametrizations.weight_norm(normed.get_submodule(VIT.layers[0]).q_proj)
-    with pytest.raises(PatchError, match="ParametrizedLinear, whose weights are not plain"):
-        compact(normed)
-    quantised = neural(VIT)
-    weight = torch.zeros(32, 32, dtype=torch.int8)
-    quantised.get_submodule(VIT.layers[0]).q_proj.weight = nn.Parameter(weight, requires_grad=False)
-    assert_refused(quantised, PatchError, r"Parameter of torch.int8: sharded or quantised")
-    with torch.device("meta"):
-        meta = GPT2.model()
-    with pytest.raises(PatchError, match="on the meta device, without numbers"):
-        compact(patch(meta, "all", mode="replace"))
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
-    try:
-        with pytest.raises(PatchError, match="taken over for training by several processes"):
-            compact(nn.parallel.DistributedDataParallel(neural(GPT2)))
-    finally:
-        torch.distributed.destroy_process_group()
-
-
-def test_adapters():
-    peft = pytest.importorskip("peft")
-    adapted = peft.get_peft_model(neural(BERT), peft.LoraConfig(target_modules=["query"]))
-    with pytest.raises(PatchError, match="it is inside a PeftModel; merge adapters"):
-        compact(adapted)
-    with pytest.raises(PatchError, match="is under an adapter; merge it first"):
-        compact(adapted.get_base_model())
-    assert all(layer.compact for layer in patch_status(compact(adapted.merge_and_unload())))
-    # adapts a compact model by the defaults of its family, as it does the stock one
-    model = compact(neural(BERT))
-    expected = run(model, **BERT.inputs())
-    adapted = peft.get_peft_model(model, peft.LoraConfig(task_type="FEATURE_EXTRACTION"))
-    adapted(**BERT.inputs()).logits.sum().backward()
-    assert any(
-        "query.lora_B" in name and each.grad.any() for name, each in adapted.named_parameters() if each.grad is not None
-    )
-    assert_near(run(adapted.merge_and_unload(), **BERT.inputs()), expected)
-
-
-@pytest.mark.parametrize("family", (GPT2, BERT), ids=("gpt2", "bert"))
-def test_what_needs_queries_and_keys_refuses(family: Family, tmp_path):
-    model = compact(neural(family))
-    before = copy.deepcopy(model)
-    gone = r"compact, whose queries and keys, and the layers that made them, are gone\. Load the checkpoint again"
-    for call in (lambda: unpatch(model), lambda: save_patch(model, tmp_path), lambda: calibrate(model, [family.inputs()] * 2)):
-        with pytest.raises(PatchError, match=gone):
-            call()
-    save_patch(neural(family), tmp_path)
-    for call in (lambda: patch(model), lambda: load_patch(model, tmp_path)):
-        with pytest.raises(AlreadyPatchedError, match="and compact: its stock queries and keys are gone"):
-            call()
-    assert_same_state(model, before)
-    assert_refused(model, PatchError, "it is compact already")
-
-
-@neural_models.both_families
-def test_our_own_compact_models_refuse_as_well(family: Any):
-    model = family.neural(neural_layers="all", **neural_models.COMPACT)
-    with pytest.raises(PatchError, match="compact, whose queries and keys"):
-        calibrate(model, [family.inputs()] * 2)
-    with pytest.raises(PatchError, match="by its class and config"):
-        unpatch(model)
-    with pytest.raises(PatchError, match="it is compact already"):
-        compact(model)
-
-
-def test_neural_cache_is_not_for_compact_models():
-    for model in (compact(neural(GPT2)), neural_models.GPT2.neural(neural_layers="all", **neural_models.COMPACT)):
-        with pytest.raises(ValueError, match="which is compact: its layers hand every cache keys that are projected already"):
-            NeuralCache(model)
-    with pytest.raises(ValueError, match="which is compact"):
-        model.generate(torch.tensor([[3]]), cache_implementation="neural", max_new_tokens=2)

@@ -138,8 +138,11 @@ def test_generating(family: Family, implementation: str, mode: str):
     assert torch.equal(generate(model, inputs, num_beams=2), beams)
 
 
-# leaves out those that Transformers is about to drop
-@pytest.mark.parametrize("cache", ("dynamic", "static", "quantized", "offloaded", "offloaded_static"))
+# Leaves out those that Transformers is about to drop, and marks as slow the one whose first use compiles C++ of quanto
+QUANTIZED = pytest.param("quantized", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("cache", ("dynamic", "static", QUANTIZED, "offloaded", "offloaded_static"))
 @pytest.mark.parametrize("name", ("gpt2", "mistral"))
 def test_every_cache(name: str, cache: str):
     if cache.startswith("offloaded") and not torch.accelerator.is_available():

@@ -193,7 +193,6 @@ def test_features_that_a_score_network_cannot_honour(model_type: str):
 
 PECULIAR = {
     "unknown argument": ({"tilt": 0.5}, "an argument `tilt` of its attention function, of which it is not known"),
-    "paged": ({"cache": object()}, r"paged attention \(continuous batching\) \(`cache`\)"),
     "flat mask": ({"attention_mask": torch.ones(2, 6)}, r"masks that are not \[batch, heads, queries, keys\] \(torch.Size"),
     "odd mask": ({"attention_mask": "block"}, r"masks that are not .* \(str\)"),
 }
@@ -230,7 +229,6 @@ def test_a_scorer_of_somebody_else():
     [
         ("flash_attention_2", "its masks come in a form"),
         ("flex_attention", "its masks"),
-        ("paged|eager", "keeps keys in pages"),
     ],
 )
 def test_implementations_that_are_not_supported(implementation: str, match: str):

@@ -10,8 +10,18 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageClassification, GPT2LMHeadModel, LlamaForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaModel,
+)
 from transformers.modeling_utils import PreTrainedModel
 
 from hf_neural_attention import NeuralGPT2LMHeadModel, from_pretrained, patch, patch_status, patched, unpatch
@@ -21,7 +31,7 @@ from tests.helpers.stock_models import FAMILIES, Family
 from tests.patching.test_saving import SETTINGS, patched_model
 
 
-GPT2, LLAMA, T5, VIT = (FAMILIES[name] for name in ("gpt2", "llama", "t5", "vit"))
+GPT2, LLAMA, VIT = (FAMILIES[name] for name in ("gpt2", "llama", "vit"))
 AUTO = {"gpt2": AutoModelForCausalLM, "vit": AutoModelForImageClassification}
 
 every_family = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
@@ -74,11 +84,37 @@ def test_auto_model(family: Family, settings: dict, tmp_path: Path):
     assert torch.equal(run(loaded, **inputs), run(model, **inputs))
 
 
-@pytest.mark.parametrize("family", (LLAMA, T5), ids=("llama", "t5"))
-def test_auto_model_says_what_to_do(family: Family, tmp_path: Path):
-    folder = saved(patched_model(family), tmp_path)
-    with pytest.raises(ValueError, match=r"install it, and load this with hf_neural_attention.from_pretrained"):
-        AutoModel.from_pretrained(folder)
+@every_family
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+def test_auto_classes_load_every_family(family: Family, settings: dict, tmp_path: Path):
+    model, inputs = patched_model(family, **settings), family.inputs()
+    folder = saved(model, tmp_path)
+    config = AutoConfig.from_pretrained(folder)
+    by_name = getattr(transformers, config.architectures[0]).from_pretrained(folder)
+    by_auto, info = getattr(transformers, f"AutoModelFor{family.head}").from_pretrained(folder, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    for loaded in (by_name, by_auto):
+        assert torch.equal(run(loaded, **inputs), run(model, **inputs)) and patch_status(loaded) == patch_status(model)
+        assert saved(loaded, tmp_path / "again") and torch.equal(run(from_pretrained(folder), **inputs), run(model, **inputs))
+
+
+def test_auto_classes_take_arguments_and_parts_of_a_model(tmp_path: Path):
+    model, inputs = patched_model(LLAMA), LLAMA.inputs()
+    folder = saved(model, tmp_path / "first")
+    config = AutoConfig.from_pretrained(folder)
+    assert isinstance(config, LlamaConfig) and config.model_type == "llama"
+    loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, attn_implementation="eager")
+    assert type(loaded) is LlamaForCausalLM and type(loaded.config) is LlamaConfig
+    assert loaded.dtype == torch.bfloat16 and loaded.config._attn_implementation == "eager"
+    base = AutoModel.from_pretrained(folder)
+    assert type(base) is LlamaModel and len(patch_status(base)) == 3
+    assert torch.equal(run(base, **inputs), run(model.model, **inputs))
+    drawn = AutoModelForCausalLM.from_config(config)
+    assert type(drawn) is LlamaForCausalLM and type(drawn.config) is LlamaConfig and len(patch_status(drawn)) == 3
+    again = AutoModelForCausalLM.from_pretrained(saved(drawn, tmp_path / "second"))
+    assert torch.equal(run(again, **inputs), run(drawn.eval(), **inputs))
+    assert type(AutoModelForCausalLM.from_config(LlamaConfig(**LLAMA.fields))) is LlamaForCausalLM
+    assert not patch_status(AutoModelForCausalLM.from_config(LlamaConfig(**LLAMA.fields)))
 
 
 WITHOUT = """

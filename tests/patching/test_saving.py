@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, GPT2Model
 from hf_neural_attention import NeuralGPT2Config, NeuralGPT2LMHeadModel, load_patch, patch, patch_status, save_patch, unpatch
 from hf_neural_attention.patching import PatchError, records
 from tests.helpers.comparing import assert_far, run
+from tests.helpers.documents import python_blocks
 from tests.helpers.neural_models import liven, scorers
 from tests.helpers.stock_models import FAMILIES, Family
 
@@ -230,6 +231,16 @@ def test_saving_again_replaces_and_keeps_the_card(tmp_path: Path):
     save_patch(model, folder)
     assert (folder / "README.md").read_text() == "mine"
     assert torch.equal(run(load_patch(GPT2.model(), folder), **GPT2.inputs()), run(model, **GPT2.inputs()))
+
+
+def test_the_code_of_the_card_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    model = patched_model()
+    GPT2.model().save_pretrained("BASE_MODEL")
+    ((_, code),) = python_blocks((saved(model, Path("a-patch")) / "README.md").read_text())
+    scope: dict[str, Any] = {}
+    exec(code, scope)
+    assert patch_status(scope["model"]) == patch_status(model)
 
 
 def test_another_base_model_is_mentioned(tmp_path: Path, caplog: pytest.LogCaptureFixture):

@@ -11,13 +11,16 @@ from transformers import DynamicCache
 
 import benchmark_attention
 from benchmarks import bars as benchmark_bars
-from benchmarks import compact_bars
+from benchmarks import compact_bars, modules
 from benchmarks.bars import Bar, kernel_bars
 from benchmarks.cases import DOT_PRODUCTS, GPU_PROVIDERS, MASKS, PHASES, PROVIDERS, SCORERS, Case, Entry, attend, draw_inputs
 from benchmarks.checks import Checker
+from benchmarks.counted import instructions_per_pair, least_seconds, pairs_of
 from benchmarks.measuring import FirstUse, Limits, measure_first_use, peak_bytes, time_entries
 from benchmarks.models import ATTENTIONS, CACHES, COMPACT, GPT2_124M, STOCK, VIT_BASE, measure_decoding, measure_steps
 from hf_neural_attention.models.neural_attention_backends import BACKENDS
+from hf_neural_attention.models.neural_attention_scorer import CompactScorer
+from hf_neural_attention.ops import asked_backend
 from tests.helpers.numerics import CPU_BACKENDS
 from tools.timing_by_turns import Spread
 
@@ -293,6 +296,40 @@ def test_bars_of_the_compact_form_come_into_the_files(tmp_path, monkeypatch):
     by_name = {row["what"]: row["measured"] for row in rows}
     assert by_name["GPT-2 124M compact, bytes of a cached token"] == (2 + 8) / (8 + 8)
     assert by_name["GPT-2 124M compact, parameters"] < 1
+    assert all(row["least_seconds"] > 0 for row in rows[:4]) and "least ms by count" in (tmp_path / "compact.md").read_text()
+
+
+def test_modules_against_the_length_come_into_the_files(tmp_path, monkeypatch):
+    measure = partial(modules.measure_modules, lengths=(16, 32))
+    monkeypatch.setattr(benchmark_attention, "measure_modules", measure)
+    monkeypatch.setattr(modules, "in_own_process", lambda *arguments: 2**20)
+    words = ["--preset", "modules", "--repeats", "2", "--fewest", "2", "--output", f"{tmp_path / 'modules'}"]
+    benchmark_attention.main(words)
+    rows, _, card = files_of(tmp_path / "modules.x")
+    assert len(rows) == 2 * 2 * len(modules.MODULES) and all(row["note"] == "at 256 tokens" for row in rows)
+    assert all(row["to_sdpa"] == 1 for row in rows if row["provider"] == "stock")
+    assert card[2 + 3][0] == "compact, (16, 2)" and (tmp_path / "modules.png").stat().st_size > 10_000
+
+
+def test_a_module_that_is_wrong_is_not_timed(monkeypatch):
+    forward = CompactScorer.forward
+
+    def wrong(self, *args, **kwargs):
+        """By the factor of a percent under all backends but the reference."""
+        output, weights = forward(self, *args, **kwargs)
+        return output * (1 if asked_backend().name == "reference" else 1.01), weights
+
+    monkeypatch.setattr(CompactScorer, "forward", wrong)
+    assert modules.check_module("stock").passed
+    assert modules.check_module("compact 2x1").message.startswith("does not match the reference")
+
+
+def test_instructions_of_a_pair():
+    """By hand, of ops/native: 16 maxima, 32 products, two ReLUs and products; the exponential and its sum; 64 values."""
+    assert instructions_per_pair((16, 2), 64, "forward") == 16 + 32 + 4 + 10 + 64
+    assert instructions_per_pair((2, 1), 64, "both") == (2 + 2 + 2 + 10 + 64) + (6 + 10 + 128 + 2 + 4 + 2 * 7)
+    assert pairs_of(Case(length=4, heads=2)) == 2 * 10 and pairs_of(Case(length=4, heads=2, causal=False)) == 2 * 16
+    assert least_seconds(Case(length=4, heads=2, proj_dim=2), rate=1e9) == 20 * 80 / 1e9
 
 
 def test_shapes_of_the_network():

@@ -64,8 +64,8 @@ def test_steps_that_fail_or_take_too_long(tmp_path: Path):
     assert benchmark_gpu.run_step(python, Step("wrong", ["-c", "raise SystemExit(3)"], 60), 60) == "ended with 3"
     # writes what it has when it is stopped, as the benchmark does
     code = "import sys, time, pathlib\ntry: time.sleep(60)\nfinally: pathlib.Path(sys.argv[1]).write_text('card')"
-    reason = benchmark_gpu.run_step(python, Step("slow", ["-c", code, str(tmp_path / "card")], 60), 10)
-    assert reason == "was stopped after 10 s" and (tmp_path / "card").read_text() == "card"
+    reason = benchmark_gpu.run_step(python, Step("slow", ["-c", code, str(tmp_path / "card")], 60), 4)
+    assert reason == "was stopped after 4 s" and (tmp_path / "card").read_text() == "card"
 
 
 @pytest.mark.parametrize("adds", [False, True])

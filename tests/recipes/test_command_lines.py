@@ -1,7 +1,9 @@
 """Command lines: flags, files, files with flags after them, and what is wrong with them."""
 
 import json
+import re
 import sys
+from importlib import import_module
 
 import pytest
 import yaml
@@ -82,6 +84,33 @@ def test_every_configuration_parses(monkeypatch, tmp_path, file):
         if name not in ("output_dir", "neural_layers", "report_to"):  # skips those that are parsed into other types
             assert getattr(owner, name) == value, name
     assert parsed[2].attention == "both"
+
+
+ROOT = RECIPES.parent
+DOCUMENTS = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), RECIPES / "README.md", ROOT / "model_cards/README.md"]
+COMMAND = re.compile(r"recipes/(\w+)\.py((?: +[^\s`#|]+)*)")
+HANDED_ON = {"study": "language_modeling"}  # recipes that hand on what they do not know
+
+
+def named_flags() -> dict[str, set[str]]:
+    """Flags that the documents' commands give, of each recipe."""
+    named: dict[str, set[str]] = {}
+    for path in DOCUMENTS:
+        for script, words in COMMAND.findall(path.read_text()):
+            named.setdefault(script, set()).update(re.findall(r"--\w+", words))
+    return named
+
+
+def test_flags_that_documents_name_exist(monkeypatch, capsys):
+    named = named_flags()
+    assert "--preset" in named["benchmark_attention"] and sum(map(len, named.values())) > 20
+    for script, flags in named.items():
+        for recipe in filter(None, (script, HANDED_ON.get(script))):
+            monkeypatch.setattr(sys, "argv", [f"{recipe}.py", "--help"])
+            with pytest.raises(SystemExit, match=r"^0$"):
+                import_module(recipe).main()
+        missing = flags - set(re.findall(r"--\w+", capsys.readouterr().out))
+        assert not missing, f"recipes/{script}.py has no {missing}"
 
 
 def test_the_papers_settings_are_the_papers():

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from datasets import DatasetDict
 from PIL import Image
 from transformers import (
     AutoModelForImageClassification,
@@ -11,15 +12,16 @@ from transformers import (
     TrainerState,
     ViTConfig,
     ViTForImageClassification,
+    ViTImageProcessorPil,
     get_scheduler,
     pipeline,
 )
 
 import hf_neural_attention
-from image_classification import HalveLearningRate, ModelArguments, build_model, check_fit
+from image_classification import HalveLearningRate, ModelArguments, build_model, fit
 from tests.helpers.running import run_in
 from training.arms import Arm
-from training.images import ImageArguments
+from training.images import ImageArguments, LabelledImages
 from training.neural_arguments import NeuralArguments
 
 
@@ -62,23 +64,25 @@ def checkpoint(tmp_path):
     labels = dict(enumerate("0123456789"))
     config = ViTConfig(image_size=8, patch_size=4, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, id2label=labels)
     ViTForImageClassification(config).save_pretrained(tmp_path / "vit")
+    ViTImageProcessorPil(size={"height": 8, "width": 8}).save_pretrained(tmp_path / "vit")
     return ModelArguments(model_name_or_path=str(tmp_path / "vit"))
 
 
 def test_images_of_another_size_are_refused(checkpoint):
-    digits = list("0123456789")
-    check_fit(checkpoint, ImageArguments(image_size=8), NeuralArguments(), digits)
+    images = LabelledImages(DatasetDict(), list("0123456789"))
+    assert fit(checkpoint, ImageArguments(image_size=8), NeuralArguments(), images) is images
     with pytest.raises(SystemExit, match="made for images of 8 pixels and --image_size is 32"):
-        check_fit(checkpoint, ImageArguments(image_size=32), NeuralArguments(), digits)
+        fit(checkpoint, ImageArguments(image_size=32), NeuralArguments(), images)
     with pytest.raises(SystemExit, match="--image_size 10 is no multiple of --patch_size 4"):
-        check_fit(ModelArguments(patch_size=4), ImageArguments(image_size=10), NeuralArguments(), digits)
+        fit(ModelArguments(patch_size=4), ImageArguments(image_size=10), NeuralArguments(), images)
 
 
 def test_labels_that_do_not_fit_are_refused(checkpoint):
+    images = LabelledImages(DatasetDict(), ["cat", "dog"])
     with pytest.raises(SystemExit, match=r"has 10 labels \(0, 1, 2, ...\) and the data has 2 \(cat, dog, ...\)"):
-        check_fit(checkpoint, ImageArguments(image_size=8), NeuralArguments(), ["cat", "dog"])
+        fit(checkpoint, ImageArguments(image_size=8), NeuralArguments(), images)
     checkpoint.ignore_mismatched_sizes = True
-    check_fit(checkpoint, ImageArguments(image_size=8), NeuralArguments(), ["cat", "dog"])
+    assert fit(checkpoint, ImageArguments(image_size=8), NeuralArguments(), images) is images
     for arm in Arm:
         model = build_model(arm, checkpoint, NeuralArguments(), ImageArguments(image_size=8), ["cat", "dog"])
         assert model.classifier.weight.shape == (2, 16) and model.config.id2label == {0: "cat", 1: "dog"}

@@ -90,8 +90,8 @@ def test_text_tokenizer_and_model_that_do_not_fit_are_refused(tmp_path):
     with pytest.raises(SystemExit, match=r"The tokenizer has 300 tokens and .* embeddings for 290"):
         check_fit(ModelArguments(model_name_or_path=str(tmp_path / "290")), arguments, NeuralArguments(), tokenizer)
     for stride in (0, 33):
-        with pytest.raises(SystemExit, match=f"--stride {stride} must be from 1 to --block_size, 32 tokens"):
-            check_fit(fitting, TextArguments(block_size=32, stride=stride), NeuralArguments(), tokenizer)
+        with pytest.raises(ValueError, match=f"--stride {stride} must be from 1 to --block_size, 32 tokens"):
+            TextArguments(block_size=32, stride=stride)
 
 
 def test_a_prompt_longer_than_the_model_is_cut(tmp_path, capsys):

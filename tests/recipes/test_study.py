@@ -134,7 +134,7 @@ def results_of(path: Path) -> Path:
 
 
 @pytest.mark.parametrize("path", committed_studies(), ids=lambda path: path.stem)  # skips while none is complete
-def test_committed_reports_are_those_of_the_committed_runs(path, tmp_path):
+def test_committed_reports_are_those_of_the_committed_runs(path, tmp_path, monkeypatch):
     folder = results_of(path)
     copy = tmp_path / folder.name
     copy.mkdir()
@@ -142,7 +142,9 @@ def test_committed_reports_are_those_of_the_committed_runs(path, tmp_path):
         shutil.copy(file, copy)
     study = Study.load(path)
     assert {file.name for file in copy.iterdir()} == {COSTS, *(file_name(arm, seed) for arm, seed in study.runs())}
-    run_in(tmp_path, "study.py", str(path), "--results", copy.name, "--report_only")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["study.py", str(path), "--results", copy.name, "--report_only"])
+    script.main()
     for name in ("report.md", "report.csv", f"{CARD}.md"):
         assert (copy / name).read_text() == (folder / name).read_text()
     found = load_results(study, folder)

@@ -7,7 +7,8 @@ from datasets import ClassLabel, Dataset, Features, Image, Value
 from transformers import ViTImageProcessorPil
 
 from tests.helpers.pictures import random_pictures
-from training.images import ImageArguments, load_images, make_pixels, with_pixels
+from training.images import ImageArguments, load_images
+from training.pixels import make_pixels, with_pixels
 
 
 def write_parquet(folder, names=("cat", "dog"), labels=("label",), **counts):
@@ -72,12 +73,14 @@ def test_what_does_not_fit_is_refused(tmp_path):
     with pytest.raises(SystemExit, match=r"is no folder\. Expected a folder with train\.parquet"):
         load_images(ImageArguments(dataset_name=str(tmp_path / "nowhere")), seed=0)
     two = write_parquet(tmp_path / "two", labels=("fine", "coarse"), train=20)
-    with pytest.raises(
-        SystemExit, match=r"2 columns of type ClassLabel \(fine, coarse\). Choose one with --label_column_name"
-    ):
+    with pytest.raises(SystemExit, match=r"2 columns of class labels \(fine, coarse\). Choose one with --label_column_name"):
         load_images(ImageArguments(dataset_name=two), seed=0)
     assert load_images(ImageArguments(dataset_name=two, label_column_name="fine"), seed=0).labels == ["cat", "dog"]
-    with pytest.raises(SystemExit, match="no column 'note' of type ClassLabel; it has: fine, coarse"):
+    with pytest.raises(
+        SystemExit, match=r"no column 'none' of class labels; it has fine \(ClassLabel\), coarse \(ClassLabel\), note"
+    ):
+        load_images(ImageArguments(dataset_name=two, label_column_name="none"), seed=0)
+    with pytest.raises(SystemExit, match=r"one class only \(x\)"):
         load_images(ImageArguments(dataset_name=two, label_column_name="note"), seed=0)
     untrained = write_parquet(tmp_path / "untrained", test=20)
     with pytest.raises(SystemExit, match="has no split train; it has test"):

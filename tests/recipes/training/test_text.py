@@ -6,6 +6,7 @@ from datasets import Dataset
 from transformers import AutoTokenizer
 
 from training.text import TextArguments, cut_into_blocks, load_text, load_tokenizer, tokenize
+from training.text_task import prepare
 
 
 LINES = [f"line {index} of the text .\n" for index in range(40)]
@@ -60,6 +61,69 @@ def test_what_is_not_there_is_refused(tmp_path):
     (tmp_path / "picture.png").write_bytes(b"")
     with pytest.raises(SystemExit, match="is none of"):
         load_text(TextArguments(dataset_name=str(tmp_path / "picture.png")))
+
+
+def test_cells_without_text_are_left_out_and_that_is_said(tmp_path, capsys):
+    texts = [None if index % 4 == 1 else line for index, line in enumerate(LINES)]
+    Dataset.from_dict({"text": texts, "n": range(40)}).to_parquet(str(tmp_path / "train.parquet"))
+    splits = load_text(TextArguments(dataset_name=str(tmp_path)))
+    kept = [text for split in ("train", "validation", "test") for text in splits[split]["text"]]
+    assert kept == [text for text in texts if text is not None] and splits["train"].column_names == ["text"]
+    assert f"Split train of {tmp_path} has no text in 10 of 40 rows, which are left out" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    (
+        ([None] * 9, "has no text: its column 'text' is empty in each of 9 rows"),
+        (list(range(9)), "has no text in its column 'text', but int64"),
+        ([["a", "b"]] * 9, "has no text in its column 'text', but lists"),
+        ([{"a": "b"}] * 9, "has no text in its column 'text', but structures"),
+        ([True] * 9, "has no text in its column 'text', but bool"),
+    ),
+)
+def test_what_is_no_text_is_refused(tmp_path, texts, message):
+    Dataset.from_dict({"text": texts}).to_parquet(str(tmp_path / "train.parquet"))
+    with pytest.raises(SystemExit, match=f"Split train of {tmp_path} {message}"):
+        load_text(TextArguments(dataset_name=str(tmp_path)))
+
+
+def test_numbers_among_texts_are_refused(tmp_path):
+    (tmp_path / "train.jsonl").write_text('{"text": "a"}\n{"text": 1}\n')
+    with pytest.raises(SystemExit, match=f"Split train of {tmp_path} has no text in its column 'text', but values of several"):
+        load_text(TextArguments(dataset_name=str(tmp_path)))
+
+
+@pytest.mark.parametrize("rows", (1, 2))
+def test_a_text_of_too_few_rows_cannot_be_cut(tmp_path, rows):
+    name = write_folder(tmp_path, train_txt=LINES[:rows])
+    with pytest.raises(SystemExit, match=rf"has {rows} row\(s\), and its last rows are to serve as split test and validation"):
+        load_text(TextArguments(dataset_name=name))
+    write_folder(tmp_path, train_txt=LINES[:rows], test_txt=LINES[:1], validation_txt=LINES[:1])
+    assert load_text(TextArguments(dataset_name=name))["train"].num_rows == rows
+
+
+def test_splits_that_are_too_short_are_named(tmp_path):
+    arguments = TextArguments(vocab_size=300, block_size=32)
+    tokenizer = load_tokenizer(arguments, None, load_text(arguments))
+    for split, message in {
+        "train": "Split train of .* tokens, less than one block of --block_size 32",
+        "validation": "Split validation of .* tokens, less than one block",
+        "test": r"Split test of .* has 1 token\(s\), too few to predict any",
+    }.items():
+        files = {"train_txt": LINES, "validation_txt": LINES, "test_txt": LINES} | {f"{split}_txt": ["a"]}
+        text = TextArguments(dataset_name=write_folder(tmp_path, **files), block_size=32)
+        with pytest.raises(SystemExit, match=message):
+            prepare(text, load_text(text), tokenizer, None, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    (("block_size", 1), ("max_eval_tokens", 0), ("max_eval_tokens", 1), ("max_train_samples", 0), ("vocab_size", 256)),
+)
+def test_sizes_with_which_there_is_nothing_to_predict(name, value):
+    with pytest.raises(ValueError, match=f"--{name} is {value}; expected at least"):
+        TextArguments(**{name: value})
 
 
 def test_a_tokenizer_is_trained_and_loses_nothing():

@@ -10,16 +10,18 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from transformers import Cache, EncoderDecoderCache
+from transformers.cache_utils import StaticLayer
 
-from ..models.neural_attention_compact import fold
-from ..models.neural_attention_scorer import CompactScorer
+from .neural_attention_compact import fold, place_like
+from .neural_attention_scorer import CompactScorer
 
 
 class PackedScorer(CompactScorer):
     """A `CompactScorer` that gets the numbers of several heads in each of fewer heads.
 
     Args:
-        hidden_dims, num_heads, init: as of `CompactScorer`.
+        hidden_dims, num_heads, init, mode: as of `CompactScorer`.
         num_query_heads (`int`): `H`.
         num_key_heads (`int`): Heads with a `w` of their own: `H` with weights per head, `Hkv` without.
         stock_head_dim (`int`): Numbers in a head, as the stock forward counts them.
@@ -31,6 +33,7 @@ class PackedScorer(CompactScorer):
         hidden_dims: tuple[int, int] | list[int],
         num_heads: int | None = None,
         init: str = "mirrored",
+        mode: str = "replace",
         *,
         num_query_heads: int,
         num_key_heads: int,
@@ -38,7 +41,7 @@ class PackedScorer(CompactScorer):
         query_layer: str,
         key_layer: str,
     ):
-        super().__init__(hidden_dims, num_heads, init)
+        super().__init__(hidden_dims, num_heads, init, mode)
         self.num_query_heads, self.num_key_heads, self.stock_head_dim = num_query_heads, num_key_heads, stock_head_dim
         self.query_layer, self.key_layer = query_layer, key_layer
 
@@ -97,15 +100,14 @@ def narrow_layer(old: nn.Linear, weight: torch.Tensor, bias: torch.Tensor, size:
 
 
 def empty_layer(old: nn.Linear, num_numbers: int, size: int) -> nn.Linear:
-    rows = -(-num_numbers // size) * size
-    return nn.Linear(old.in_features, rows, bias=True, device="meta", dtype=old.weight.dtype).to_empty(
-        device=old.weight.device
-    )
+    made = nn.Linear(old.in_features, -(-num_numbers // size) * size, bias=True, device="meta")
+    place_like(made, old)
+    return made
 
 
 def pack(attention: Any, query: Source, key: Source, num_heads: int) -> PackedLayer:
-    """The packed layers that make an attention module with a scorer of mode `"replace"` compute what it computes, up to
-    rounding. The module stays as it is.
+    """The packed layers that make an attention module with a scorer of mode `"replace"` or `"thin"` compute what it computes,
+    up to rounding. The module stays as it is.
 
     Args:
         query, key: where its queries and keys come from.
@@ -119,20 +121,20 @@ def pack(attention: Any, query: Source, key: Source, num_heads: int) -> PackedLa
         layer = old[source.layer]
         return tuple(None if each is None else each.detach().double() * source.factor for each in (layer.weight, layer.bias))  # type: ignore[return-value]
 
-    weights = scorer.weights()
-    folded = fold(weights, scaled(query), scaled(key), num_heads)
+    folded = fold(scorer.weights(), scaled(query), scaled(key), num_heads)
     with torch.device("meta"):  # draws nothing
         packed = PackedScorer(
             scorer.hidden_dims,
             scorer.num_heads,
             scorer.init,
+            scorer.mode,
             num_query_heads=num_heads,
             num_key_heads=folded.key_weight.shape[0],
             stock_head_dim=size,
             query_layer=query.layer,
             key_layer=key.layer,
         )
-    packed = packed.to(weights.weight2.dtype).to_empty(device=weights.weight2.device).train(scorer.training)
+    place_like(packed.train(scorer.training), scorer)
     packed.reset_parameters(folded.of_pairs)
     for module in packed.modules():  # lets `init_weights`, should it run again, leave them
         module._is_hf_initialized = True  # type: ignore[assignment]
@@ -164,6 +166,32 @@ def rebuild(attention: Any, settings: Mapping[str, Any]) -> PackedLayer:
     return PackedLayer(
         empty(scorer.query_layer, scorer.num_query_heads), empty(scorer.key_layer, scorer.num_key_heads), scorer
     )
+
+
+def watch_caches(attention: Any) -> None:
+    """Lets an attention module with packed layers refuse caches that cannot hold its keys, before it touches one."""
+    attention.register_forward_pre_hook(refuse_fixed_sizes, with_kwargs=True)
+
+
+def refuse_fixed_sizes(attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """A hook that runs before the forward of an attention module with packed layers.
+
+    Raises:
+        ValueError: if it gets a cache of fixed size, whose layers have room for as many heads of values as of keys.
+    """
+    scorer, index = attention.scorer, getattr(attention, "layer_idx", None)
+    num_heads = scorer.packed_heads(scorer.num_key_heads)
+    if index is None or num_heads == scorer.num_key_heads:
+        return
+    for cache in (*args, *kwargs.values()):
+        both = isinstance(cache, EncoderDecoderCache)
+        for part in (cache.self_attention_cache, cache.cross_attention_cache) if both else (cache,):
+            if isinstance(part, Cache) and any(isinstance(layer, StaticLayer) for layer in part.layers[index : index + 1]):
+                raise ValueError(
+                    f"This {type(attention).__name__} is compact, and packs the keys of {scorer.num_key_heads} heads into "
+                    f"{num_heads}, but not the values. A {type(part).__name__} has a fixed size, with room for as many heads "
+                    "of keys as of values. Use a DynamicCache, which `generate` makes without `cache_implementation`."
+                )
 
 
 def put_in(parent: nn.Module, name: str, module: nn.Module) -> nn.Module:

@@ -1,0 +1,191 @@
+"""Patched models of any family, as Auto classes and clients load them: `PatchedLlamaForCausalLM` is a `LlamaForCausalLM` with
+the scorers that its config records. `getattr` of this module makes the classes, one for each stock class."""
+
+import copy
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+import transformers
+from torch import nn
+from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
+
+from .configuration_neural_patched import RECORD, PatchedConfig, PatchError, check_version, patched_config_class
+from .modeling_neural_attention import HUB_OPTIONS
+from .modeling_neural_gpt2 import CompactGPT2Attention
+from .modeling_neural_vit import CompactViTAttention
+from .neural_attention_interface import attach_scorer
+from .neural_attention_packing import rebuild, watch_caches
+from .neural_attention_scorer import NeuralScorer
+
+
+# Attention modules that have a compact class of their own; in modules of all others, layers inside them are replaced
+COMPACT_CLASSES: dict[type, type] = {each.stock_class(): each for each in (CompactGPT2Attention, CompactViTAttention)}
+
+PREFIX = "Patched"
+
+# Arguments of `from_pretrained` that its config must not take
+MODEL_OPTIONS = ("dtype", "torch_dtype", "quantization_config")
+
+
+def name_in(model: Any, name: str) -> str:
+    """A layer's name in this model, where the patch was made for the same one with a head, or without."""
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    modules = dict(model.named_modules())
+    return next((each for each in (name, name.removeprefix(prefix), prefix + name) if each in modules), name)
+
+
+def attach_record(model: nn.Module, record: Mapping[str, Any], where: str) -> None:
+    """Gives a stock model the scorers and the compact layers of a record, without weights that mean anything.
+
+    Raises:
+        PatchError: if the model lacks a layer, or a layer's settings do not fit it.
+    """
+    for recorded, settings in record["layers"].items():
+        name = name_in(model, recorded)
+        try:
+            attention: Any = model.get_submodule(name)
+        except AttributeError:
+            raise PatchError(
+                f"config.json of {where} has a patch for {recorded!r}, and {type(model).__name__} no such module."
+            ) from None
+        try:
+            if settings.get("compact"):
+                make_compact(model, name, attention, settings).folded_from = record.get("folded_from")
+            else:
+                attach_scorer(attention, NeuralScorer(**settings))
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            kind = "compact layer" if settings.get("compact") else "scorer"
+            raise PatchError(f"config.json of {where} has settings for {recorded!r} that make no {kind}: {error}") from None
+
+
+def make_compact(model: nn.Module, name: str, attention: Any, settings: Mapping[str, Any]) -> Any:
+    """Puts a compact layer in a stock one's place, and returns its scorer."""
+    settings = {key: value for key, value in settings.items() if key != "compact"}
+    own: Any = COMPACT_CLASSES.get(type(attention))
+    if own is None:
+        packed = rebuild(attention, settings)
+        for part, made in packed[:2]:
+            attention.set_submodule(part, made)
+        attach_scorer(attention, packed.scorer)
+        watch_caches(attention)
+        return packed.scorer
+    settings["per_head"] = settings.pop("num_heads") is not None
+    made = own(attention.config, layer_idx=getattr(attention, "layer_idx", None), **settings)
+    model.set_submodule(name, made)
+    return made.scorer
+
+
+def loading_class(base: Any, record: Mapping[str, Any], where: str) -> Any:
+    """The class of a model whose instances are patched when they are made, so that all weights are loaded in one go."""
+
+    def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+        base.__init__(self, config, *args, **kwargs)
+        attach_record(self, record, where)
+
+    # keeps the name, by which Transformers looks up what to rename in old checkpoints
+    return type(base.__name__, (base,), {"__init__": __init__, "__module__": base.__module__})
+
+
+def load_patched(base: Any, record: Mapping[str, Any], where: str, config: Any, *args: Any, **kwargs: Any) -> tuple[Any, dict]:
+    """A patched instance of a stock class, and what Transformers says of the loading.
+
+    Raises:
+        PatchError: if the checkpoint lacks weights of its neural layers.
+    """
+    loader = loading_class(base, record, where)
+    model, info = loader.from_pretrained(where, *args, config=config, output_loading_info=True, **kwargs)
+    compact = tuple(f"{name_in(model, name)}." for name, settings in record["layers"].items() if settings.get("compact"))
+    if missing := sorted(name for name in info["missing_keys"] if ".scorer." in name or name.startswith(compact)):
+        raise PatchError(
+            f"{where} lacks weights of its neural layers: {', '.join(missing[:5])}. The checkpoint is not complete."
+        )
+    if type(model) is loader:  # skips a model that FSDP has given a class of its own
+        model.__class__ = base
+    for module in model.modules():
+        if hasattr(module, "scorer"):
+            module.scorer.freeze_idle()
+    return model, info
+
+
+class PatchedModelMixin:
+    """Comes before a stock class among the bases of a `Patched*` one."""
+
+    stock_class: type[PreTrainedModel]
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        record = getattr(config, RECORD, None)
+        check_version(record, f"The config of this {type(self).__name__}")
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
+        attach_record(self, record, config.name_or_path or "this model")  # type: ignore[arg-type]
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, config: Any = None, **kwargs: Any) -> Any:
+        """As `PreTrainedModel.from_pretrained`.
+
+        Raises:
+            PatchError: if the checkpoint has no patch, one of a later version, or not all weights of its neural layers.
+        """
+        with_info, where = kwargs.pop("output_loading_info", False), str(pretrained_model_name_or_path)
+        if not isinstance(config, PreTrainedConfig):
+            options = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
+            content, _ = PreTrainedConfig.get_config_dict(where, **options)
+            config, kwargs = split_config(content, kwargs, PatchedConfig)
+        record = getattr(config, RECORD, None)
+        check_version(record, f"config.json of {where}")
+        assert isinstance(record, dict)
+        stock = stock_config(config, where)
+        model, info = load_patched(cls.stock_class, record, where, stock, *args, **kwargs)
+        model = cls.finish(model, record)
+        return (model, info) if with_info else model
+
+    @classmethod
+    def finish(cls, model: Any, record: dict[str, Any]) -> Any:
+        """Makes a loaded model one of this class, which saves what it records."""
+        model.__class__ = cls
+        setattr(model.config, RECORD, record)
+        model.config.__class__ = cls.config_class  # type: ignore[attr-defined]
+        return model
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
+        # keeps names as they are: the rules that restore old checkpoints' names would also take parts of a scorer for theirs
+        kwargs.setdefault("save_original_format", False)
+        return super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
+
+
+def split_config(content: dict[str, Any], arguments: dict[str, Any], config_class: Any) -> tuple[Any, dict[str, Any]]:
+    """The config that `from_pretrained` is asked for by these arguments, and those that are for the model."""
+    # keeps these from the config, which would take what is meant for the model
+    for_model = {name: arguments[name] for name in (*HUB_OPTIONS, *MODEL_OPTIONS) if name in arguments}
+    fields = {name: value for name, value in arguments.items() if name not in for_model}
+    config, unused = config_class.from_dict(content, return_unused_kwargs=True, **fields)
+    return config, for_model | unused
+
+
+def stock_config(config: Any, where: str) -> Any:
+    """A copy of a patched model's config as the stock one, with which the model works like any of its family."""
+    stock = copy.deepcopy(config)
+    stock.__class__ = CONFIG_MAPPING[config.model_type]
+    for name in (RECORD, "auto_map", "model_type"):
+        vars(stock).pop(name, None)
+    stock.name_or_path = where
+    return stock
+
+
+@cache
+def patched_model_class(stock: Any, mixin: type[PatchedModelMixin] = PatchedModelMixin) -> Any:
+    """`PatchedLlamaForCausalLM` for `LlamaForCausalLM`."""
+    fields = {
+        "stock_class": stock,
+        "config_class": patched_config_class(stock.config_class.model_type),
+        "__module__": mixin.__module__,
+    }
+    return type(f"{PREFIX}{stock.__name__}", (mixin, stock), fields)
+
+
+def __getattr__(name: str) -> Any:
+    stock = getattr(transformers, name.removeprefix(PREFIX), None) if name.startswith(PREFIX) else None
+    if isinstance(stock, type) and issubclass(stock, PreTrainedModel):
+        made: Any = stock
+        return patched_model_class(made)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,188 @@
+"""What the scores of attention are like, layer by layer, whatever makes them: dot product or scorer."""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from .introspection import Call, call_of, left_as_it_was, moved, observed, unwrap
+from .models.neural_attention_blockwise import without_autocast
+from .models.neural_attention_interface import UNSUPPORTED_ARGUMENTS, neural_attention_forward
+from .models.neural_attention_reference import expand_heads, key_features, reference_scores, softmax_or_zero
+from .patching.calibration import NUMBERS_AT_ONCE
+from .patching.layers import attention_modules, tokens_of_queries
+from .patching.reports import table
+
+
+# A row is saturated where one key has more than this share of its weight
+SATURATED = 0.99
+
+
+class LayerScores(NamedTuple):
+    """What one layer's scores are like on some inputs. Counted are rows (a query of one head and example) that may see two
+    keys or more, and of these the keys that they may see."""
+
+    layer: str
+    scorer: str  # "dot product", or the mode of its scorer
+    spread: float  # standard deviation of scores within rows, pooled: root of (squares around row means / degrees of freedom)
+    entropy: float  # of attention rows in nats, mean
+    uniform_entropy: float  # the same, were attention uniform
+    saturated: float  # share of rows whose largest weight is over 0.99
+
+
+class ScoreStatistics(tuple[LayerScores, ...]):
+    """One `LayerScores` per layer, in the order of the model. `str()` makes a table of it."""
+
+    def __str__(self) -> str:
+        return table([LayerScores._fields, *((*each[:2], *(f"{x:.3g}" for x in each[2:])) for each in self)])
+
+    __repr__ = __str__
+
+
+def score_statistics(model: Any, **inputs: Any) -> ScoreStatistics:
+    """Looks at the scores of every attention layer of a model, dot product or neural, while it runs on some inputs.
+
+    Scores are those that the softmax gets (after `1 / sqrt(head_dim)`), without masks and biases of positions; entropy and
+    saturation are of the attention weights themselves, with both. The model runs in evaluation mode, without dropout, and is
+    left as it was.
+
+    Args:
+        model: whose attention modules fetch their function from Transformers' `AttentionInterface`, as `patch` needs it.
+        inputs: for its forward; a few examples of what it is trained on.
+
+    Returns:
+        `ScoreStatistics`: of each layer that the forward reaches (its first call), cross-attention included.
+
+    Raises:
+        ValueError: if no attention module of the model can be looked at, the inputs reach none, or a layer asks for what
+            changes scores in another way (soft-capping, attention sinks).
+    """
+    base = unwrap(model)
+    found = watch_layers(model, base, inputs, attention_modules(base), statistics_of_layer)
+    return ScoreStatistics(statistics._replace(layer=name) for name, statistics in found.items())
+
+
+@torch.no_grad()
+def watch_layers(
+    model: Any,
+    base: nn.Module,
+    inputs: Mapping[str, Any],
+    modules: Mapping[str, Any],
+    look: Callable[[Any, Call], Any],
+    *,
+    padded: bool = False,
+) -> dict[str, Any]:
+    """What `look(module, call)` makes of the first call of each of these attention modules, by name, in one forward of a model
+    (`base`, and what is around it).
+
+    Args:
+        padded: whether `look` gets queries of padding as well, and all in their places.
+
+    Raises:
+        ValueError: if the inputs reach none of them.
+    """
+    seen: dict[Any, Any] = {}
+    names = {module: name for name, module in modules.items()}
+
+    def look_and_go_on(module: Any, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if module not in seen:
+            call = call_of(module, *args, **kwargs)
+            if not padded:
+                call = call.without_padding(tokens_of_queries(names[module], module, inputs))
+            # looks here, where a sharded model has its weights together
+            seen[module] = look(module, call)
+        return attend(module, *args, **kwargs)
+
+    with left_as_it_was(base) as device, observed(modules.values(), look_and_go_on):
+        model(**moved(dict(inputs), device))
+    if not seen:
+        raise ValueError(f"These inputs reach none of these layers of this {type(base).__name__}.")
+    return {name: seen[module] for name, module in modules.items() if module in seen}
+
+
+def attend(
+    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What the attention function of an observed module, stock or neural, returns in evaluation mode: output `[B, Tq, H, Dv]`,
+    and weights or None."""
+    if hasattr(module, "scorer"):
+        return neural_attention_forward(module, query, key, value, *args, **kwargs)
+    for name, feature in UNSUPPORTED_ARGUMENTS.items():
+        if kwargs.get(name) is not None:
+            raise ValueError(f"Scores cannot be looked at under {feature} (`{name}`), which this model's attention asks for.")
+    call = call_of(module, query, key, value, *args, **kwargs)
+    rows = torch.arange(query.shape[2], device=query.device)
+    with without_autocast(query):
+        weights = softmax_or_zero(call.masked_rows(scores_of(None, call, rows), rows)).to(value.dtype)
+        output = weights @ expand_heads(value[:, :, : call.key.shape[2]], query.shape[1])
+    return output.transpose(1, 2).contiguous(), weights if module.config.base._attn_implementation == "eager" else None
+
+
+def scores_of(scorer: Any, call: Call, rows: torch.Tensor, keys: torch.Tensor | None = None) -> torch.Tensor:
+    """Scores `[B, H, rows, Tk]` of some queries of a call before any mask, in float32.
+
+    Args:
+        scorer: None for the dot product.
+        keys: `key_features` of the call's keys, so as not to make them anew for other rows.
+    """
+    query = call.query[:, :, rows]
+    residual = scorer is None or scorer.mode == "residual"
+    dot: Any = query @ call.key.transpose(-1, -2) * call.scaling if residual else 0.0
+    if scorer is None:
+        return dot
+    weights = scorer.weights().to(torch.float32)
+    keys = key_features(call.key, weights) if keys is None else keys
+    return reference_scores(query, keys, weights, keys_projected=True) + dot
+
+
+def statistics_of_layer(module: Any, call: Call) -> LayerScores:
+    """Some queries at a time."""
+    scorer: Any = getattr(module, "scorer", None)
+    batch, heads, num_queries, _ = call.query.shape
+    numbers, keys = batch * heads * call.key.shape[2], None
+    with without_autocast(call.query):
+        if scorer is not None:
+            keys = key_features(call.key, scorer.weights().to(torch.float32))
+            numbers *= keys.shape[-1]
+        figures = RowFigures()
+        for rows in torch.arange(num_queries, device=call.query.device).split(max(1, NUMBERS_AT_ONCE // numbers)):
+            scores = scores_of(scorer, call, rows, keys)
+            figures.add(scores, call.masked_rows(scores, rows))
+    return LayerScores("", "dot product" if scorer is None else scorer.mode, *figures.results())
+
+
+class RowFigures:
+    """Sums over the rows of attention that have a choice."""
+
+    def __init__(self) -> None:
+        self.squares = self.freedom = self.deviations = 0.0
+        self.entropy = self.uniform = self.saturated = self.rows = 0.0
+
+    def add(self, scores: torch.Tensor, masked: torch.Tensor) -> None:
+        """
+        Args:
+            scores: `[B, H, rows, Tk]`, before the mask.
+            masked: what the softmax gets, with -inf for keys that a row may not see.
+        """
+        seen = masked > float("-inf")
+        number = seen.sum(-1)
+        counted = number > 1
+        mean = (scores * seen).sum(-1) / number.clamp_min(1)
+        squares = ((scores - mean.unsqueeze(-1)).square() * seen).sum(-1)
+        weights = softmax_or_zero(masked)
+        self.squares += squares[counted].sum().item()
+        self.freedom += (number - 1)[counted].sum().item()
+        self.deviations += (squares / number.clamp_min(1)).sqrt()[counted].sum().item()
+        self.entropy += torch.special.entr(weights).sum(-1)[counted].sum().item()
+        self.uniform += number[counted].float().log().sum().item()
+        self.saturated += (weights.amax(-1) > SATURATED)[counted].sum().item()
+        self.rows += counted.sum().item()
+
+    def results(self) -> tuple[float, float, float, float]:
+        """Spread, entropy, entropy were attention uniform, and share of saturated rows; NaN where no row has a choice."""
+        if not self.rows:
+            return (math.nan,) * 4
+        spread = math.sqrt(self.squares / self.freedom)
+        return spread, self.entropy / self.rows, self.uniform / self.rows, self.saturated / self.rows

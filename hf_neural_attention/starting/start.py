@@ -1,0 +1,284 @@
+"""`start_scores`: sets how far attention scores spread in a model that is to be trained."""
+
+import math
+from collections.abc import Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from ..introspection import call_of, left_as_it_was, moved, observed, unwrap
+from ..patching.layers import attention_modules, listed, tokens_of_queries
+from ..patching.patching import check_unsharded
+from ..patching.reports import table
+from ..patching.tracing import run_until_reached
+from ..scores import attend, statistics_of_layer
+from .closed_form import spread_in_closed_form
+from .sources import Source, Sources, is_norm, offset_of_gain, rms
+
+
+# How far the measured spread may be from the one that was asked for, relative to it
+TOLERANCE = 0.02
+
+
+class StartedLayer(NamedTuple):
+    """What `start_scores` did to one attention layer."""
+
+    layer: str
+    scorer: str  # "dot product", or the mode of its scorer
+    changed: str  # names of the layers in it whose weights (and biases) were multiplied
+    factor: float  # by this
+    before: float  # spread of its scores
+    after: float
+
+
+class ScoreStart(tuple[StartedLayer, ...]):
+    """One `StartedLayer` per attention layer, in the order of the model. `str()` makes a table of it."""
+
+    measured: bool  # on inputs; otherwise in closed form
+
+    def __str__(self) -> str:
+        rows = [(*each[:3], *(f"{number:.4g}" for number in each[3:])) for each in self]
+        return f"{table([StartedLayer._fields, *rows])}\n{'measured' if self.measured else 'in closed form'}"
+
+    __repr__ = __str__
+
+
+@dataclass
+class Plan:
+    """What is to be scaled in one layer, and how far its scores spread."""
+
+    scorer: str
+    sources: list[Source]  # empty if the scorer itself is scaled
+    degree: int  # of the scores, in all that is scaled
+    spread: float
+
+    @property
+    def goes_to_zero(self) -> bool:
+        """Whether the scores are zero for ever once they are: gradients of queries need keys, and the other way round."""
+        return (
+            self.scorer == "dot product" and self.degree == 2 and not any(offset_of_gain(each.layer) for each in self.sources)
+        )
+
+    def factor(self, wanted: float) -> float:
+        return (wanted / self.spread) ** (1 / self.degree)
+
+
+def start_scores(
+    model: nn.Module, inputs: Mapping[str, Any] | None = None, spread: float = 1.0, *, allow_trained: bool = False
+) -> ScoreStart:
+    """Scales weights of a new model, in place, so that the scores of each attention layer start with a given spread.
+
+    Stock initialisations make query and key weights of one small size, whatever the width of the model: scores start near
+    zero there, and attention uniform. Models with embeddings that are not normalised start with scores so large that attention
+    is saturated. The spread is the standard deviation of scores within rows (a row: a query of one head and example), after
+    `1 / sqrt(head_dim)` and before masks and biases of positions, over the keys that the row may see; pooled over all rows of
+    the layer (root of the mean variance, each row counted by its degrees of freedom), as `analysis.score_statistics` has it.
+
+    What is multiplied: the weights and biases that make queries and keys (gains of the norms that come after them, if there
+    are such), both by the same factor: by its square root in layers of the dot product, thin or not, whose scores grow with
+    both. Fused projections keep their values. A layer whose queries or keys make values as well has the other one scaled
+    alone. Scorers with biases (`init="paper"`) are scaled themselves: the last layer, or both of mode `"thin"`. Nothing is
+    drawn anew.
+
+    Args:
+        model (`nn.Module`): A new model: stock, patched, or of this package's own classes, compact or not, whose attention
+            modules fetch their function from Transformers' `AttentionInterface`.
+        inputs (`dict`, *optional*): A batch for the model's forward. The spread is then measured on it, layer by layer, each
+            with the layers before it started already. Without it, the spread comes in closed form for hidden states as a norm
+            hands them on, independent from token to token; those of real data have something in common, so they measure less
+            (about 0.7 of it in a small ViT). A layer whose input no norm makes needs `inputs`.
+        spread (`float`): Default: 1.0, that of the dot product of unit-normal queries and keys. Zero is for controls, and for
+            dot products alone: query and key weights of zero get no gradient from each other, so attention is uniform and
+            stays so, however long the model is trained. For a start that is almost uniform and learns, take 0.01.
+        allow_trained (`bool`): Change a model also if it seems trained. A model seems trained if the gains of one of its norms
+            differ: they start equal, and training changes them at once. Default: False.
+
+    Returns:
+        `ScoreStart`: for each attention layer what was multiplied and the spread before and after; printing it shows a table.
+
+    Raises:
+        ValueError: if `spread` is negative or not finite; if the model seems trained; or if a layer's spread cannot be set,
+            with the reason. The model is then what it was.
+    """
+    if not (isinstance(spread, int | float) and 0 <= spread < math.inf):
+        raise ValueError(f"`spread` is {spread!r}; it must be a number of at least zero.")
+    base = unwrap(model)
+    check_unsharded(model)
+    modules = attention_modules(base)
+    if any(parameter.is_meta for parameter in base.parameters()):
+        raise ValueError(f"This {type(base).__name__} has weights without numbers (on the meta device, or offloaded).")
+    if not allow_trained and (name := trained_norm(base)) is not None:
+        raise ValueError(
+            f"This {type(base).__name__} seems to be trained: the gains of {name!r} differ, which start equal. Other scores "
+            "would undo what it has learned. To change it all the same, say `allow_trained=True`; to fit new scorers to a "
+            "checkpoint, use `calibrate`."
+        )
+    with restored_after_errors(base):
+        before, factors = survey(base, modules, inputs, spread)
+        # takes zero as it is, since weights of zero show no more what they make
+        after = {name: plan.spread for name, plan in survey(base, modules, inputs, None)[0].items()} if spread else {}
+        wrong = [name for name in before if spread and not abs(after[name] / spread - 1) < TOLERANCE]
+        if wrong:
+            raise ValueError(f"The scores of {listed(wrong)} do not grow as expected with the weights that make them.")
+    report = ScoreStart(
+        StartedLayer(name, plan.scorer, changed_in(plan), factors[name], plan.spread, after.get(name, 0.0))
+        for name, plan in before.items()
+    )
+    report.measured = inputs is not None
+    return report
+
+
+def trained_norm(model: nn.Module) -> str | None:
+    """The name of a norm whose gains differ."""
+    norms = ((name, module) for name, module in model.named_modules() if is_norm(module))
+    return next((name for name, norm in norms if norm.weight.min() != norm.weight.max()), None)
+
+
+def changed_in(plan: Plan) -> str:
+    own = "scorer" if plan.scorer == "thin" else "scorer.linear3"
+    return ", ".join(dict.fromkeys(source.name for source in plan.sources)) or own
+
+
+@contextmanager
+def restored_after_errors(model: nn.Module):
+    kept = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    try:
+        yield
+    except BaseException:
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.copy_(kept[name])
+        raise
+
+
+def survey(
+    model: nn.Module, modules: Mapping[str, Any], inputs: Mapping[str, Any] | None, wanted: float | None
+) -> tuple[dict[str, Plan], dict[str, float]]:
+    """One run of the model: what there is to scale in each layer that it reaches, and by which factor it has been scaled so
+    that its spread is the wanted one, if one is.
+
+    Raises:
+        ValueError: that says for each reason which layers it speaks against, or that no layer was reached.
+    """
+    sources = Sources(model, dict(modules))
+    plans: dict[Any, Plan | str] = {}
+    factors: dict[Any, float] = {}
+    names = {module: name for name, module in modules.items()}
+
+    def look(module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if module not in plans:
+            found = sources.of(module, query, key, value)
+            query, key, value = query.detach(), key.detach(), value.detach()
+            with torch.no_grad():
+                call = call_of(module, query, key, value, *args, **kwargs)
+                if inputs is not None:
+                    call = call.without_padding(tokens_of_queries(names[module], module, inputs))
+                plan = found if isinstance(found, str) else plan_of(module, *found, query, key, call, inputs is not None)
+                plans[module] = plan
+                if wanted is not None and isinstance(plan, Plan):
+                    try:
+                        factors[module] = factor = carry_out(module, plan, wanted)
+                    except ValueError as error:
+                        plans[module] = str(error)
+                    else:
+                        query, key = (
+                            states * factor if any(map(plan_has(plan), parts)) else states
+                            for states, parts in zip((query, key), found, strict=True)
+                        )
+        with torch.no_grad():
+            return attend(module, query, key, value, *args, **kwargs)
+
+    with left_as_it_was(model) as device, sources.noted(), observed(modules.values(), look):
+        if inputs is not None:
+            model(**moved(dict(inputs), device))
+            failures = ""
+        else:
+            _, failures = run_until_reached(model, modules, plans.__contains__, None)
+    # passes over what a run that went well does not reach, as cross-attention of a decoder by itself
+    if failures and (missing := [name for name, module in modules.items() if module not in plans]):
+        raise ValueError(
+            f"No run of the model reached {listed(missing)}. {failures} Give `inputs` that do.".replace("  ", " ")
+        )
+    if not plans:
+        raise ValueError(f"These inputs reach none of the attention layers of this {type(model).__name__}.")
+    against: dict[str, list[str]] = {}
+    for name, module in modules.items():
+        if isinstance(reason := plans.get(module), str):
+            against.setdefault(reason, []).append(name)
+    if against:
+        reasons = "; ".join(f"{listed(names)}: {reason}" for reason, names in against.items())
+        raise ValueError(f"The scores of these layers cannot be set: {reasons}. Nothing was changed.")
+    reached = {name: module for name, module in modules.items() if module in plans}
+    return {name: plans[module] for name, module in reached.items()}, {  # type: ignore[misc]
+        name: factors[module] for name, module in reached.items() if module in factors
+    }
+
+
+def plan_has(plan: Plan) -> Any:
+    return lambda source: any(source is each for each in plan.sources)
+
+
+def plan_of(
+    module: Any,
+    of_query: list[Source],
+    of_key: list[Source],
+    query: torch.Tensor,
+    key: torch.Tensor,
+    call: Any,
+    measured: bool,
+) -> Plan | str:
+    """What to scale in a layer, and how far its scores spread now; or in words why that cannot be."""
+    scorer: Any = getattr(module, "scorer", None)
+    is_dot = scorer is None or scorer.mode in ("residual", "thin")
+    if scorer is not None and scorer.mode == "residual" and scorer.linear3.weight.any():
+        return 'its network adds to the dot product already: a scorer of mode "residual" that is not new'
+    sources = [*of_query, *of_key]
+    if len(of_query) == len(of_key) and all(map(Source.same_as, of_query, of_key)):
+        sources = of_query  # makes queries and keys that are the same larger once
+    degree = (bool(of_query) + bool(of_key)) if is_dot else 1
+    has_layers = scorer is not None and any(layer is not None for layer in scorer.layers)
+    if has_layers and scorer.mode != "residual" and (not of_query or not of_key or has_biases(scorer)):
+        sources, degree = [], 2 if is_dot else 1  # scales the scorer itself
+    elif not sources:
+        return "what makes its queries and keys makes its values as well"
+    if measured:
+        spread: float | str = statistics_of_layer(module, call).spread
+    else:
+        factors = tuple(
+            rms(states) / max(rms(torch.cat([part.output() for part in parts], -1)), 1e-30) if parts else 1.0
+            for states, parts in ((query, of_query), (key, of_key))
+        )
+        spread = spread_in_closed_form(module, of_query, of_key, query.shape[-1], call.scaling, factors)  # type: ignore[arg-type]
+    if isinstance(spread, str):
+        return spread
+    if not 0 < spread < math.inf:
+        why = "its scorer may be dead, draw another (`scorer.reset_parameters()`)" if scorer else "its weights may be zero"
+        return f"its scores have a spread of {spread}, which no factor changes; {why}"
+    return Plan("dot product" if scorer is None else scorer.mode, sources, degree, spread)
+
+
+def has_biases(scorer: Any) -> bool:
+    """Whether scores do not grow as queries and keys do."""
+    return any(bias is not None and bias.any() for bias in scorer.weights()[1:-2:2])
+
+
+def carry_out(module: Any, plan: Plan, wanted: float) -> float:
+    """Returns the factor by which it has scaled.
+
+    Raises:
+        ValueError: if that is not possible, with the reason.
+    """
+    if wanted == 0 and not plan.goes_to_zero:
+        raise ValueError("a spread of zero would not stay zero, since only a dot product of both queries and keys stays there")
+    factor = plan.factor(wanted)
+    if not plan.sources and plan.scorer == "thin":
+        for parameter in module.scorer.parameters():
+            parameter.mul_(factor)
+    elif not plan.sources:
+        module.scorer.linear3.weight.mul_(factor)
+    for source in plan.sources:
+        source.scale(factor)
+    return factor

@@ -1,0 +1,61 @@
+"""Arguments of training that a recipe cannot honour, or that end its run after hours."""
+
+from transformers import SchedulerType, TrainingArguments
+
+from tools.command_lines import at_least
+from training.neural_arguments import NeuralArguments
+
+
+AT_LEAST = {
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "learning_rate": 0,
+    "weight_decay": 0,
+}
+BY_WHAT_IS_MEASURED = ("reduce_lr_on_plateau", "greedy")  # schedules that have no rates of their own
+
+
+def check_training(training: TrainingArguments, neural: NeuralArguments, measures: tuple[str, ...]) -> None:
+    """Looks at them before any data is loaded.
+
+    Args:
+        measures: what an evaluation on the way measures, "loss" say.
+
+    Raises:
+        SystemExit: naming the argument, and what it may be.
+    """
+    try:
+        for name, least in AT_LEAST.items():
+            at_least(name, getattr(training, name), least)
+        for name in ("scorer_learning_rate", "scorer_weight_decay"):
+            at_least(name, getattr(neural, name), 0)
+    except ValueError as error:
+        raise SystemExit(f"{error}") from None
+    if training.label_names not in (None, ["labels"]):
+        raise SystemExit(
+            f"--label_names {' '.join(training.label_names)}: the recipes' examples have theirs in `labels` alone."
+        )
+    best = training.metric_for_best_model
+    if best is not None and best.removeprefix("eval_") not in measures:
+        raise SystemExit(f"--metric_for_best_model is {best}; expected {' or '.join(measures)}, which evaluations measure.")
+    if "accuracy" in measures:
+        if training.prediction_loss_only:
+            raise SystemExit(
+                "--prediction_loss_only: the recipe measures accuracy, for which it needs predictions. Leave it out."
+            )
+        if not training.eval_do_concat_batches:
+            raise SystemExit(
+                "--eval_do_concat_batches False: accuracy is measured of all batches together. To keep no predictions, take "
+                "--batch_eval_metrics True."
+            )
+
+
+def check_halving(training: TrainingArguments, halve_learning_rate_after: int | None) -> None:
+    """Raises SystemExit if the schedule has no rates that could be halved."""
+    schedule = SchedulerType(training.lr_scheduler_type).value
+    if halve_learning_rate_after is not None and schedule in BY_WHAT_IS_MEASURED:
+        raise SystemExit(
+            f"--lr_scheduler_type {schedule} sets the learning rate by what is measured, and --halve_learning_rate_after by "
+            "the epoch. Choose one of them."
+        )

@@ -1,0 +1,77 @@
+"""Padding is no text: on whichever side it is, and how much of it there is, it makes no difference."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from hf_neural_attention import analysis, calibrate, patch
+from tests.helpers.stock_models import FAMILIES
+
+
+LENGTHS = (9, 5)
+
+
+def padded(family: str, side: str, extra: int = 0) -> dict[str, torch.Tensor]:
+    """Two texts of different lengths, with positions that do not depend on the side."""
+    ids = torch.randint(3, 98, (2, 9), generator=torch.Generator().manual_seed(1))
+    width = max(LENGTHS) + extra
+    inputs = {name: torch.zeros(2, width, dtype=torch.long) for name in ("input_ids", "attention_mask", "position_ids")}
+    for row, length in enumerate(LENGTHS):
+        place = slice(0, length) if side == "right" else slice(width - length, width)
+        inputs["input_ids"][row, place] = ids[row, :length]
+        inputs["attention_mask"][row, place] = 1
+        inputs["position_ids"][row, place] = torch.arange(length)
+    if FAMILIES[family].head == "Seq2SeqLM":
+        del inputs["position_ids"]
+        inputs |= {f"decoder_{name}": inputs[name].clone() for name in ("input_ids", "attention_mask")}
+    return inputs
+
+
+def figures(health: Any) -> list[float]:
+    return [number for layer in health for number in layer[1:]]
+
+
+@pytest.mark.parametrize(
+    "family, implementation", (("gpt2", "eager"), ("llama", "sdpa"), ("mistral", "sdpa"), ("bert", "sdpa"))
+)
+def test_scorer_health(family: str, implementation: str):
+    model = patch(FAMILIES[family].model(implementation), "all", mode="replace", proj_dim=8)
+    expected = figures(analysis.scorer_health(model, **padded(family, "left")))
+    for side, extra in (("right", 0), ("left", 23), ("right", 23)):
+        actual = figures(analysis.scorer_health(model, **padded(family, side, extra)))
+        assert actual == pytest.approx(expected, rel=1e-4), (side, extra)
+    texts = [
+        {name: tensor[[row], :length] for name, tensor in padded(family, "right").items()}
+        for row, length in enumerate(LENGTHS)
+    ]
+    rows = [length - (0 if family == "bert" else 1) for length in LENGTHS]  # the first token of a text has no choice
+    apart = [analysis.scorer_health(model, **text) for text in texts]
+    for number, layer in enumerate(analysis.scorer_health(model, **padded(family, "right", 23))):
+        mean = sum(health[number].entropy * count for health, count in zip(apart, rows, strict=True)) / sum(rows)
+        assert layer.entropy == pytest.approx(mean, rel=1e-4)
+
+
+@pytest.mark.parametrize("family, implementation", (("gpt2", "sdpa"), ("bert", "eager")))
+def test_calibration(family: str, implementation: str):
+    reports = []
+    for side, extra in (("left", 0), ("right", 0), ("left", 23), ("right", 23)):
+        torch.manual_seed(0)
+        model = patch(FAMILIES[family].model(implementation), "all", mode="replace", proj_dim=8)
+        batches = [padded(family, side, extra)] * 4
+        reports.append([number for layer in calibrate(model, batches, steps=10, progress=False) for number in layer[1:4]])
+    for report in reports[1:]:
+        assert report == pytest.approx(reports[0], rel=1e-3)
+
+
+def test_cross_attention():
+    model = FAMILIES["bart"].model()
+    patch(model, lambda name, module: "decoder" in name, mode="replace", proj_dim=8)
+    first, *others = (
+        figures(analysis.scorer_health(model, **padded("bart", side, extra)))[-7:]
+        for side, extra in (("right", 0), ("right", 23))
+    )
+    assert all(other == pytest.approx(first, rel=1e-4) for other in others)
+    inputs = padded("bart", "right", 23)
+    counted = figures(analysis.scorer_health(model, **{**inputs, "decoder_attention_mask": torch.ones(2, 32)}))[-7:]
+    assert counted != pytest.approx(first, rel=1e-4)

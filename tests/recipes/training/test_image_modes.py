@@ -1,0 +1,76 @@
+"""Images of any mode become what a person sees in them."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image as PIL
+
+from training.image_modes import SIXTEEN_BITS, to_rgb
+
+
+RED, WHITE, BLACK = [255, 0, 0], [255, 255, 255], [0, 0, 0]
+
+
+def rgb(image: PIL.Image) -> list[list[int]]:
+    """Pixels of the first row."""
+    converted = to_rgb(image)
+    assert converted.mode == "RGB" and converted.size == image.size
+    return np.asarray(converted)[0].tolist()
+
+
+def through(image: PIL.Image, kind: str) -> PIL.Image:
+    """Written to a file and read again."""
+    buffer = io.BytesIO()
+    image.save(buffer, kind)
+    return PIL.open(io.BytesIO(buffer.getvalue()))
+
+
+RAMP = np.array([[0, 257, 32896, 65278, 65535]], dtype=np.uint16)
+
+
+@pytest.mark.parametrize("kind", (None, "PNG", "TIFF", "PPM"))
+def test_sixteen_bits_are_scaled_to_eight(kind):
+    image = PIL.fromarray(RAMP)
+    assert image.mode == "I;16"
+    if kind is not None:
+        image = through(image, kind)  # some are read as mode I
+    assert rgb(image) == [[grey] * 3 for grey in (0, 1, 128, 254, 255)]
+
+
+def test_sixteen_bits_in_the_other_order():
+    image = PIL.frombytes("I;16B", (5, 1), RAMP.astype(">u2").tobytes())
+    assert image.mode in SIXTEEN_BITS and rgb(image) == [[grey] * 3 for grey in (0, 1, 128, 254, 255)]
+
+
+@pytest.mark.parametrize(("dtype", "words"), ((np.int32, "integers of 32 bits"), (np.float32, "floating-point numbers")))
+def test_numbers_without_a_range_are_refused(dtype, words):
+    with pytest.raises(ValueError, match=f"its pixels are {words} .* save it with 8 or 16 bits"):
+        to_rgb(PIL.fromarray(RAMP.astype(dtype)))
+
+
+def test_palettes_grey_and_black_and_white():
+    palette = PIL.new("P", (2, 1))
+    palette.putpalette([255, 0, 0, 255, 255, 255])
+    palette.putdata([0, 1])
+    assert rgb(palette) == [RED, WHITE]
+    assert rgb(PIL.new("L", (1, 1), 90)) == [[90] * 3] and rgb(PIL.new("1", (1, 1), 1)) == [WHITE]
+    assert rgb(PIL.new("RGB", (1, 1), (1, 2, 3))) == [[1, 2, 3]]
+
+
+def test_what_is_transparent_is_white():
+    assert rgb(PIL.new("RGBA", (1, 1), (0, 0, 0, 0))) == [WHITE] and rgb(PIL.new("RGBA", (1, 1), (255, 0, 0, 255))) == [RED]
+    assert rgb(PIL.new("RGBA", (1, 1), (255, 0, 0, 51))) == [[255, 204, 204]]
+    assert rgb(PIL.new("LA", (1, 1), (0, 0))) == [WHITE] and rgb(PIL.new("LA", (1, 1), (90, 255))) == [[90] * 3]
+    assert rgb(PIL.new("LA", (1, 1), (0, 0)).convert("La")) == [WHITE]
+    assert rgb(PIL.new("RGBA", (1, 1), (9, 9, 9, 0)).convert("RGBa")) == [WHITE]
+    colour = PIL.new("RGB", (2, 1), (255, 0, 0))
+    colour.putpixel((1, 0), (0, 0, 0))
+    colour.info["transparency"] = (0, 0, 0)  # one colour, as PNG and GIF may have it
+    assert rgb(colour) == [RED, WHITE] and rgb(through(colour, "PNG")) == [RED, WHITE]
+
+
+def test_inks_are_subtracted_from_white():
+    assert rgb(PIL.new("CMYK", (1, 1), (0, 0, 0, 0))) == [WHITE] and rgb(PIL.new("CMYK", (1, 1), (0, 0, 0, 255))) == [BLACK]
+    image = PIL.new("CMYK", (8, 8), (0, 255, 255, 0))
+    assert rgb(image)[0] == RED and np.allclose(rgb(through(image, "JPEG"))[0], RED, atol=3)
