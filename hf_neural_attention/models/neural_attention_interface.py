@@ -109,7 +109,7 @@ def normalize_mask(
     No mask means three things to "sdpa" functions: causal (training, prefill), everything (decoding one token), and
     causal over the first `num_queries` keys (prefill of a cache longer than the input). To "eager" it means everything.
     Additive masks exclude with the lowest finite number, under which a fully masked row would attend uniformly; it becomes
-    -inf, so that such rows (left padding) are zero under both implementations.
+    -inf, so that such rows (left padding) are zero under both implementations, with a position bias and without.
 
     Returns:
         The mask, whether attention is causal, and how many of the keys count.

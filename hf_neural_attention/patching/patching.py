@@ -60,7 +60,8 @@ def patch(
     patch the outermost one. A stock class that loads such a checkpoint warns of the model type and drops the scorers.
 
     In mode `"residual"` the outputs stay as they were: to rounding under "sdpa", to the bit in float32 under "eager". But
-    tokens that may attend to nothing (left padding) get zeros, where "eager" lets them attend to everything.
+    tokens that may attend to nothing (left padding) get zeros, where "eager" lets them attend to everything, as does "sdpa" in
+    models with position biases (T5) or masks of numbers (Parakeet). No other token attends to these.
 
     Args:
         model (`nn.Module`): A model whose attention modules fetch their function from Transformers' `AttentionInterface`

@@ -102,11 +102,12 @@ def test_queries_that_are_shared_by_a_batch_of_keys(granite_speech: Any):
 
 
 def test_example_inputs_need_not_reach_every_part():
-    parts = {**IMAGES, "vocab_size": 99, "max_position_embeddings": 64, "projection_dim": 16}
-    clip = AutoModel.from_config(AutoConfig.for_model("clip", text_config=parts, vision_config=IMAGES))
-    blip = {"vision_model.encoder.layers.*.self_attn", "text_model.encoder.layers.*.self_attn"}
-    inputs = {"input_ids": TOKENS, "pixel_values": torch.zeros(1, 3, 20, 20)}
-    assert stacks(clip) == stacks(clip, example_inputs=inputs) == blip
+    text = {"model_type": "llama", **GROUPED_HEADS}
+    config = AutoConfig.for_model("llava", text_config=text, vision_config={"model_type": "clip_vision_model", **IMAGES})
+    model = AutoModel.from_config(config)
+    both = {"language_model.layers.*.self_attn", "vision_tower.encoder.layers.*.self_attn"}
+    assert stacks(model) == stacks(model, example_inputs={"input_ids": TOKENS}) == both
+    assert_patchable(model, {"input_ids": TOKENS}, example_inputs={"input_ids": TOKENS})
 
 
 def test_arguments_that_are_left_over_change_nothing():
