@@ -2,11 +2,11 @@
 
     python recipes/list_patchable_families.py --tests transformers/tests --output model_cards/families/patchable_families
 
-A family is a folder of `transformers.models`. Its model is random: as Transformers tests it, with the configuration and inputs
-of its tests (`--tests` names their folder, in a checkout of Transformers' source), and of its classes that with the most
-attention layers; else with two layers and the sizes of its default configuration shrunk by the names of its fields. Tried are
-all self-attention layers: in mode "residual" the outputs must be the stock model's (to the bit under eager attention), in mode
-"replace" others, and once unpatched the stock model's again.
+A family is a folder of `transformers.models`. Its models are random: as Transformers tests them, with the configurations and
+inputs of its tests (`--tests` names their folder, in a checkout of Transformers' source), that with the most attention layers
+first, until one works; else with two layers, and the sizes of its default configuration shrunk by the names of its fields.
+Tried are all self-attention layers: in mode "residual" the outputs must be the stock model's (to the bit under eager
+attention), in mode "replace" others, and once unpatched the stock model's again.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from transformers.utils import logging as transformers_logging
 
 from families.examining import examine, in_a_line, num_attention_layers
 from families.shrinking import families, shrunk_models
-from families.tested import tested_models
+from families.tested import SHARED, import_from, models_as_tested, version_of
 from tools.json_files import write_json
 from tools.markdown import markdown_table
 from tools.provenance import command_line, environment
@@ -38,46 +38,73 @@ from tools.provenance import command_line, environment
 
 TIME_LIMIT = 600  # seconds for a family
 
+MEANINGS = {
+    "works": "all self-attention layers",
+    "works with inputs": "all self-attention layers, if `example_inputs=` are given",
+    "in part": "some of its classes; others are refused",
+    "refused": "by `patch`, for a reason that a user is told as well",
+    "fails": "patched, but not as it should be",
+    "no interface": "its attention does not fetch its function from Transformers' `AttentionInterface`",
+    "not tried": "no small model of it could be built and run here; `patch` may well work",
+}
 
-def small_models(name: str, model_types: list[str], tests: Path | None) -> Iterator[tuple[str, PreTrainedModel, Any]]:
-    """Small models of a family with where they come from, and inputs or None, the likeliest first.
 
-    Raises:
-        RuntimeError: at the end, with the reasons for those that cannot be built.
-    """
-    reasons = []
-    if tests is not None:
-        try:
-            models = [(wanted(config), inputs) for wanted, config, inputs in tested_models(name, tests)]
-        except Exception as error:  # noqa: BLE001, goes on, since a test may ask for what is not there
-            reasons.append(f"tests: {in_a_line(error)}")
-        else:
-            for model, inputs in sorted(models, key=lambda pair: -num_attention_layers(pair[0])):
-                yield "tests", model, inputs
+def tested_first(name: str, tests: Path | None, reasons: list[str]) -> Iterator[tuple[PreTrainedModel, Any]]:
+    """Models as tested, with their inputs, those with the most attention layers first; or the reason why there is none."""
+    if tests is None:
+        return
     try:
-        for model in shrunk_models(model_types):
-            yield "shrunk", model, None
-    except RuntimeError as error:
-        reasons.append(str(error))
-    raise RuntimeError("; ".join(reasons))
+        models = list(models_as_tested(name, tests))
+    except Exception as error:  # noqa: BLE001, goes on, since a test may ask for what is not there
+        reasons.append(f"its tests: {in_a_line(error)}")
+    else:
+        yield from sorted(models, key=lambda pair: -num_attention_layers(pair[0]))
 
 
 def try_family(name: str, model_types: list[str], tests: Path | None) -> dict[str, Any]:
-    """The first clear result of its models; none is clear that no attention layer takes part in."""
-    reasons, without = [], None
+    """What becomes of its models: the first one that works, but for what others say that were tried before it."""
+    reasons: list[str] = []
+    results = []
+    for models, source in ((tested_first(name, tests, reasons), "tests"), (shrunk_models(model_types), "shrunk")):
+        result = examined(models, source, reasons)
+        if result and result["status"] != "no interface":
+            return result
+        results.append(result)
+    return results[0] or results[1] or not_tried("; ".join(dict.fromkeys(reasons)))
+
+
+def not_tried(reason: str) -> dict[str, Any]:
+    return {"status": "not tried", "reason": reason}
+
+
+def examined(models: Iterator[tuple[PreTrainedModel, Any]], source: str, reasons: list[str]) -> dict[str, Any] | None:
+    """The result of the first model that works, or else of the first that has one. None if no result is clear, and then
+    `reasons` get why. That a model has no attention layer is none if another one has."""
+    results: list[dict[str, Any]] = []
+    unclear = False
     try:
-        for source, model, inputs in small_models(name, model_types, tests):
+        for model, inputs in models:
             try:
-                result = {**examine(model, inputs), "configuration": source}
+                results.append({**examine(model, inputs), "configuration": source})
             except Exception as error:  # noqa: BLE001, goes on, since the next model of the family may do better
                 reasons.append(f"{type(model).__name__}: {in_a_line(error)}")
+                unclear = unclear or num_attention_layers(model) > 0
                 continue
-            if result["status"] != "no interface":
-                return result
-            without = without or result
+            if results[-1]["status"] in ("works", "works with inputs", "fails"):
+                break
     except RuntimeError as error:
-        reasons = reasons or [str(error)]
-    return without or {"status": "not tried", "reason": "; ".join(dict.fromkeys(reasons))}
+        reasons.append(str(error))
+    with_layers = [result for result in results if result["status"] != "no interface"]
+    if not with_layers:
+        return None if unclear or not results else results[0]
+    first, last = with_layers[0], with_layers[-1]
+    if last["status"] == "fails" or first is last:
+        return last
+    return (
+        first
+        if last["status"] == "refused"
+        else {**last, "status": "in part", "reason": f"{first['class']}: {first['reason']}"}
+    )
 
 
 def try_in_time(known: dict[str, list[str]], tests: Path | None, name: str) -> tuple[str, dict[str, Any]]:
@@ -89,34 +116,46 @@ def try_in_time(known: dict[str, list[str]], tests: Path | None, name: str) -> t
     try:
         return name, try_family(name, known[name], tests)
     except KeyboardInterrupt:
-        return name, {"status": "not tried", "reason": f"took more than {TIME_LIMIT} seconds"}
+        return name, not_tried(f"took more than {TIME_LIMIT} seconds")
     finally:
         signal.alarm(0)
+
+
+def try_all(
+    wanted: list[str], known: dict[str, list[str]], tests: Path | None, processes: int
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Results of families as they come. Each family has a process of its own, since some take much memory."""
+    left = set(wanted)
+    with multiprocessing.get_context("fork").Pool(processes, maxtasksperchild=1) as pool:
+        results = pool.imap_unordered(partial(try_in_time, known, tests), wanted)
+        while left:
+            try:
+                name, result = results.next(timeout=2 * TIME_LIMIT)
+            except multiprocessing.TimeoutError:
+                yield from ((name, not_tried("its process died")) for name in left)
+                return
+            left.remove(name)
+            yield name, result
 
 
 def markdown(record: dict[str, Any]) -> str:
     results = record["families"]
     counts = Counter(result["status"] for result in results.values())
     sources = Counter(result.get("configuration") for result in results.values())
-    meanings = {
-        "works": "all self-attention layers",
-        "works with inputs": "all self-attention layers, if `example_inputs` are given",
-        "refused": "by `patch`, for a reason that a user is told as well",
-        "fails": "patched, but not as it should be",
-        "no interface": "its attention does not fetch its function from Transformers' `AttentionInterface`",
-        "not tried": "no small model of it could be built and run here; `patch` may well work",
-    }
+    padding = sum("zeros_in_padding" in result for result in results.values())
     lines = [
         "# Which model families can be patched",
         "",
         inspect.cleandoc(__doc__ or "").split("\n\n")[-1].replace("\n", " "),
-        f"{sources['tests']} models were as tested, {sources['shrunk']} shrunk.",
+        f"{sources['tests']} models were as tested (by Transformers {record['tests']}), {sources['shrunk']} shrunk. In "
+        f"{padding} families there are tokens that may attend to nothing, padding most of all: they get zeros, where stock "
+        "attention gives them the mean of all values. All others are equal.",
         "",
         f"Made by `{record['command']}` with Transformers {record['environment']['transformers']} and torch "
         f"{record['environment']['torch']}.",
         "",
         markdown_table(
-            ["", "families", ""], [[name, str(counts[name]), text] for name, text in meanings.items() if counts[name]]
+            ["", "families", ""], [[name, str(counts[name]), text] for name, text in MEANINGS.items() if counts[name]]
         ),
         "",
         markdown_table(
@@ -160,17 +199,19 @@ def main() -> None:
     kept = path is not None and path.exists() and (arguments.families or arguments.resume)
     results = json.loads(path.read_text(encoding="utf-8"))["families"] if path and kept else {}
     wanted = [name for name in arguments.families or known if not (arguments.resume and name in results)]
-    attempt = partial(try_in_time, known, arguments.tests and arguments.tests.resolve())
-    with multiprocessing.get_context("fork").Pool(arguments.processes, maxtasksperchild=20) as pool:
-        for name, result in pool.imap_unordered(attempt, wanted):
-            results[name] = result
-            print(f"{name}: {result['status']} {result.get('reason', '')}", flush=True)
-            if path:  # writes each time, so that a run that is stopped can go on with the other families
-                left_out = {*known, "--resume"}
-                command = " ".join(word for word in command_line().split() if word not in left_out)
-                record = {"command": command, "environment": environment(), "families": dict(sorted(results.items()))}
-                write_json(path, record)
-                path.with_suffix(".md").write_text(markdown(record), encoding="utf-8")
+    tests = arguments.tests and arguments.tests.resolve()
+    for name in SHARED if tests else ():
+        import_from(tests, name)
+    command = " ".join(word for word in command_line().split() if word not in {*known, "--resume"})
+    record: dict[str, Any] = {"command": command, "environment": environment(), "families": results}
+    record["tests"] = version_of(tests) if tests else "none"
+    for name, result in try_all(wanted, known, tests, arguments.processes):
+        results[name] = result
+        print(f"{name}: {result['status']} {result.get('reason', '')}", flush=True)
+        if path:  # writes each time, so that a run that is stopped can go on with the other families
+            record["families"] = dict(sorted(results.items()))
+            write_json(path, record)
+            path.with_suffix(".md").write_text(markdown(record), encoding="utf-8")
     print(Counter(result["status"] for result in results.values()))
 
 

@@ -2,14 +2,19 @@
 
 import copy
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
-from transformers import PreTrainedModel
+from transformers import AttentionInterface, PreTrainedModel
 
-from hf_neural_attention.patching import NoPatchableLayerError, PatchError, ProbeError, patch, patched, unpatch
+from hf_neural_attention.introspection import observed
+from hf_neural_attention.models.neural_attention_interface import mask_of_call
+from hf_neural_attention.patching import NoPatchableLayerError, PatchError, ProbeError, patch, patched
+from hf_neural_attention.patching.arguments import stock_functions
 from hf_neural_attention.patching.inputs import possible_inputs
 from hf_neural_attention.patching.layers import attention_modules, stack_name
 from hf_neural_attention.patching.probing import recording
@@ -66,53 +71,96 @@ def examine(model: PreTrainedModel, inputs: dict[str, Any] | None = None) -> dic
         return {**record, "status": "no interface", "reason": reason_in_brackets(error)}
     draw(model.eval())
     part, ours = (model, inputs) if inputs is not None else runnable_part(model)
-    status, settings, plan = "works", {}, None
+    examples, why = None, ""
     try:
-        plan = patch(model, "all", dry_run=True)
-    except PatchError as error:
-        if inputs is None or not isinstance(error, ProbeError):
-            return {**record, "status": "refused", "reason": in_a_line(error)}
-        status, settings = "works with inputs", {"example_inputs": inputs}
-        reason = in_a_line(error)
-    try:
-        plan = plan or patch(model, "all", dry_run=True, **settings)
+        try:
+            plan = patch(model, "all", dry_run=True)
+        except ProbeError as error:
+            if inputs is None:
+                raise
+            examples, why = inputs, in_a_line(error)
+            plan = patch(model, "all", dry_run=True, example_inputs=examples)
     except PatchError as error:
         return {**record, "status": "refused", "reason": in_a_line(error)}
     names = [layer.layer for layer in plan.layers]
     record |= {"patched_layers": len(names), "stacks": sorted({stack_name(name) for name in names})}
-    if wrong := problems(model, part, ours, names, settings):
-        return {**record, "status": "fails", "reason": wrong}
-    return {**record, "status": status, **({} if status == "works" else {"reason": reason})}
+    check_that_attention_shows(model, part, ours, names)
+    zeros = []
+    for implementation in ("as built", "eager"):
+        if implementation == "eager":
+            model.set_attn_implementation("eager")
+        wrong, rows = problems(model, part, ours, names, examples, exact=implementation == "eager")
+        if wrong:
+            return {**record, "status": "fails", "reason": f"{implementation}: {wrong}"}
+        zeros += [implementation] * rows
+    if zeros:
+        record["zeros_in_padding"] = zeros
+    return {**record, "status": "works with inputs", "reason": why} if why else {**record, "status": "works"}
 
 
-def problems(model: PreTrainedModel, part: nn.Module, inputs: dict[str, Any], names: list[str], settings: dict) -> str:
-    """What goes wrong when all self-attention layers of a model are patched, in words; "" if nothing does.
-
-    Raises:
-        RuntimeError: if the outputs of `part` do not depend on attention.
-    """
+def check_that_attention_shows(model: nn.Module, part: nn.Module, inputs: dict[str, Any], names: list[str]) -> None:
+    """Raises a RuntimeError if the outputs of `part` do not depend on what attention gives."""
     expected = outputs_of(part, inputs)
     with recording(model, {name: [] for name in names}):  # makes their attention give zeros
         if max(map(relative, outputs_of(part, inputs), expected)) < 1e-5:
             raise RuntimeError("the outputs of its small random model do not depend on attention")
-    for implementation in ("as built", "eager"):
-        if implementation == "eager":
-            model.set_attn_implementation("eager")
-        expected = outputs_of(part, inputs)
-        with patched(model, "all", **settings):
-            residual = outputs_of(part, inputs)
-        patch(model, "all", mode="replace", **settings)
+
+
+def problems(
+    model: PreTrainedModel,
+    part: nn.Module,
+    inputs: dict[str, Any],
+    names: list[str],
+    examples: dict[str, Any] | None,
+    exact: bool,
+) -> tuple[str, bool]:
+    """What goes wrong when all self-attention layers of a model are patched, in words ("" if nothing does); and whether tokens
+    that may attend to nothing make a difference."""
+    expected = outputs_of(part, inputs)
+    with patched(model, "all", example_inputs=examples):
+        residual = outputs_of(part, inputs)
+    with patched(model, "all", mode="replace", example_inputs=examples):
         replaced = outputs_of(part, inputs)
-        unpatch(model)
-        difference = max(relative(a, b) for a, b in zip(residual, expected, strict=True))
-        found = {
-            "residual mode changes the outputs": difference > (0.0 if implementation == "eager" else 1e-4),
-            "replace mode changes nothing": all(map(torch.equal, replaced, expected)),
-            "unpatching does not bring the outputs back": not all(map(torch.equal, outputs_of(part, inputs), expected)),
-        }
-        if wrong := [problem for problem, there in found.items() if there]:
-            return f"{implementation}: {', '.join(wrong)} (by {difference:.1e})"
-    return ""
+    tolerance = 0.0 if exact else 1e-4
+    difference = largest(residual, expected)
+    rows = difference > tolerance
+    if rows:
+        with zeros_for_nothing(model, names):
+            difference = largest(residual, outputs_of(part, inputs))
+    found = {
+        "residual mode changes the outputs": difference > tolerance,
+        "replace mode changes nothing": all(map(torch.equal, replaced, expected)),
+        "unpatching does not bring the outputs back": not all(map(torch.equal, outputs_of(part, inputs), expected)),
+    }
+    wrong = [problem for problem, there in found.items() if there]
+    return (f"{', '.join(wrong)} (by {difference:.1e})" if wrong else ""), rows
+
+
+@contextmanager
+def zeros_for_nothing(model: nn.Module, names: list[str]) -> Iterator[None]:
+    """Lets stock attention give zeros to tokens that may attend to nothing, as scorers do. Without, it gives them the mean of
+    all values where a mask is the lowest finite number."""
+
+    def attend(
+        module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **arguments: Any
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        implementation = module.config.base._attn_implementation
+        own = next(iter(stock_functions(module)))
+        output, weights = AttentionInterface().get_interface(implementation, own)(module, query, key, value, mask, **arguments)
+        causal, bias = arguments.get("is_causal"), arguments.get("position_bias")
+        mask, *_ = mask_of_call(module, implementation, query, key, mask, causal, bias)
+        if mask is None:
+            return output, weights
+        sees_nothing = ~(mask if mask.dtype == torch.bool else mask > float("-inf")).any(-1, keepdim=True)
+        weights = weights if weights is None else weights.masked_fill(sees_nothing, 0.0)
+        return output.masked_fill(sees_nothing.transpose(1, 2), 0.0), weights
+
+    with observed([model.get_submodule(name) for name in names], attend):
+        yield
+
+
+def largest(actual: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
+    return max(relative(a, b) for a, b in zip(actual, expected, strict=True))
 
 
 def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:

@@ -1,4 +1,4 @@
-"""Small models of every family, from their default configurations: two layers, and sizes shrunk by the names of their fields."""
+"""Small models of every family, from their default configurations: two layers, and sizes shrunk by names of fields."""
 
 import re
 from collections.abc import Iterator
@@ -90,8 +90,8 @@ def shrink(config: PreTrainedConfig, limits: dict[str, int]) -> PreTrainedConfig
     return type(config)(**changes)
 
 
-def shrunk_models(model_types: list[str]) -> Iterator[PreTrainedModel]:
-    """Models of a family that can be built small, from the smallest on.
+def shrunk_models(model_types: list[str]) -> Iterator[tuple[PreTrainedModel, None]]:
+    """Models of a family that can be built small, from the smallest on, without inputs.
 
     Raises:
         RuntimeError: at the end, with the reasons for those that cannot.
@@ -109,7 +109,7 @@ def shrunk_models(model_types: list[str]) -> Iterator[PreTrainedModel]:
                 if numbers > LARGEST:
                     reasons.append(f"{model_type}: {numbers:,} parameters")
                     continue
-                yield wanted(config)
+                yield wanted(config), None
             except Exception as error:  # noqa: BLE001, goes on, since any config may object in its own way
                 reasons.append(f"{model_type}: {in_a_line(error)}")
     raise RuntimeError("; ".join(dict.fromkeys(reasons)) or "no Auto class has a model of it")

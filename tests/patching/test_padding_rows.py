@@ -1,5 +1,5 @@
-"""Tokens that may attend to nothing: stock models let them attend to everything wherever a mask is a finite number, scorers give
-them zeros. That shows in padding alone, never in a row that counts."""
+"""Tokens that may attend to nothing: stock models let them attend to everything wherever a mask is a finite number, scorers
+give them zeros. That shows in padding alone, never in a row that counts."""
 
 from typing import Any
 
@@ -36,7 +36,13 @@ def test_left_padding_of_t5s_decoder(implementation: str):
 @pytest.mark.parametrize("implementation", ("sdpa", "eager"))
 def test_padding_of_parakeets_frames(implementation: str):
     torch.manual_seed(0)
-    encoder = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48, "num_mel_bins": 16}
+    encoder = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 48,
+        "num_mel_bins": 16,
+    }
     encoder |= {"subsampling_conv_channels": 8, "initializer_range": 0.2, "dropout": 0.0, "activation_dropout": 0.0}
     config = AutoConfig.for_model("parakeet_ctc", vocab_size=20, encoder_config=encoder)
     model = AutoModelForCTC.from_config(config)
