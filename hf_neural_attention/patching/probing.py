@@ -6,7 +6,9 @@ them), the model itself runs once, on as little as it takes, and is left as it w
 """
 
 import copy
+import inspect
 import logging
+import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -89,7 +91,10 @@ def probe(
     else:
         with mode:
             shapes = tree_map_only(torch.Tensor, lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype), example_inputs)
-        failures = run_parts(without_numbers, names, mode, torch.device("cpu"), shapes)
+        try:
+            failures = run_parts(without_numbers, names, mode, torch.device("cpu"), shapes)
+        finally:
+            empty_caches(model)
     # leaves out a model without weights anywhere, since it cannot run
     has_weights = any(hasattr(module, "_hf_hook") for module in model.modules()) or not all(
         parameter.is_meta for parameter in model.parameters()
@@ -123,6 +128,21 @@ def skeleton(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
         if isinstance(module, PreTrainedModel) and getattr(module.config, "_experts_implementation", None) is not None:
             module.set_experts_implementation("batched_mm")  # picks the only one that does not look at numbers
     return copied
+
+
+def empty_caches(model: nn.Module) -> None:
+    """Empties caches of functions in the code of a model, since a run without numbers has left tensors without numbers there,
+    which all models of this code would get (DINOv3 keeps its patches' coordinates so)."""
+    classes = {each for module in model.modules() for each in type(module).__mro__ if not each.__module__.startswith("torch.")}
+    sources = {each.__module__ for each in classes}
+    holders: list[Any] = [*classes, *(sys.modules[source] for source in sources if source in sys.modules)]
+    for holder in holders:
+        for value in list(vars(holder).values()):
+            if not inspect.isfunction(value) or value.__module__ not in sources:
+                continue
+            for cell in value.__closure__ or ():
+                if hasattr(cell.cell_contents, "cache_clear"):
+                    cell.cell_contents.cache_clear()
 
 
 @contextmanager

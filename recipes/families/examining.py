@@ -13,7 +13,7 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from hf_neural_attention.introspection import observed
 from hf_neural_attention.models.neural_attention_interface import mask_of_call
-from hf_neural_attention.patching import NoPatchableLayerError, PatchError, ProbeError, patch, patched
+from hf_neural_attention.patching import NoPatchableLayerError, PatchError, ProbeError, patch, patch_status, patched, unpatch
 from hf_neural_attention.patching.arguments import stock_functions
 from hf_neural_attention.patching.inputs import possible_inputs
 from hf_neural_attention.patching.layers import attention_modules, stack_name
@@ -25,7 +25,7 @@ def draw(model: PreTrainedModel) -> PreTrainedModel:
     """Weights that keep numbers at about one: as some configs have them, attention would not show in the outputs."""
     torch.manual_seed(0)
     for parameter in model.parameters():
-        if parameter.dim() > 1 and parameter.is_floating_point():
+        if parameter.dim() > 1 and parameter.numel() and parameter.is_floating_point():
             parameter.normal_(std=(parameter.shape[0] / parameter.numel()) ** 0.5)
     return model
 
@@ -71,30 +71,39 @@ def examine(model: PreTrainedModel, inputs: dict[str, Any] | None = None) -> dic
         return {**record, "status": "no interface", "reason": reason_in_brackets(error)}
     draw(model.eval())
     part, ours = (model, inputs) if inputs is not None else runnable_part(model)
+    before = outputs_of(part, ours)
     examples, why = None, ""
     try:
         try:
-            plan = patch(model, "all", dry_run=True)
+            patch(model, "all")
         except ProbeError as error:
             if inputs is None:
                 raise
             examples, why = inputs, in_a_line(error)
-            plan = patch(model, "all", dry_run=True, example_inputs=examples)
+            patch(model, "all", example_inputs=examples)
     except PatchError as error:
         return {**record, "status": "refused", "reason": in_a_line(error)}
-    names = [layer.layer for layer in plan.layers]
+    names = [layer.layer for layer in patch_status(model)]
     record |= {"patched_layers": len(names), "stacks": sorted({stack_name(name) for name in names})}
+    residual = outputs_of(part, ours)
+    unpatch(model)
     check_that_attention_shows(model, part, ours, names)
-    zeros = []
-    for implementation in ("as built", "eager"):
-        if implementation == "eager":
-            model.set_attn_implementation("eager")
-        wrong, rows = problems(model, part, ours, names, examples, exact=implementation == "eager")
-        if wrong:
-            return {**record, "status": "fails", "reason": f"{implementation}: {wrong}"}
-        zeros += [implementation] * rows
-    if zeros:
-        record["zeros_in_padding"] = zeros
+    with patched(model, "all", mode="replace", example_inputs=examples):
+        replaced = outputs_of(part, ours)
+    wrong, zeros = differing(model, part, ours, names, residual, 1e-4)
+    if all(map(torch.equal, replaced, before)):
+        wrong.append("replace mode changes nothing")
+    if not all(map(torch.equal, outputs_of(part, ours), before)):
+        wrong.append("unpatching does not bring the outputs back")
+    model.set_attn_implementation("eager")
+    with patched(model, "all", example_inputs=examples):
+        residual = outputs_of(part, ours)
+    wrong_when_eager, zeros_when_eager = differing(model, part, ours, names, residual, 0.0)
+    wrong += [f"eager: {problem}" for problem in wrong_when_eager]
+    if zeros or zeros_when_eager:
+        record["zeros_in_padding"] = ["as built"] * zeros + ["eager"] * zeros_when_eager
+    if wrong:
+        return {**record, "status": "fails", "reason": ", ".join(wrong)}
     return {**record, "status": "works with inputs", "reason": why} if why else {**record, "status": "works"}
 
 
@@ -106,34 +115,21 @@ def check_that_attention_shows(model: nn.Module, part: nn.Module, inputs: dict[s
             raise RuntimeError("the outputs of its small random model do not depend on attention")
 
 
-def problems(
-    model: PreTrainedModel,
+def differing(
+    model: nn.Module,
     part: nn.Module,
     inputs: dict[str, Any],
     names: list[str],
-    examples: dict[str, Any] | None,
-    exact: bool,
-) -> tuple[str, bool]:
-    """What goes wrong when all self-attention layers of a model are patched, in words ("" if nothing does); and whether tokens
-    that may attend to nothing make a difference."""
-    expected = outputs_of(part, inputs)
-    with patched(model, "all", example_inputs=examples):
-        residual = outputs_of(part, inputs)
-    with patched(model, "all", mode="replace", example_inputs=examples):
-        replaced = outputs_of(part, inputs)
-    tolerance = 0.0 if exact else 1e-4
-    difference = largest(residual, expected)
-    rows = difference > tolerance
-    if rows:
-        with zeros_for_nothing(model, names):
-            difference = largest(residual, outputs_of(part, inputs))
-    found = {
-        "residual mode changes the outputs": difference > tolerance,
-        "replace mode changes nothing": all(map(torch.equal, replaced, expected)),
-        "unpatching does not bring the outputs back": not all(map(torch.equal, outputs_of(part, inputs), expected)),
-    }
-    wrong = [problem for problem, there in found.items() if there]
-    return (f"{', '.join(wrong)} (by {difference:.1e})" if wrong else ""), rows
+    residual: list[torch.Tensor],
+    tolerance: float,
+) -> tuple[list[str], bool]:
+    """What is wrong with the outputs of mode "residual", beside those of the stock model; and whether that gives numbers to
+    tokens that may attend to nothing."""
+    if largest(residual, outputs_of(part, inputs)) <= tolerance:
+        return [], False
+    with zeros_for_nothing(model, names):
+        difference = largest(residual, outputs_of(part, inputs))
+    return ([f"residual mode changes the outputs (by {difference:.1e})"] if difference > tolerance else []), True
 
 
 @contextmanager

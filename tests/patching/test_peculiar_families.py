@@ -115,3 +115,12 @@ def test_arguments_that_are_left_over_change_nothing():
     inputs = {"input_ids": TOKENS, "vision_feature_layer": -2, "vision_feature_select_strategy": "default"}
     assert stacks(model, example_inputs=inputs) == {"model.layers.*.self_attn"}
     assert_patchable(model, inputs, example_inputs=inputs)
+
+
+def test_what_code_keeps_of_a_run_has_numbers_after_a_patch():
+    config = AutoConfig.for_model("dinov3_vit", **{**IMAGES, "image_size": 25, "num_register_tokens": 1})
+    model, other = AutoModel.from_config(config), AutoModel.from_config(config)
+    patch(model, "all")
+    inputs = {"pixel_values": torch.rand(1, 3, 25, 25)}
+    with torch.no_grad():
+        assert all(type(each(**inputs).last_hidden_state) is torch.Tensor for each in (model, other))
