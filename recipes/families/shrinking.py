@@ -34,7 +34,9 @@ SIZES = DEPTHS | {
     r"image_size|crop_size": 32,
     r"frames_per_clip": 4,
     r"patch_size|sliding_window|local_attention": 8,
+    r"context_size": 32,
 }
+EQUAL_HEADS = SIZES | {r"(.*_)?num_key_value_heads": 4}
 
 
 def families() -> dict[str, list[str]]:
@@ -81,7 +83,7 @@ def shrink(config: PreTrainedConfig, limits: dict[str, int]) -> PreTrainedConfig
             kinds = sorted(set(map(str, value)), key=lambda kind: ("attention" not in kind or "linear" in kind, kind))
             changes[name] = (kinds * NUM_LAYERS)[:NUM_LAYERS] if isinstance(value[0], str) else value[:NUM_LAYERS]
     rope = fields.get("rope_parameters")
-    if isinstance(rope, dict) and "mrope_section" in rope and limits is SIZES:
+    if isinstance(rope, dict) and "mrope_section" in rope and limits is not DEPTHS:
         rotated = int(changes.get("head_dim", 16) * rope.get("partial_rotary_factor", 1.0)) // 2
         section = [rotated // 4, (rotated - rotated // 4) // 2]
         changes["rope_parameters"] = {**rope, "mrope_section": [*section, rotated - sum(section)]}
@@ -98,7 +100,7 @@ def shrunk_models(model_types: list[str]) -> Iterator[tuple[PreTrainedModel, Non
     """
     reasons = []
     for model_type in model_types:
-        for limits in (SIZES, DEPTHS):
+        for limits in (SIZES, EQUAL_HEADS, DEPTHS):
             try:
                 config = shrink(AutoConfig.for_model(model_type), limits)
                 wanted = model_class(config)
