@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map_only
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
-from .models.neural_attention_interface import NeuralConfigView, mask_of_call
+from .models.neural_attention_interface import NeuralConfigView, mask_of_call, share_batch
 from .models.neural_attention_masking import mask_scores
 from .models.neural_attention_reference import cap, expand_heads
 from .models.neural_attention_scorer import is_compact
@@ -226,6 +226,7 @@ def call_of(
     scorer: Any = getattr(module, "scorer", None)
     if hasattr(scorer, "unpack"):  # takes heads apart that share one in a packed layer
         query, key = scorer.unpack(query, key)
+    query, key, _ = share_batch(query, key, value)
     mask, causal, num_keys = mask_of_call(
         module, module.config.base._attn_implementation, query, key, attention_mask, is_causal, position_bias
     )

@@ -107,7 +107,7 @@ def normalize_mask(
     No mask means three things to "sdpa" functions: causal (training, prefill), everything (decoding one token), and
     causal over the first `num_queries` keys (prefill of a cache longer than the input). To "eager" it means everything.
     Additive masks exclude with the lowest finite number, under which a fully masked row would attend uniformly; it becomes
-    -inf, so that such rows (left padding) are zero under both implementations.
+    -inf, so that such rows (left padding) are zero under both implementations, with a position bias and without.
 
     Returns:
         The mask, whether attention is causal, and how many of the keys count.
@@ -138,6 +138,14 @@ def add_position_bias(attention_mask: torch.Tensor | None, position_bias: torch.
     if attention_mask.dtype == torch.bool:
         return position_bias.masked_fill(~attention_mask, float("-inf"))
     return position_bias + attention_mask
+
+
+def share_batch(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The same, of one batch size: learned queries may come as a single example for all keys, as stock functions broadcast."""
+    if query.shape[0] == key.shape[0]:
+        return query, key, value
+    batch = max(query.shape[0], key.shape[0])
+    return tuple(tensor.expand(batch, -1, -1, -1) for tensor in (query, key, value))
 
 
 def mask_of_call(
@@ -180,7 +188,7 @@ def neural_attention_forward(
 
     Args:
         query, key, value: `[B, H, Tq, D]`, `[B, Hkv, Tk, D]`, `[B, Hkv, Tk, Dv]`; keys of another size than the queries
-            come projected from a `NeuralCache`.
+            come projected from a `NeuralCache`. A batch of one, of queries or of keys, stands for all.
         attention_mask: as the model's own implementation gets it (see `normalize_mask`).
         position_bias: `[B or 1, H, Tq, Tk]`, added to the scores (T5).
         cache: of pages, of which continuous batching expects that attention functions update them; its mask tells the requests
@@ -212,6 +220,7 @@ def neural_attention_forward(
             f"`attn_implementation={implementation!r}` is for continuous batching (`generate_batch`), whose cache and mask "
             "this forward did not get. `model.set_attn_implementation` changes it."
         )
+    query, key, value = share_batch(query, key, value)
     mask, causal, num_keys = mask_of_call(module, implementation, query, key, attention_mask, is_causal, position_bias)
     if num_keys < key.shape[2]:
         key, value = key[:, :, :num_keys], value[:, :, :num_keys]

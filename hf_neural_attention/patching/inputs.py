@@ -79,6 +79,12 @@ MAKERS: dict[str, Callable[[Any], list[torch.Tensor]]] = {
 }
 
 
+def is_needed(parameter: inspect.Parameter) -> bool:
+    """Whether a forward cannot be called without this argument."""
+    variable = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+    return parameter.default is parameter.empty and not variable
+
+
 def possible_inputs(model: nn.Module, device: torch.device, dtype: torch.dtype) -> Iterator[dict[str, torch.Tensor]]:
     """Arguments for a model's forward, the likeliest first; none if it needs one that is not known here.
 
@@ -86,12 +92,7 @@ def possible_inputs(model: nn.Module, device: torch.device, dtype: torch.dtype) 
     what cross-attention looks at.
     """
     config, parameters = getattr(model, "config", None), inspect.signature(model.forward).parameters
-    required = {
-        name
-        for name, parameter in parameters.items()
-        if parameter.default is parameter.empty and parameter.kind is not parameter.VAR_POSITIONAL
-        if parameter.kind is not parameter.VAR_KEYWORD
-    }
+    required = {name for name, parameter in parameters.items() if is_needed(parameter)}
     main = getattr(model, "main_input_name", "input_ids")
     wanted = required | {"input_ids", "decoder_input_ids"} | set([main] if isinstance(main, str) else main)
     if first_of(config, "image_token_id", "image_token_index") is None:  # leaves out images that stand for tokens of the text
@@ -109,3 +110,25 @@ def possible_inputs(model: nn.Module, device: torch.device, dtype: torch.dtype) 
             name: value.to(device, dtype if value.is_floating_point() else None)
             for name, value in zip(names, chosen, strict=False)
         }
+
+
+def attention_inputs(module: nn.Module, device: torch.device, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
+    """Arguments for the forward of an attention module by itself, by the names that they have in Transformers. What else it
+    needs is None."""
+    parameters = inspect.signature(module.forward).parameters
+    sizes = [child.in_features for child in module.modules() if isinstance(child, nn.Linear)]
+    head_dim = first_of(module, "head_dim", "attention_head_size")
+    if not sizes:
+        return
+    for shape in ((1, NUM_TOKENS, sizes[0]), (NUM_TOKENS, sizes[0]), (1, 1, NUM_TOKENS, sizes[0])):
+        hidden_states = torch.zeros(shape, device=device, dtype=dtype)
+        known: dict[str, Any] = dict.fromkeys(("hidden_states", "query", "key", "value", "queries"), hidden_states)
+        known["cu_seqlens"] = torch.tensor([0, NUM_TOKENS], device=device, dtype=torch.int32)
+        known["max_seqlen"] = NUM_TOKENS
+        known["position_ids"] = torch.arange(NUM_TOKENS, device=device).unsqueeze(0)
+        rotations: list[Any] = [None]
+        if "position_embeddings" in parameters and isinstance(head_dim, int):
+            turn = torch.zeros(*shape[:-1], head_dim, device=device, dtype=dtype)
+            rotations = [(turn, turn), None]
+        for known["position_embeddings"] in rotations:
+            yield {name: known.get(name) for name, parameter in parameters.items() if is_needed(parameter) or name in known}

@@ -1,7 +1,5 @@
 """Finds a model's attention layers, and chooses among them."""
 
-import inspect
-import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeAlias
 
@@ -9,30 +7,19 @@ import torch
 from torch import nn
 
 from ..models.neural_attention_compact import CompactAttentionMixin
+from .arguments import fetching_forward
 from .errors import NoPatchableLayerError, PatchError, ProbeError
+from .names import is_cross_attention, says_self_attention, stack_name
 from .probing import AttentionCall
 
 
 Predicate: TypeAlias = Callable[[str, nn.Module], bool]
 Layers: TypeAlias = str | Iterable[int] | Iterable[str] | Predicate
 
-# Matches names of cross-attention modules: BERT's, GPT-2's, T5's, BART's
-CROSS_ATTENTION = r"cross|enc_?dec_?att|encoder_attn"
-
 
 def fetches_its_attention(module: nn.Module) -> bool:
     """Whether a module asks Transformers' `AttentionInterface` for the function that its config names."""
-    if isinstance(module, CompactAttentionMixin):
-        return True
-    for parent in type(module).__mro__:
-        if "forward" in vars(parent):
-            code = getattr(inspect.unwrap(vars(parent)["forward"]), "__code__", None)
-            names = set(code.co_names) if code else set()
-            if {"get_interface", "_attn_implementation"} <= names:
-                return True
-            if "super" not in names:
-                return False
-    return False
+    return isinstance(module, CompactAttentionMixin) or fetching_forward(module) is not None
 
 
 def attention_modules(model: nn.Module) -> dict[str, Any]:
@@ -51,11 +38,6 @@ def attention_modules(model: nn.Module) -> dict[str, Any]:
         f"`AttentionInterface` ({looks}). Patching works for models whose attention modules do "
         "(`ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, ...)`)."
     )
-
-
-def stack_name(name: str) -> str:
-    """Equal for layers whose names differ in numbers only: `encoder.block.*.layer.*.SelfAttention`."""
-    return re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
 
 
 def choose_layers(
@@ -132,22 +114,14 @@ def self_attention_stacks(
     """Stacks of self-attention layers: names of their modules, by the name of the stack.
 
     A stack is a list of modules whose names differ in numbers only. It is one of cross-attention if its name or its modules
-    say so, or if in none of them the keys are as many as the queries: the probe's own inputs differ in length.
+    say so. Else it is one of self-attention if its name says so, or if in a call of one of them the keys are as many as the
+    queries: the probe's own inputs differ in length. Decoders that stand alone have cross-attention that nothing reaches.
     """
     stacks: dict[str, list[str]] = {}
-    for name in found:
-        if "*" in stack_name(name):
+    for name, module in found.items():
+        if "*" in stack_name(name) and not is_cross_attention(name, module):
             stacks.setdefault(stack_name(name), []).append(name)
-    crossing = {
-        stack
-        for stack, names in stacks.items()
-        if re.search(CROSS_ATTENTION, stack, re.IGNORECASE)
-        or any(getattr(found[name], "is_cross_attention", False) for name in names)
-    }
-    # leaves out cross-attention, which a decoder by itself has and does not use
-    unseen = [
-        stack for stack, names in stacks.items() if stack not in crossing and not any(calls[found[name]] for name in names)
-    ]
+    unseen = [stack for stack, names in stacks.items() if not any(calls[found[name]] for name in names)]
     if unseen:
         raise ProbeError(
             f'What the layers of {listed(unseen)} do could not be seen, so indices and "all" cannot be told apart there: '
@@ -157,7 +131,8 @@ def self_attention_stacks(
     kept = {
         stack: names
         for stack, names in stacks.items()
-        if stack not in crossing and any(call.num_queries == call.num_keys for name in names for call in calls[found[name]])
+        if says_self_attention(stack)
+        or any(call.num_queries == call.num_keys for name in names for call in calls[found[name]])
     }
     if not kept:
         raise NoPatchableLayerError(
@@ -170,7 +145,7 @@ def self_attention_stacks(
 def tokens_of_queries(name: str, module: nn.Module, inputs: Mapping[str, Any]) -> torch.Tensor | None:
     """Which queries of an attention layer are no padding, `[B or 1, Tq or 1]`, as `Call.without_padding` wants it. None leaves
     that to the mask, but that of cross-attention says nothing of queries: there, it is what the inputs say of the decoder."""
-    if not re.search(CROSS_ATTENTION, name, re.IGNORECASE) and not getattr(module, "is_cross_attention", False):
+    if not is_cross_attention(name, module):
         return None
     mask = inputs.get("decoder_attention_mask")
     return torch.ones(1, 1) if mask is None or mask.dim() != 2 else mask

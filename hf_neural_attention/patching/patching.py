@@ -12,7 +12,6 @@ from ..diagnostics import Explanation, explain_layer
 from ..introspection import compact_layers, is_born_neural, is_sharded, neural_layers, patched_modules, place_of
 from ..models.configuration_neural_attention import is_positive_int
 from ..models.neural_attention_interface import (
-    UNSUPPORTED_ARGUMENTS,
     NeuralConfigView,
     attach_scorer,
     check_implementation,
@@ -20,8 +19,8 @@ from ..models.neural_attention_interface import (
 )
 from ..models.neural_attention_names import CHANGED, adapter_configs, forget_names, names_of, neural_parts
 from ..models.neural_attention_scorer import NeuralScorer
+from .arguments import unhonoured
 from .errors import AlreadyPatchedError, PatchError, ProbeError, UnsupportedLayerError
-from .inputs import MAKERS
 from .layers import Layers, attention_modules, choose_layers, listed
 from .pretrained import hook_model, unhook_model
 from .probing import AttentionCall, probe
@@ -33,31 +32,6 @@ ModelT = TypeVar("ModelT", bound=nn.Module)
 
 # Attribute of a patched model: what `unpatch` gives back, as `names_of` has it
 NAMES_BEFORE = "names_before_patch"
-
-# Arguments that stock attention functions ignore or `neural_attention_forward` honours. All others are refused, since they
-# may change the scores.
-KNOWN_ARGUMENTS = {
-    "cu_seq_lens_k",
-    "cu_seq_lens_q",
-    "deterministic",
-    "dropout",
-    "is_causal",
-    "logits_to_keep",
-    "max_length_k",
-    "max_length_q",
-    "output_attentions",
-    "output_hidden_states",
-    "output_router_logits",
-    "position_bias",
-    "s_aux",
-    "sinks",
-    "softcap",
-    "position_ids",
-    "return_dict",
-    "scaling",
-    "sliding_window",  # is part of the mask already
-    "use_cache",
-}
 
 
 def patch(
@@ -86,7 +60,8 @@ def patch(
     patch the outermost one. A stock class that loads such a checkpoint warns of the model type and drops the scorers.
 
     In mode `"residual"` the outputs stay as they were: to rounding under "sdpa", to the bit in float32 under "eager". But
-    tokens that may attend to nothing (left padding) get zeros, where "eager" lets them attend to everything.
+    tokens that may attend to nothing (left padding) get zeros, where "eager" lets them attend to everything, as does "sdpa" in
+    models with position biases (T5) or masks of numbers (Parakeet). No other token attends to these.
 
     Args:
         model (`nn.Module`): A model whose attention modules fetch their function from Transformers' `AttentionInterface`
@@ -147,7 +122,7 @@ def see_layers(
     check_implementations(found)
     calls, reasons = probe(model, found, example_inputs)
     names = choose_layers(layers, found, calls, reasons)
-    check_layers({name: found[name] for name in names}, calls, reasons, set(example_inputs or MAKERS))
+    check_layers({name: found[name] for name in names}, calls, reasons)
     return {name: calls[found[name]][0] for name in names}, calls
 
 
@@ -297,9 +272,7 @@ def check_implementations(found: Mapping[str, Any]) -> None:
             raise UnsupportedLayerError(f"{error} `model.set_attn_implementation` changes it.") from None
 
 
-def check_layers(
-    chosen: Mapping[str, Any], calls: Mapping[nn.Module, list[AttentionCall]], reasons: str, inputs: set[str]
-) -> None:
+def check_layers(chosen: Mapping[str, Any], calls: Mapping[nn.Module, list[AttentionCall]], reasons: str) -> None:
     """Raises an error that says for each reason which of the chosen layers it speaks against.
 
     Raises:
@@ -308,7 +281,7 @@ def check_layers(
     """
     against: dict[str, list[str]] = {}
     for name, module in chosen.items():
-        for reason in reasons_against(module, calls[module], inputs):
+        for reason in reasons_against(module, calls[module]):
             against.setdefault(reason, []).append(name)
     if against:
         raise UnsupportedLayerError(
@@ -323,15 +296,12 @@ def check_layers(
         )
 
 
-def reasons_against(module: Any, calls: list[AttentionCall], inputs: set[str]) -> Iterator[str]:
+def reasons_against(module: Any, calls: list[AttentionCall]) -> Iterator[str]:
     """Why a score network could not do what an attention module asks for, once per reason."""
     if hasattr(module, "scorer"):
         yield f"its {type(module).__name__} has an attribute `scorer` of its own, in whose place the network would go"
     arguments = {name for call in calls for name in call.arguments}
-    for name in sorted(arguments & UNSUPPORTED_ARGUMENTS.keys()):
-        yield f"{UNSUPPORTED_ARGUMENTS[name]} (`{name}`)"
-    for name in sorted(arguments - UNSUPPORTED_ARGUMENTS.keys() - KNOWN_ARGUMENTS - inputs):
-        yield f"an argument `{name}` of its attention function, of which it is not known here what it does"
+    yield from unhonoured(module, arguments)
     shapes = [(call.query, call.key, call.value) for call in calls]
     if any(len(tensor) != 4 for call in shapes for tensor in call):
         yield "queries, keys or values that are not [batch, heads, length, size]"

@@ -6,7 +6,9 @@ them), the model itself runs once, on as little as it takes, and is left as it w
 """
 
 import copy
+import inspect
 import logging
+import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -19,7 +21,9 @@ from torch.utils._pytree import tree_map_only
 from transformers import PreTrainedModel
 
 from ..introspection import left_as_it_was, observed, unwrap
-from .inputs import possible_inputs
+from .arguments import takes_what_is_known
+from .inputs import attention_inputs, possible_inputs
+from .names import is_cross_attention
 
 
 class AttentionCall(NamedTuple):
@@ -51,9 +55,12 @@ def recording(model: nn.Module, calls: Mapping[str, list[AttentionCall]]) -> Ite
     """Lets the named attention modules write down their calls, and answers these with zeros."""
     lists = {model.get_submodule(name): found for name, found in calls.items()}
 
-    def record(module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any = None, **arguments: Any):
-        lists[module].append(observed_call(query, key, value, mask, arguments))
-        batch, num_heads, num_queries, _ = query.shape
+    def record(
+        module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any = None, **arguments: Any
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        lists[module].append(observed_call(query, key, value, attention_mask, arguments))
+        batch = max(query.shape[0], key.shape[0])  # as a single query is shared by all keys in the batch, or the other way
+        _, num_heads, num_queries, _ = query.shape
         num_heads = getattr(getattr(module, "scorer", None), "num_query_heads", num_heads)  # packed layers hand on fewer
         # returns weights only where the implementation does, since models use them only there
         returns_weights = module.config.base._attn_implementation == "eager"
@@ -69,8 +76,9 @@ def probe(
 ) -> tuple[dict[nn.Module, list[AttentionCall]], str]:
     """Calls of each attention module (none if no run reached it), and why runs failed, in words.
 
-    Without `example_inputs`, the model runs on inputs made from its config, and so do those of its parts (an image encoder,
-    say) that it did not reach.
+    The model runs on `example_inputs`, if they are given, and where these do not reach all modules, on inputs made from its
+    config; then those of its parts (an image encoder, say) that it did not reach run on such inputs, and at last
+    self-attention modules by themselves.
     """
     calls: dict[nn.Module, list[AttentionCall]] = {module: [] for module in found.values()}
     model = unwrap(model)
@@ -83,15 +91,21 @@ def probe(
     else:
         with mode:
             shapes = tree_map_only(torch.Tensor, lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype), example_inputs)
-        failures = run_parts(without_numbers, names, mode, torch.device("cpu"), shapes)
+        try:
+            failures = run_parts(without_numbers, names, mode, torch.device("cpu"), shapes)
+        finally:
+            empty_caches(model)
     # leaves out a model without weights anywhere, since it cannot run
     has_weights = any(hasattr(module, "_hf_hook") for module in model.modules()) or not all(
         parameter.is_meta for parameter in model.parameters()
     )
-    if has_weights and not all(calls.values()):
+    if has_weights and failures and not all(calls.values()):
         with left_as_it_was(model) as device:
-            failures = run_parts(model, names, nullcontext(), device, example_inputs) or failures
-    return calls, " ".join(f"{name} said: {reason}." for name, reason in failures.items())
+            failures = run_parts(model, names, nullcontext(), device, example_inputs)
+    said = [f"{name} said: {reason}." for name, reason in failures.items()]
+    if type(model).__name__ not in failures:
+        said.insert(0, "Its own run passed without them.")
+    return calls, " ".join(said)
 
 
 def skeleton(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
@@ -114,6 +128,21 @@ def skeleton(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
         if isinstance(module, PreTrainedModel) and getattr(module.config, "_experts_implementation", None) is not None:
             module.set_experts_implementation("batched_mm")  # picks the only one that does not look at numbers
     return copied
+
+
+def empty_caches(model: nn.Module) -> None:
+    """Empties caches of functions in the code of a model, since a run without numbers has left tensors without numbers there,
+    which all models of this code would get (DINOv3 keeps its patches' coordinates so)."""
+    classes = {each for module in model.modules() for each in type(module).__mro__ if not each.__module__.startswith("torch.")}
+    sources = {each.__module__ for each in classes}
+    holders: list[Any] = [*classes, *(sys.modules[source] for source in sources if source in sys.modules)]
+    for holder in holders:
+        for value in list(vars(holder).values()):
+            if not inspect.isfunction(value) or value.__module__ not in sources:
+                continue
+            for cell in value.__closure__ or ():
+                if hasattr(cell.cell_contents, "cache_clear"):
+                    cell.cell_contents.cache_clear()
 
 
 @contextmanager
@@ -141,19 +170,24 @@ def run_parts(
     failures: dict[str, str] = {}
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.get_default_dtype())
     with recording(model, calls), context, torch.no_grad(), quiet():
-        if example_inputs is not None:
-            attempt(model, [example_inputs], failures)
+        if example_inputs is not None and not attempt(model, [example_inputs], failures):
             return failures
         for name, part in model.named_modules():
-            if isinstance(part, PreTrainedModel):
-                inside = [found for label, found in calls.items() if not name or label.startswith(f"{name}.")]
-                if not all(inside):
-                    attempt(part, possible_inputs(part, device, dtype), failures)
+            inside = [found for label, found in calls.items() if not name or label.startswith(f"{name}.")]
+            if isinstance(part, PreTrainedModel) and not all(inside):
+                attempt(part, possible_inputs(part, device, dtype), failures)
+        for label, found in calls.items():
+            module = model.get_submodule(label)
+            if not found and not is_cross_attention(label, module) and takes_what_is_known(module):
+                attempt(module, attention_inputs(module, device, dtype), {})
+        if example_inputs is not None:  # leaves out what the model says to other inputs than those that it took
+            failures.pop(type(model).__name__, None)
     return failures
 
 
-def attempt(model: nn.Module, candidates: Iterable[Mapping[str, Any]], failures: dict[str, str]) -> None:
-    """Runs a model on the first inputs that it takes; if there are none, `failures` gets the reason that the first one had."""
+def attempt(model: nn.Module, candidates: Iterable[Mapping[str, Any]], failures: dict[str, str]) -> bool:
+    """Runs a model on the first inputs that it takes. If there are none, this is False, and `failures` gets the reason that
+    the first one had."""
     reason = "its inputs are not known here"
     for number, inputs in enumerate(candidates):
         try:
@@ -161,8 +195,9 @@ def attempt(model: nn.Module, candidates: Iterable[Mapping[str, Any]], failures:
         except Exception as error:  # noqa: BLE001, catches whatever a model says to inputs that it was not made for
             reason = reason if number else describe(error)
         else:
-            return
+            return True
     failures[type(model).__name__] = reason
+    return False
 
 
 def describe(error: Exception) -> str:

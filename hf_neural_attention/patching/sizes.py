@@ -1,6 +1,5 @@
 """How much a model holds: parameters, bytes, and what a cache keeps of each token."""
 
-import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -11,7 +10,8 @@ from torch import nn
 from ..introspection import is_born_neural, unwrap
 from ..registration import FAMILIES
 from .errors import NoPatchableLayerError
-from .layers import CROSS_ATTENTION, attention_modules
+from .layers import attention_modules
+from .names import is_cross_attention
 from .probing import AttentionCall, probe
 
 
@@ -69,8 +69,8 @@ def cache_bytes(model: nn.Module, calls: Calls | None, example_inputs: Mapping[s
 
 def caches(name: str, module: Any) -> bool:
     """Whether an attention module puts keys of the tokens themselves into a cache, and no encoder's."""
-    crosses = getattr(module, "is_cross_attention", False) or re.search(CROSS_ATTENTION, name, re.IGNORECASE)
-    return isinstance(getattr(module, "layer_idx", None), int) and getattr(module, "is_causal", True) and not crosses
+    numbered = isinstance(getattr(module, "layer_idx", None), int)
+    return numbered and getattr(module, "is_causal", True) and not is_cross_attention(name, module)
 
 
 def stock_twin(model: Any) -> nn.Module:

@@ -73,12 +73,10 @@ def run_until_reached(
         inside = [module for label, module in modules.items() if not name or label.startswith(f"{name}.")]
         if (not isinstance(part, PreTrainedModel) and name) or all(map(reached, inside)):
             continue
-        if example_inputs is None:
-            candidates = random_inputs(part, device, dtype) if isinstance(part, PreTrainedModel) else iter(())
-        elif not name:
+        if example_inputs is not None and not name:
             candidates = iter([moved(dict(example_inputs), device)])
         else:
-            break
+            candidates = random_inputs(part, device, dtype) if isinstance(part, PreTrainedModel) else iter(())
         reason = "its inputs are not known here"
         for number, inputs in enumerate(candidates):
             try:
@@ -90,6 +88,8 @@ def run_until_reached(
                 break
         else:
             failures.append(f"{type(part).__name__} said: {reason}.")
+            if example_inputs is not None and not name:
+                break
     return runs, " ".join(failures)
 
 

@@ -16,6 +16,10 @@ RESULTS = json.loads(CARD.with_suffix(".json").read_text())["families"]
 TRIED = ("gpt2", "bert", "t5", "vit", "gemma2", "gpt_oss", "xlnet")
 
 
+def table_counts() -> Counter:
+    return Counter(result["status"] for result in RESULTS.values())
+
+
 @pytest.mark.slow
 def test_the_script_finds_what_the_table_says(tmp_path):
     script = ROOT / "recipes" / "list_patchable_families.py"
@@ -23,14 +27,18 @@ def test_the_script_finds_what_the_table_says(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads((tmp_path / "families.json").read_text())["families"]
-    assert found == {name: RESULTS[name] for name in sorted(TRIED)}
+    # finds it with other models, as the table's are those of Transformers' own tests, which no package holds
+    assert {name: result["status"] for name, result in found.items()} == {
+        name: RESULTS[name]["status"] for name in sorted(TRIED)
+    }
+    assert {result["configuration"] for result in found.values()} == {"shrunk"}
     assert [found[name]["status"] for name in TRIED] == [*["works"] * 4, "refused", "refused", "no interface"]
     assert "| gpt2 | works | GPT2Model | 2 of 2 |" in (tmp_path / "families.md").read_text()
 
 
 def test_the_table_is_whole():
     text = CARD.with_suffix(".md").read_text()
-    counts = Counter(result["status"] for result in RESULTS.values())
+    counts = table_counts()
     for status, count in counts.items():
         assert f"| {status} | {count} |" in text
         assert len(re.findall(rf"^\| \w+ \| {status} \| .*\|$", text, re.MULTILINE)) == count
@@ -40,7 +48,7 @@ def test_the_table_is_whole():
 
 
 def test_the_documents_give_the_tables_figures():
-    counts = Counter(result["status"] for result in RESULTS.values())
+    counts = table_counts()
     page = (ROOT / "docs" / "patching.md").read_text()
     assert f"Of {len(RESULTS)} model families" in page
     for status, count in counts.items():
@@ -48,10 +56,11 @@ def test_the_documents_give_the_tables_figures():
     readme = " ".join((ROOT / "README.md").read_text().split())
     assert f"Of {len(RESULTS)} model families in Transformers 5.23, {counts['works']} work" in readme
     for status, words in {
+        "works with inputs": "work with `example_inputs=`",
         "in part": "work in part",
         "refused": "are refused",
         "no interface": "do not use",
         "not tried": "could not be tried",
-        "fails": "fails",
+        "fails": "fail",
     }.items():
-        assert f"{counts[status]} {words}" in readme
+        assert counts[status] == 0 or f"{counts[status]} {words}" in readme

@@ -1,0 +1,185 @@
+"""What becomes of a model that is patched: whether it stays what it was, changes, and comes back."""
+
+import copy
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves
+from transformers import AttentionInterface, PreTrainedModel
+
+from hf_neural_attention.introspection import observed
+from hf_neural_attention.models.neural_attention_interface import mask_of_call
+from hf_neural_attention.patching import NoPatchableLayerError, PatchError, ProbeError, patch, patch_status, patched, unpatch
+from hf_neural_attention.patching.arguments import stock_functions
+from hf_neural_attention.patching.inputs import possible_inputs
+from hf_neural_attention.patching.layers import attention_modules, stack_name
+from hf_neural_attention.patching.probing import recording
+
+
+@torch.no_grad()
+def draw(model: PreTrainedModel) -> PreTrainedModel:
+    """Weights that keep numbers at about one: as some configs have them, attention would not show in the outputs."""
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.dim() > 1 and parameter.numel() and parameter.is_floating_point():
+            parameter.normal_(std=(parameter.shape[0] / parameter.numel()) ** 0.5)
+    return model
+
+
+@torch.no_grad()
+def outputs_of(model: nn.Module, inputs: dict[str, Any]) -> list[torch.Tensor]:
+    """Every number that a model returns; models that mask at random mask the same each time."""
+    torch.manual_seed(0)
+    leaves = tree_leaves(list(dict(model(**copy.deepcopy(inputs))).values()))
+    return [leaf.clone() for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()]
+
+
+def runnable_part(model: PreTrainedModel) -> tuple[PreTrainedModel, dict[str, torch.Tensor]]:
+    """The outermost part of a model that runs on generic inputs, and those inputs, with random numbers: equal tokens would get
+    equal answers from any attention."""
+    reason = "its inputs are not known here"
+    for part in model.modules():
+        if not isinstance(part, PreTrainedModel):
+            continue
+        for inputs in possible_inputs(part, torch.device("cpu"), torch.float32):
+            drawn = {name: torch.randn_like(x) if x.is_floating_point() else x for name, x in inputs.items()}
+            try:
+                if outputs_of(part, drawn):
+                    return part, drawn
+            except Exception as error:  # noqa: BLE001, catches whatever a model says to inputs that it was not made for
+                reason = in_a_line(error)
+    raise RuntimeError(f"no run on generic inputs: {reason}")
+
+
+def examine(model: PreTrainedModel, inputs: dict[str, Any] | None = None) -> dict[str, Any]:
+    """What becomes of one model: "works", "works with inputs", "refused", "no interface", or "fails".
+
+    Args:
+        inputs: arguments for its forward; if None, those of `runnable_part`.
+
+    Raises:
+        RuntimeError: if that cannot be found out.
+    """
+    record: dict[str, Any] = {"class": type(model).__name__}
+    try:
+        record |= {"attention_layers": len(attention_modules(model))}
+    except NoPatchableLayerError as error:
+        return {**record, "status": "no interface", "reason": reason_in_brackets(error)}
+    draw(model.eval())
+    part, ours = (model, inputs) if inputs is not None else runnable_part(model)
+    before = outputs_of(part, ours)
+    examples, why = None, ""
+    try:
+        try:
+            patch(model, "all")
+        except ProbeError as error:
+            if inputs is None:
+                raise
+            examples, why = inputs, in_a_line(error)
+            patch(model, "all", example_inputs=examples)
+    except PatchError as error:
+        return {**record, "status": "refused", "reason": in_a_line(error)}
+    names = [layer.layer for layer in patch_status(model)]
+    record |= {"patched_layers": len(names), "stacks": sorted({stack_name(name) for name in names})}
+    residual = outputs_of(part, ours)
+    unpatch(model)
+    check_that_attention_shows(model, part, ours, names)
+    with patched(model, "all", mode="replace", example_inputs=examples):
+        replaced = outputs_of(part, ours)
+    wrong, zeros = differing(model, part, ours, names, residual, 1e-4)
+    if all(map(torch.equal, replaced, before)):
+        wrong.append("replace mode changes nothing")
+    if not all(map(torch.equal, outputs_of(part, ours), before)):
+        wrong.append("unpatching does not bring the outputs back")
+    model.set_attn_implementation("eager")
+    with patched(model, "all", example_inputs=examples):
+        residual = outputs_of(part, ours)
+    wrong_when_eager, zeros_when_eager = differing(model, part, ours, names, residual, 0.0)
+    wrong += [f"eager: {problem}" for problem in wrong_when_eager]
+    if zeros or zeros_when_eager:
+        record["zeros_in_padding"] = ["as built"] * zeros + ["eager"] * zeros_when_eager
+    if wrong:
+        return {**record, "status": "fails", "reason": ", ".join(wrong)}
+    return {**record, "status": "works with inputs", "reason": why} if why else {**record, "status": "works"}
+
+
+def check_that_attention_shows(model: nn.Module, part: nn.Module, inputs: dict[str, Any], names: list[str]) -> None:
+    """Raises a RuntimeError if the outputs of `part` do not depend on what attention gives."""
+    expected = outputs_of(part, inputs)
+    with recording(model, {name: [] for name in names}):  # makes their attention give zeros
+        if max(map(relative, outputs_of(part, inputs), expected)) < 1e-5:
+            raise RuntimeError("the outputs of its small random model do not depend on attention")
+
+
+def differing(
+    model: nn.Module,
+    part: nn.Module,
+    inputs: dict[str, Any],
+    names: list[str],
+    residual: list[torch.Tensor],
+    tolerance: float,
+) -> tuple[list[str], bool]:
+    """What is wrong with the outputs of mode "residual", beside those of the stock model; and whether that gives numbers to
+    tokens that may attend to nothing."""
+    if largest(residual, outputs_of(part, inputs)) <= tolerance:
+        return [], False
+    with zeros_for_nothing(model, names):
+        difference = largest(residual, outputs_of(part, inputs))
+    return ([f"residual mode changes the outputs (by {difference:.1e})"] if difference > tolerance else []), True
+
+
+@contextmanager
+def zeros_for_nothing(model: nn.Module, names: list[str]) -> Iterator[None]:
+    """Lets stock attention give zeros to tokens that may attend to nothing, as scorers do. Without, it gives them the mean of
+    all values where a mask is the lowest finite number."""
+
+    def attend(
+        module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **arguments: Any
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        implementation = module.config.base._attn_implementation
+        own = next(iter(stock_functions(module)))
+        output, weights = AttentionInterface().get_interface(implementation, own)(module, query, key, value, mask, **arguments)
+        causal, bias = arguments.get("is_causal"), arguments.get("position_bias")
+        mask, *_ = mask_of_call(module, implementation, query, key, mask, causal, bias)
+        if mask is None:
+            return output, weights
+        sees_nothing = ~(mask if mask.dtype == torch.bool else mask > float("-inf")).any(-1, keepdim=True)
+        weights = weights if weights is None else weights.masked_fill(sees_nothing, 0.0)
+        return output.masked_fill(sees_nothing.transpose(1, 2), 0.0), weights
+
+    with observed([model.get_submodule(name) for name in names], attend):
+        yield
+
+
+def largest(actual: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
+    return max(relative(a, b) for a, b in zip(actual, expected, strict=True))
+
+
+def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """Largest difference, relative to the largest number; equal infinities and NaN do not count."""
+    difference = (actual - expected).masked_fill(actual == expected, 0.0).nan_to_num(0.0)
+    finite = expected[expected.isfinite()]
+    return difference.abs().max().item() / max(1e-6, finite.abs().max().item()) if finite.numel() else 0.0
+
+
+def in_a_line(error: Exception) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    if library := re.search(r"requires the (\w+) library", text):
+        return f"needs {library[1]}"
+    return text if isinstance(error, PatchError) else text[:160]
+
+
+def num_attention_layers(model: nn.Module) -> int:
+    try:
+        return len(attention_modules(model))
+    except NoPatchableLayerError:
+        return 0
+
+
+def reason_in_brackets(error: Exception) -> str:
+    found = re.search(r"`AttentionInterface` \((.*?)\)\.", str(error))
+    return found[1] if found else str(error)

@@ -1,0 +1,109 @@
+"""Which families can be patched: small models as others' tests build them, and what becomes of them."""
+
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2Model, MambaConfig, MambaModel
+
+from families import examining
+from families.examining import examine
+from families.tested import models_as_tested, version_of
+from hf_neural_attention.patching.names import stack_name
+from list_patchable_families import MEANINGS, examined, markdown
+from tests.helpers.stock_models import FAMILIES, GPT2
+
+
+# As Transformers writes its tests: a class that cannot be built, and two that can
+TESTS = f"""
+import unittest
+import torch
+from transformers import GPT2Config, GPT2ForTokenClassification, GPT2Model
+
+class Tester:
+    def prepare_config_and_inputs_for_common(self):
+        return GPT2Config(**{GPT2}), {{"input_ids": torch.randint(3, 98, (2, 7))}}
+
+class ModelTest(unittest.TestCase):
+    all_model_classes = (len, GPT2Model, GPT2ForTokenClassification)
+
+    def setUp(self):
+        self.model_tester = Tester()
+
+    def _prepare_for_class(self, inputs, wanted):
+        return inputs
+
+class NeedsALibraryTest(ModelTest):
+    def setUp(self):
+        raise ImportError("it requires the timm library")
+"""
+
+
+@pytest.fixture
+def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of tests, by another name than that of ours."""
+    family = tmp_path / "their_tests" / "models" / "gpt2"
+    family.mkdir(parents=True)
+    for folder in (family.parents[1], family.parent, family):
+        (folder / "__init__.py").touch()
+    (family / "test_modeling_gpt2.py").write_text(TESTS)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return tmp_path / "their_tests"
+
+
+def test_models_as_tested(checkout: Path):
+    found = list(models_as_tested("gpt2", checkout))
+    assert [type(model).__name__ for model, _ in found] == ["GPT2Model", "GPT2ForTokenClassification"]
+    assert examine(*found[0]) == {
+        "class": "GPT2Model",
+        "attention_layers": 3,
+        "patched_layers": 3,
+        "stacks": ["h.*.attn"],
+        "status": "works",
+    }
+    assert version_of(checkout) == "unknown"
+    (checkout.parent / "src" / "transformers").mkdir(parents=True)
+    (checkout.parent / "src" / "transformers" / "__init__.py").write_text('import os\n__version__ = "9.9"\n')
+    assert version_of(checkout) == "9.9"
+    (checkout / "models" / "gpt2" / "test_modeling_gpt2.py").unlink()
+    with pytest.raises(RuntimeError, match="no model"):
+        list(models_as_tested("gpt2", checkout))
+
+
+def test_tokens_that_see_nothing_are_no_fault():
+    inputs = FAMILIES["t5"].inputs()
+    inputs["decoder_attention_mask"] = torch.tensor([[1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1]])
+    result = examine(FAMILIES["t5"].model(), inputs)
+    assert result["status"] == "works"
+    assert result["zeros_in_padding"] == ["as built", "eager"]
+    assert set(result["stacks"]) == set(map(stack_name, FAMILIES["t5"].layers))
+
+
+def test_a_patch_that_changes_other_tokens_is_one(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(examining, "patch", partial(examining.patch, mode="replace"))
+    result = examine(FAMILIES["t5"].model(), FAMILIES["t5"].inputs())
+    assert result["status"] == "fails"
+    assert result["reason"].startswith("residual mode changes the outputs (by ")
+
+
+def test_what_works_in_part():
+    capped = {**FAMILIES["llama"].fields, "attn_logit_softcapping": 50.0, "head_dim": 8, "layer_types": ["full_attention"] * 3}
+    good, bad = FAMILIES["llama"], FAMILIES["llama"].__class__("gemma2", "CausalLM", capped, ("model.layers.*.self_attn",))
+    none = MambaModel(MambaConfig(hidden_size=16, num_hidden_layers=1, vocab_size=99))
+    models = {"good": good.model(), "bad": bad.model("eager")}
+    pairs = {name: (model, FAMILIES["llama"].inputs()) for name, model in models.items()}
+    reasons: list[str] = []
+    result = examined(iter([(none, None), pairs["bad"], pairs["good"]]), "tests", reasons)
+    assert result["status"] == "in part" and result["class"] == "LlamaForCausalLM"
+    assert result["reason"].startswith("Gemma2ForCausalLM: Neural Attention cannot honour")
+    assert examined(iter([(none, None), pairs["bad"]]), "tests", reasons)["status"] == "refused"
+    assert examined(iter([(none, None)]), "tests", reasons)["status"] == "no interface"
+    assert not reasons
+    assert examined(iter([(none, None), (GPT2Model(GPT2Config(**GPT2)), {"input_ids": None})]), "tests", reasons) is None
+    assert "input_ids" in reasons[0]
+    record = {"families": {"some": result}, "tests": "9.9", "command": "python it", "environment": {}}
+    record["environment"] = {"transformers": "9", "torch": "8"}
+    text = markdown(record)
+    assert f"| in part | 1 | {MEANINGS['in part']} |" in text
+    assert "| some | in part | LlamaForCausalLM | 3 of 3 | Gemma2ForCausalLM: " in text
