@@ -67,7 +67,7 @@ test-newest:
 
 # Has an environment of its own, so that all other tests show what works without these libraries
 test-clients: BIN := .venv-clients/bin
-test-clients: .venv-clients/installed ## Run the tests of what others build on Transformers: TRL, torchao, Sentence Transformers
+test-clients: .venv-clients/installed ## Run the tests of what others build on Transformers: TRL, torchao, Sentence Transformers, serving
 	$(TESTS) tests/clients
 
 .venv-clients/installed: pyproject.toml constraints.txt
