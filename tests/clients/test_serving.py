@@ -49,8 +49,8 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 @contextmanager
-def serving(*options: str, code: str = "", **environment: str) -> Iterator[str]:
-    """A server in a process of its own, by the address that it listens to."""
+def serving(folder: Path, *options: str, code: str = "", **environment: str) -> Iterator[str]:
+    """A server in a process of its own, in a folder without sources, by the address that it listens to."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     run = f"{code}\nfrom transformers.cli.transformers import app\napp()"
@@ -59,7 +59,7 @@ def serving(*options: str, code: str = "", **environment: str) -> Iterator[str]:
     process = subprocess.Popen(
         [sys.executable, *isolated, "-c", run, *flags],
         env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])} | environment,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     address = f"http://127.0.0.1:{port}"
     try:
@@ -120,7 +120,7 @@ def test_patched_models(options: tuple[str, ...], tokenizer: Any, tmp_path: Path
     for name, model in models.items():
         model.save_pretrained(tmp_path / name)
         tokenizer.save_pretrained(tmp_path / name)
-    with serving(*options, code="import hf_neural_attention") as address:
+    with serving(tmp_path, *options, code="import hf_neural_attention") as address:
         for name, model in models.items():
             check_answers(address, tmp_path / name, generated(model, tokenizer))
 
@@ -133,7 +133,7 @@ def test_exported_models_without_this_package(tokenizer: Any, tmp_path: Path):
     code = 'import importlib.util\nassert importlib.util.find_spec("hf_neural_attention") is None'
     paths = os.pathsep.join(path for path in sys.path if path.endswith("site-packages")) or sysconfig.get_path("purelib")
     modules = {"HF_MODULES_CACHE": str(tmp_path / "modules"), "PYTHONPATH": paths}
-    with serving("--trust-remote-code", code=code, **modules) as address:
+    with serving(tmp_path, "--trust-remote-code", code=code, **modules) as address:
         for name, model in models.items():
             with torch.no_grad():
                 check_answers(address, tmp_path / name, generated(model, tokenizer))
