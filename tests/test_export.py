@@ -158,7 +158,9 @@ def test_patched_models_of_other_families_load_in_every_way(family: str, tmp_pat
     if family.startswith("compact"):
         compact(model)
     auto = f"AutoModelFor{FAMILIES[name].head}"
-    export_to_hub(model, tmp_path / "model", make("gpt2")[1])
+    tokenizer = make("gpt2")[1]
+    tokenizer.add_special_tokens({"mask_token": "<mask>"})  # without one there is no pipeline "fill-mask"
+    export_to_hub(model, tmp_path / "model", tokenizer)
     for code in (SAVE, WITHOUT, UNTRUSTED):
         script(code.format(name="model", auto=auto, inputs=INPUTS["gpt2"]), tmp_path)
     # allows for rounding, since another backend may run here
