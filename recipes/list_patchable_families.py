@@ -36,7 +36,7 @@ from tools.markdown import markdown_table
 from tools.provenance import command_line, environment
 
 
-TIME_LIMIT = 120  # seconds of the processor for a family
+TIME_LIMIT = 60  # seconds of the processor for a family
 
 MEANINGS = {
     "works": "all self-attention layers",

@@ -2,11 +2,13 @@
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2Model, MambaConfig, MambaModel
+from transformers import GPT2Config, GPT2Model
 
+import list_patchable_families
 from families import examining
 from families.examining import examine
 from families.tested import models_as_tested, version_of
@@ -87,23 +89,43 @@ def test_a_patch_that_changes_other_tokens_is_one(monkeypatch: pytest.MonkeyPatc
     assert result["reason"].startswith("residual mode changes the outputs (by ")
 
 
-def test_what_works_in_part():
-    capped = {**FAMILIES["llama"].fields, "attn_logit_softcapping": 50.0, "head_dim": 8, "layer_types": ["full_attention"] * 3}
-    good, bad = FAMILIES["llama"], FAMILIES["llama"].__class__("gemma2", "CausalLM", capped, ("model.layers.*.self_attn",))
-    none = MambaModel(MambaConfig(hidden_size=16, num_hidden_layers=1, vocab_size=99))
-    models = {"good": good.model(), "bad": bad.model("eager")}
-    pairs = {name: (model, FAMILIES["llama"].inputs()) for name, model in models.items()}
-    reasons: list[str] = []
-    result = examined(iter([(none, None), pairs["bad"], pairs["good"]]), "tests", reasons)
-    assert result["status"] == "in part" and result["class"] == "LlamaForCausalLM"
-    assert result["reason"].startswith("Gemma2ForCausalLM: Neural Attention cannot honour")
-    assert examined(iter([(none, None), pairs["bad"]]), "tests", reasons)["status"] == "refused"
-    assert examined(iter([(none, None)]), "tests", reasons)["status"] == "no interface"
+def test_results_of_a_familys_models(monkeypatch: pytest.MonkeyPatch):
+    def examined_as(model: Any, inputs: Any) -> dict[str, Any]:
+        if inputs == "fails to run":
+            raise ValueError("it needs more")
+        return {
+            "class": type(model).__name__,
+            "status": inputs,
+            "reason": "it says so",
+            "attention_layers": 2,
+            "patched_layers": 1,
+        }
+
+    def result(*statuses: str) -> dict[str, Any] | None:
+        return examined(((model, status) for model, status in zip(models, statuses, strict=False)), "tests", reasons)
+
+    monkeypatch.setattr(list_patchable_families, "examine", examined_as)
+    models, reasons = [GPT2Model(GPT2Config(**GPT2)), FAMILIES["llama"].model(), FAMILIES["t5"].model()], []
+    found = result("no interface", "refused", "works")
+    assert found == {
+        "class": "T5ForConditionalGeneration",
+        "status": "in part",
+        "reason": "LlamaForCausalLM: it says so",
+        "attention_layers": 2,
+        "patched_layers": 1,
+        "configuration": "tests",
+    }
+    for statuses, status in (
+        (("works", "fails"), "works"),
+        (("refused", "fails", "works"), "fails"),
+        (("no interface", "refused"), "refused"),
+        (("no interface", "no interface"), "no interface"),
+    ):
+        assert result(*statuses)["status"] == status
     assert not reasons
-    assert examined(iter([(none, None), (GPT2Model(GPT2Config(**GPT2)), {"input_ids": None})]), "tests", reasons) is None
-    assert "input_ids" in reasons[0]
-    record = {"families": {"some": result}, "tests": "9.9", "command": "python it", "environment": {}}
-    record["environment"] = {"transformers": "9", "torch": "8"}
-    text = markdown(record)
+    assert result("fails to run", "no interface") is None  # as the first has an interface
+    assert reasons == ["GPT2Model: it needs more"]
+    versions = {"transformers": "9", "torch": "8"}
+    text = markdown({"families": {"some": found}, "tests": "9.9", "command": "python it", "environment": versions})
     assert f"| in part | 1 | {MEANINGS['in part']} |" in text
-    assert "| some | in part | LlamaForCausalLM | 3 of 3 | Gemma2ForCausalLM: " in text
+    assert "| some | in part | T5ForConditionalGeneration | 1 of 2 | LlamaForCausalLM: it says so |" in text
