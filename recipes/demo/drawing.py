@@ -216,6 +216,6 @@ def change_words(change: Change, after: Look) -> str:
     if change.output is not None:
         sentences.append(f"The predictions are {change.output:.3g} nats from those before (KL divergence, mean).")
     if change.perplexities is not None:
-        before, after = change.perplexities
-        sentences.append(f"The perplexity of the text is {after:.4g}; before, it was {before:.4g}.")
+        old, new = change.perplexities
+        sentences.append(f"The perplexity of the text is {new:.4g}; before, it was {old:.4g}.")
     return " ".join(sentences)
