@@ -209,7 +209,7 @@ class Page:
         rows = drawing.prediction_rows(change.before, change.after)
         return {
             **figures,
-            self.changed_words: drawing.change_words(change),
+            self.changed_words: drawing.change_words(change, look),
             self.changed: gr.Plot(drawing.draw_changes(before, look, change, layer, head), visible=True),
             self.changed_rows: gr.Dataframe(rows, visible=bool(rows)),
         }

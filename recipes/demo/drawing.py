@@ -207,16 +207,15 @@ def prediction_rows(before: list[Prediction], after: list[Prediction]) -> list[l
     ]
 
 
-def change_words(change: Change) -> str:
+def change_words(change: Change, after: Look) -> str:
     """What a patch changed, in a few sentences."""
-    sentences = []
-    if max(change.layers) < 1e-4:
-        sentences.append("**Nothing changes**: scorers of mode `residual` start at zero, and learn from there.")
+    if max(change.layers) < 1e-4 and set(after.scorers) <= {"residual", "dot product"}:
+        sentences = ["**Nothing changes**: scorers of mode `residual` start at zero, and learn from there."]
     else:
-        sentences.append(f"**{100 * max(change.layers):.0f} %** of attention is elsewhere in the layer that changes most.")
+        sentences = [f"**{100 * max(change.layers):.2g} %** of attention is elsewhere in the layer that changes most."]
     if change.output is not None:
         sentences.append(f"The predictions are {change.output:.3g} nats from those before (KL divergence, mean).")
     if change.perplexities is not None:
-        before, after = change.perplexities
-        sentences.append(f"The perplexity of the text is {after:.4g}; before, it was {before:.4g}.")
+        old, new = change.perplexities
+        sentences.append(f"The perplexity of the text is {new:.4g}; before, it was {old:.4g}.")
     return " ".join(sentences)

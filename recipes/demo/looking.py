@@ -139,6 +139,8 @@ def open_model(name: str) -> Opened:
         raise Mistake(what_is_wrong(name, error)) from None
     if model.main_input_name not in ("input_ids", "pixel_values"):
         raise Mistake(f"{name} takes `{model.main_input_name}`; this page has texts and images alone.")
+    if model.config.is_encoder_decoder:
+        raise Mistake(f"{name} has an encoder and a decoder; this page shows models with one stack of layers.")
     try:
         takes_images = model.main_input_name == "pixel_values"
         reader = (
@@ -299,6 +301,8 @@ def patch_copy(
         Mistake: if the model cannot be patched like this.
     """
     stock = opened.unpatched or opened
+    if stock.is_neural:
+        raise Mistake(f"{stock.name} has neural layers already. Open a stock model, and patch that.")
     chosen = layers_of(layers)
     try:
         model = copy.deepcopy(stock.model)

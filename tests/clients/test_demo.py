@@ -118,7 +118,7 @@ def test_mistakes_get_a_sentence_and_lose_nothing(tab, tmp_path):
     wait_for_text(tab, "message", "The text has 0 tokens")
     show(tab, "Patch it")
     tab.click("#patch")
-    wait_for_text(tab, "message", "has neural layers by its class")
+    wait_for_text(tab, "message", "runs/quickstart/neural has neural layers already")
     show(tab, "Attention")
     assert picture(tab, "attention") == before and "runs/quickstart/neural" in tab.inner_text("#status")
 

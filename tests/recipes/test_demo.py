@@ -12,7 +12,7 @@ import PIL.Image
 import pytest
 import torch
 import yaml
-from transformers import GPT2LMHeadModel
+from transformers import GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
 
 import drawing
 import looking
@@ -104,6 +104,10 @@ def test_wrong_folders_get_a_sentence(tmp_path):
     (tmp_path / "pickled/pytorch_model.bin").write_text("no weights")
     with pytest.raises(Mistake, match=r"The weights of .*pickled are damaged"):
         looking.open_model(str(tmp_path / "pickled"))
+    sizes = {"vocab_size": 9, "d_model": 8, "d_ff": 8, "d_kv": 4, "num_layers": 1, "num_heads": 2}
+    T5ForConditionalGeneration(T5Config(**sizes)).save_pretrained(tmp_path / "t5")
+    with pytest.raises(Mistake, match="t5 has an encoder and a decoder; this page shows models with one stack"):
+        looking.open_model(str(tmp_path / "t5"))
     (tmp_path / "of nobody").mkdir()
     (tmp_path / "of nobody/config.json").write_text(json.dumps({"model_type": "nobody's"}))
     with pytest.raises(Mistake, match="of nobody cannot be loaded: "):
@@ -153,13 +157,15 @@ def test_a_patch_leaves_the_model_as_it_was(stock):
 
 def test_changes_of_a_patch(stock):
     before = looked(stock)
-    same = looking.changes(before, looked(patched(stock, mode="residual")))
+    residual = looked(patched(stock, mode="residual"))
+    same = looking.changes(before, residual)
     assert max(same.layers) < 1e-5 and same.output < 1e-6
     shares = [prediction.probability for prediction in same.before]
     assert [prediction.probability for prediction in same.after] == pytest.approx(shares, rel=1e-4)
-    assert drawing.change_words(same).startswith("**Nothing changes**")
+    assert drawing.change_words(same, residual).startswith("**Nothing changes**")
     drawn = looking.changes(before, looked(patched(stock)))
     fitted = looking.changes(before, looked(patched(stock, steps=100)))
+    assert drawing.change_words(drawn, looked(patched(stock))).startswith(f"**{100 * max(drawn.layers):.2g} %** of attention")
     assert 0.02 < max(fitted.layers) < max(drawn.layers) < 1 and fitted.output < drawn.output
     assert drawn.perplexities[0] == looking.perplexity(before) != drawn.perplexities[1]
     second = looking.changes(before, looked(patched(stock, "1")))
@@ -184,7 +190,7 @@ def test_wrong_layers_get_a_sentence(stock, layers: str, words: str):
 
 
 def test_a_neural_model_is_not_patched_again(neural):
-    with pytest.raises(Mistake, match="has neural layers by its class"):
+    with pytest.raises(Mistake, match=r"has neural layers already\. Open a stock model"):
         patched(neural)
 
 
@@ -238,7 +244,7 @@ def test_pictures(stock, neural, images, tmp_path):
         if visit.before is not None:
             change = looking.changes(visit.before, look)
             figures.append(drawing.draw_changes(visit.before, look, change, 0, 0))
-            assert len(drawing.prediction_rows(change.before, change.after)) == 5 and drawing.change_words(change)
+            assert len(drawing.prediction_rows(change.before, change.after)) == 5 and drawing.change_words(change, look)
         assert drawing.health_words(look) and all(len(row) == 8 for row in drawing.health_rows(look))
         for figure in figures:
             figure.savefig(tmp_path / "figure.png")
