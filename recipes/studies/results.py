@@ -7,7 +7,7 @@ from typing import Any
 
 from scipy.stats import t as student
 
-from studies.study_file import COSTS, SAME_TIME, Study, file_name, is_timed, load_costs
+from studies.study_file import BESIDE, COSTS, SAME_TIME, Study, file_name, is_timed, load_costs
 from training.arms import Arm
 
 
@@ -195,7 +195,8 @@ def best_row(study: Study, rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def counterpart(study: Study, rows: list[dict[str, Any]], arm: str) -> dict[str, Any] | None:
-    """The row of the dot-product arm that differs from a neural one in its attention alone, if there is one."""
+    """The row of the dot-product arm that a neural one names (`beside`), or else of that which differs from it in its
+    attention alone, if there is one."""
 
     def all_else(name: str) -> dict[str, Any]:
         return {
@@ -204,7 +205,11 @@ def counterpart(study: Study, rows: list[dict[str, Any]], arm: str) -> dict[str,
             if key != "attention" and not key.startswith(("neural_", "scorer_"))
         }
 
-    return next((row for row in rows_with(study, rows, Arm.DOT) if all_else(row["arm"]) == all_else(arm)), None)
+    named = study.arms[arm].get(BESIDE)
+    candidates = rows_with(study, rows, Arm.DOT)
+    if named is not None:
+        return next((row for row in candidates if row["arm"] == named), None)
+    return next((row for row in candidates if all_else(row["arm"]) == all_else(arm)), None)
 
 
 def rows_with(study: Study, rows: list[dict[str, Any]], attention: Arm) -> list[dict[str, Any]]:
