@@ -20,6 +20,8 @@ A study is a YAML file:
       first layer: {attention: neural, neural_proj_dim: 2}
       dot, longer: {attention: dot, same_time_as: first layer}   as many steps as take the same time
       all layers: {attention: neural, neural_layers: all, seeds: 2}   for the first two of the seeds
+      faster: {attention: neural, learning_rate: 1.0e-3, beside: dot}   which dot-product arm it is compared with, where none
+                                                                        differs from it in its attention alone
 
 First, a step of each arm is timed, in one process and by turns (`costs.json`); let the machine be quiet meanwhile. Each
 finished run leaves a small JSON file in the results' folder, named by arm and seed, and is not run again; seeds and arms that

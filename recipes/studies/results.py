@@ -7,7 +7,7 @@ from typing import Any
 
 from scipy.stats import t as student
 
-from studies.study_file import COSTS, SAME_TIME, Study, file_name, is_timed, load_costs
+from studies.study_file import BESIDE, COSTS, SAME_TIME, Study, file_name, is_timed, load_costs
 from training.arms import Arm
 
 
@@ -66,7 +66,7 @@ def check_alike(records: list[tuple[str, dict[str, Any]]]) -> None:
         run, settings = record["run"], record["settings"]
         own = record["arm"] if SAME_TIME in settings else None  # marks steps that only an arm's seeds have in common
         asked = {key for key in settings if key in run} - ({"max_steps"} if own else set())
-        wrong = {key: run[key] for key in sorted(asked) if as_list(run[key]) != as_list(settings[key])}
+        wrong = {key: run[key] for key in sorted(asked) if not is_same(run[key], settings[key])}
         if wrong:
             raise SystemExit(f"{name} is of a run with {wrong}, for which the study does not ask. Delete it to run it again.")
         for key in keys:
@@ -81,8 +81,10 @@ def check_alike(records: list[tuple[str, dict[str, Any]]]) -> None:
                 )
 
 
-def as_list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]
+def is_same(had: Any, asked: Any) -> bool:
+    """Whether a run had what was asked for, which words of a command line may stand for (`["0"]` for `[0]`)."""
+    pairs = [value if isinstance(value, list) else [value] for value in (had, asked)]
+    return len(pairs[0]) == len(pairs[1]) and all(a == b or str(a) == str(b) for a, b in zip(*pairs, strict=True))
 
 
 def differences(study: Study, found: Results, arm: str, base: str) -> list[float]:
@@ -195,7 +197,8 @@ def best_row(study: Study, rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def counterpart(study: Study, rows: list[dict[str, Any]], arm: str) -> dict[str, Any] | None:
-    """The row of the dot-product arm that differs from a neural one in its attention alone, if there is one."""
+    """The row of the dot-product arm that a neural one names (`beside`), or else of that which differs from it in its
+    attention alone, if there is one."""
 
     def all_else(name: str) -> dict[str, Any]:
         return {
@@ -204,7 +207,11 @@ def counterpart(study: Study, rows: list[dict[str, Any]], arm: str) -> dict[str,
             if key != "attention" and not key.startswith(("neural_", "scorer_"))
         }
 
-    return next((row for row in rows_with(study, rows, Arm.DOT) if all_else(row["arm"]) == all_else(arm)), None)
+    named = study.arms[arm].get(BESIDE)
+    candidates = rows_with(study, rows, Arm.DOT)
+    if named is not None:
+        return next((row for row in candidates if row["arm"] == named), None)
+    return next((row for row in candidates if all_else(row["arm"]) == all_else(arm)), None)
 
 
 def rows_with(study: Study, rows: list[dict[str, Any]], attention: Arm) -> list[dict[str, Any]]:
@@ -219,6 +226,8 @@ def compared_with(study: Study, rows: list[dict[str, Any]]) -> dict[str, dict[st
     for row in rows_with(study, rows, Arm.NEURAL):
         twin = counterpart(study, rows, row["arm"])
         neural[row["arm"]] = study.baseline if twin is None else twin["arm"]
-    dot = {row["arm"]: study.baseline for row in rows_with(study, rows, Arm.DOT) if row["arm"] != study.baseline}
+    dots = [row["arm"] for row in rows_with(study, rows, Arm.DOT)]
+    bases = {arm: study.arms[arm].get(BESIDE, study.baseline) for arm in dots if arm != study.baseline}
+    dot = {arm: base for arm, base in bases.items() if base in dots}
     panels = {"neural, less the dot product with all else equal": neural, f"dot product, less {study.baseline}": dot}
     return {title: arms for title, arms in panels.items() if arms}

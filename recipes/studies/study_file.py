@@ -17,6 +17,7 @@ SCRIPTS = Path(__file__).parents[1]
 COSTS = "costs.json"
 SAME_TIME = "same_time_as"
 SEEDS = "seeds"
+BESIDE = "beside"
 
 # Settings of an arm that do not change what a step costs
 OF_THE_SAME_STEP = {
@@ -80,6 +81,9 @@ class Study:
                 return f"the arm {arm!r} has `seeds: {count}`; expected how many of the study's {len(self.seeds)} it gets."
             if (same := names.setdefault(file_name(arm, 0), arm)) != arm:
                 return f"the arms {same!r} and {arm!r} would have the same file names."
+            twin = settings.get(BESIDE)
+            if twin is not None and (self.arms.get(twin) or {}).get("attention") != Arm.DOT:
+                return f"{arm!r} is to stand beside {twin!r}, which must be a dot-product arm."
             other = settings.get(SAME_TIME)
             if other is not None and (other not in self.arms or "max_steps" not in self.settings(other)):
                 return (
@@ -98,7 +102,7 @@ class Study:
 
     def settings(self, arm: str) -> dict[str, Any]:
         """All that is asked of an arm beside the recipe's configuration."""
-        return {name: value for name, value in {**self.flags, **self.arms[arm]}.items() if name != SEEDS}
+        return {name: value for name, value in {**self.flags, **self.arms[arm]}.items() if name not in (SEEDS, BESIDE)}
 
     def attention(self, arm: str) -> Arm:
         """What the recipe calls the model of an arm of the study."""

@@ -97,14 +97,13 @@ def new_config(
     """
     if arguments.config_name is not None:
         stock = load_config(arguments.config_name)
-        fields = fields_of(stock)
     else:
         model_type = arguments.model_type or family[Arm.DOT].config.model_type
         check_family(model_type)
         stock = CONFIG_MAPPING[model_type]()
-        fields = fields_of_sizes(stock, model_type, sizes)
     if type(stock) not in mapping:
         raise SystemExit(f"Transformers has no model of type {stock.model_type} for this task.")
+    fields = fields_of(stock) if arguments.config_name is not None else fields_of_sizes(stock, sizes)
     fields |= {name: value for name, value in data.items() if name in vars(stock) or name in GENERAL}
     names = stock.attribute_map  # from names that many configs have to its own
     given = overrides(arguments.config_overrides, stock)
@@ -143,14 +142,14 @@ def check_family(model_type: str) -> None:
         raise SystemExit(f"--model_type {model_type} is no model type of Transformers: expected llama, opt, deit or the like.")
 
 
-def fields_of_sizes(stock: PreTrainedConfig, model_type: str, sizes: Iterable[Size]) -> Fields:
+def fields_of_sizes(stock: PreTrainedConfig, sizes: Iterable[Size]) -> Fields:
     fields: Fields = {}
     for size in sizes:
         names = [name for name in size.names if hasattr(stock, name)]
         if not names and size.is_needed and size.value:
             raise SystemExit(
-                f"--{size.flag}: configs of type {model_type} have none of the fields {', '.join(size.names)}. Give them with "
-                "--config_name, a folder with a config.json."
+                f"--{size.flag}: configs of type {stock.model_type} have none of the fields {', '.join(size.names)}. Give "
+                "them with --config_name, a folder with a config.json."
             )
         if size.value is not None:
             fields |= dict.fromkeys(names, size.value)

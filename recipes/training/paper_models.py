@@ -33,10 +33,12 @@ class PaperDecoderConfig(MarianConfig):
         embedding_std (`float`): Standard deviation that embeddings are drawn with. Default: 1.0.
         embedding_factor (`float`, *optional*): What they are multiplied by. Default: `1 + sqrt(d_model)`.
         normalise_embeddings (`bool`): Whether a LayerNorm comes before the first layer. Default: False.
+        tie_word_embeddings (`bool`): Whether the head has the embeddings' weights. Default: False, as the authors have it.
     """
 
     model_type = "paper_decoder"
 
+    tie_word_embeddings: bool = False
     embedding_std: float | int = 1.0
     embedding_factor: float | int | None = None
     normalise_embeddings: bool = False

@@ -16,8 +16,9 @@ GRADIENT = "gradient"
 
 
 class WatchScores(ScoreCallback):
-    """`ScoreCallback`, and for each layer the norm of the gradient that has reached its query and key weights, before clipping
-    (`scores/LAYER/gradient`), where layers of their own make queries and keys, or GPT-2's `c_attn`."""
+    """`ScoreCallback`, and for each layer the norm of the gradient that has reached its query and key weights before clipping
+    (`scores/LAYER/gradient`), where layers of their own make queries and keys, or GPT-2's `c_attn`, and where `Trainer` logs
+    the norm of the whole gradient, as it does while it clips."""
 
     def __init__(self, inputs: Any, every: int = 1):
         super().__init__(inputs, every)

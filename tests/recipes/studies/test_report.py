@@ -5,7 +5,7 @@ import json
 import pytest
 
 from studies.report import CARD, report, summary
-from studies.results import compared_with, difference, interval, load_results, summarize, verdict
+from studies.results import compared_with, difference, interval, is_same, load_results, summarize, verdict
 from studies.score_pictures import first_layer, points
 from studies.shape_pictures import cost_of, pareto_front
 from studies.study_file import COSTS, file_name
@@ -179,6 +179,11 @@ def test_runs_of_arms_that_leave_a_setting_to_the_recipe_have_it_alike(tmp_path)
     change_run(tmp_path / "longer-1.json", max_steps=77)
     with pytest.raises(SystemExit, match=r"longer-1.json is of a run with max_steps 77, longer-0.json of one with 15"):
         report(study, tmp_path)
+
+
+def test_words_of_a_command_line_are_what_was_asked_for():
+    assert is_same(["0", "2"], [0, 2]) and is_same(["all"], "all") and is_same(0.0, 0) and is_same([16, 2], [16, 2])
+    assert not is_same(["0"], [1]) and not is_same(["0"], [0, 1]) and not is_same(None, 0) and not is_same(0.1, 1)
 
 
 def test_an_arm_with_fewer_seeds_is_not_the_best(tmp_path):

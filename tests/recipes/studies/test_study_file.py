@@ -4,6 +4,7 @@ import pytest
 
 import study as script
 from studies.report import report
+from studies.results import counterpart
 from studies.study_file import Study, file_name
 from tests.helpers.running import RECIPES
 from tests.helpers.study_records import SECONDS, costs_of, make_study
@@ -34,6 +35,18 @@ def test_arms_may_have_fewer_seeds():
     for count in (0, 4, "2"):
         study.arms["b"]["seeds"] = count
         assert "expected how many of the study's 3" in (study.fault() or "")
+
+
+def test_arms_may_name_what_they_stand_beside():
+    arms = {"dot": {"attention": "dot"}, "slow": {"attention": "dot", "learning_rate": 1}}
+    arms["b"] = {"attention": "neural", "learning_rate": 2, "beside": "slow"}
+    study = make_study(arms=arms)
+    assert study.fault() is None and "beside" not in study.settings("b") and "--beside" not in study.words("b")
+    rows = [{"arm": arm} for arm in arms]
+    assert counterpart(study, rows, "b") == {"arm": "slow"} and counterpart(study, rows[:1], "b") is None
+    for other in ("b", "c"):
+        arms["b"]["beside"] = other
+        assert "which must be a dot-product arm" in (study.fault() or "")
 
 
 def test_studies_that_are_none(tmp_path):

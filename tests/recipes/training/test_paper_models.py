@@ -32,7 +32,6 @@ def decoder(**fields: Any) -> PaperDecoderForCausalLM:
     config = PaperDecoderConfig(
         vocab_size=50,
         max_position_embeddings=16,
-        tie_word_embeddings=False,
         init_std=(3 * WIDTH) ** -0.5,
         **sizes,
         **special,
@@ -101,6 +100,15 @@ def test_blocks_normalise_after_each_sublayer():
     assert states.mean(-1).abs().max() < 1e-5 and states.var(-1, unbiased=False) == pytest.approx(torch.ones(2, 17), abs=1e-3)
     assert not any("encoder_attn" in name for name, _ in decoder().named_parameters())
     assert not predicts_the_next_token(decoder(), "decoder")
+
+
+def test_the_head_has_weights_of_its_own_and_starts_by_guessing():
+    model = decoder()
+    head, embeddings = model.lm_head.weight, model.get_input_embeddings().weight
+    assert head.data_ptr() != embeddings.data_ptr() and head.std().item() == pytest.approx((3 * WIDTH) ** -0.5, rel=0.1)
+    with torch.no_grad():
+        loss = torch.nn.functional.cross_entropy(model(input_ids=TOKENS).logits[:, :-1].mT, TOKENS[:, 1:])
+    assert loss.item() == pytest.approx(math.log(50), abs=1.0)
 
 
 @pytest.mark.parametrize("kind", ("decoder", "encoder"))
