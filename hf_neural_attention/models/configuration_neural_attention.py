@@ -12,6 +12,9 @@ from .neural_attention_lookup import stand_in
 # Counts formats of the neural fields and scorers' weights: goes up when code of the last version would misread what is saved
 FORMAT_VERSION = 1
 
+# Attribute of a config that was read from a file: what that held, whatever arguments have changed. It is never written
+STORED = "_neural_stored"
+
 Mode: TypeAlias = Literal["replace", "residual", "thin"]
 Initialization: TypeAlias = Literal["mirrored", "paper"]
 MODES, INITIALIZATIONS = get_args(Mode), get_args(Initialization)
@@ -115,8 +118,11 @@ class NeuralAttentionConfigMixin:
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        stored = dict(config_dict)
         made = super().from_dict(config_dict, **kwargs)
-        stand_in(made[0] if isinstance(made, tuple) else made)
+        config = made[0] if isinstance(made, tuple) else made
+        stand_in(config)
+        setattr(config, STORED, stored)
         return made
 
     def validate_neural_layers(self) -> None:
@@ -144,7 +150,7 @@ class NeuralAttentionConfigMixin:
     def to_dict(self) -> dict[str, Any]:
         # tells peft here, since it asks for a model's config in this way before it looks up what to adapt in it
         let_peft_adapt(self.model_type, self.model_type.removeprefix("neural_"))
-        return super().to_dict()
+        return {name: value for name, value in super().to_dict().items() if name != STORED}
 
     def to_diff_dict(self) -> dict[str, Any]:
         # writes it even where it is the default, since a later version will have another

@@ -7,6 +7,7 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, initialization
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .configuration_neural_attention import STORED
 from .neural_attention_cache import CACHE_ARGUMENT, NEURAL_CACHES, replace_cache
 from .neural_attention_compact import CompactAttentionMixin, folded_modules, reason_against_folding
 from .neural_attention_interface import attach_scorer, check_implementation
@@ -45,19 +46,24 @@ class NeuralPreTrainedModelMixin(ScoredAttentionMixin):
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
         """As `PreTrainedModel.from_pretrained`. `neural_compact=True` folds a checkpoint that is not compact: it is loaded as
         it was saved, and then computes the same in the compact form (see `hf_neural_attention.compact`)."""
-        name = pretrained_model_name_or_path
-        given = {option: kwargs[option] for option in HUB_OPTIONS if option in kwargs}
-        stored = {} if name is None or "gguf_file" in kwargs else PreTrainedConfig.get_config_dict(name, **given)[0]
-        folds = kwargs.get("neural_compact") is True and kwargs.get("config") is None and name is not None
-        folds = folds and not stored.get("neural_compact")
+        name, given = pretrained_model_name_or_path, kwargs.get("config")
+        folds = given is None and kwargs.get("neural_compact") is True
         if folds:
             del kwargs["neural_compact"]
         loaded = super().from_pretrained(name, *model_args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
-        if folds:
+        stored = vars(model.config).pop(STORED, None)
+        if folds and not model.config.neural_compact:
             fold_own_model(model)
-        if stored.get("model_type") != cls.config_class.model_type or (
-            layers_of(cls.config_class.from_dict(dict(stored))) != layers_of(model.config)
+        if isinstance(given, PreTrainedConfig) and given.name_or_path != str(name):  # is from elsewhere
+            stored = None
+        if stored is None and name is not None and "gguf_file" not in kwargs:
+            options = {option: kwargs[option] for option in HUB_OPTIONS if option in kwargs}
+            stored, _ = PreTrainedConfig.get_config_dict(name, **options)
+        if (
+            not stored
+            or stored.get("model_type") != cls.config_class.model_type
+            or (layers_of(cls.config_class.from_dict(dict(stored))) != layers_of(model.config))
         ):
             forget_names(model)  # by that name, clients would load another model: the stock one, say
         return loaded

@@ -11,6 +11,7 @@ from safetensors import safe_open
 
 from tests.helpers.comparing import assert_far, assert_near, assert_same_state, run, transformers_log
 from tests.helpers.neural_models import (
+    ALL,
     GPT2,
     VARIANTS,
     VIT,
@@ -271,3 +272,22 @@ def test_auto_tokenizer_and_image_processor_beside_a_neural_config(tmp_path):
     (tmp_path / "images" / "preprocessor_config.json").write_text(json.dumps({"size": 16}))
     processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "images")
     assert type(processor).__name__.startswith("ViTImageProcessor")
+
+
+@pytest.mark.parametrize("kind", ("neural", "stock"))
+def test_the_config_is_read_once(kind: str, tmp_path, monkeypatch):
+    """Each time is a request to the Hub."""
+    (GPT2.neural(**ALL) if kind == "neural" else GPT2.stock()).save_pretrained(tmp_path)
+    read, original = [], transformers.PreTrainedConfig._get_config_dict.__func__
+    monkeypatch.setattr(
+        transformers.PreTrainedConfig,
+        "_get_config_dict",
+        classmethod(lambda cls, *args, **kwargs: read.append(args) or original(cls, *args, **kwargs)),
+    )
+    for fields in ({}, {"neural_layers": "all"}, {"neural_compact": True}):
+        read.clear()
+        model = GPT2.neural_class().from_pretrained(tmp_path, **fields)
+        ours = len(read)
+        read.clear()
+        GPT2.stock_class().from_pretrained(tmp_path)
+        assert ours == len(read) and "_neural_stored" not in model.config.to_dict()
