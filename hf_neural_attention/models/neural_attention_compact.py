@@ -25,6 +25,10 @@ from .neural_attention_reference import ScorerWeights, first_layer_of_key, first
 from .neural_attention_scorer import CompactScorer, is_compact
 
 
+# Where Transformers defines the hooks that record attentions and hidden states
+RECORDING_HOOKS = "transformers.utils.output_capturing"
+
+
 class CompactAttentionMixin:
     """Comes before a stock attention class among the bases of a compact one.
 
@@ -172,6 +176,12 @@ def fold(
     return CompactWeights(*query_layer, *key_layer, weights.without_first_layer())
 
 
+def recording_hooks(module: nn.Module) -> list[Any]:
+    """The hooks that Transformers leaves in a model that was once asked for its attentions or hidden states. It makes them
+    once, so that whatever takes the module's place needs them too."""
+    return [hook for hook in module._forward_hooks.values() if getattr(hook, "__module__", "") == RECORDING_HOOKS]
+
+
 def reason_against_folding(model: nn.Module) -> str | None:
     """Why the neural layers of a model cannot be folded now, or None."""
     neural = {
@@ -189,7 +199,7 @@ def reason_against_folding(model: nn.Module) -> str | None:
                 return f"{where!r} is under an adapter; merge it first (`merge_and_unload`)"
             if getattr(part, "_hf_hook", None) is not None:
                 return f"{where!r} is offloaded or dispatched by accelerate; load the model whole"
-            if part._forward_hooks or part._forward_pre_hooks:
+            if part._forward_pre_hooks or len(part._forward_hooks) > len(recording_hooks(part)):
                 return f"{where!r} has forward hooks, which would be lost; remove them first"
         for part_name, parameter in module.named_parameters():
             if type(parameter) is not nn.Parameter or not parameter.is_floating_point() or parameter.dtype.itemsize < 2:
@@ -217,6 +227,8 @@ def fold_attention(attention: Any, compact_class: type) -> Any:
     compact.write_weights(fold(scorer.weights(), query, key, compact.num_attention_heads))
     for module in compact.modules():  # lets `init_weights`, should it run again, leave them
         module._is_hf_initialized = True
+    for hook in recording_hooks(attention):
+        compact.register_forward_hook(hook)
     return compact.train(attention.training)
 
 

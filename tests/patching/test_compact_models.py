@@ -37,6 +37,22 @@ GUIDE = (Path(__file__).parents[2] / "docs/compact-form.md").read_text()
 BRACKETS = str.maketrans("()", "[]")
 
 
+# --- models that have run
+
+
+@folded_families
+def test_attentions_are_recorded_as_before(family: Family):
+    model, inputs = neural(family), family.inputs()
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        before = model(**inputs, output_attentions=True)
+        after = compact(model)(**inputs, output_attentions=True)
+    for name in ("attentions", "encoder_attentions", "decoder_attentions"):
+        for ours, theirs in zip(after.get(name) or (), before.get(name) or (), strict=True):
+            assert_near(ours, theirs)
+    assert any(after.get(name) for name in ("attentions", "encoder_attentions"))
+
+
 # --- checkpoints
 
 
