@@ -75,6 +75,12 @@ def test_training_follows_the_curve_of_the_reference(name: str, mode: str, backe
     pytest.fail(f"all {len(ATTEMPTS)} trainings left the curve, by {found} times the bound")
 
 
+@pytest.mark.parametrize("name", TASKS)
+def test_the_compact_form_arrives(name: str):
+    """Has no curve of its own, since it runs the same operation, on queries that are projected already."""
+    assert_arrives(train(TASKS[name], "compact", BACKENDS_TO_TRAIN[0]), TASKS[name].guessing)
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_training_in_bfloat16_goes_no_further_from_it_than_the_reference_does(mode: str):
     """By the 2x rule: twice as far as the reference goes in bfloat16, at most."""

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM
 from transformers.exporters import DynamoConfig, DynamoExporter, OnnxConfig, OnnxExporter, base
 
 from hf_neural_attention import (
@@ -14,6 +14,7 @@ from hf_neural_attention import (
     NeuralGPT2LMHeadModel,
     NeuralViTConfig,
     NeuralViTForImageClassification,
+    compact,
     patch,
 )
 from tests.helpers.versions import CACHE
@@ -26,7 +27,11 @@ if not hasattr(base, "ExportedModel"):
 pytestmark = [pytest.mark.filterwarnings(f"ignore::{kind}") for kind in ("FutureWarning", "DeprecationWarning")]
 
 EXPORTERS: dict[str, Any] = {"torch.export": (DynamoExporter, DynamoConfig), "ONNX": (OnnxExporter, OnnxConfig)}
-MODES = ("replace", "residual")
+FORMS: dict[str, dict[str, Any]] = {
+    "replace": {},
+    "residual": {"neural_mode": "residual"},
+    "compact": {"neural_compact": True},
+}
 
 
 def export(kind: str, model: Any, inputs: dict[str, Any], folder: Path) -> Any:
@@ -39,10 +44,10 @@ def export(kind: str, model: Any, inputs: dict[str, Any], folder: Path) -> Any:
     return base.ExportedModel.from_pretrained(folder)
 
 
-def gpt2(mode: str) -> Any:
+def gpt2(form: str) -> Any:
     torch.manual_seed(0)
     sizes = {"vocab_size": 99, "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64, "initializer_range": 0.2}
-    fields = {"neural_layers": "all", "neural_mode": mode, "bos_token_id": 1, "eos_token_id": 2}
+    fields = {"neural_layers": "all", **FORMS[form], "bos_token_id": 1, "eos_token_id": 2}
     model = NeuralGPT2LMHeadModel(NeuralGPT2Config(**sizes, **fields)).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -57,10 +62,10 @@ def assert_near(actual: torch.Tensor, expected: torch.Tensor) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", EXPORTERS)
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("form", FORMS)
 @torch.no_grad()
-def test_gpt2(kind: str, mode: str, tmp_path: Path):
-    model = gpt2(mode)
+def test_gpt2(kind: str, form: str, tmp_path: Path):
+    model = gpt2(form)
     inputs = {"input_ids": torch.randint(3, 98, (2, 7))}
     exported = export(kind, model, inputs, tmp_path)
     for batch, length in ((2, 7), (3, 11), (5, 40)):
@@ -70,9 +75,10 @@ def test_gpt2(kind: str, mode: str, tmp_path: Path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", EXPORTERS)
+@pytest.mark.parametrize("form", ("replace", "compact"))
 @torch.no_grad()
-def test_gpt2_with_its_cache(kind: str, tmp_path: Path):
-    model, ids = gpt2("replace"), torch.randint(3, 98, (2, 7))
+def test_gpt2_with_its_cache(kind: str, form: str, tmp_path: Path):
+    model, ids = gpt2(form), torch.randint(3, 98, (2, 7))
     cache = copy.deepcopy(getattr(model(ids, use_cache=True), CACHE))
     inputs = {"input_ids": ids[:, :2], "attention_mask": torch.ones(2, 9, dtype=torch.long), CACHE: cache}
     exported = export(kind, model, inputs, tmp_path)
@@ -86,10 +92,12 @@ def test_gpt2_with_its_cache(kind: str, tmp_path: Path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", EXPORTERS)
+@pytest.mark.parametrize("form", ("replace", "compact"))
 @torch.no_grad()
-def test_vit(kind: str, tmp_path: Path):
+def test_vit(kind: str, form: str, tmp_path: Path):
     sizes = {"image_size": 16, "patch_size": 4, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    model = NeuralViTForImageClassification(NeuralViTConfig(**sizes, neural_layers="all", initializer_range=0.2)).eval()
+    fields: dict[str, Any] = {"neural_layers": "all", "initializer_range": 0.2, **FORMS[form]}
+    model = NeuralViTForImageClassification(NeuralViTConfig(**sizes, **fields)).eval()
     exported = export(kind, model, {"pixel_values": torch.randn(2, 3, 16, 16)}, tmp_path)
     pixels = torch.randn(5, 3, 16, 16)
     assert_near(exported(pixel_values=pixels).logits, model(pixels).logits)
@@ -101,6 +109,19 @@ def test_vit(kind: str, tmp_path: Path):
 def test_patched_models(kind: str, tmp_path: Path):
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 99}
     model = patch(LlamaForCausalLM(LlamaConfig(**sizes, intermediate_size=48)), "all", mode="replace").eval()
+    exported = export(kind, model, {"input_ids": torch.randint(3, 98, (2, 7))}, tmp_path)
+    ids = torch.randint(3, 98, (3, 12))
+    assert_near(exported(input_ids=ids).logits, model(ids).logits)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", EXPORTERS)
+@torch.no_grad()
+def test_patched_models_that_are_compact(kind: str, tmp_path: Path):
+    """Packed heads, with rows that are not read."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48, "vocab_size": 99}
+    model = patch(BertForMaskedLM(BertConfig(**sizes)).eval(), "all", mode="replace", hidden_dims=(3, 2))
+    compact(model)
     exported = export(kind, model, {"input_ids": torch.randint(3, 98, (2, 7))}, tmp_path)
     ids = torch.randint(3, 98, (3, 12))
     assert_near(exported(input_ids=ids).logits, model(ids).logits)
