@@ -15,7 +15,7 @@ from hf_neural_attention.private_interfaces import PRIVATE_INTERFACES, PrivateIn
 PACKAGE = Path(hf_neural_attention.__file__).parent
 # lists names public despite the underscore: of named tuples and ctypes, what `evaluate` asks a metric for, an unnamed function
 PUBLIC = {"_", "_asdict", "_fields", "_replace", "_fields_", "_info", "_compute"}
-OWN = {"_neural_cache"}
+OWN = {"_neural_cache", "_neural_stored"}
 
 
 def private_names() -> dict[str, str]:

@@ -98,7 +98,9 @@ def examine(model: PreTrainedModel, inputs: dict[str, Any] | None = None) -> dic
     model.set_attn_implementation("eager")
     with patched(model, "all", example_inputs=examples):
         residual = outputs_of(part, ours)
-    wrong_when_eager, zeros_when_eager = differing(model, part, ours, names, residual, 0.0)
+    # allows for rounding beside sinks, which stock functions bring in before, in or after the softmax
+    bound = 1e-5 if any(hasattr(model.get_submodule(name), "sinks") for name in names) else 0.0
+    wrong_when_eager, zeros_when_eager = differing(model, part, ours, names, residual, bound)
     wrong += [f"eager: {problem}" for problem in wrong_when_eager]
     if zeros or zeros_when_eager:
         record["zeros_in_padding"] = ["as built"] * zeros + ["eager"] * zeros_when_eager

@@ -118,8 +118,10 @@ def operator_arguments(per_head: bool, residual: bool, masked: bool) -> dict:
         "key": draw(2, 2, 7, 6) if residual else None,
         "attn_mask": draw(2, 1, 5, 7) if masked else None,
         "dropout_seed": torch.tensor([11]) if masked else None,
+        "sinks": draw(2) if masked else None,
         "dropout_p": 0.25 if masked else 0.0,
         "is_causal": not masked,
+        "softcap": 2.0 if residual else None,
     }
 
 
