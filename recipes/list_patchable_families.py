@@ -152,7 +152,7 @@ def markdown(record: dict[str, Any]) -> str:
         "attention gives them the mean of all values. All others are equal.",
         "",
         f"Made by `{record['command']}` with Transformers {record['environment']['transformers']} and torch "
-        f"{record['environment']['torch']}.",
+        f"{record['environment']['torch']}.{record.get('note', '')}",
         "",
         markdown_table(
             ["", "families", ""], [[name, str(counts[name]), text] for name, text in MEANINGS.items() if counts[name]]
