@@ -4,12 +4,16 @@ import platform
 import shlex
 import sys
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
 
 from hf_neural_attention.hardware import processor
+
+
+ROOT = Path(__file__).parents[2]
 
 
 def environment() -> dict[str, Any]:
@@ -26,8 +30,11 @@ def environment() -> dict[str, Any]:
 
 
 def command_line() -> str:
-    """What was typed, without secrets; under a launcher, what it ran in each process."""
+    """What was typed, without secrets, and with a recipe's path from the root of the repository; under a launcher, what it ran
+    in each process."""
     words = list(sys.argv)
+    if (script := Path(words[0])).is_absolute() and script.is_relative_to(ROOT):
+        words[0] = script.relative_to(ROOT).as_posix()
     for index, word in enumerate(words):
         if word.startswith("--hub_token"):
             words[index : index + (1 if "=" in word else 2)] = ["--hub_token", "..."]

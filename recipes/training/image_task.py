@@ -22,7 +22,7 @@ from training.augmentation import AugmentedImages, CountEpochs
 from training.images import EMBEDDED, ImageArguments, LabelledImages
 from training.pixels import with_pixels
 from training.prepared_data import PreparedData
-from training.reporting import Task
+from training.reporting import ACCURACY_AND_LOSS, Task
 
 
 TASK = "image classification"
@@ -122,9 +122,7 @@ def describe_task(images: LabelledImages, image: ImageArguments) -> Task:
         hub_dataset=None if image.dataset_name == EMBEDDED or Path(name).exists() else name,
         main_metric="test_accuracy",
         is_accuracy=True,
-        metrics={
-            f"{split}_{metric}": f"{split} {metric}" for split in ("validation", "test") for metric in ("accuracy", "loss")
-        },
+        metrics=ACCURACY_AND_LOSS,
         loading=how_to_load,
         notes=(
             f"Images: {counts}; {len(images.labels)} classes. Augmentation `{image.augmentation}`. The last model is "

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, Trainer, default_data_collator
 
 from tools.command_lines import at_least
 from training.prepared_data import PreparedData
-from training.reporting import Task
+from training.reporting import ACCURACY_AND_LOSS, Task
 
 
 TASK = "recall"
@@ -182,9 +182,7 @@ def describe_task(arguments: RecallArguments) -> Task:
         hub_dataset=None,
         main_metric="test_accuracy",
         is_accuracy=True,
-        metrics={
-            f"{split}_{metric}": f"{split} {metric}" for split in ("validation", "test") for metric in ("accuracy", "loss")
-        },
+        metrics=ACCURACY_AND_LOSS,
         loading=how_to_load,
         notes=(
             f"Sequences of {arguments.sequence_length} tokens: {arguments.num_pairs} pairs of {arguments.num_keys} keys and "

@@ -22,6 +22,12 @@ Results = dict[Arm, dict[str, Any]]
 SIZES = {"memory_footprint": "bytes of parameters and buffers", "cache_bytes_per_token": "bytes of a stock cache per token"}
 
 
+# What a classifier is measured by: `metrics` of its `Task`
+ACCURACY_AND_LOSS = {
+    f"{split}_{metric}": f"{split} {metric}" for split in ("validation", "test") for metric in ("accuracy", "loss")
+}
+
+
 @dataclass
 class Task:
     """What a recipe's cards say beside the figures."""
