@@ -45,6 +45,7 @@ from typing import Any
 import torch
 
 from studies.report import report
+from studies.results import adopt_runs
 from studies.study_file import COSTS, SAME_TIME, SCRIPTS, Study, file_name, is_timed, load_costs
 from tools.command_lines import as_flags, unknown_words
 from tools.json_files import write_json
@@ -157,6 +158,13 @@ def main() -> None:
         "--results", type=Path, required=True, help="Folder of the finished runs' JSON files, and of the report."
     )
     parser.add_argument("--runs", type=Path, default=Path("runs/studies"), help="Folder of models and checkpoints.")
+    parser.add_argument(
+        "--adopt",
+        type=Path,
+        nargs="+",
+        default=[],
+        help="Results of other studies, whose runs are copied where they are the same.",
+    )
     parser.add_argument("--report_only", action="store_true", help="Run nothing.")
     parser.add_argument("--time_only", action="store_true", help="Time a step of each arm, and run nothing.")
     parser.add_argument("--arms", nargs="+", help="Run these alone. Default: all of the study.")
@@ -167,6 +175,8 @@ def main() -> None:
     for name, given, known in (("arms", arguments.arms, study.arms), ("seeds", arguments.seeds, study.seeds)):
         if unknown := set(given or ()) - set(known):
             raise SystemExit(f"--{name} {' '.join(map(str, unknown))}: the study has {', '.join(map(str, known))}.")
+    if adopted := adopt_runs(study, arguments.adopt, results):
+        print(f"adopted: {', '.join(adopted)}", flush=True)
     if arguments.time_only:  # does nothing else, since it may be one of several processes
         return time_arms(study, results, more)
     if not arguments.report_only:

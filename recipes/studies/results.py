@@ -8,6 +8,7 @@ from typing import Any
 from scipy.stats import t as student
 
 from studies.study_file import BESIDE, COSTS, SAME_TIME, Study, file_name, is_timed, load_costs
+from tools.json_files import write_json
 from training.arms import Arm
 
 
@@ -53,6 +54,34 @@ def load_results(study: Study, folder: Path) -> Results:
         raise SystemExit(f"{folder / COSTS} is not of the study {study.name} as it now is: run the study, or --time_only.")
     check_alike(records)
     return found
+
+
+def adopt_runs(study: Study, others: list[Path], folder: Path) -> list[str]:
+    """Copies runs that other studies have finished and this one asks for with the same words, so that none is made twice.
+
+    Args:
+        others: folders of their results; `check_alike` refuses what differs from the runs that are here.
+        folder: of this study's results.
+
+    Returns:
+        Names of the files that are new here.
+
+    Raises:
+        SystemExit: if a folder has no run.
+    """
+    adopted = []
+    for other in others:
+        records = [record for path in sorted(other.glob("*.json")) if "seed" in (record := json.loads(path.read_text()))]
+        if not records:
+            raise SystemExit(f"{other} has no finished run of a study.")
+        for arm, seed in study.runs():
+            target = folder / file_name(arm, seed)
+            same = [each for each in records if each["seed"] == seed and each["settings"] == study.settings(arm)]
+            if same and not target.exists():
+                folder.mkdir(parents=True, exist_ok=True)
+                write_json(target, same[0] | {"study": study.name, "arm": arm, "adopted_from": same[0]["study"]})
+                adopted.append(target.name)
+    return adopted
 
 
 def check_alike(records: list[tuple[str, dict[str, Any]]]) -> None:

@@ -31,6 +31,7 @@ def record_of(study: Study, arm: str, seed: int, value: float) -> dict[str, Any]
     health = {"start": [{**alive, "dead": 1}, alive], "end": [{**alive, "dead": 2}, alive]}
     steps = 15 if "same_time_as" in study.arms[arm] else 10
     return {
+        "study": study.name,
         "arm": arm,
         "settings": study.settings(arm),
         "run": {"seed": seed, "max_steps": steps, "learning_rate": 0.1},
