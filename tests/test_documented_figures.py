@@ -272,12 +272,23 @@ def test_long_runs():
 
 
 def test_bars_of_the_compact_form():
-    for bar in read("benchmarks/compact")["rows"]:
+    found = read("benchmarks/compact")["rows"]
+    for bar in found:
         assert row(bar["what"], f"{bar['measured']:.2f}", f"{bar['bound']:.2f}") in SPEED
-    by_name = {bar["what"]: bar["measured"] for bar in read("benchmarks/compact")["rows"]}
+    measured = {bar["what"]: f"{bar['measured']:.2f}" for bar in found}
+    step, dropout = (measured[f"GPT-2 124M compact, training step, 1 x 1,024 tokens, dropout {rate}"] for rate in ("0.0", "0.1"))
+    decode = [measured[f"GPT-2 124M, untied compact, decode, {tokens} cached tokens"] for tokens in ("1,024", "4,096")]
+    vit = measured["ViT-B/16 compact, training step, 4 images, dropout 0.0, shape 16x2"]
+    assert row("parameters", measured["GPT-2 124M compact, parameters"], "0.88") in README
+    assert row("time of a training step without dropout", step, vit) in README
+    assert row("time of a training step, dropout 0.1", dropout, "not measured") in README
+    assert row("time of a token after 1,024 others, and after 4,096", ", ".join(decode), "no decoding") in README
+    assert row("bytes of a token in the cache", measured["GPT-2 124M compact, bytes of a cached token"], "no cache") in README
     page = " ".join((ROOT / "docs/compact-form.md").read_text().split())
-    step, decode = (
-        by_name[f"GPT-2 124M{what}"]
-        for what in (" compact, training step, 1 x 1,024 tokens, dropout 0.0", ", untied compact, decode, 4,096 cached tokens")
-    )
-    assert f"takes {step:.2f} of the time of stock GPT-2, and a token after 4,096 others {decode:.2f}." in page
+    assert f"takes {step} of the time of stock GPT-2, and a token after 4,096 others {decode[1]}." in page
+
+
+def test_shapes():
+    ratios = {(each["phase"], each["shape"]): each["to_sdpa"] for each in read("benchmarks/shapes")["rows"]}
+    for first in (2, 4, 8, 16, 32):
+        assert row(str(first), *(f"{ratios['both', f'{first}x{second}']:.2f}" for second in (1, 2, 4, 8))) in SPEED

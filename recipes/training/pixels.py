@@ -4,9 +4,8 @@ import struct
 from functools import partial
 from typing import Any
 
-from datasets import Dataset, Image
+from datasets import Dataset, Features, Image, Value
 from PIL import Image as PIL
-from tqdm.auto import tqdm
 from transformers import BaseImageProcessor
 
 from hf_neural_attention.analysis import to_rgb
@@ -15,11 +14,13 @@ from training.data_files import in_one_line
 
 
 SHOWN = 3  # examples in a message
+FAULTS = Features({"fault": Value("string"), "image": Value("string")})
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, PIL.DecompressionBombError)  # raised by Pillow
 
 
 def check_images(data: Dataset, where: str) -> None:
-    """Decodes every image once, since one that cannot be read would end the training when its turn comes.
+    """Decodes every image once, since one that cannot be read would end the training when its turn comes. `datasets` keeps
+    the result for data that it has on disk, so that the next run need not do it again.
 
     Args:
         data: has a column `row`, the number of the image in what was loaded.
@@ -28,13 +29,12 @@ def check_images(data: Dataset, where: str) -> None:
     Raises:
         SystemExit: naming images that are missing or damaged, or that `to_rgb` refuses.
     """
-    bad: dict[str, list[str]] = {}  # what is wrong -> images
     stored = data.cast_column("image", Image(decode=False))
-    for example in tqdm(stored, desc=f"reading {where}", delay=5, leave=False):
-        wrong = what_is_wrong(example["image"])
-        if wrong is not None:
-            path = example["image"] and example["image"]["path"]
-            bad.setdefault(wrong, []).append(path or f"row {example['row']}")
+    found = stored.map(find_fault, remove_columns=stored.column_names, features=FAULTS, desc=f"reading {where}")
+    bad: dict[str, list[str]] = {}  # what is wrong -> images
+    for row, fault in enumerate(found["fault"]):
+        if fault is not None:
+            bad.setdefault(fault, []).append(found[row]["image"])
     if bad:
         cases = [
             f"{', '.join(images[:SHOWN])}{', ...' if len(images) > SHOWN else ''} ({wrong})" for wrong, images in bad.items()
@@ -44,6 +44,12 @@ def check_images(data: Dataset, where: str) -> None:
             f"{where} has {sum(map(len, bad.values())):,} image(s) that cannot be read: {'; '.join(cases[:SHOWN])}{more}. "
             "Rows are counted from 0. Mend these images, or remove them."
         )
+
+
+def find_fault(example: dict[str, Any]) -> dict[str, str | None]:
+    """What is wrong with the image of an example, if anything, and what to call it."""
+    path = example["image"] and example["image"]["path"]
+    return {"fault": what_is_wrong(example["image"]), "image": path or f"row {example['row']}"}
 
 
 def what_is_wrong(stored: dict[str, Any] | None) -> str | None:

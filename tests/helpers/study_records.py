@@ -32,6 +32,7 @@ def record_of(study: Study, arm: str, seed: int, value: float) -> dict[str, Any]
     steps = 15 if "same_time_as" in study.arms[arm] else 10
     return {
         "study": study.name,
+        "seed": seed,
         "arm": arm,
         "settings": study.settings(arm),
         "run": {"seed": seed, "max_steps": steps, "learning_rate": 0.1},
