@@ -28,7 +28,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from families.examining import examine, in_a_line, num_attention_layers
+from families.examining import BOOLEAN, ZEROS, examine, in_a_line, num_attention_layers
 from families.shrinking import families, shrunk_models
 from families.tested import SHARED, import_from, models_as_tested, version_of
 from tools.json_files import write_json
@@ -142,14 +142,16 @@ def markdown(record: dict[str, Any]) -> str:
     results = record["families"]
     counts = Counter(result["status"] for result in results.values())
     sources = Counter(result.get("configuration") for result in results.values())
-    padding = sum("zeros_in_padding" in result for result in results.values())
+    padding, boolean = (sum(key in result for result in results.values()) for key in (ZEROS, BOOLEAN))
     lines = [
         "# Which model families can be patched",
         "",
         inspect.cleandoc(__doc__ or "").split("\n\n")[-1].replace("\n", " "),
         f"{sources['tests']} models were as tested (by Transformers {record['tests']}), {sources['shrunk']} shrunk. In "
         f"{padding} families there are tokens that may attend to nothing, padding most of all: they get zeros, where stock "
-        "attention gives them the mean of all values. All others are equal.",
+        f"attention gives them the mean of all values. {boolean} hand eager attention a boolean mask, which stock "
+        "functions add to the scores as 0 and 1, so that it masks nothing. Patched layers honour it, as both do under sdpa. "
+        "All others are equal.",
         "",
         f"Made by `{record['command']}` with Transformers {record['environment']['transformers']} and torch "
         f"{record['environment']['torch']}.{record.get('note', '')}",

@@ -20,6 +20,10 @@ from hf_neural_attention.patching.layers import attention_modules, stack_name
 from hf_neural_attention.patching.probing import recording
 
 
+# Keys of a record: where a model has such tokens, and such masks
+ZEROS, BOOLEAN = "zeros_in_padding", "boolean_masks"
+
+
 @torch.no_grad()
 def draw(model: PreTrainedModel) -> PreTrainedModel:
     """Weights that keep numbers at about one: as some configs have them, attention would not show in the outputs."""
@@ -90,7 +94,7 @@ def examine(model: PreTrainedModel, inputs: dict[str, Any] | None = None) -> dic
     check_that_attention_shows(model, part, ours, names)
     with patched(model, "all", mode="replace", example_inputs=examples):
         replaced = outputs_of(part, ours)
-    wrong, zeros = differing(model, part, ours, names, residual, 1e-4)
+    wrong, noted = differing(model, part, ours, names, residual, 1e-4)
     if all(map(torch.equal, replaced, before)):
         wrong.append("replace mode changes nothing")
     if not all(map(torch.equal, outputs_of(part, ours), before)):
@@ -100,10 +104,10 @@ def examine(model: PreTrainedModel, inputs: dict[str, Any] | None = None) -> dic
         residual = outputs_of(part, ours)
     # allows for rounding beside sinks, which stock functions bring in before, in or after the softmax
     bound = 1e-5 if any(hasattr(model.get_submodule(name), "sinks") for name in names) else 0.0
-    wrong_when_eager, zeros_when_eager = differing(model, part, ours, names, residual, bound)
+    wrong_when_eager, noted_when_eager = differing(model, part, ours, names, residual, bound)
     wrong += [f"eager: {problem}" for problem in wrong_when_eager]
-    if zeros or zeros_when_eager:
-        record["zeros_in_padding"] = ["as built"] * zeros + ["eager"] * zeros_when_eager
+    for what in sorted(noted | noted_when_eager):
+        record[what] = ["as built"] * (what in noted) + ["eager"] * (what in noted_when_eager)
     if wrong:
         return {**record, "status": "fails", "reason": ", ".join(wrong)}
     return {**record, "status": "works with inputs", "reason": why} if why else {**record, "status": "works"}
@@ -124,37 +128,46 @@ def differing(
     names: list[str],
     residual: list[torch.Tensor],
     tolerance: float,
-) -> tuple[list[str], bool]:
-    """What is wrong with the outputs of mode "residual", beside those of the stock model; and whether that gives numbers to
-    tokens that may attend to nothing."""
+) -> tuple[list[str], set[str]]:
+    """What is wrong with the outputs of mode "residual", beside those of the stock model; and where stock attention had to be
+    told of masks what scorers know (`masks_honoured`)."""
     if largest(residual, outputs_of(part, inputs)) <= tolerance:
-        return [], False
-    with zeros_for_nothing(model, names):
+        return [], set()
+    with masks_honoured(model, names) as noted:
         difference = largest(residual, outputs_of(part, inputs))
-    return ([f"residual mode changes the outputs (by {difference:.1e})"] if difference > tolerance else []), True
+    return ([f"residual mode changes the outputs (by {difference:.1e})"] if difference > tolerance else []), noted
 
 
 @contextmanager
-def zeros_for_nothing(model: nn.Module, names: list[str]) -> Iterator[None]:
-    """Lets stock attention give zeros to tokens that may attend to nothing, as scorers do. Without, it gives them the mean of
-    all values where a mask is the lowest finite number."""
+def masks_honoured(model: nn.Module, names: list[str]) -> Iterator[set[str]]:
+    """Lets stock attention take masks as scorers do, and says what that was needed for.
+
+    `ZEROS`: tokens that may attend to nothing get zeros. Else they get the mean of all values, where a mask is the lowest
+    finite number. `BOOLEAN`: a boolean mask says which pairs count. Else eager attention adds it to the scores, as 0 and 1.
+    """
+    noted: set[str] = set()
 
     def attend(
         module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **arguments: Any
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         implementation = module.config.base._attn_implementation
         own = next(iter(stock_functions(module)))
+        if implementation == "eager" and mask is not None and mask.dtype == torch.bool:
+            noted.add(BOOLEAN)
+            mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, torch.finfo(query.dtype).min)
         output, weights = AttentionInterface().get_interface(implementation, own)(module, query, key, value, mask, **arguments)
         causal, bias = arguments.get("is_causal"), arguments.get("position_bias")
         mask, *_ = mask_of_call(module, implementation, query, key, mask, causal, bias)
         if mask is None:
             return output, weights
         sees_nothing = ~(mask if mask.dtype == torch.bool else mask > float("-inf")).any(-1, keepdim=True)
+        if sees_nothing.any():
+            noted.add(ZEROS)
         weights = weights if weights is None else weights.masked_fill(sees_nothing, 0.0)
         return output.masked_fill(sees_nothing.transpose(1, 2), 0.0), weights
 
     with observed([model.get_submodule(name) for name in names], attend):
-        yield
+        yield noted
 
 
 def largest(actual: list[torch.Tensor], expected: list[torch.Tensor]) -> float:

@@ -82,6 +82,14 @@ def test_tokens_that_see_nothing_are_no_fault():
     assert set(result["stacks"]) == set(map(stack_name, FAMILIES["t5"].layers))
 
 
+def test_a_boolean_mask_that_stock_eager_attention_adds_is_no_fault():
+    model, inputs = FAMILIES["bert"].model(), FAMILIES["bert"].inputs()
+    rows, columns = inputs["input_ids"].shape
+    inputs["attention_mask"] = torch.ones(columns, columns).tril().bool().expand(rows, 1, -1, -1)
+    result = examine(model, inputs)
+    assert (result["status"], result["boolean_masks"]) == ("works", ["eager"])
+
+
 def test_a_patch_that_changes_other_tokens_is_one(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(examining, "patch", partial(examining.patch, mode="replace"))
     result = examine(FAMILIES["t5"].model(), FAMILIES["t5"].inputs())
