@@ -276,7 +276,9 @@ def test_bars_of_the_compact_form():
     for bar in found:
         assert row(bar["what"], f"{bar['measured']:.2f}", f"{bar['bound']:.2f}") in SPEED
     measured = {bar["what"]: f"{bar['measured']:.2f}" for bar in found}
-    step, dropout = (measured[f"GPT-2 124M compact, training step, 1 x 1,024 tokens, dropout {rate}"] for rate in ("0.0", "0.1"))
+    step, dropout = (
+        measured[f"GPT-2 124M compact, training step, 1 x 1,024 tokens, dropout {rate}"] for rate in ("0.0", "0.1")
+    )
     decode = [measured[f"GPT-2 124M, untied compact, decode, {tokens} cached tokens"] for tokens in ("1,024", "4,096")]
     vit = measured["ViT-B/16 compact, training step, 4 images, dropout 0.0, shape 16x2"]
     assert row("parameters", measured["GPT-2 124M compact, parameters"], "0.88") in README

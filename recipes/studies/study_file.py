@@ -29,6 +29,8 @@ OF_THE_SAME_STEP = {
     "scorer_learning_rate",
     "scorer_weight_decay",
 }
+# What an arm of a study may say; how its scores start is a setting of its own, `score_spread`
+ATTENTIONS = (Arm.DOT, Arm.NEURAL)
 RECIPES = {"language_modeling.py": text_task, "image_classification.py": image_task, "recall.py": recall_task}
 
 
@@ -74,8 +76,8 @@ class Study:
             return f"the baseline {self.baseline!r} is none of the arms, {', '.join(self.arms)}."
         names: dict[str, str] = {}
         for arm, settings in self.arms.items():
-            if not isinstance(settings, dict) or settings.get("attention") not in list(Arm):
-                return f"the arm {arm!r} must say {' or '.join(f'`attention: {attention}`' for attention in Arm)}."
+            if not isinstance(settings, dict) or settings.get("attention") not in ATTENTIONS:
+                return f"the arm {arm!r} must say {' or '.join(f'`attention: {attention}`' for attention in ATTENTIONS)}."
             count = settings.get(SEEDS)
             if count is not None and not (isinstance(count, int) and 1 <= count <= len(self.seeds)):
                 return f"the arm {arm!r} has `seeds: {count}`; expected how many of the study's {len(self.seeds)} it gets."

@@ -42,6 +42,11 @@ def check_training(training: TrainingArguments, neural: NeuralArguments, measure
         raise SystemExit(
             "--score_spread 0 is attention without scores, a floor: networks would not stay there. Add --attention dot."
         )
+    if neural.score_spread is not None and Arm.DOT_STARTED in neural.arms:
+        raise SystemExit(
+            f"--score_spread goes to every model, and --attention {neural.attention} has one whose scores start with a spread "
+            "of one. Leave it out, or take --attention both."
+        )
     best = training.metric_for_best_model
     if best is not None and best.removeprefix("eval_") not in measures:
         raise SystemExit(f"--metric_for_best_model is {best}; expected {' or '.join(measures)}, which evaluations measure.")

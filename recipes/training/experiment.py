@@ -33,7 +33,7 @@ class Experiment:
         trainer_arguments: further arguments of `Trainer` (data sets, collator, processing class, metrics).
         settings: every argument of the command line, for `run.json`.
         scorer_settings: what `ScorerTrainer` takes beside `Trainer`'s arguments.
-        score_spread: that the attention scores of every arm start with; None leaves them as they are initialised.
+        score_spread: that the attention scores of every arm start with; None leaves them to the arm (`Arm.score_spread`).
         score_starts: what that has changed in each arm's model.
         watch_scores: record the scores of every layer while training, each so many logs.
     """
@@ -78,10 +78,15 @@ class Experiment:
         if arm.is_neural:
             set_seed(self.training.seed)
             share_weights(model, self.build_model(Arm.DOT))
-        if self.score_spread is not None:
+        spread = self.spread_of(arm)
+        if spread is not None:
             batch = self.first_batch("train_dataset", self.training.per_device_train_batch_size)
-            self.score_starts[arm] = start_scores(model, batch, self.score_spread)
+            self.score_starts[arm] = start_scores(model, batch, spread)
         return model
+
+    def spread_of(self, arm: Arm) -> float | None:
+        """That its attention scores are made to start with, if any."""
+        return arm.score_spread if self.score_spread is None else self.score_spread
 
     def trainer(self, arm: Arm, model: PreTrainedModel, *callbacks: TrainerCallback, **changes: Any) -> ScorerTrainer:
         """The arm's trainer; `callbacks` come before those of the experiment, and `changes` are those of `arguments_of`."""

@@ -28,9 +28,11 @@ ModelFamily = dict[Arm, ModelClasses]
 
 GPT2: ModelFamily = {
     Arm.DOT: ModelClasses(GPT2Config, GPT2LMHeadModel),
+    Arm.DOT_STARTED: ModelClasses(GPT2Config, GPT2LMHeadModel),
     Arm.NEURAL: ModelClasses(NeuralGPT2Config, NeuralGPT2LMHeadModel),
 }
 VIT: ModelFamily = {
     Arm.DOT: ModelClasses(ViTConfig, ViTForImageClassification),
+    Arm.DOT_STARTED: ModelClasses(ViTConfig, ViTForImageClassification),
     Arm.NEURAL: ModelClasses(NeuralViTConfig, NeuralViTForImageClassification),
 }

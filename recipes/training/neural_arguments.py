@@ -6,7 +6,8 @@ from typing import Any
 from training.arms import Arm
 
 
-BOTH = "both"
+# What a command line may ask for beside one arm
+SEVERAL = {"both": (Arm.DOT, Arm.NEURAL), "all": tuple(Arm)}
 
 
 @dataclass
@@ -14,11 +15,12 @@ class NeuralArguments:
     """Which attention to train, and the `neural_*` fields of the config."""
 
     attention: str = field(
-        default=BOTH,
+        default="both",
         metadata={
-            "help": "neural, dot (the stock model), or both: one after the other from the same initial weights, with the same "
-            "seed and data order, and compared at the end.",
-            "choices": [*(arm.value for arm in Arm), BOTH],
+            "help": "neural, dot (the stock model), dot_started (the stock model, whose queries and keys start so large that "
+            "attention scores have a spread of one), both (dot and neural), or all: one after the other from the same initial "
+            "weights, with the same seed and data order, and compared at the end.",
+            "choices": [*(arm.value for arm in Arm), *SEVERAL],
         },
     )
     neural_layers: list[str] | None = field(
@@ -69,7 +71,7 @@ class NeuralArguments:
     @property
     def arms(self) -> tuple[Arm, ...]:
         """In the order in which they are trained."""
-        return tuple(Arm) if self.attention == BOTH else (Arm(self.attention),)
+        return SEVERAL.get(self.attention) or (Arm(self.attention),)
 
     def config_fields(self) -> dict[str, Any]:
         """The fields of a `Neural*Config` that are given; others keep the config's default, or the checkpoint's value."""

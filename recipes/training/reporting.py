@@ -47,14 +47,14 @@ class Task:
 
 
 def comparison_table(results: Results, task: Task) -> str:
-    """Markdown: a row per figure, a column per arm, and the ratio where there are two."""
+    """Markdown: a row per figure, a column per arm, and the ratio of each to the first."""
     arms = list(results)
-    header = ["", *(arm.label for arm in arms)] + ([f"{arms[1]} / {arms[0]}"] if len(arms) == 2 else [])
+    header = ["", *(arm.label for arm in arms), *(f"{arm} / {arms[0]}" for arm in arms[1:])]
     rows: list[list[str]] = []
 
     def add(label: str, values: list[Any], form: Callable[[Any], str]) -> None:
-        ratio = f"{values[1] / values[0]:.3f}" if len(values) == 2 and all(values) else ""
-        rows.append([label, *map(form, values), *([ratio] if len(values) == 2 else [])])
+        ratios = [f"{value / values[0]:.3f}" if value and values[0] else "" for value in values[1:]]
+        rows.append([label, *map(form, values), *ratios])
 
     for name, meaning in task.metrics.items():
         if all(name in results[arm]["metrics"] for arm in arms):
@@ -82,22 +82,26 @@ def verdict(results: Results, task: Task) -> str:
     """One sentence on the main metric, whatever it says, and how far one run carries."""
     if len(results) < 2:
         return "One model was trained; nothing is compared."
-    dot, neural = (results[arm]["metrics"][task.main_metric] for arm in (Arm.DOT, Arm.NEURAL))
-    if task.is_accuracy:
-        size, amount = abs(neural - dot), f"{abs(neural - dot) * 100:.1f} points"
-    else:
-        size, amount = abs(neural - dot) / dot, f"{abs(neural - dot) / dot:.1%}"
-    if size < 0.0005:
-        word = "the same (to one in a thousand)"
-    else:
-        word = f"{amount} {'higher' if neural > dot else 'lower'}"
-        word += " (better)" if (neural > dot) == task.is_accuracy else " (worse)"
+    beside = [(difference(results, task, Arm.NEURAL, arm), arm.noun) for arm in results if not arm.is_neural]
+    more = "".join(f", and {amount} compared with {noun}" for amount, noun in beside[1:])
     time_ratio = results[Arm.NEURAL]["seconds_in_turn"] / results[Arm.DOT]["seconds_in_turn"]
+    what = task.metrics[task.main_metric].capitalize()
     return (
-        f"{task.metrics[task.main_metric].capitalize()} is {word} with Neural Attention, compared with the dot "
-        f"product; a training step took {time_ratio:.2f} times as long. This is one run of each with one seed: it shows "
-        "neither the spread between seeds nor what happens at other sizes."
+        f"{what} is {beside[0][0]} with Neural Attention, compared with {beside[0][1]}{more}; a training step took "
+        f"{time_ratio:.2f} times as long. This is one run of each with one seed: it shows neither the spread between seeds "
+        "nor what happens at other sizes."
     )
+
+
+def difference(results: Results, task: Task, arm: Arm, other: Arm) -> str:
+    """Of the main metric of an arm to another's, in words."""
+    ours, theirs = (results[each]["metrics"][task.main_metric] for each in (arm, other))
+    size = abs(ours - theirs) / (1 if task.is_accuracy else theirs)
+    if size < 0.0005:
+        return "the same (to one in a thousand)"
+    amount = f"{size * 100:.1f} points" if task.is_accuracy else f"{size:.1%}"
+    better = (ours > theirs) == task.is_accuracy
+    return f"{amount} {'higher' if ours > theirs else 'lower'} ({'better' if better else 'worse'})"
 
 
 def draw_comparison(results: Results, path: Path) -> None:
@@ -160,11 +164,12 @@ def card_text(record: dict[str, Any], task: Task, arm: Arm, picture: str) -> str
     }
     config = {name: value for name, value in result["config"].items() if name not in ("architectures", "id2label", "label2id")}
     where = record["environment"]
-    fairness = (
-        "Both models had the same seed, data order, dropout rate and initial weights of all that they share."
-        if len(results) > 1
-        else ""
-    )
+    fairness = ""
+    if len(results) > 1:
+        which = "Both" if len(results) == 2 else "All"
+        fairness = f"{which} models had the same seed, data order, dropout rate and initial weights of all that they share."
+    if Arm.DOT_STARTED in results:
+        fairness += " Where scores start with a spread of one, query and key weights are larger by a factor a layer."
     loading = (arm.is_neural and task.neural_loading) or task.loading
     package = "import hf_neural_attention  # makes the model type known to the Auto classes\n" if arm.is_neural else ""
     return f"""---

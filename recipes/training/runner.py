@@ -117,7 +117,7 @@ def run_arm(experiment: Experiment, arm: Arm) -> dict[str, Any]:
         "training_memory": memory.size,
         "metrics": experiment.evaluate(trainer),
         "scorer_health": health,
-        "score_spread": experiment.score_spread,
+        "score_spread": experiment.spread_of(arm),
         "score_start": [layer._asdict() for layer in experiment.score_starts.get(arm, ())],
         "score_statistics": scores,
         "config": model.config.to_diff_dict(),

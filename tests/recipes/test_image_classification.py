@@ -93,7 +93,7 @@ def test_labels_that_do_not_fit_are_refused(checkpoint):
         fit(checkpoint, ImageArguments(image_size=8), NeuralArguments(), images)
     checkpoint.ignore_mismatched_sizes = True
     assert fit(checkpoint, ImageArguments(image_size=8), NeuralArguments(), images) is images
-    for arm in Arm:
+    for arm in (Arm.DOT, Arm.NEURAL):
         model = build_model(arm, checkpoint, NeuralArguments(), ImageArguments(image_size=8), ["cat", "dog"])
         assert model.classifier.weight.shape == (2, 16) and model.config.id2label == {0: "cat", 1: "dog"}
 

@@ -66,7 +66,7 @@ def load(recipe: str, folder: Path, *flags: Any) -> Any:
 )
 def test_both_arms_of_a_family(recipe: str, model_type: str, overrides: str, name: str, sizes: dict, tmp_path: Path):
     experiment, task = load(recipe, tmp_path / "run", "--model_type", model_type, "--config_overrides", overrides)
-    dot, neural = (experiment.initial_model(arm) for arm in Arm)
+    dot, neural = (experiment.initial_model(arm) for arm in (Arm.DOT, Arm.NEURAL))
     assert type(dot).__name__ == type(neural).__name__ == name and f"`{model_type}` (`{name}`)" in task.notes
     config = dot.config.to_dict()
     assert config["hidden_size" if "hidden_size" in config else "d_model"] == 16
@@ -152,6 +152,11 @@ def test_a_compact_arm_starts_as_the_whole_one(tmp_path: Path):
         ("language_modeling.py", ("--config_name", "nowhere/at-all"), "--config_name nowhere/at-all is no config"),
         ("language_modeling.py", ("--model_type", "llama", "--config_name", "x"), "each say which model to train"),
         ("language_modeling.py", ("--score_spread", 0), "--score_spread 0 is attention without scores"),
+        (
+            "language_modeling.py",
+            ("--score_spread", 1.0, "--attention", "all"),
+            "--score_spread goes to every model, and --attention",
+        ),
         (
             "image_classification.py",
             ("--model_type", "resnet"),

@@ -59,7 +59,7 @@ def test_the_table_has_a_column_per_arm_and_the_ratio():
 )
 def test_the_table_has_what_each_model_holds(caches, row):
     compared = results()
-    for arm, held, cache in zip(Arm, (8000, 6000), caches, strict=True):
+    for arm, held, cache in zip(compared, (8000, 6000), caches, strict=True):
         compared[arm] |= {"memory_footprint": held, "cache_bytes_per_token": cache}
     table = comparison_table(compared, task())
     assert "| bytes of parameters and buffers | 8,000 | 6,000 | 0.750 |" in table
@@ -87,6 +87,19 @@ def test_accuracies_differ_by_points_also_from_nothing(dot, neural, words):
     compared = results(dot=dot, neural=neural)
     assert words in verdict(compared, task(is_accuracy=True))
     assert f"| test perplexity | {dot:.4g} | {neural:.4g} |" in comparison_table(compared, task())
+
+
+def test_a_dot_product_whose_scores_start_wider_is_a_column_and_in_the_sentence():
+    compared = results()
+    started = {**compared[Arm.DOT], "metrics": {"test_perplexity": 18.0}}
+    compared = {Arm.DOT: compared[Arm.DOT], Arm.DOT_STARTED: started, Arm.NEURAL: compared[Arm.NEURAL]}
+    table = comparison_table(compared, task())
+    assert "|  | dot product | dot product, spread 1 | neural attention | dot_started / dot | neural / dot |" in table
+    assert "| test perplexity | 20 | 18 | 19 | 0.900 | 0.950 |" in table
+    assert verdict(compared, task()).startswith(
+        "Test perplexity is 5.0% lower (better) with Neural Attention, compared with the dot product, and 5.6% higher (worse) "
+        "compared with the dot product whose scores start with a spread of one; a training step took 1.50 times as long."
+    )
 
 
 def test_cards_carry_metadata_figures_command_and_versions():
@@ -122,7 +135,7 @@ def test_cards_carry_metadata_figures_command_and_versions():
 
 
 def test_a_report_leaves_pictures_cards_and_the_json_they_come_from(tmp_path, capsys):
-    for arm in Arm:
+    for arm in (Arm.DOT, Arm.NEURAL):
         (tmp_path / "run" / arm).mkdir(parents=True)
     report(results(), task(), tmp_path / "run", card=str(tmp_path / "cards" / "model-0.9M"))
     assert "5.0% lower (better)" in capsys.readouterr().out
