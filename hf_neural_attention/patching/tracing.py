@@ -187,7 +187,7 @@ def source_of(states: torch.Tensor, made: Mapping[int, tuple[str, torch.Tensor]]
         node = before[0]
     name, output = made.get(id(getattr(node, "variable", None)), (None, None))
     if name is None or output is None:
-        return "do not come from a linear layer inside the module"
+        return "do not come from a plain `nn.Linear` inside the module"
     heads = output.detach().unflatten(-1, (-1, states.shape[-1])).transpose(-2, -3) * factor
     if heads.shape != states.shape or not torch.allclose(heads, states.detach(), rtol=1e-2, atol=0.0):
         return f"are not the heads, one after the other, that {name!r} makes"

@@ -7,6 +7,7 @@ environment that it does it in, is its own.
 import multiprocessing
 import os
 import runpy
+import signal
 import subprocess
 import sys
 import tempfile
@@ -35,6 +36,7 @@ server.set_forkserver_preload(LIBRARIES)
 
 def run_script(script: str, flags: list[str], folder: str, environment: dict[str, str], said: list[str]) -> None:
     """Does in a fresh process what `python script flags` does, and writes what it says into two files."""
+    os.setsid()  # lets whoever waits too long end what this starts as well
     for descriptor, path in zip((1, 2), said, strict=True):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), descriptor)
     os.environ.clear()
@@ -73,11 +75,14 @@ def run_forked(path: str, words: list[str], folder: Path) -> tuple[int | None, s
         said = [str(Path(name, stream)) for stream in ("stdout", "stderr")]
         process = server.Process(target=run_script, args=(path, words, str(folder), dict(os.environ), said))
         process.start()
-        process.join(TIME_LIMIT)
-        is_late = process.is_alive()
-        if is_late:
-            process.kill()
-            process.join()
+        is_late = True
+        try:
+            process.join(TIME_LIMIT)
+            is_late = process.is_alive()
+        finally:
+            if is_late:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.join()
         stdout, stderr = (Path(stream).read_text(errors="replace") for stream in said)
     assert not is_late, f"not done after {TIME_LIMIT} s: {stdout[-3000:]}{stderr[-3000:]}"
     return process.exitcode, stdout, stderr
