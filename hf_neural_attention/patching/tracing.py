@@ -28,6 +28,9 @@ RESHAPING = {
 }
 SCALING = {"MulBackward0", "DivBackward0"}
 
+# Steps that take some of the numbers, as families do that make queries, keys and values in one layer
+PARTS = ("Narrow", "Select", "Slice", "Split", "Unbind")
+
 
 class Trace(NamedTuple):
     """Where an attention module's queries and keys come from."""
@@ -177,10 +180,12 @@ def source_of(states: torch.Tensor, made: Mapping[int, tuple[str, torch.Tensor]]
             if not any(isinstance(each, float) and each == constant for each in vars(module).values()):
                 return f"are multiplied by {constant}, which is no constant of the module"
             factor = constant if node.name().startswith("Mul") else 1 / constant
+        elif node.name().startswith(PARTS):
+            return "are a part of what a larger layer makes, which the forward would split by the same sizes if it were less"
         elif node.name() not in RESHAPING:
             return (
                 f"are not what a linear layer makes, but something that `{node.name().removesuffix('Backward0')}` has made of "
-                "it: rotary positions, a norm, a part of a larger layer, or the like"
+                "it: rotary positions, a norm, or the like"
             )
         if len(before) != 1:
             return "are put together of several parts: rotary positions on some of their numbers, or the like"

@@ -49,7 +49,7 @@ def assert_refused(model: Any, error: type[Exception], match: str, **arguments) 
         ("llama", "queries are not what a linear layer makes.*rotary"),
         ("qwen3", "rotary positions, a norm"),
         ("gpt_neox", "put together of several parts"),
-        ("gpt_bigcode", "a part of a larger layer"),
+        ("gpt_bigcode", "a part of what a larger layer makes"),
         ("modernbert", "not what a linear layer makes"),
         ("opt", "counts heads by itself"),
     ],
