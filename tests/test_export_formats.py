@@ -31,6 +31,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "replace": {},
     "residual": {"neural_mode": "residual"},
     "compact": {"neural_compact": True},
+    "one compact layer": {"neural_compact": True, "neural_layers": [0]},
 }
 
 
@@ -75,7 +76,7 @@ def test_gpt2(kind: str, form: str, tmp_path: Path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", EXPORTERS)
-@pytest.mark.parametrize("form", ("replace", "compact"))
+@pytest.mark.parametrize("form", ("replace", "compact", "one compact layer"))
 @torch.no_grad()
 def test_gpt2_with_its_cache(kind: str, form: str, tmp_path: Path):
     model, ids = gpt2(form), torch.randint(3, 98, (2, 7))
@@ -92,7 +93,7 @@ def test_gpt2_with_its_cache(kind: str, form: str, tmp_path: Path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", EXPORTERS)
-@pytest.mark.parametrize("form", ("replace", "compact"))
+@pytest.mark.parametrize("form", ("replace", "compact", "one compact layer"))
 @torch.no_grad()
 def test_vit(kind: str, form: str, tmp_path: Path):
     sizes = {"image_size": 16, "patch_size": 4, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}

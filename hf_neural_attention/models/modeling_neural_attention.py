@@ -1,6 +1,7 @@
 """What the neural models of every family share: scorers on the layers that the config names, their initialisation, and
 which cache `generate` prepares."""
 
+import copy
 from typing import Any
 
 from torch import nn
@@ -44,22 +45,35 @@ class NeuralPreTrainedModelMixin(ScoredAttentionMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
-        """As `PreTrainedModel.from_pretrained`. `neural_compact=True` folds a checkpoint that is not compact: it is loaded as
-        it was saved, and then computes the same in the compact form (see `hf_neural_attention.compact`)."""
-        name, given = pretrained_model_name_or_path, kwargs.get("config")
-        folds = given is None and kwargs.get("neural_compact") is True
-        if folds:
+        """As `PreTrainedModel.from_pretrained`. `neural_compact=True`, as an argument or in a config, folds a checkpoint that
+        is not compact: it is loaded as it was saved, and then computes the same in the compact form (see
+        `hf_neural_attention.compact`).
+
+        Raises:
+            ValueError: if the checkpoint cannot be folded, with the reason; or if it is compact and `neural_compact` is False.
+        """
+        name, has_config = pretrained_model_name_or_path, isinstance(kwargs.get("config"), PreTrainedConfig)
+        wanted = getattr(kwargs["config"], "neural_compact", None) if has_config else kwargs.get("neural_compact")
+        stored = stored_config(name, kwargs) if has_config or wanted is False else None
+        is_compact = bool(stored and stored.get("neural_compact"))
+        if wanted is False and is_compact:
+            raise ValueError(
+                f"{name} is compact, which cannot be undone, and `neural_compact` is False. Leave it out, or load "
+                "the checkpoint from before `compact`."
+            )
+        # takes weights without a config.json as they are
+        folds = wanted is True and not is_compact and stored != {}
+        if folds and has_config:
+            kwargs["config"] = copy.deepcopy(kwargs["config"])
+            kwargs["config"].neural_compact = False
+        elif folds:
             del kwargs["neural_compact"]
         loaded = super().from_pretrained(name, *model_args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
-        stored = vars(model.config).pop(STORED, None)
+        read = vars(model.config).pop(STORED, None)
+        stored = read if stored is None else stored
         if folds and not model.config.neural_compact:
             fold_own_model(model)
-        if isinstance(given, PreTrainedConfig) and given.name_or_path != str(name):  # is from elsewhere
-            stored = None
-        if stored is None and name is not None and "gguf_file" not in kwargs:
-            options = {option: kwargs[option] for option in HUB_OPTIONS if option in kwargs}
-            stored, _ = PreTrainedConfig.get_config_dict(name, **options)
         if (
             not stored
             or stored.get("model_type") != cls.config_class.model_type
@@ -116,6 +130,25 @@ class NeuralPreTrainedModelMixin(ScoredAttentionMixin):
         given = getattr(given, "self_attention_cache", given)
         if hasattr(given, "check_model"):
             given.check_model(self)
+
+
+def stored_config(name: Any, arguments: dict[str, Any]) -> dict[str, Any]:
+    """The config.json beside a checkpoint's weights; empty if there is none.
+
+    Args:
+        name: of the checkpoint.
+        arguments: of `from_pretrained`.
+    """
+    given: Any = arguments.get("config")
+    if hasattr(given, STORED) and given.name_or_path == str(name):
+        return getattr(given, STORED)
+    if name is None or "gguf_file" in arguments:
+        return {}
+    options = {option: arguments[option] for option in HUB_OPTIONS if option in arguments}
+    try:
+        return PreTrainedConfig.get_config_dict(name, **options)[0]
+    except OSError:
+        return {}
 
 
 def layers_of(config: Any) -> tuple:

@@ -10,11 +10,13 @@ That computes the same function with fewer parameters, and any cache holds `h1` 
 attention class of `CompactAttentionMixin` and their stock one.
 """
 
+import inspect
 import math
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 from transformers import Cache
 from transformers.cache_utils import QuantizedLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -201,6 +203,13 @@ def reason_against_folding(model: nn.Module) -> str | None:
                 return f"{where!r} is offloaded or dispatched by accelerate; load the model whole"
             if part._forward_pre_hooks or len(part._forward_hooks) > len(recording_hooks(part)):
                 return f"{where!r} has forward hooks, which would be lost; remove them first"
+            if is_parametrized(part) and part_name.startswith("scorer."):
+                return (
+                    f"{where!r} is parametrised (weight norm or the like), which would be lost; remove that first "
+                    "(`torch.nn.utils.parametrize.remove_parametrizations`)"
+                )
+            if inspect.ismethod(getattr(part, "weight", None)):  # as of torch's dynamically quantised layers
+                return f"{where!r} is a {type(part).__name__} with quantised weights"
         for part_name, parameter in module.named_parameters():
             if type(parameter) is not nn.Parameter or not parameter.is_floating_point() or parameter.dtype.itemsize < 2:
                 return f"'{name}.{part_name}' is a {type(parameter).__name__} of {parameter.dtype}: sharded or quantised"
@@ -249,8 +258,11 @@ def folded_modules(model: nn.Module, compact_classes: dict[type, type]) -> dict[
     Args:
         compact_classes: a stock attention class -> its compact one.
     """
-    return {
-        name: fold_attention(module, compact_classes[type(module)])
-        for name, module in model.named_modules()
-        if isinstance(getattr(module, "config", None), NeuralConfigView) and type(module) in compact_classes
-    }
+    made: dict[nn.Module, Any] = {}  # one for a module that has several places
+    places: dict[str, Any] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(getattr(module, "config", None), NeuralConfigView) and type(module) in compact_classes:
+            if module not in made:
+                made[module] = fold_attention(module, compact_classes[type(module)])
+            places[name] = made[module]
+    return places

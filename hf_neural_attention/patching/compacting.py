@@ -73,7 +73,9 @@ def compact(model: ModelT, *, example_inputs: Mapping[str, Any] | None = None, d
     own = is_born_neural(model)
     classes = {base.compact_attention_class.stock_class(): base.compact_attention_class} if own else COMPACT_CLASSES
     layers = patched_modules(model)
-    others = {name: module for name, module in layers.items() if not takes(classes, module)}
+    # takes a module once that has several places
+    first_names = {module: name for name, module in reversed(layers.items())}
+    others = {name: module for name, module in layers.items() if first_names[module] == name and not takes(classes, module)}
     traces, runs = trace(model, others, example_inputs) if others else ({}, [])
     check_traces({name: found for name, found in traces.items() if isinstance(found, Refusal)})
     before = size_of(model, example_inputs=example_inputs) if dry_run else None
@@ -158,7 +160,7 @@ def make(model: nn.Module, swaps: list[Swap]) -> Callable[[], None]:
     old = [(swap.name, put_in(model, *swap)) for swap in swaps]
 
     def undo() -> None:
-        for name, module in old:
+        for name, module in reversed(old):
             put_in(model, name, module)
 
     return undo

@@ -163,7 +163,7 @@ def from_pretrained(pretrained_model_name_or_path: Any, *, model_class: Any = No
             Transformers does not have, does not fit `model_class`, or lacks weights of its scorers.
     """
     where, with_info = str(pretrained_model_name_or_path), kwargs.pop("output_loading_info", False)
-    folds = kwargs.pop("neural_compact", None) is True
+    wanted = kwargs.pop("neural_compact", None)
     options = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
     content, _ = PreTrainedConfig.get_config_dict(pretrained_model_name_or_path, **options)
     architecture = next(iter(content.get("architectures") or []), "")
@@ -188,7 +188,12 @@ def from_pretrained(pretrained_model_name_or_path: Any, *, model_class: Any = No
         config.name_or_path = where
         model, info = load_patched(base, record, where, config, **arguments)
         hook_model(model)
-    if folds and not compact_layers(model):
+    if wanted is False and compact_layers(model):
+        raise PatchError(
+            f"{where} is compact, which cannot be undone, and `neural_compact` is False. Leave it out, or load the checkpoint "
+            "from before `compact`."
+        )
+    if wanted and not compact_layers(model):
         compact(model)
     return (model, info) if with_info else model
 

@@ -81,6 +81,11 @@ class PatchPlan(NamedTuple):
         return str(self)
 
 
+NO_SMALLER = (
+    "That is no smaller than the stock model. The compact form pays where `hidden_dims[0]` is well below the size of a head."
+)
+
+
 class CompactPlan(NamedTuple):
     """What `compact` would do. `str()` makes tables of it."""
 
@@ -94,7 +99,8 @@ class CompactPlan(NamedTuple):
         rows = sizes({"stock": self.stock, "now": self.whole, "compact": self.compact})
         number = sum(layer.compact for layer in self.layers)
         plural = "s" if number > 1 else ""
-        return f"{number} attention layer{plural} would be compact:\n\n{self.layers}\n\n{rows}\n\n{self.backends}"
+        remark = "" if self.compact.num_parameters < self.stock.num_parameters else f"\n\n{NO_SMALLER}"
+        return f"{number} attention layer{plural} would be compact:\n\n{self.layers}\n\n{rows}{remark}\n\n{self.backends}"
 
     def __repr__(self) -> str:
         return str(self)

@@ -87,4 +87,7 @@ def stock_twin(model: Any) -> nn.Module:
         config = stock_class.config_class.from_dict(fields | {"model_type": FAMILIES[config.model_type]})
     with torch.device("meta"):
         made = stock_class(config)
+    for name, _ in list(made.named_children()):
+        if getattr(base, name, made) is None:  # was made without, as a base model without a pooling layer
+            setattr(made, name, None)
     return made.to(getattr(base, "dtype", torch.float32))

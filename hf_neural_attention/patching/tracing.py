@@ -28,6 +28,9 @@ RESHAPING = {
 }
 SCALING = {"MulBackward0", "DivBackward0"}
 
+# Steps that take some of the numbers, as families do that make queries, keys and values in one layer
+PARTS = ("Narrow", "Select", "Slice", "Split", "Unbind")
+
 
 class Trace(NamedTuple):
     """Where an attention module's queries and keys come from."""
@@ -177,17 +180,19 @@ def source_of(states: torch.Tensor, made: Mapping[int, tuple[str, torch.Tensor]]
             if not any(isinstance(each, float) and each == constant for each in vars(module).values()):
                 return f"are multiplied by {constant}, which is no constant of the module"
             factor = constant if node.name().startswith("Mul") else 1 / constant
+        elif node.name().startswith(PARTS):
+            return "are a part of what a larger layer makes, which the forward would split by the same sizes if it were less"
         elif node.name() not in RESHAPING:
             return (
                 f"are not what a linear layer makes, but something that `{node.name().removesuffix('Backward0')}` has made of "
-                "it: rotary positions, a norm, a part of a larger layer, or the like"
+                "it: rotary positions, a norm, or the like"
             )
         if len(before) != 1:
             return "are put together of several parts: rotary positions on some of their numbers, or the like"
         node = before[0]
     name, output = made.get(id(getattr(node, "variable", None)), (None, None))
     if name is None or output is None:
-        return "do not come from a linear layer inside the module"
+        return "do not come from a plain `nn.Linear` inside the module"
     heads = output.detach().unflatten(-1, (-1, states.shape[-1])).transpose(-2, -3) * factor
     if heads.shape != states.shape or not torch.allclose(heads, states.detach(), rtol=1e-2, atol=0.0):
         return f"are not the heads, one after the other, that {name!r} makes"

@@ -133,7 +133,11 @@ class Study:
             ratios: how many times as long as the baseline's a step takes, by arm.
         """
         others = {arm: settings[SAME_TIME] for arm, settings in self.arms.items() if SAME_TIME in settings}
-        return {arm: round(self.settings(other)["max_steps"] * ratios[other] / ratios[arm]) for arm, other in others.items()}
+        # takes one step at least, since a recipe without would train for epochs
+        return {
+            arm: max(1, round(self.settings(other)["max_steps"] * ratios[other] / ratios[arm]))
+            for arm, other in others.items()
+        }
 
 
 def file_name(arm: str, seed: int) -> str:

@@ -49,6 +49,7 @@ LAYERS = {
     "all layers compact": {"neural_layers": "all", **COMPACT},
 }
 WHOLE = ("one layer", "all layers")
+COMPACT_LAYERS = ("one compact layer", "all layers compact")
 VARIANTS = {
     **LAYERS,
     "residual": {"neural_layers": "all", "neural_mode": "residual"},
@@ -136,6 +137,7 @@ every_model = pytest.mark.parametrize(
 one_and_all_layers = pytest.mark.parametrize("fields", LAYERS.values(), ids=LAYERS.keys())
 # leaves out compact layers, for what is said of a stock model's queries and keys
 one_and_all_whole_layers = pytest.mark.parametrize("fields", [LAYERS[name] for name in WHOLE], ids=WHOLE)
+one_and_all_compact_layers = pytest.mark.parametrize("fields", [LAYERS[name] for name in COMPACT_LAYERS], ids=COMPACT_LAYERS)
 all_variants = pytest.mark.parametrize("fields", VARIANTS.values(), ids=VARIANTS.keys())
 whole_and_compact = pytest.mark.parametrize("fields", (ALL, {**ALL, "neural_compact": True}), ids=("whole", "compact"))
 eager_and_sdpa = pytest.mark.parametrize("implementation", ("eager", "sdpa"))

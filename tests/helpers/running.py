@@ -7,6 +7,7 @@ environment that it does it in, is its own.
 import multiprocessing
 import os
 import runpy
+import signal
 import subprocess
 import sys
 import tempfile
@@ -35,6 +36,7 @@ server.set_forkserver_preload(LIBRARIES)
 
 def run_script(script: str, flags: list[str], folder: str, environment: dict[str, str], said: list[str]) -> None:
     """Does in a fresh process what `python script flags` does, and writes what it says into two files."""
+    os.setsid()  # lets whoever waits too long end what this starts as well
     for descriptor, path in zip((1, 2), said, strict=True):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), descriptor)
     os.environ.clear()
@@ -52,34 +54,37 @@ def of_the_hub() -> dict[str, str]:
 WHEN_IMPORTED = of_the_hub()
 
 
-def run_in(folder: Path, script: str, *flags: object, fails: bool = False) -> str:
-    """Runs a recipe in a process of its own, as a user would, and returns what it printed."""
+def run_in(folder: Path, script: str, *flags: object, fails: bool = False, limit: float = TIME_LIMIT) -> str:
+    """Runs a recipe in a process of its own, as a user would, and returns what it printed. It may take `limit` seconds."""
     path, words = str(RECIPES / script), [str(flag) for flag in flags]
     if of_the_hub() != WHEN_IMPORTED:
         done = subprocess.run(
-            [sys.executable, path, *words], cwd=folder, capture_output=True, text=True, timeout=TIME_LIMIT, check=False
+            [sys.executable, path, *words], cwd=folder, capture_output=True, text=True, timeout=limit, check=False
         )
         status, stdout, stderr = done.returncode, done.stdout, done.stderr
     else:
-        status, stdout, stderr = run_forked(path, words, folder)
+        status, stdout, stderr = run_forked(path, words, folder, limit)
     assert (status != 0) == fails, stdout[-3000:] + stderr[-3000:]
     assert not fails or "Traceback" not in stderr, stderr[-3000:]
     return stdout + stderr
 
 
-def run_forked(path: str, words: list[str], folder: Path) -> tuple[int | None, str, str]:
+def run_forked(path: str, words: list[str], folder: Path, limit: float) -> tuple[int | None, str, str]:
     """Exit status, and what was said on both streams."""
     with tempfile.TemporaryDirectory() as name:
         said = [str(Path(name, stream)) for stream in ("stdout", "stderr")]
         process = server.Process(target=run_script, args=(path, words, str(folder), dict(os.environ), said))
         process.start()
-        process.join(TIME_LIMIT)
-        is_late = process.is_alive()
-        if is_late:
-            process.kill()
-            process.join()
+        is_late = True
+        try:
+            process.join(limit)
+            is_late = process.is_alive()
+        finally:
+            if is_late:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.join()
         stdout, stderr = (Path(stream).read_text(errors="replace") for stream in said)
-    assert not is_late, f"not done after {TIME_LIMIT} s: {stdout[-3000:]}{stderr[-3000:]}"
+    assert not is_late, f"not done after {limit} s: {stdout[-3000:]}{stderr[-3000:]}"
     return process.exitcode, stdout, stderr
 
 

@@ -87,6 +87,7 @@ FAMILIES = {
     family.model_type: family
     for family in (
         Family("gpt2", "CausalLM", GPT2, ("transformer.h.*.attn",)),
+        Family("gpt_bigcode", "CausalLM", GPT2, ("transformer.h.*.attn",)),
         Family("llama", "CausalLM", GROUPED, ("model.layers.*.self_attn",)),
         Family("qwen3", "CausalLM", {**GROUPED, "head_dim": 16}, ("model.layers.*.self_attn",)),
         Family("mistral", "CausalLM", {**GROUPED, "sliding_window": 4}, ("model.layers.*.self_attn",)),

@@ -9,14 +9,32 @@ from huggingface_hub.errors import StrictDataclassError
 from torch.nn.functional import layer_norm, relu
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
-from hf_neural_attention import NeuralCache, NeuralGPT2Config, NeuralGPT2LMHeadModel, NeuralViTConfig, NeuralViTModel
+from hf_neural_attention import (
+    NeuralCache,
+    NeuralGPT2Config,
+    NeuralGPT2LMHeadModel,
+    NeuralViTConfig,
+    NeuralViTModel,
+    analysis,
+    explain,
+    patch_status,
+)
 from hf_neural_attention.models import neural_attention_compact
 from hf_neural_attention.models.modeling_neural_attention import fold_own_model
 from hf_neural_attention.models.neural_attention_cache import cache_nbytes
 from hf_neural_attention.models.neural_attention_initialization import draw_compact_weights
 from hf_neural_attention.models.neural_attention_scorer import CompactScorer
 from tests.helpers.comparing import assert_near, assert_same_state, run
-from tests.helpers.neural_models import GPT2, VIT, Family, both_families, eager_and_sdpa, every_model, scorers
+from tests.helpers.neural_models import (
+    GPT2,
+    VIT,
+    Family,
+    both_families,
+    eager_and_sdpa,
+    every_model,
+    one_and_all_compact_layers,
+    scorers,
+)
 from tests.helpers.versions import CACHE
 
 
@@ -24,6 +42,9 @@ WHOLE_FIELDS = {
     "one layer": {"neural_layers": [1]},
     "all layers": {"neural_layers": "all", "neural_proj_dim": 4},
     "wide": {"neural_layers": "all", "neural_proj_dim": 3, "neural_hidden_dims": [16, 2]},
+    "one number": {"neural_layers": "all", "neural_hidden_dims": [1, 1]},
+    "odd": {"neural_layers": "all", "neural_hidden_dims": [3, 5], "neural_per_head": True},
+    "wider than a head": {"neural_layers": "all", "neural_hidden_dims": [32, 8]},
     "per head": {"neural_layers": [0, 2], "neural_per_head": True, "neural_proj_dim": 4},
 }
 whole_fields = pytest.mark.parametrize("fields", WHOLE_FIELDS.values(), ids=WHOLE_FIELDS)
@@ -223,3 +244,38 @@ def test_a_vit_is_as_the_paper_s_form():
     model = VIT.neural(neural_layers="all", neural_compact=True, neural_hidden_dims=[16, 2])
     layer = model.vit.layers[0].attention
     assert layer.q_proj.weight.shape == layer.k_proj.weight.shape == (4 * 16, 32)
+
+
+def test_one_head():
+    model, inputs = (
+        lively(VIT, neural_layers="all", num_attention_heads=1, neural_hidden_dims=[3, 5]),
+        VIT.inputs(labels=False),
+    )
+    expected = run(model, **inputs)
+    fold_own_model(model)
+    assert_near(run(model, **inputs), expected)
+
+
+@both_families
+@one_and_all_compact_layers
+def test_tools_see_compact_layers(family: Family, fields: dict, tmp_path):
+    pytest.importorskip("matplotlib").use("agg")
+    model, inputs = family.neural(**fields), family.inputs(labels=False)
+    layers = patch_status(model)
+    assert len(layers) == (1 if fields["neural_layers"] == [0] else 3)
+    assert {(each.compact, each.head_dim, each.proj_dim, each.hidden_dims) for each in layers} == {(True, 4, None, (4, 2))}
+    whole = explain(family.neural(neural_layers=fields["neural_layers"], neural_hidden_dims=[4, 2]))
+    assert explain(model) == whole and [each.layer for each in whole] == [each.layer for each in layers]
+    maps = analysis.attention_maps(model, **inputs)
+    health, statistics = analysis.scorer_health(model, **inputs), analysis.score_statistics(model, **inputs)
+    assert len(maps) == len(statistics) == 3 and len(health) == len(layers) and not any(layer.dead for layer in health)
+    chosen = (maps[0] > 0).sum(-1) > 1  # leaves out the first token of a text, which has no choice
+    assert health[0].entropy == pytest.approx(torch.special.entr(maps[0]).sum(-1)[chosen].mean().item(), rel=1e-4)
+    seen = analysis.queries_and_keys(model, **inputs)
+    assert all(query.shape == key.shape == (2, 4, maps[0].shape[-1], 4) for query, key, _ in seen.values())
+    axes = [analysis.draw_attention(maps[0][0, 0], [str(i) for i in range(maps[0].shape[-1])])]
+    axes += analysis.draw_surface(analysis.score_surface(scorers(model)[0]))
+    axes += analysis.draw_health(health)
+    for number, ax in enumerate(axes):
+        ax.figure.savefig(tmp_path / f"{number}.png")
+        assert (tmp_path / f"{number}.png").stat().st_size > 2000

@@ -21,7 +21,15 @@ from hf_neural_attention.models.neural_attention_interface import neural_attenti
 from hf_neural_attention.models.neural_attention_pages import as_value
 from tests.helpers.comparing import assert_near, run, transformers_log
 from tests.helpers.generating import NEW_TOKENS, generate, neural, prompt, stock_model
-from tests.helpers.neural_models import ALL, GPT2, all_variants, eager_and_sdpa, liven, whole_and_compact
+from tests.helpers.neural_models import (
+    ALL,
+    GPT2,
+    all_variants,
+    eager_and_sdpa,
+    liven,
+    one_and_all_layers,
+    whole_and_compact,
+)
 from tests.helpers.stock_models import FAMILIES
 from tests.helpers.versions import CACHE
 
@@ -53,7 +61,7 @@ def test_with_and_without_a_cache(implementation: str, fields: dict):
 
 @eager_and_sdpa
 @strategies
-@whole_and_compact
+@one_and_all_layers
 def test_strategies_with_and_without_a_cache(implementation: str, strategy: dict, fields: dict):
     assert_caches_agree(neural(attn_implementation=implementation, **fields), **strategy)
 
@@ -107,7 +115,7 @@ def test_caches_that_outlive_a_call(implementation: str, static: bool, fields: d
 
 @eager_and_sdpa
 @pytest.mark.parametrize("static", (False, True))
-@whole_and_compact
+@one_and_all_layers
 def test_sliding_window_caches(implementation: str, static: bool, fields: dict):
     # sets a window that stock GPT-2 ignores, but from which its caches make one
     stock = stock_model(attn_implementation=implementation, sliding_window=8)
@@ -137,7 +145,7 @@ QUANTIZED = {
 @eager_and_sdpa
 # Marks quanto's as slow, since its first use compiles C++
 @pytest.mark.parametrize("backend", (pytest.param("quanto", marks=pytest.mark.slow), "fp8"))
-@whole_and_compact
+@one_and_all_layers
 def test_quantized_caches(implementation: str, backend: str, fields: dict):
     if backend == "quanto" and not is_optimum_quanto_available():
         pytest.skip("optimum-quanto is not installed")
@@ -211,7 +219,7 @@ def test_keys_that_have_no_room_in_a_page():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="offloaded caches need an accelerator, with stock models too")
 @pytest.mark.parametrize("cache", ("offloaded", "offloaded_static"))
-@whole_and_compact
+@one_and_all_layers
 def test_offloaded_caches(cache: str, fields: dict):
     model = neural(**fields).cuda()
     inputs = {name: tensor.cuda() for name, tensor in prompt().items()}
@@ -244,7 +252,7 @@ def test_scores_and_attentions_are_returned(fields: dict):
 
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
-@whole_and_compact
+@one_and_all_layers
 def test_low_precision(dtype: torch.dtype, fields: dict):
     model = neural(**fields).to(dtype)
     inputs = prompt()

@@ -9,6 +9,7 @@ import torch
 import transformers
 from safetensors import safe_open
 
+from hf_neural_attention import from_pretrained
 from tests.helpers.comparing import assert_far, assert_near, assert_same_state, run, transformers_log
 from tests.helpers.neural_models import (
     ALL,
@@ -19,6 +20,7 @@ from tests.helpers.neural_models import (
     all_variants,
     both_families,
     every_model,
+    one_and_all_layers,
     one_and_all_whole_layers,
     scorers,
     whole_and_compact,
@@ -122,7 +124,7 @@ def test_one_file_round_trip(family: Family, fields: dict, dtype: torch.dtype, t
 
 
 @both_families
-@whole_and_compact
+@one_and_all_layers
 @pytest.mark.parametrize("dtype", LOW_PRECISIONS, ids=str)
 def test_sharded_round_trip(family: Family, fields: dict, dtype: torch.dtype, tmp_path):
     model = family.neural(**fields).to(dtype)
@@ -156,7 +158,7 @@ def test_every_class_round_trips_through_its_auto_class(family: Family, head: st
 @pytest.mark.parametrize(
     "arguments", ({"low_cpu_mem_usage": True}, {"device_map": "cpu"}, {"device_map": {"": "cpu"}}), ids=str
 )
-@whole_and_compact
+@one_and_all_layers
 def test_loading_onto_devices(family: Family, arguments: dict, fields: dict, tmp_path):
     model = family.neural(**fields)
     model.save_pretrained(tmp_path)
@@ -170,7 +172,7 @@ def test_loading_onto_devices(family: Family, arguments: dict, fields: dict, tmp
 
 
 @both_families
-@whole_and_compact
+@one_and_all_layers
 def test_from_the_meta_device(family: Family, fields: dict):
     with torch.device("meta"):
         model = family.neural_class()(family.config(**fields))
@@ -291,3 +293,50 @@ def test_the_config_is_read_once(kind: str, tmp_path, monkeypatch):
         read.clear()
         GPT2.stock_class().from_pretrained(tmp_path)
         assert ours == len(read) and "_neural_stored" not in model.config.to_dict()
+
+
+@both_families
+@pytest.mark.parametrize("stored", ("stock", "whole"))
+def test_a_config_asks_for_the_compact_form_as_the_argument_does(family: Family, stored: str, tmp_path):
+    fields = {"neural_layers": "all", "neural_hidden_dims": [4, 2]}
+    (family.stock() if stored == "stock" else family.neural(**fields)).save_pretrained(tmp_path)
+    model_class = family.neural_class()
+    asked = {**fields, "neural_compact": True}
+    configs = [family.config(**asked), model_class.config_class.from_pretrained(tmp_path, **asked)]
+    ways = [lambda: model_class.from_pretrained(tmp_path, **asked)]
+    ways += [lambda config=config: model_class.from_pretrained(tmp_path, config=config) for config in configs]
+    if stored == "whole":
+        auto_class = transformers.AutoModelForCausalLM if family is GPT2 else transformers.AutoModelForImageClassification
+        ways.append(lambda: auto_class.from_pretrained(tmp_path, neural_compact=True))
+    models = []
+    for way in ways:
+        torch.manual_seed(1)
+        models.append(way())
+    for model in models:
+        assert_same_state(model, models[0])
+        assert model.config.neural_compact and model.config.neural_folded_from == str(tmp_path)
+    assert all(config.neural_compact and config.neural_folded_from is None for config in configs)
+
+
+@both_families
+def test_a_compact_checkpoint_cannot_be_loaded_whole(family: Family, tmp_path):
+    model = family.neural(neural_layers="all", neural_compact=True)
+    model.save_pretrained(tmp_path)
+    model_class = family.neural_class()
+    config = model_class.config_class.from_pretrained(tmp_path, neural_compact=False)
+    for load in (
+        lambda: model_class.from_pretrained(tmp_path, neural_compact=False),
+        lambda: model_class.from_pretrained(tmp_path, config=config),
+        lambda: from_pretrained(tmp_path, neural_compact=False),
+    ):
+        with pytest.raises(ValueError, match=f"{tmp_path} is compact, which cannot be undone, and `neural_compact` is False"):
+            load()
+    # trains a new whole model of the same sizes
+    assert not model_class(config).config.neural_compact
+
+
+def test_weights_without_a_config_are_taken_as_they_are(tmp_path):
+    model = GPT2.neural(neural_layers="all", neural_compact=True)
+    model.save_pretrained(tmp_path)
+    (tmp_path / "config.json").unlink()
+    assert_same_state(GPT2.neural_class().from_pretrained(tmp_path, config=model.config), model)

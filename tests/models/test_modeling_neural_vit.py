@@ -143,8 +143,7 @@ def test_constructor_arguments_of_the_base_model():
 
 @whole_and_compact
 def test_oblong_images_and_patches(fields: dict):
-    fields = {"image_size": (8, 16), "patch_size": (4, 8), "qkv_bias": False}
-    stock = VIT.stock(**fields)
+    stock = VIT.stock(image_size=(8, 16), patch_size=(4, 8), qkv_bias=False)
     pixels = torch.randn(2, 3, 8, 16)
     expected = run(stock, pixel_values=pixels)
     assert_near(run(VIT.twin(stock, **RESIDUAL), pixel_values=pixels), expected)

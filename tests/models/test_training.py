@@ -14,8 +14,9 @@ from tests.helpers.comparing import (
     transformers_log,
 )
 from tests.helpers.neural_models import (
-    ALL,
+    COMPACT_LAYERS,
     GPT2,
+    LAYERS,
     VIT,
     Family,
     all_variants,
@@ -140,8 +141,8 @@ def test_half_and_float_keep_the_model_whole(fields: dict):
 @both_families
 @pytest.mark.parametrize(
     "fields",
-    ({"neural_layers": [0]}, {"neural_layers": "all", "neural_mode": "residual"}, {**ALL, "neural_compact": True}),
-    ids=("one layer", "residual", "compact"),
+    (LAYERS["one layer"], {"neural_layers": "all", "neural_mode": "residual"}, *(LAYERS[name] for name in COMPACT_LAYERS)),
+    ids=("one layer", "residual", *COMPACT_LAYERS),
 )
 def test_compiled_forward_and_training_step(family: Family, fields: dict):
     torch.compiler.reset()

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, ViTConfig, ViTModel
 
 from hf_neural_attention import (
     CompactScorer,
@@ -17,6 +17,7 @@ from hf_neural_attention import (
     NeuralGPT2LMHeadModel,
     NeuralViTConfig,
     NeuralViTForImageClassification,
+    NeuralViTModel,
     compact,
     export_to_hub,
     from_pretrained,
@@ -248,3 +249,12 @@ def test_the_counts_of_the_documents(row: str):
     cells = [size.cells for size in (size_of(stock_twin(model)), size_of(model))]
     shown = [f"{cell:,}" if isinstance(cell, int) else cell for index in (0, 2) for cell in (cells[0][index], cells[1][index])]
     assert counts == shown
+
+
+@pytest.mark.parametrize("pools", (True, False))
+def test_the_stock_model_of_a_card_has_the_same_parts(pools: bool):
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "image_size": 16, "patch_size": 4}
+    with torch.device("meta"):
+        stock = ViTModel(ViTConfig(**sizes), add_pooling_layer=pools)
+        model = NeuralViTModel(NeuralViTConfig(**sizes, neural_compact=True), add_pooling_layer=pools)
+    assert size_of(stock_twin(model)) == size_of(stock)

@@ -1,6 +1,7 @@
 """What cannot be made compact, and what a compact model cannot do: said with the reason, and nothing is changed."""
 
 import copy
+import warnings
 from typing import Any
 
 import pytest
@@ -48,6 +49,7 @@ def assert_refused(model: Any, error: type[Exception], match: str, **arguments) 
         ("llama", "queries are not what a linear layer makes.*rotary"),
         ("qwen3", "rotary positions, a norm"),
         ("gpt_neox", "put together of several parts"),
+        ("gpt_bigcode", "a part of what a larger layer makes"),
         ("modernbert", "not what a linear layer makes"),
         ("opt", "counts heads by itself"),
     ],
@@ -80,7 +82,7 @@ class Meddling(nn.Module):
             lambda query: query.view(*query.shape[:-1], 8, 4).transpose(-1, -2).flatten(-2),
             "not the heads, one after the other",
         ),
-        (lambda query: torch.zeros_like(query), "do not come from a linear layer"),
+        (lambda query: torch.zeros_like(query), "do not come from a plain `nn.Linear`"),
     ],
 )
 def test_queries_that_are_treated(meddle: Any, match: str):
@@ -144,6 +146,17 @@ def test_what_is_around_a_model(tmp_path):
     parametrizations.weight_norm(normed.get_submodule(VIT.layers[0]).q_proj)
     with pytest.raises(PatchError, match="ParametrizedLinear, whose weights are not plain"):
         compact(normed)
+    for family in (VIT, BERT):
+        normed = neural(family)
+        parametrizations.weight_norm(neural_models.scorers(normed)[0].linear2)
+        with pytest.raises(PatchError, match=r"scorer.linear2' is parametrised \(.*\), which would be lost"):
+            compact(normed)
+    rounded = neural(VIT)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # ignores that torch moves it to torchao
+        torch.ao.quantization.quantize_dynamic(rounded.get_submodule(VIT.layers[0]).scorer, {nn.Linear}, inplace=True)
+    with pytest.raises(PatchError, match="is a Linear with quantised weights"):
+        compact(rounded)
     quantised = neural(VIT)
     weight = torch.zeros(32, 32, dtype=torch.int8)
     quantised.get_submodule(VIT.layers[0]).q_proj.weight = nn.Parameter(weight, requires_grad=False)

@@ -266,3 +266,25 @@ def test_status_is_plain_data():
         "num_parameters": 13,
         "num_bytes": 52,
     }
+
+
+@pytest.mark.parametrize("family", (GPT2, BERT), ids=("gpt2", "bert"))
+def test_a_module_with_several_places_stays_one(family: Family):
+    model, inputs = neural(family), family.inputs() | ({"use_cache": False} if family is GPT2 else {})
+    first, second, third = family.layers
+    model.set_submodule(second, model.get_submodule(first))
+    expected, before = run(model, **inputs), list(map(id, model.modules()))
+    plan = compact(model, dry_run=True)
+    assert list(map(id, model.modules())) == before
+    compact(model)
+    assert model.get_submodule(second) is model.get_submodule(first) is not model.get_submodule(third)
+    assert_near(run(model, **inputs), expected)
+    assert plan.layers == patch_status(model) and plan.compact == size_of(model)
+
+
+def test_a_plan_says_where_nothing_gets_smaller():
+    remark = "no smaller than the stock model. The compact form pays where `hidden_dims[0]` is well below the size of a head."
+    for hidden_dims in ((2, 1), (7, 1), (8, 2), (32, 8)):  # of heads of 8 numbers
+        plan = compact(neural(GPT2, hidden_dims=hidden_dims), dry_run=True)
+        grows = plan.compact.num_parameters >= plan.stock.num_parameters
+        assert grows == (hidden_dims[0] >= 8) == (remark in str(plan))

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, TrainingArguments
 from transformers.integrations.peft import MIN_PEFT_VERSION
 
-from hf_neural_attention import NeuralCache, from_pretrained, patch, patch_status, save_patch, unpatch
+from hf_neural_attention import NeuralCache, compact, from_pretrained, patch, patch_status, save_patch, unpatch
 from hf_neural_attention.models.neural_attention_interface import neural_attention_forward
 from hf_neural_attention.patching import PatchError
 from tests.helpers.comparing import assert_far, assert_near, assert_same_gradients, assert_same_state, backward, run
@@ -23,15 +23,25 @@ from tests.helpers.versions import CACHE, CHECKPOINTING
 
 
 GPT2, LLAMA, MISTRAL, BERT, T5, VIT = (FAMILIES[name] for name in ("gpt2", "llama", "mistral", "bert", "t5", "vit"))
+BIGCODE = FAMILIES["gpt_bigcode"]  # makes queries, keys and values in one linear layer, with one head of keys
 ALL: dict[str, Any] = {"layers": "all", "proj_dim": 4}
 
-a_few_families = pytest.mark.parametrize("family", (LLAMA, BERT, T5, VIT), ids=lambda family: family.model_type)
-both_modes = pytest.mark.parametrize("mode", ("residual", "replace"))
+
+def name_of(value: Any) -> Any:
+    return value.model_type if isinstance(value, Family) else value
 
 
-def neural(family: Family, implementation: str = "sdpa", **settings) -> Any:
-    """Patched, its scorers moved off their start."""
-    return liven(patch(family.model(implementation), **{**ALL, **settings}))
+a_few_families = pytest.mark.parametrize("family", (LLAMA, BIGCODE, BERT, T5, VIT), ids=name_of)
+FORMS = [(family, mode) for family in (LLAMA, BIGCODE, BERT, T5, VIT) for mode in ("residual", "replace")]
+FORMS += [(family, "compact") for family in (BERT, T5, VIT)]  # can be packed
+every_form = pytest.mark.parametrize(("family", "mode"), FORMS, ids=name_of)
+
+
+def neural(family: Family, implementation: str = "sdpa", mode: str = "residual", **settings) -> Any:
+    """Patched, its scorers moved off their start; in mode "compact", one of mode "replace" has been made compact."""
+    settings = {**ALL, "mode": "replace" if mode == "compact" else mode, **settings}
+    model = liven(patch(family.model(implementation), **settings))
+    return compact(model) if mode == "compact" else model
 
 
 def with_labels(family: Family) -> dict[str, torch.Tensor]:
@@ -46,21 +56,23 @@ def pickled(model: nn.Module) -> Any:
     return torch.load(buffer, weights_only=False)
 
 
-@a_few_families
-@both_modes
+@every_form
 @pytest.mark.parametrize("copied", (copy.deepcopy, pickled))
 def test_copies_are_patched_and_independent(family: Family, mode: str, copied: Any):
     stock, model, inputs = family.model(), neural(family, mode=mode), family.inputs()
     expected = run(model, **inputs)
     other = copied(model)
     assert patch_status(other) == patch_status(model) and torch.equal(run(other, **inputs), expected)
-    assert_same_state(unpatch(other), stock)
-    assert torch.equal(run(other, **inputs), run(stock, **inputs))
+    if mode == "compact":
+        torch.nn.init.zeros_(scorers(other)[0].linear3.weight)
+        assert_far(run(other, **inputs), expected)
+    else:
+        assert_same_state(unpatch(other), stock)
+        assert torch.equal(run(other, **inputs), run(stock, **inputs))
     assert torch.equal(run(model, **inputs), expected)
 
 
-@a_few_families
-@both_modes
+@every_form
 def test_other_dtypes(family: Family, mode: str):
     model = neural(family, mode=mode)
     inputs = family.inputs()
@@ -77,8 +89,9 @@ def test_other_dtypes(family: Family, mode: str):
     assert all(scorer.linear3.weight.grad.abs().max() > 0 for scorer in scorers(model))
 
 
-def test_set_attn_implementation():
-    model, inputs = neural(LLAMA), LLAMA.inputs()
+@pytest.mark.parametrize(("family", "mode"), [(LLAMA, "residual"), (BERT, "compact")], ids=name_of)
+def test_set_attn_implementation(family: Family, mode: str):
+    model, inputs = neural(family, mode=mode), family.inputs()
     expected = run(model, **inputs)
     model.set_attn_implementation("eager")
     attentions = model(**inputs, output_attentions=True).attentions
@@ -88,8 +101,8 @@ def test_set_attn_implementation():
     assert torch.equal(run(model, **inputs), expected)
     # sets by hand what a stock class takes and its neural layers do not
     model.config._attn_implementation = "flex_attention"
-    attention = model.model.layers[0].self_attn
-    with pytest.raises(ValueError, match="neural LlamaAttention cannot use `attn_implementation='flex_attention'`: its masks"):
+    attention = model.get_submodule(family.layers[0])
+    with pytest.raises(ValueError, match=r"neural \w+Attention cannot use `attn_implementation='flex_attention'`: its masks"):
         neural_attention_forward(attention, *torch.randn(3, 1, 4, 5, 8), None)
     model.set_attn_implementation("eager")
     assert model(**inputs).logits.isfinite().all()
@@ -117,28 +130,31 @@ def test_implementations_for_dot_products_alone_are_refused(tmp_path):
     model.set_attn_implementation("flex_attention")
 
 
-@a_few_families
-@both_modes
+@every_form
 def test_gradient_checkpointing_changes_no_gradient(family: Family, mode: str):
     model, inputs, calls = neural(family, mode=mode).train(), with_labels(family), []
     expected = backward(model, **inputs)
-    assert all(any(f"{name}.scorer.linear1.weight" == each for each in expected) for name in family.layers)
+    layer = "linear2" if mode == "compact" else "linear1"
+    assert all(any(f"{name}.scorer.{layer}.weight" == each for each in expected) for name in family.layers)
     scorers(model)[0].register_forward_hook(lambda *arguments: calls.append(None))
     getattr(model, f"{CHECKPOINTING}_enable")()
     assert_same_gradients(backward(model, **inputs), expected)
     assert len(calls) == 2
 
 
-@pytest.mark.parametrize(
-    "family", (*(pytest.param(each, marks=pytest.mark.slow) for each in (LLAMA, T5)), VIT), ids=("llama", "t5", "vit")
-)
-def test_compiled(family: Family):
+SLOW = [pytest.param(family, "residual", marks=pytest.mark.slow) for family in (LLAMA, T5)]
+
+
+@pytest.mark.parametrize(("family", "mode"), [*SLOW, (VIT, "residual"), (BERT, "compact")], ids=name_of)
+def test_compiled(family: Family, mode: str):
     torch.compiler.reset()
-    model, inputs = neural(family), with_labels(family)
+    model, inputs = neural(family, mode=mode), with_labels(family)
     expected, gradients = run(model, **inputs), backward(model, **inputs)
     compiled = torch.compile(model, backend="aot_eager")
     assert_near(run(compiled, **inputs), expected)
     assert_same_gradients({n.removeprefix("_orig_mod."): g for n, g in backward(compiled, **inputs).items()}, gradients)
+    if mode == "compact":
+        return
     # checks that a compiled model can be patched too, and is afterwards what it was
     unpatch(compiled)
     stock = family.model()
@@ -146,14 +162,16 @@ def test_compiled(family: Family):
     assert_far(run(patch(compiled, mode="replace"), **inputs), run(stock, **inputs))
 
 
-def test_compiled_as_one_graph():
+@pytest.mark.parametrize(("family", "mode"), [(LLAMA, "residual"), (BERT, "compact"), (T5, "compact")], ids=name_of)
+def test_compiled_as_one_graph(family: Family, mode: str):
     torch.compiler.reset()
-    model, inputs = neural(LLAMA, "eager"), LLAMA.inputs()
+    model, inputs = neural(family, "eager", mode), family.inputs()
     assert_near(run(torch.compile(model, backend="aot_eager", fullgraph=True), **inputs), run(model, **inputs))
 
 
 LORA = {
     "llama": {"target_modules": ["q_proj", "v_proj"]},
+    "gpt_bigcode": {"target_modules": ["c_attn"]},
     "bert": {"target_modules": ["query", "value"]},
     "t5": {"target_modules": ["q", "v"]},
     "vit": {"target_modules": ["q_proj", "v_proj"]},
@@ -228,24 +246,34 @@ def test_saving_keeps_the_stock_weights_and_ties(tmp_path):
     assert all(torch.equal(kept[name], tensor) for name, tensor in stock.state_dict().items())
 
 
-def test_resizing_embeddings_leaves_scorers_alone():
-    model = neural(GPT2)
-    before = [copy.deepcopy(scorer.state_dict()) for scorer in scorers(model)]
+@pytest.mark.parametrize("mode", ("residual", "compact"))
+def test_resizing_embeddings_leaves_neural_layers_alone(mode: str):
+    model = neural(GPT2, mode=mode)
+    before = copy.deepcopy(model)
     model.resize_token_embeddings(120)
-    for scorer, state in zip(scorers(model), before, strict=True):
-        assert all(torch.equal(tensor, state[name]) for name, tensor in scorer.state_dict().items())
+    for name in GPT2.layers:
+        assert_same_state(model.get_submodule(name), before.get_submodule(name))
     assert model(**GPT2.inputs()).logits.shape[-1] == 120
 
 
-def test_trainer(tmp_path):
-    model = patch(BERT.model(), **ALL)
+@pytest.mark.parametrize(
+    ("mode", "parts"),
+    (
+        ("residual", ("scorer.linear3", "scorer.linear1", "scorer.q_proj")),
+        ("compact", ("scorer.linear3", "scorer.linear2", "query")),
+    ),
+    ids=("residual", "compact"),
+)
+def test_trainer(mode: str, parts: tuple[str, ...], tmp_path):
+    model = patch(BERT.model(), **ALL) if mode == "residual" else neural(BERT, mode=mode)
     before = copy.deepcopy(model.state_dict())
     rows = [{name: tensor[0] for name, tensor in with_labels(BERT).items()}] * 4
     arguments = TrainingArguments(str(tmp_path), max_steps=3, learning_rate=1e-2, use_cpu=True, report_to="none", save_steps=3)
     Trainer(model, arguments, train_dataset=rows).train()
-    for name in (f"{layer}.scorer.{part}.weight" for layer in BERT.layers for part in ("linear3", "linear1", "q_proj")):
+    for name in (f"{layer}.{part}.weight" for layer in BERT.layers for part in parts):
         assert not torch.equal(model.state_dict()[name], before[name]), name
     assert len(patch_status(model)) == 3
+    assert_same_state(from_pretrained(tmp_path / "checkpoint-3"), model)
 
 
 def test_offloaded_models():
@@ -260,6 +288,16 @@ def test_offloaded_models():
     assert_near(GPT2.seen(run(model, **inputs)), GPT2.seen(expected))
     assert_far(run(liven(model), **inputs), expected)
     assert torch.equal(run(unpatch(model), **inputs), expected)
+
+
+def test_offloaded_packed_layers():
+    from accelerate import cpu_offload
+
+    model, inputs = neural(BERT, mode="compact"), BERT.inputs()
+    expected = run(model, **inputs)
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    assert model.get_submodule(BERT.layers[0]).query.weight.is_meta
+    assert_near(run(model, **inputs), expected)
 
 
 def test_quantised_models():
@@ -289,41 +327,46 @@ def test_quantised_scorers(tmp_path):
     assert torch.equal(run(again, **LLAMA.inputs()), run(model, **LLAMA.inputs()))
 
 
-def test_dynamically_quantised_scorers():
-    model = neural(VIT, mode="replace")
+@pytest.mark.parametrize("mode", ("replace", "compact"))
+def test_dynamically_quantised_scorers(mode: str):
+    model = neural(VIT, mode=mode)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # ignores that torch moves it to torchao
         quantised = torch.ao.quantization.quantize_dynamic(model, {nn.Linear})
-    assert "dynamic" in type(scorers(quantised)[0].linear1).__module__
+    assert "dynamic" in type(scorers(quantised)[0].linear2).__module__
     for scorer, plain in zip(scorers(quantised), scorers(model), strict=True):
         for ours, exact in zip(scorer.weights(), plain.weights(), strict=True):
+            if exact is None:  # is a first layer, which a compact scorer has not
+                continue
             assert (ours - exact).abs().max() <= 0.02 * max(exact.abs().max(), 1)  # rounds inputs and weights to 8 bits
     assert run(quantised, **VIT.inputs()).isfinite().all()
 
 
-def test_pruned_scorers_train():
+@pytest.mark.parametrize("mode", ("replace", "compact"))
+def test_pruned_scorers_train(mode: str):
     from torch.nn.utils import prune
 
-    model, inputs = neural(GPT2, mode="replace"), with_labels(GPT2)
+    model, inputs = neural(GPT2, mode=mode), with_labels(GPT2)
     for scorer in scorers(model):
-        prune.l1_unstructured(scorer.linear1, "weight", amount=0.5)
+        prune.l1_unstructured(scorer.linear2, "weight", amount=0.5)
     train(model.train(), inputs)
-    zeros = [int((scorer.linear1.weight == 0).sum()) for scorer in scorers(model)]
-    assert zeros == [scorer.linear1.weight.numel() // 2 for scorer in scorers(model)]
-    assert all(scorer.linear1.weight_orig.grad.any() for scorer in scorers(model))
+    zeros = [int((scorer.linear2.weight == 0).sum()) for scorer in scorers(model)]
+    assert zeros == [scorer.linear2.weight.numel() // 2 for scorer in scorers(model)]
+    assert all(scorer.linear2.weight_orig.grad.any() for scorer in scorers(model))
 
 
 @pytest.mark.skipif(
     Version(version("peft")) < Version(MIN_PEFT_VERSION),
     reason=f"this Transformers refuses peft before {MIN_PEFT_VERSION} in `add_adapter`, of any model",
 )
+@pytest.mark.parametrize(("family", "mode"), [(LLAMA, "replace"), (BERT, "compact")], ids=name_of)
 @pytest.mark.parametrize("modules_to_save", (None, ["scorer"]))
-def test_adapters_of_transformers_own(modules_to_save: Any, tmp_path):
+def test_adapters_of_transformers_own(family: Family, mode: str, modules_to_save: Any, tmp_path):
     from peft import LoraConfig
 
-    model = neural(LLAMA, mode="replace")
+    model = neural(family, mode=mode)
     model.save_pretrained(tmp_path / "base")
-    targets = r".*self_attn\.(q_proj|v_proj)"
+    targets = r".*self_attn\.(q_proj|v_proj)" if family is LLAMA else r".*self\.(query|value)"
     model.add_adapter(LoraConfig(target_modules=targets, init_lora_weights=False, modules_to_save=modules_to_save))
     if modules_to_save:
         liven(model)
@@ -331,4 +374,4 @@ def test_adapters_of_transformers_own(modules_to_save: Any, tmp_path):
     assert (tmp_path / "adapter/adapter_model.safetensors").exists() and not (tmp_path / "adapter/config.json").exists()
     again = from_pretrained(tmp_path / "base")
     again.load_adapter(tmp_path / "adapter")
-    assert_near(run(again, **LLAMA.inputs()), run(model, **LLAMA.inputs()))
+    assert_near(run(again, **family.inputs()), run(model, **family.inputs()))

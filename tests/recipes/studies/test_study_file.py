@@ -16,6 +16,7 @@ def test_as_many_steps_as_take_the_same_time(tmp_path):
     assert study.steps_of_same_time(ratios) == {"longer": 15}
     twice = make_study(arms={**study.arms, "first layer": {**study.arms["first layer"], "max_steps": 20}})
     assert twice.steps_of_same_time(ratios) == {"longer": 30}
+    assert study.steps_of_same_time(ratios | {study.arms["longer"]["same_time_as"]: 1e-3}) == {"longer": 1}
     # keeps the steps after another timing, unless the study asks for something else
     costs = costs_of(study) | {"steps": {"longer": 77, "gone": 5}}
     assert script.steps_that_stay(study, costs) == {"longer": 77} and script.steps_that_stay(twice, costs) == {}
