@@ -38,7 +38,7 @@ class ScoredAttentionMixin:
         if isinstance(module, CompactScorer) and is_shared_out(module):
             module.draw_ahead()
             return
-        super()._init_weights(module)  # type: ignore[misc]
+        super()._init_weights(module)
         if isinstance(module, CompactAttentionMixin):  # draws the scorer's weights as well
             module.reset_parameters()
 

@@ -334,7 +334,7 @@ class CompactScorer(Scorer):
             return
         if drawn is None:
             drawn = self.draw()
-        self.write_weights(drawn[6:])  # type: ignore[arg-type]
+        self.write_weights(drawn[6:])
 
     def draw(self) -> ScorerWeights:
         return draw_weights(self.init, self.hidden_dims[0], self.hidden_dims[0], self.hidden_dims, self.num_heads)

@@ -64,8 +64,8 @@ def check_processes(training: TrainingArguments) -> None:
     started = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
     if training.world_size != started:
         raise SystemExit(
-            f"{started} processes were started, and accelerate knows {training.world_size}: it finds no GPUs for DeepSpeed. On "
-            "CPUs use `accelerate launch` with a configuration for DeepSpeed (not --deepspeed), and add --ddp_backend gloo."
+            f"{started} processes were started, and accelerate knows {training.world_size}: it finds no GPUs for DeepSpeed. "
+            "On CPUs use `accelerate launch` with a configuration for DeepSpeed (not --deepspeed), and add --ddp_backend gloo."
         )
 
 

@@ -70,7 +70,10 @@ def test_quanto_rounds_all_layers(make: Callable[[], Any], family: Any, tmp_path
     ours = from_pretrained(tmp_path, quantization_config=QuantoConfig(weights="int8"))
     is_shared = scorers(model)[0].num_heads is None
     assert (type(scorers(ours)[0].linear2).__name__ == "QLinear") is is_shared
-    assert_rounded(run(ours, **inputs), expected)
+    if family is GPT2 and not is_shared:  # has Conv1D and layers per head alone, and quanto rounds nn.Linear
+        assert torch.equal(run(ours, **inputs), expected)
+    else:
+        assert_rounded(run(ours, **inputs), expected)
 
 
 @every_model
