@@ -303,5 +303,5 @@ def test_processes_that_see_other_files_stop(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
     monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
     check_all_see(tmp_path, "checkpoint: checkpoint-2")
-    with pytest.raises(SystemExit, match=r"Not all processes see the same files.*checkpoint-2; checkpoint: None.*storage"):
+    with pytest.raises(SystemExit, match=r"Not all processes see the same files.*None; checkpoint: checkpoint-2.*storage"):
         check_all_see(tmp_path, "checkpoint: None")
