@@ -82,7 +82,7 @@ test-newest:
 
 # Has an environment of its own, so that all other tests show what works without these libraries
 test-clients: BIN := .venv-clients/bin
-test-clients: .venv-clients/installed .venv-demo/testable ## Run the tests of TRL, torchao and other clients, and the page's
+test-clients: .venv-clients/installed .venv-demo/testable ## Run the tests of TRL, DeepSpeed, torchao and other clients, and the page's
 	$(TESTS) tests/clients
 	OMP_NUM_THREADS=1 .venv-demo/bin/python -m pytest -q tests/clients/test_demo.py
 

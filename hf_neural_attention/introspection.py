@@ -18,6 +18,7 @@ from .models.neural_attention_interface import NeuralConfigView, mask_of_call, s
 from .models.neural_attention_masking import mask_scores
 from .models.neural_attention_reference import cap, expand_heads
 from .models.neural_attention_scorer import is_compact
+from .models.neural_attention_zero3 import is_run_by_deepspeed, whole_shape
 
 
 # Classes that count a model's parameters when put around it, by name, since not every build of torch has them
@@ -40,9 +41,15 @@ def unwrap(model: Any) -> nn.Module:
 
 def is_sharded(module: nn.Module) -> bool:
     """Whether a module's parameters have been taken over by several processes."""
-    if any(parent.__name__ in SHARDING_CLASSES for parent in type(module).__mro__):
+    if is_run_by_deepspeed(module) or any(parent.__name__ in SHARDING_CLASSES for parent in type(module).__mro__):
         return True
     return any(hasattr(parameter, "device_mesh") for parameter in module.parameters(recurse=False))  # asks for DTensors
+
+
+def count(tensors: Iterable[torch.Tensor]) -> tuple[int, int]:
+    """Numbers in tensors, and their bytes; of parameters that processes share, those of all together."""
+    sizes = [(whole_shape(tensor).numel(), tensor.element_size()) for tensor in tensors]
+    return sum(number for number, _ in sizes), sum(number * size for number, size in sizes)
 
 
 def is_scorer(module: nn.Module) -> bool:

@@ -34,6 +34,7 @@ from training.neural_arguments import NeuralArguments
 from training.new_models import DROPOUT, FamilyArguments, Size, build_new, check_new, check_one_source, family_note, new_config
 from training.reporting import Task
 from training.runner import carry_out
+from training.whole_models import whole
 
 
 @dataclass
@@ -104,6 +105,7 @@ def config_of(model: ModelArguments, image: ImageArguments, labels: list[str]) -
     )
 
 
+@whole
 def build_model(
     arm: Arm, model: ModelArguments, neural: NeuralArguments, image: ImageArguments, labels: list[str], seed: int = 0
 ) -> PreTrainedModel:

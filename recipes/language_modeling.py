@@ -31,6 +31,7 @@ from training.reporting import Task
 from training.runner import carry_out
 from training.text import TextArguments, load_text, load_tokenizer
 from training.text_task import MEASURES, fit_to, prepare
+from training.whole_models import whole
 
 
 @dataclass
@@ -73,6 +74,7 @@ def config_of(model: ModelArguments, text: TextArguments, tokenizer: PreTrainedT
     return new_config(model, GPT2, MODEL_FOR_CAUSAL_LM_MAPPING, sizes, data)
 
 
+@whole
 def build_model(
     arm: Arm,
     model: ModelArguments,

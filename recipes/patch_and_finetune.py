@@ -47,9 +47,10 @@ from training.neural_arguments import NeuralArguments
 from training.new_models import family_note, patch_settings
 from training.prepared_data import PreparedData
 from training.reporting import Results, Task
-from training.run_folder import STAGES, claim_folder
+from training.run_folder import STAGES, check_all_see, claim_folder
 from training.runner import carry_out
 from training.text import TextArguments, load_text, load_tokenizer
+from training.whole_models import whole
 
 
 CALIBRATED = "calibrated"
@@ -85,6 +86,7 @@ def text_data(checkpoint: CheckpointArguments, text: TextArguments, training: Tr
     check_positions(text, getattr(config, "max_position_embeddings", None) or text.block_size)
     data = text_task.prepare(text, splits, tokenizer, checkpoint.prompt, training.seed)
 
+    @whole
     def build() -> PreTrainedModel:
         return AutoModelForCausalLM.from_pretrained(checkpoint.model_name_or_path)
 
@@ -104,6 +106,7 @@ def image_data(
     images = fit_labels(images, name, config, ignored)
     data = image_task.prepare(image, images, processor, training, [])
 
+    @whole
     def build() -> PreTrainedModel:
         return load_classifier(AutoModelForImageClassification.from_pretrained, name, images.labels, ignored)
 
@@ -164,6 +167,7 @@ def measure_stages(experiment: Experiment, checkpoint: CheckpointArguments, stag
         save_patch(model, experiment.folder / CALIBRATED)
         write_json(experiment.folder / STAGES, stages)
     PartialState().wait_for_everyone()  # waits, since the others load what the first process has saved
+    check_all_see(experiment.folder, f"calibrated: {(experiment.folder / CALIBRATED).is_dir()}")
     measure("calibrated", model)
 
 

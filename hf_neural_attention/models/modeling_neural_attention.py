@@ -13,7 +13,9 @@ from .neural_attention_cache import CACHE_ARGUMENT, NEURAL_CACHES, replace_cache
 from .neural_attention_compact import CompactAttentionMixin, folded_modules, reason_against_folding
 from .neural_attention_interface import attach_scorer, check_implementation
 from .neural_attention_names import forget_names, origin_of
-from .neural_attention_scorer import NeuralScorer, resolve_sizes
+from .neural_attention_packing import PackedScorer
+from .neural_attention_scorer import CompactScorer, NeuralScorer, resolve_sizes
+from .neural_attention_zero3 import is_shared_out
 
 
 # Arguments of `from_pretrained` that say where a config comes from
@@ -28,6 +30,18 @@ class ScoredAttentionMixin:
     _supports_flash_attn = False
     _supports_flex_attn = False
     _supports_context_parallel = False
+
+    def _init_weights(self, module: nn.Module) -> None:
+        # runs after the scorer's own layers, and so overrides what the stock rule (std 0.02) did to them
+        if isinstance(module, NeuralScorer | PackedScorer):
+            module.reset_parameters()
+            return
+        if isinstance(module, CompactScorer) and is_shared_out(module):
+            module.draw_ahead()
+            return
+        super()._init_weights(module)
+        if isinstance(module, CompactAttentionMixin):  # draws the scorer's weights as well
+            module.reset_parameters()
 
     def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args, **kwargs) -> str:
         check_known_implementation(self, attn_implementation)
@@ -83,15 +97,6 @@ class NeuralPreTrainedModelMixin(ScoredAttentionMixin):
         return loaded
 
     compact_attention_class: type[CompactAttentionMixin]
-
-    def _init_weights(self, module: nn.Module) -> None:
-        # runs after the scorer's own layers, and so overrides what the stock rule (std 0.02) did to them
-        if isinstance(module, NeuralScorer):
-            module.reset_parameters()
-            return
-        super()._init_weights(module)
-        if isinstance(module, CompactAttentionMixin):  # draws the scorer's weights as well
-            module.reset_parameters()
 
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
         # Says False, since for models outside `transformers.` the stock method skips modules without direct parameters, and so

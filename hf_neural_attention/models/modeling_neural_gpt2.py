@@ -26,6 +26,7 @@ from transformers.pytorch_utils import Conv1D
 from .configuration_neural_gpt2 import NeuralGPT2Config
 from .modeling_neural_attention import NeuralHeadMixin, NeuralPreTrainedModelMixin, attach_scorers
 from .neural_attention_compact import CompactAttentionMixin
+from .neural_attention_initialization import is_loaded
 
 
 class CompactGPT2Attention(CompactAttentionMixin, GPT2Attention):
@@ -41,6 +42,8 @@ class CompactGPT2Attention(CompactAttentionMixin, GPT2Attention):
             (self.c_attn.weight, (query_weight.T, key_weight.T)),
             (self.c_attn.bias, (query_bias, key_bias)),
         ):
+            if is_loaded(parameter):  # and may be apart, under ZeRO-3
+                continue
             values = parameter[..., 2 * self.projection_size :]
             initialization.copy_(parameter, torch.cat((*(part.to(values) for part in parts), values), dim=-1))
 

@@ -21,10 +21,11 @@ from transformers import Cache
 from transformers.cache_utils import QuantizedLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .neural_attention_initialization import CompactWeights, draw_compact_weights, needs_weights
+from .neural_attention_initialization import CompactWeights, draw_compact_weights, is_loaded, needs_weights
 from .neural_attention_interface import NeuralConfigView
 from .neural_attention_reference import ScorerWeights, first_layer_of_key, first_layer_of_query
 from .neural_attention_scorer import CompactScorer, is_compact
+from .neural_attention_zero3 import gathered, is_shared_out
 
 
 # Where Transformers defines the hooks that record attentions and hidden states
@@ -84,25 +85,34 @@ class CompactAttentionMixin:
 
     @torch.no_grad()
     def write_weights(self, weights: CompactWeights) -> None:
-        query_weight, query_bias, key_weight, key_bias, of_pairs = weights
+        self.write_projections(weights)
+        self.scorer.reset_parameters(weights.of_pairs)
+
+    @torch.no_grad()
+    def write_projections(self, weights: CompactWeights) -> None:
+        query_weight, query_bias, key_weight, key_bias, _ = weights
         self.write_first_layer(query_weight.flatten(0, 1), query_bias.flatten(), key_weight.flatten(0, 1), key_bias.flatten())
-        self.scorer.reset_parameters(of_pairs)
 
     def reset_parameters(self) -> None:
         """Draws new weights of what is not stock. Weights that `from_pretrained` has just loaded are left as they are."""
+        ahead = vars(self.scorer).pop("drawn_ahead", None)
         if not needs_weights(self):  # type: ignore[arg-type]
             self.scorer.reset_parameters()
             return
-        self.write_weights(
-            draw_compact_weights(
-                self.scorer.init,
-                self.hidden_size,
-                self.scorer.hidden_dims,
-                self.num_attention_heads,
-                self.scorer.num_heads is not None,
-                self.scorer.mode,
-            )
+        drawn = draw_compact_weights(
+            self.scorer.init,
+            self.hidden_size,
+            self.scorer.hidden_dims,
+            self.num_attention_heads,
+            self.scorer.num_heads is not None,
+            self.scorer.mode,
+            ahead,
         )
+        if ahead is None:
+            self.scorer.reset_parameters(drawn.of_pairs)
+        others = (child for child in self.children() if child is not self.scorer)  # type: ignore[attr-defined]
+        with gathered(each for child in others for each in child.parameters() if not is_loaded(each)):
+            self.write_projections(drawn)
 
     def split_heads(self, states: torch.Tensor, size: int) -> torch.Tensor:
         """`[B, T, H * size]` -> `[B, H, T, size]`."""
@@ -192,6 +202,8 @@ def reason_against_folding(model: nn.Module) -> str | None:
     whole = {name: module for name, module in neural.items() if not is_compact(module.scorer)}
     if not whole:
         return "it is compact already" if neural else "it has no neural layer"
+    if any(map(is_shared_out, whole.values())):
+        return "its weights are shared out among processes (DeepSpeed ZeRO-3); make it compact in one, and save it"
     for name, module in whole.items():
         if module.scorer.mode == "residual":
             return f"the scorer of {name!r} has mode {module.scorer.mode!r}, whose dot product needs whole queries and keys"

@@ -41,11 +41,21 @@ def paper_weights(head_dim: int, proj_dim: int, first: int, second: int) -> Scor
 
 
 def needs_weights(module: nn.Module) -> bool:
-    """Whether a module has parameters in memory that `from_pretrained` has not just loaded. Only then is anything drawn, since
-    that takes time, random numbers of the program, and threads that forked processes would miss."""
-    return not any(parameter.is_meta for parameter in module.parameters()) and not all(
-        getattr(parameter, "_is_hf_initialized", False) for parameter in module.parameters()
-    )
+    """Whether a module has parameters in memory that `from_pretrained` has not just loaded, and will not load or draw later.
+    Only then is anything drawn, since that takes time, random numbers of the program, and threads that forked processes would
+    miss."""
+    parameters = list(module.parameters())
+    return not (any(parameter.is_meta for parameter in parameters) or is_left_for_later() or all(map(is_loaded, parameters)))
+
+
+def is_loaded(parameter: torch.Tensor) -> bool:
+    return getattr(parameter, "_is_hf_initialized", False)
+
+
+def is_left_for_later() -> bool:
+    """Whether Transformers makes a model now whose weights it loads or draws afterwards (`no_init_weights`), as it does under
+    ZeRO-3. All initialisation of torch does nothing then."""
+    return nn.init.zeros_(torch.empty(0)) is None
 
 
 def mirrored_weights(head_dim: int, proj_dim: int, first: int, second: int) -> ScorerWeights:
@@ -62,16 +72,17 @@ def mirrored_weights(head_dim: int, proj_dim: int, first: int, second: int) -> S
       arc-cosine kernel of order 1): no sample is needed.
     - biases: zero. `linear2`'s therefore gets a zero gradient at the very start, as it moves all scores of a row together.
     """
-    # overrides torch's defaults, since it has no QR decomposition in half precision, nor float64 on every device
+    # overrides defaults, also those of DeepSpeed, whose `zero.Init` casts what torch makes: a QR decomposition needs float32,
+    # and not every device has float64
     where: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
-    q_weight, k_weight = (nn.init.orthogonal_(torch.empty(proj_dim, head_dim, **where)) for _ in range(2))
-    halves = torch.randn(2, (first + 1) // 2, proj_dim, **where)
+    q_weight, k_weight = (nn.init.orthogonal_(torch.empty(proj_dim, head_dim, **where).float()) for _ in range(2))
+    halves = torch.randn(2, (first + 1) // 2, proj_dim, **where).float()
     halves = halves / halves.norm(dim=-1, keepdim=True) / math.sqrt(2)
     directions = torch.cat(tuple(halves), dim=-1)
     weight1 = torch.stack((directions, -directions), dim=1).flatten(0, 1)[:first]
     weight2 = torch.rand(second, first, **where) + 0.1
     weight2 = weight2 / weight2.norm(dim=-1, keepdim=True)
-    weight3 = torch.randn(1, second, **where)
+    weight3 = torch.randn(1, second, **where).float()
     if first == 1:
         weight3 = weight3.abs()  # avoids that equal units of linear2 cancel
 
@@ -122,13 +133,19 @@ class CompactWeights(NamedTuple):
 
 
 def draw_compact_weights(
-    init: str, hidden_size: int, hidden_dims: tuple[int, int], num_heads: int, per_head: bool, mode: str = "replace"
+    init: str,
+    hidden_size: int,
+    hidden_dims: tuple[int, int],
+    num_heads: int,
+    per_head: bool,
+    mode: str = "replace",
+    of_pairs: ScorerWeights | None = None,
 ) -> CompactWeights:
     """New weights, in float32 on the CPU: those of one scorer a head that sees hidden states as its queries and keys.
 
     With `"mirrored"`, scores of all heads start with standard deviation `INITIAL_SCORE_STD` on unit-normal hidden states,
-    which is what a LayerNorm hands on. Where heads share the layers that act on pairs, the first layer of each head is scaled
-    to that.
+    which is what a LayerNorm hands on. Where the layers that act on pairs are not of the same draw as a head's first layer
+    (heads share them, or they are given as `of_pairs`), the first layer is scaled to that.
     """
     drawn = draw_weights(init, hidden_size, hidden_dims[0], (hidden_dims[0], hidden_dims[1] or 1), num_heads)
     if mode == "thin":
@@ -136,14 +153,16 @@ def draw_compact_weights(
         return CompactWeights(*drawn[:4], nothing)  # type: ignore[arg-type]
     query_weight, query_bias = first_layer_of_query(drawn)
     key_weight, key_bias = first_layer_of_key(drawn)
-    of_pairs = drawn.without_first_layer()
-    if not per_head:
-        of_pairs = ScorerWeights(*(None if layer is None else layer[0] for layer in of_pairs))  # type: ignore[arg-type]
-        if init == "mirrored":
-            coefficients = (of_pairs.weight3 @ of_pairs.weight2).squeeze(0)
-            for head in range(num_heads):
-                units = torch.cat((query_weight[head], key_weight[head]), dim=-1)
-                gain = INITIAL_SCORE_STD / relu_sum_std(coefficients, units @ units.T)
-                query_weight[head] *= gain
-                key_weight[head] *= gain
+    is_drawn_together = per_head and of_pairs is None
+    if of_pairs is None:
+        of_pairs = drawn.without_first_layer()
+        if not per_head:
+            of_pairs = ScorerWeights(*(None if layer is None else layer[0] for layer in of_pairs))  # type: ignore[arg-type]
+    if init == "mirrored" and not is_drawn_together:
+        coefficients = (of_pairs.weight3 @ of_pairs.weight2).squeeze(-2).expand(num_heads, -1)
+        for head in range(num_heads):
+            units = torch.cat((query_weight[head], key_weight[head]), dim=-1)
+            gain = INITIAL_SCORE_STD / relu_sum_std(coefficients[head], units @ units.T)
+            query_weight[head] *= gain
+            key_weight[head] *= gain
     return CompactWeights(query_weight, query_bias, key_weight, key_bias, of_pairs)

@@ -15,6 +15,7 @@ from transformers.cache_utils import StaticLayer
 
 from .neural_attention_compact import fold, place_like
 from .neural_attention_scorer import CompactScorer
+from .neural_attention_zero3 import is_apart
 
 
 class PackedScorer(CompactScorer):
@@ -103,7 +104,10 @@ def narrow_layer(old: nn.Linear, weight: torch.Tensor, bias: torch.Tensor, size:
 
 
 def empty_layer(old: nn.Linear, num_numbers: int, size: int) -> nn.Linear:
-    made = nn.Linear(old.in_features, -(-num_numbers // size) * size, bias=True, device="meta")
+    width = -(-num_numbers // size) * size
+    if is_apart(old.weight):  # is being made under `zero.Init`, which shares out what is made there by itself
+        return nn.Linear(old.in_features, width, bias=True)
+    made = nn.Linear(old.in_features, width, bias=True, device="meta")
     place_like(made, old)
     return made
 

@@ -1,5 +1,6 @@
 """The network that scores a query against a key, as a module: its weights and its forward."""
 
+from collections.abc import Iterable
 from contextlib import nullcontext
 from typing import Any
 
@@ -10,9 +11,10 @@ from transformers import initialization
 from .configuration_neural_attention import INITIALIZATIONS, MODES
 from .neural_attention_blockwise import without_autocast
 from .neural_attention_functional import scorer_attention
-from .neural_attention_initialization import draw_weights, needs_weights
+from .neural_attention_initialization import draw_weights, is_loaded, needs_weights
 from .neural_attention_parallel import weights_of_share
 from .neural_attention_reference import ScorerWeights, expand_heads, key_features, query_features
+from .neural_attention_zero3 import bring_in, check_together, gathered, is_hook_of_deepspeed, is_run_by_deepspeed
 
 
 try:
@@ -57,6 +59,14 @@ class Scorer(nn.Module):
     head_dim: int  # size of the queries and keys that it takes
     mesh_of_heads: Any = None  # the processes that share the heads, if there are any (see `share_heads`)
 
+    def write_weights(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Sets weights and biases of the layers that it has, in their order, but for those that are loaded already. Under
+        ZeRO-3, where all parameters are apart, all processes must do so."""
+        targets = [parameter for layer in self.layers if layer is not None for parameter in (layer.weight, layer.bias)]
+        with gathered(target for target in targets if not is_loaded(target)):
+            for target, source in zip(targets, tensors, strict=True):
+                initialization.copy_(target, source)
+
     def freeze_idle(self) -> None:
         """Freezes the bias of the last layer, which has no effect; loading makes everything trainable, and so thaws it."""
         if self.linear3 is not None:
@@ -65,6 +75,8 @@ class Scorer(nn.Module):
     def weights(self) -> ScorerWeights:
         """The weights as plain tensors. A layer that an adapter or a quantiser has wrapped is asked for what it computes:
         its effective weight is its response to the identity matrix."""
+        if is_run_by_deepspeed(self):
+            bring_in(self)
         pairs = ((None, None) if layer is None else effective_weights(layer) for layer in self.layers)
         weights = ScorerWeights(*(tensor for pair in pairs for tensor in pair))  # type: ignore[arg-type]
         return weights if self.mesh_of_heads is None else weights_of_share(weights, self.mesh_of_heads)
@@ -222,13 +234,9 @@ class NeuralScorer(Scorer):
             return
         first, second = self.hidden_dims
         drawn: Any = draw_weights(self.init, self.head_dim, self.proj_dim, (first, second or 1), self.num_heads)
-        present = [layer for layer in self.layers if layer is not None]
-        targets = [parameter for layer in present for parameter in (layer.weight, layer.bias)]
-        for target, source in zip(targets, drawn[: len(targets)], strict=True):
-            initialization.copy_(target, source)
         if self.mode == "residual":
-            initialization.zeros_(self.linear3.weight)
-            initialization.zeros_(self.linear3.bias)
+            drawn = (*drawn[:-2], *map(torch.zeros_like, drawn[-2:]))
+        self.write_weights(drawn if self.linear3 is not None else drawn[:4])
 
     def project_queries(self, query: torch.Tensor) -> torch.Tensor:
         """The part of queries in the first hidden layer, its bias included.
@@ -325,11 +333,18 @@ class CompactScorer(Scorer):
         if self.linear2 is None or self.linear3 is None or not needs_weights(self):
             return
         if drawn is None:
-            drawn = draw_weights(self.init, self.hidden_dims[0], self.hidden_dims[0], self.hidden_dims, self.num_heads)
-        targets = self.linear2.weight, self.linear2.bias, self.linear3.weight, self.linear3.bias
-        of_pairs: Any = drawn[6:]
-        for target, source in zip(targets, of_pairs, strict=True):
-            initialization.copy_(target, source)
+            drawn = self.draw()
+        self.write_weights(drawn[6:])
+
+    def draw(self) -> ScorerWeights:
+        return draw_weights(self.init, self.hidden_dims[0], self.hidden_dims[0], self.hidden_dims, self.num_heads)
+
+    def draw_ahead(self) -> None:
+        """Draws weights, and keeps a copy for the attention module around, whose first layer shall fit them. Under ZeRO-3 that
+        module cannot draw both, since Transformers brings in what it has itself, and its children, and no more."""
+        if self.linear2 is not None:
+            self.drawn_ahead = self.draw()
+            self.reset_parameters(self.drawn_ahead)
 
 
 def is_quantised(weight: torch.Tensor) -> bool:
@@ -346,9 +361,11 @@ def is_compact(scorer: Any) -> bool:
 
 def effective_weights(layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """Weight `[out, in]` and bias `[out]` of a linear layer (`[H, ...]` per head) that is plain, quantised or wrapped."""
-    # passes over layers with hooks, since torch's pruning computes the weight in one, before each call
-    if type(layer) in (nn.Linear, PerHeadLinear) and not layer._forward_pre_hooks:
+    # passes over layers with hooks of others, since torch's pruning computes the weight in one, before each call
+    hooks = layer._forward_pre_hooks
+    if type(layer) in (nn.Linear, PerHeadLinear) and (not hooks or all(map(is_hook_of_deepspeed, hooks.values()))):
         if not is_quantised(layer.weight):
+            check_together(layer)
             # brings in what accelerate keeps on the CPU or on disk
             with align_module_device(layer) if layer.weight.is_meta else nullcontext():
                 return layer.weight, layer.bias

@@ -21,7 +21,7 @@ from ..models.neural_attention_names import forget_names
 from ..models.neural_attention_reference import key_features, reference_scores
 from .errors import PatchError
 from .layers import tokens_of_queries
-from .patching import check_unsharded, check_whole
+from .patching import check_unsharded, check_weights_together, check_whole
 from .records import check_plain
 from .reports import table
 
@@ -90,6 +90,7 @@ def calibrate(
         if not number > 0:
             raise ValueError(f"`{name}` is {number!r}; it must be positive.")
     check_unsharded(model)
+    check_weights_together(model, "calibrated")
     base = unwrap(model)
     layers: dict[str, Any] = {name: module for name, module, _ in neural_layers(base)}
     if not layers:

@@ -9,7 +9,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..diagnostics import explain
-from ..introspection import is_born_neural, is_sharded, left_as_it_was, neural_layers, patched_modules, unwrap
+from ..introspection import count, is_born_neural, is_sharded, left_as_it_was, neural_layers, patched_modules, unwrap
 from ..models.modeling_neural_attention import mark_compact
 from ..models.modeling_neural_patched import COMPACT_CLASSES
 from ..models.neural_attention_compact import folded_modules, reason_against_folding
@@ -208,10 +208,6 @@ def plan_of(
     status = PatchStatus(PatchedLayer.of(name, scorer) for name, _, scorer in neural_layers(model))
     backends = explain(model)
     undo()
-    scorers = [parameter for module in layers.values() for parameter in module.scorer.parameters()]
-    stock = ModelSize(
-        before.num_parameters - sum(parameter.numel() for parameter in scorers),
-        before.num_bytes - sum(parameter.numel() * parameter.element_size() for parameter in scorers),
-        before.cache_bytes_per_token,
-    )
+    numbers, size = count(parameter for module in layers.values() for parameter in module.scorer.parameters())
+    stock = ModelSize(before.num_parameters - numbers, before.num_bytes - size, before.cache_bytes_per_token)
     return CompactPlan(status, stock, before, after, backends)

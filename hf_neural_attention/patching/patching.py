@@ -19,6 +19,7 @@ from ..models.neural_attention_interface import (
 )
 from ..models.neural_attention_names import CHANGED, adapter_configs, forget_names, names_of, neural_parts
 from ..models.neural_attention_scorer import NeuralScorer
+from ..models.neural_attention_zero3 import is_apart
 from .arguments import unhonoured
 from .errors import AlreadyPatchedError, PatchError, ProbeError, UnsupportedLayerError
 from .layers import Layers, attention_modules, choose_layers, listed
@@ -66,7 +67,8 @@ def patch(
     Args:
         model (`nn.Module`): A model whose attention modules fetch their function from Transformers' `AttentionInterface`
             (most of them do), under `attn_implementation` "eager" or "sdpa". Compiled or with adapters of peft, as you like;
-            patch before `DistributedDataParallel` or FSDP come around it.
+            patch before `DistributedDataParallel` or FSDP come around it. If DeepSpeed's `zero.Init` has shared
+            its weights out, all processes must call this; the scorers of the first are taken.
         layers (`list[int]`, `"all"`, `list[str]`, or `(name, module) -> bool`): Indices count the self-attention layers of
             each stack by itself, in the order of the model, negative ones from the end: `[0]` is the first of the encoder
             and the first of the decoder. A stack is a list of attention modules whose names differ in numbers only. `"all"`
@@ -247,6 +249,16 @@ def check_unsharded(model: nn.Module) -> None:
                 f"{type(module).__name__} has taken over the parameters of this model and would not know of new ones. Patch "
                 "(and calibrate) the model before it is wrapped or sharded."
             )
+
+
+def check_weights_together(model: nn.Module, what: str) -> None:
+    """Raises a PatchError if weights of a model are in parts now, each in another process."""
+    if any(map(is_apart, model.parameters())):
+        raise PatchError(
+            f"This {type(model).__name__} cannot be {what}: its weights are shared out among processes (DeepSpeed ZeRO-3). "
+            "Do so in one process, and save the model, to be loaded under ZeRO-3. Or load it before anything asks for ZeRO-3 "
+            "(`TrainingArguments`, `HfDeepSpeedConfig`): DeepSpeed shares its weights out when training starts."
+        )
 
 
 def check_settings(proj_dim: Any, hidden_dims: Any, per_head: Any) -> None:

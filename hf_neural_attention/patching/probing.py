@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_map_only
 from transformers import PreTrainedModel
 
 from ..introspection import left_as_it_was, observed, unwrap
+from ..models.neural_attention_zero3 import gathered, whole_shape
 from .arguments import takes_what_is_known
 from .inputs import attention_inputs, possible_inputs
 from .names import is_cross_attention
@@ -100,7 +101,7 @@ def probe(
         parameter.is_meta for parameter in model.parameters()
     )
     if has_weights and failures and not all(calls.values()):
-        with left_as_it_was(model) as device:
+        with left_as_it_was(model) as device, gathered(model.parameters()):
             failures = run_parts(model, names, nullcontext(), device, example_inputs)
     said = [f"{name} said: {reason}." for name, reason in failures.items()]
     if type(model).__name__ not in failures:
@@ -113,7 +114,7 @@ def skeleton(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
     memo: dict[int, Any] = {}
     with mode:
         for tensor in (*model.parameters(), *model.buffers()):
-            empty = torch.empty(tensor.shape, dtype=tensor.dtype)
+            empty = torch.empty(whole_shape(tensor), dtype=tensor.dtype)
             memo[id(tensor)] = nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
     # leaves out accelerate's hooks, since they hold weights
     memo |= {id(module._hf_hook): None for module in model.modules() if hasattr(module, "_hf_hook")}

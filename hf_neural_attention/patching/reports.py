@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from ..diagnostics import Explanation
+from ..introspection import count
 from ..models.neural_attention_scorer import is_compact
 from .sizes import SIZE_TITLES, ModelSize
 
@@ -24,7 +25,6 @@ class PatchedLayer(NamedTuple):
 
     @classmethod
     def of(cls, layer: str, scorer: Any) -> "PatchedLayer":
-        parameters = list(scorer.parameters())
         return cls(
             layer,
             scorer.head_dim,
@@ -34,8 +34,7 @@ class PatchedLayer(NamedTuple):
             scorer.num_heads is not None,
             scorer.init,
             is_compact(scorer),
-            sum(parameter.numel() for parameter in parameters),
-            sum(parameter.numel() * parameter.element_size() for parameter in parameters),
+            *count(scorer.parameters()),
         )
 
 

@@ -18,6 +18,7 @@ from ..models.configuration_neural_patched import check_version
 from ..models.modeling_neural_patched import name_in
 from ..models.neural_attention_names import origin_of
 from ..models.neural_attention_scorer import NeuralScorer
+from ..models.neural_attention_zero3 import gathered
 from ..uploading import upload
 from .errors import PatchError
 from .layers import attention_modules, listed
@@ -50,10 +51,11 @@ def save_patch(
     revision and class, each layer's settings, versions), and a README.md if there is none. `load_patch` reads them.
 
     Args:
-        model (`nn.Module`): A patched model, however wrapped. Sharded by FSDP2, all processes must call this.
+        model (`nn.Module`): A patched model, however wrapped. Sharded by FSDP2 or DeepSpeed ZeRO-3, all processes must call
+            this.
         save_directory (`str` or `Path`): Is made if it is not there.
         state_dict (`dict`, *optional*): The model's whole state dict, where it cannot be had from the model itself:
-            `accelerator.get_state_dict(model)` under FSDP1 or DeepSpeed ZeRO-3.
+            `accelerator.get_state_dict(model)` under FSDP1.
         is_main_process (`bool`): Whether this process writes. Default: where several train, the first of them.
         base_revision (`str`): Of the base model on the Hub. Default: the commit in the cache, if it holds one only.
         push_to_hub (`bool`): Also upload the folder. Default: False.
@@ -71,10 +73,13 @@ def save_patch(
         check_plain(name, module.scorer)
     if state_dict is not None and not is_main_process:
         return  # stops here, since a gathered `state_dict` is empty on the other processes
-    own = weights_of({name: module.scorer for name, module in patched_modules(unwrap(model)).items()})
-    weights = {
-        key: whole_tensor(key, tensor if state_dict is None else found_in(state_dict, key)) for key, tensor in own.items()
-    }
+    scorers = {name: module.scorer for name, module in patched_modules(unwrap(model)).items()}
+    apart = [parameter for scorer in scorers.values() for parameter in scorer.parameters()] if state_dict is None else []
+    with gathered(apart):
+        weights = {
+            key: whole_tensor(key, tensor if state_dict is None else found_in(state_dict, key))
+            for key, tensor in weights_of(scorers).items()
+        }
     if not is_main_process:
         return
     for key, tensor in weights_of(empty_scorers(record, "the model")).items():

@@ -7,7 +7,7 @@ import torch
 import transformers
 from torch import nn
 
-from ..introspection import is_born_neural, unwrap
+from ..introspection import count, is_born_neural, unwrap
 from ..registration import FAMILIES
 from .errors import NoPatchableLayerError
 from .layers import attention_modules
@@ -40,10 +40,7 @@ def size_of(model: nn.Module, calls: Calls | None = None, example_inputs: Mappin
         calls: from `probe`, if it has been run already.
     """
     tensors = [*model.parameters(), *model.buffers()]
-    num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-    return ModelSize(
-        sum(parameter.numel() for parameter in model.parameters()), num_bytes, cache_bytes(model, calls, example_inputs)
-    )
+    return ModelSize(count(model.parameters())[0], count(tensors)[1], cache_bytes(model, calls, example_inputs))
 
 
 def cache_bytes(model: nn.Module, calls: Calls | None, example_inputs: Mapping[str, Any] | None) -> int | None:

@@ -11,7 +11,7 @@ from torch import nn
 
 from ..introspection import call_of, left_as_it_was, moved, observed, unwrap
 from ..patching.layers import attention_modules, listed, tokens_of_queries
-from ..patching.patching import check_unsharded
+from ..patching.patching import check_unsharded, check_weights_together
 from ..patching.reports import table
 from ..patching.tracing import run_until_reached
 from ..scores import attend, statistics_of_layer
@@ -107,6 +107,7 @@ def start_scores(
         raise ValueError(f"`spread` is {spread!r}; it must be a number of at least zero.")
     base = unwrap(model)
     check_unsharded(model)
+    check_weights_together(model, "started")
     modules = attention_modules(base)
     if any(parameter.is_meta for parameter in base.parameters()):
         raise ValueError(f"This {type(base).__name__} has weights without numbers (on the meta device, or offloaded).")

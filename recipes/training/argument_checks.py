@@ -1,5 +1,6 @@
 """Arguments of training that a recipe cannot honour, or that end its run after hours."""
 
+import torch
 from transformers import SchedulerType, TrainingArguments
 
 from tools.command_lines import at_least
@@ -34,6 +35,7 @@ def check_training(training: TrainingArguments, neural: NeuralArguments, measure
         at_least("watch_scores", neural.watch_scores, 1)
     except ValueError as error:
         raise SystemExit(f"{error}") from None
+    check_processes(training)
     if training.label_names not in (None, ["labels"]):
         raise SystemExit(
             f"--label_names {' '.join(training.label_names)}: the recipes' examples have theirs in `labels` alone."
@@ -60,6 +62,16 @@ def check_training(training: TrainingArguments, neural: NeuralArguments, measure
                 "--eval_do_concat_batches False: accuracy is measured of all batches together. To keep no predictions, take "
                 "--batch_eval_metrics True."
             )
+
+
+def check_processes(training: TrainingArguments) -> None:
+    """Raises SystemExit if accelerate takes each of several processes for the only one. All of them would save and report."""
+    started = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    if training.world_size != started:
+        raise SystemExit(
+            f"{started} processes were started, and accelerate knows {training.world_size}: it finds no GPUs for DeepSpeed. "
+            "On CPUs use `accelerate launch` with a configuration for DeepSpeed (not --deepspeed), and add --ddp_backend gloo."
+        )
 
 
 def check_halving(training: TrainingArguments, halve_learning_rate_after: int | None) -> None:

@@ -16,6 +16,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from tools.saying import say
 from training.images import ImageArguments, LabelledImages
 from training.labels import in_order_of
 from training.text import TextArguments
@@ -33,7 +34,7 @@ def check_tokens(text: TextArguments, tokenizer: PreTrainedTokenizerBase, checkp
             "together. Choose the checkpoint's own with --tokenizer_name."
         )
     if text.tokenizer_name is not None and len(tokenizer) < embeddings:
-        print(
+        say(
             f"Note: the tokenizer {text.tokenizer_name} has {len(tokenizer)} tokens and the checkpoint embeddings for "
             f"{embeddings}. If it is not the one that the checkpoint was trained with, training starts from noise."
         )
@@ -106,7 +107,7 @@ def fit_labels(
     if stored == labels or are_unnamed(stored, labels):
         return images
     if sorted(stored) == sorted(labels):
-        print(f"Note: {checkpoint} has the labels of the data in another order, which is kept ({', '.join(stored[:3])}, ...).")
+        say(f"Note: {checkpoint} has the labels of the data in another order, which is kept ({', '.join(stored[:3])}, ...).")
         return LabelledImages(in_order_of(images.splits, stored), stored)
     if not ignore_mismatched_sizes:
         raise SystemExit(

@@ -18,6 +18,7 @@ from transformers import (
 
 from hf_neural_attention.analysis import to_rgb
 from hf_neural_attention.metrics import Accuracy
+from tools.saying import say
 from training.augmentation import AugmentedImages, CountEpochs
 from training.images import EMBEDDED, ImageArguments, LabelledImages
 from training.pixels import with_pixels
@@ -44,7 +45,7 @@ def prepare(
     training_images = AugmentedImages(images.splits["train"], processor, image.augmentation, image.image_size, seed)
     held_out = {split: with_pixels(images.splits[split], processor, image.image_size) for split in ("validation", "test")}
     counts = ", ".join(f"{split} {data.num_rows:,}" for split, data in images.splits.items())
-    print(f"Images: {counts}; labels {len(images.labels)}")
+    say(f"Images: {counts}; labels {len(images.labels)}")
     return PreparedData(
         evaluate=lambda trainer: final_figures(trainer, held_out),
         show=lambda model, folder: draw_predictions(model, folder, images, processor, image),

@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 from datasets import ClassLabel, Dataset, DatasetDict, Value
 
+from tools.saying import say
+
 
 HELD_OUT_SHARE = 0.1
 SHOWN = 3  # examples in a message
@@ -47,7 +49,7 @@ def with_classes(splits: DatasetDict, name: str) -> tuple[DatasetDict, list[str]
     for split, data in splits.items():
         where = f"Split {split} of {name}"
         if is_hidden(labels[split], seen):
-            print(f"Note: {where} has no labels (all are -1 or missing): it is left aside, and cut from the training images.")
+            say(f"Note: {where} has no labels (all are -1 or missing): it is left aside, and cut from the training images.")
             continue
         check_labels(labels[split], seen, where)
         if data.features["label"] == ClassLabel(names=[str(label) for label in names]):

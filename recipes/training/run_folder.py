@@ -13,6 +13,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import TrainingArguments
 
 from tools.json_files import write_json
@@ -75,3 +76,20 @@ def settings_of(*arguments: Any) -> dict[str, Any]:
     for group in arguments:
         settings |= group.to_dict() if isinstance(group, TrainingArguments) else dataclasses.asdict(group)
     return json.loads(json.dumps(settings, default=str))
+
+
+def check_all_see(folder: Path, state: str) -> None:
+    """Whether all processes have found the same state of a run in its folder.
+
+    Raises:
+        SystemExit: if they have not. Each would go on from another place, and nobody would notice.
+    """
+    if not torch.distributed.is_initialized():
+        return
+    found = [state] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(found, state)
+    if any(each != state for each in found):
+        raise SystemExit(
+            f"Not all processes see the same files in {folder} ({'; '.join(sorted(set(found)))}). Put --output_dir on "
+            "storage that all machines share, or start anew in another folder."
+        )

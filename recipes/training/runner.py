@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from training.experiment import Experiment
 from training.neural_arguments import NeuralArguments
 from training.publishing import publish
 from training.reporting import Results, Task, report
-from training.run_folder import RESULTS, claim_folder
+from training.run_folder import RESULTS, check_all_see, claim_folder
 from training.timed_steps import training_step
 
 
@@ -76,7 +77,10 @@ def run(experiment: Experiment, arms: tuple[Arm, ...]) -> Results:
 
 def run_arm(experiment: Experiment, arm: Arm) -> dict[str, Any]:
     folder = experiment.folder / arm
-    if (folder / RESULTS).exists():
+    is_finished = (folder / RESULTS).exists()
+    checkpoint = None if is_finished else last_whole_checkpoint(folder, experiment.say)
+    check_all_see(folder, f"finished: {is_finished}, checkpoint: {checkpoint and Path(checkpoint).name}")
+    if is_finished:
         experiment.say(f"{arm}: finished before, see {folder / RESULTS}")
         return json.loads((folder / RESULTS).read_text())
     set_seed(experiment.training.seed)
@@ -91,7 +95,6 @@ def run_arm(experiment: Experiment, arm: Arm) -> dict[str, Any]:
     health, scores = {"start": experiment.health(trainer)}, {"start": experiment.scores(trainer)}
     if experiment.watch_scores is not None and not scores["start"]:
         raise SystemExit("--watch_scores: the scores of this model cannot be looked at (see above). Leave it out.")
-    checkpoint = last_whole_checkpoint(folder, experiment.say)
     experiment.say(f"{arm}: {'resuming from ' + checkpoint if checkpoint else 'training from the start'}")
     with checkpoints_as_they_are(model), peak_memory(experiment.training.device.type) as memory:
         trainer.train(resume_from_checkpoint=checkpoint)

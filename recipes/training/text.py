@@ -14,6 +14,7 @@ from tokenizers import processors
 from transformers import AutoTokenizer, BertTokenizer, GPT2Tokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from tools.command_lines import at_least
+from tools.saying import say
 from training.data_files import SPLITS, Files, files_of_splits, kind_of, read_files
 from training.hub_datasets import load_hub_dataset
 
@@ -114,7 +115,7 @@ def only_texts(data: Dataset, split: str, arguments: TextArguments) -> Dataset:
             "--text_column_name, or write the texts as strings."
         )
     if not has_text.all():
-        print(f"Note: {where} has no text in {(~has_text).sum():,} of {data.num_rows:,} rows, which are left out.")
+        say(f"Note: {where} has no text in {(~has_text).sum():,} of {data.num_rows:,} rows, which are left out.")
         data = data.select(np.flatnonzero(has_text))
     return data
 

@@ -7,6 +7,7 @@ import torch
 from datasets import DatasetDict
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, default_data_collator, set_seed
 
+from tools.saying import say
 from training.causal_models import loss_of_the_next_token, predicts_the_next_token
 from training.new_models import family_note
 from training.perplexity import perplexity
@@ -31,7 +32,7 @@ def prepare(
     """
     texts = {split: tokenize(data, text.text_column_name, tokenizer) for split, data in splits.items()}
     counts = ", ".join(f"{split} {len(part.tokens):,}" for split, part in texts.items())
-    print(f"Tokens: {counts}; vocabulary {len(tokenizer):,}")
+    say(f"Tokens: {counts}; vocabulary {len(tokenizer):,}")
     name = f"of {text.dataset_name}"
     if len(texts["test"].tokens) < 2:
         raise SystemExit(f"Split test {name} has {len(texts['test'].tokens)} token(s), too few to predict any.")

@@ -1,4 +1,4 @@
-"""Run by `test_distributed.py` in each of two processes: trains a patched model, and saves it in every way.
+"""Run by `test_distributed.py` in each of two processes: trains models with scorers, and saves them in every way.
 
 torchrun --nproc_per_node 2 distributed_training.py ddp|fsdp|trainer-ddp|trainer-fsdp FOLDER
 """
@@ -14,48 +14,50 @@ from datasets import Dataset
 from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainingArguments
 
-from hf_neural_attention import patch, save_patch
-from tests.helpers.stock_models import FAMILIES
-
-
-STEPS, RATE = 3, 0.5
-FAMILY = FAMILIES["llama"]
-WRAPPED = ["LlamaDecoderLayer"]
-
-
-def make_model() -> Any:
-    """Its scorers' weights are random, biases too: at birth, some gradients are nothing but rounding."""
-    model = patch(FAMILY.model(), "all", mode="replace", proj_dim=4).train()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if ".scorer." in name:
-                parameter.add_(0.3 * torch.randn_like(parameter))
-    return model
-
-
-def make_data() -> torch.Tensor:
-    """Token ids `[STEPS, 2 processes, tokens]`."""
-    return torch.randint(3, 98, (STEPS, 2, 12), generator=torch.Generator().manual_seed(0))
+from hf_neural_attention import save_patch
+from hf_neural_attention.introspection import compact_layers
+from tests.helpers.spread_models import RATE, SPREAD_MODELS, STEPS, SpreadModel, share_of
 
 
 def train_with_accelerate(kind: str, folder: Path) -> None:
     plugin = None
     if kind == "fsdp":
         let_accelerate_shard_on_cpus()
-        plugin = FullyShardedDataParallelPlugin(
-            fsdp_version=2, auto_wrap_policy="transformer_based_wrap", transformer_cls_names_to_wrap=WRAPPED
-        )
+        plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="transformer_based_wrap")
     accelerator = Accelerator(cpu=True, fsdp_plugin=plugin)
-    model = make_model()
+    for name, spread in SPREAD_MODELS.items():
+        if plugin is not None:
+            accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = [spread.layer]
+        train_one(kind, accelerator, spread, folder / name)
+        accelerator.free_memory()
+    accelerator.end_training()
+
+
+def train_one(kind: str, accelerator: Accelerator, spread: SpreadModel, folder: Path) -> None:
+    model = spread.build()
     model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=RATE))
-    for ids in make_data():
-        mine = ids[accelerator.process_index : accelerator.process_index + 1]
+    for batch in spread.batches():
         optimizer.zero_grad()
-        accelerator.backward(model(input_ids=mine, labels=mine).loss)
+        accelerator.backward(model(**share_of(batch, accelerator.process_index)).loss)
         optimizer.step()
     check_sharded(kind, accelerator.unwrap_model(model))
-    save(accelerator.unwrap_model(model), accelerator.get_state_dict(model), accelerator.is_main_process, folder)
-    accelerator.end_training()
+    state = accelerator.get_state_dict(model)
+    check_that_states_load(accelerator, model, folder / "state")
+    save(accelerator.unwrap_model(model), state, accelerator.is_main_process, folder)
+
+
+def check_that_states_load(accelerator: Accelerator, model: Any, folder: Path) -> None:
+    """What accelerate saves of a model, in parts where it is sharded, gives back every bit of it."""
+    accelerator.save_state(str(folder))
+    accelerator.wait_for_everyone()
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1.0)
+    accelerator.load_state(str(folder))
+    for parameter, expected in zip(model.parameters(), before, strict=True):
+        ours, theirs = (each.full_tensor() if isinstance(each, DTensor) else each for each in (parameter, expected))
+        assert torch.equal(ours, theirs)
 
 
 def let_accelerate_shard_on_cpus() -> None:
@@ -65,17 +67,18 @@ def let_accelerate_shard_on_cpus() -> None:
 
 
 def train_with_trainer(kind: str, folder: Path) -> None:
-    data = make_data().flatten(0, 1).tolist()
+    spread = SPREAD_MODELS["replace"]
+    data = torch.cat([batch["input_ids"] for batch in spread.batches()]).tolist()
     sharding: dict[str, Any] = {}
     if kind == "trainer-fsdp":
-        sharding = {"fsdp": True, "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": WRAPPED}}
+        sharding = {"fsdp": True, "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": [spread.layer]}}
     arguments = TrainingArguments(
         str(folder / "run"), max_steps=STEPS, per_device_train_batch_size=1, learning_rate=RATE, optim="sgd", use_cpu=True,
         lr_scheduler_type="constant", max_grad_norm=0.0, report_to="none", save_steps=2, ddp_backend="gloo", **sharding,
     )  # fmt: skip
     if kind == "trainer-fsdp":
         let_accelerate_shard_on_cpus()
-    trainer = InOrder(make_model(), arguments, train_dataset=Dataset.from_dict({"input_ids": data, "labels": data}))
+    trainer = InOrder(spread.build(), arguments, train_dataset=Dataset.from_dict({"input_ids": data, "labels": data}))
     trainer.train()
     check_sharded(kind, trainer.accelerator.unwrap_model(trainer.model_wrapped))
     trainer.save_model(str(folder / "whole"))
@@ -95,8 +98,9 @@ def check_sharded(kind: str, model: Any) -> None:
 
 
 def save(model: Any, state: dict[str, torch.Tensor], is_main_process: bool, folder: Path, whole: bool = True) -> None:
-    save_patch(model, folder / "patch", is_main_process=is_main_process)
-    save_patch(model, folder / "patch of the state dict", state_dict=state, is_main_process=is_main_process)
+    if not compact_layers(model):
+        save_patch(model, folder / "patch", is_main_process=is_main_process)
+        save_patch(model, folder / "patch of the state dict", state_dict=state, is_main_process=is_main_process)
     if whole:
         model.save_pretrained(folder / "whole", state_dict=dict(state), is_main_process=is_main_process)
     if is_main_process:

@@ -1,10 +1,11 @@
-"""Patched models in two processes, which share batches or heads: the same weights as one process gives, and they can be saved
-in every way."""
+"""Models with scorers in two processes, which share batches or heads: the same weights as one process gives, and they can be
+saved in every way."""
 
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,20 +13,8 @@ from safetensors.torch import load_file
 
 from hf_neural_attention import from_pretrained, load_patch, patch, patch_status
 from hf_neural_attention.patching import PatchError
-from tests.helpers.comparing import assert_near, run
-from tests.patching.distributed_training import FAMILY, RATE, make_data, make_model
-
-
-@pytest.fixture(scope="module")
-def expected() -> dict[str, torch.Tensor]:
-    """The weights after the same steps in one process."""
-    model = make_model()
-    optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
-    for ids in make_data():
-        optimizer.zero_grad()
-        model(input_ids=ids, labels=ids).loss.backward()
-        optimizer.step()
-    return model.state_dict()
+from tests.helpers.comparing import run
+from tests.helpers.spread_models import LLAMA, SPREAD_MODELS, SpreadModel, assert_trained, train_alone
 
 
 def run_in_two_processes(script: str, *arguments: object) -> None:
@@ -39,26 +28,51 @@ def run_in_two_processes(script: str, *arguments: object) -> None:
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ("ddp", "fsdp", "trainer-ddp", "trainer-fsdp"))
-def test_two_processes(kind: str, expected: dict[str, torch.Tensor], tmp_path: Path):
-    run_in_two_processes("distributed_training.py", kind, tmp_path)
-    state = torch.load(tmp_path / "state.pt")
-    assert state.keys() == expected.keys()
-    born = make_model()
-    for name, tensor in expected.items():
-        assert_near(state[name], tensor, 1e-4) if tensor.any() else None
-        assert not torch.equal(state[name], born.state_dict()[name]) or name.endswith("linear3.bias"), name
+@pytest.fixture(scope="module")
+def alone() -> dict[str, dict[str, torch.Tensor]]:
+    """The weights after the same steps in one process."""
+    return {name: train_alone(spread)[0] for name, spread in SPREAD_MODELS.items()}
 
-    born.load_state_dict(state)
-    logits = run(born.eval(), **FAMILY.inputs())
-    assert torch.equal(run(from_pretrained(tmp_path / "whole"), **FAMILY.inputs()), logits)
-    patches = [load_file(tmp_path / name / "neural_patch.safetensors") for name in ("patch", "patch of the state dict")]
+
+def check(spread: SpreadModel, folder: Path, expected: dict[str, torch.Tensor]) -> Any:
+    """What two processes have saved in a folder; returns the trained model."""
+    state = torch.load(folder / "state.pt")
+    trained = spread.build()
+    born = {name: tensor.clone() for name, tensor in trained.state_dict().items()}
+    assert_trained(state, expected, born)
+    trained.load_state_dict(state)
+    logits = run(trained.eval(), **spread.inputs())
+    assert torch.equal(run(from_pretrained(folder / "whole"), **spread.inputs()), logits)
+    return trained
+
+
+def check_patches(spread: SpreadModel, folder: Path, trained: Any) -> None:
+    """The two patches that two processes have saved of a model."""
+    state = trained.state_dict()
+    patches = [load_file(folder / name / "neural_patch.safetensors") for name in ("patch", "patch of the state dict")]
     assert patches[0].keys() == patches[1].keys() == {name for name in state if ".scorer." in name}
     assert all(torch.equal(patch[name], state[name]) for patch in patches for name in patch)
-    stock = FAMILY.model()
+    stock = LLAMA.model()
     stock.load_state_dict({name: tensor for name, tensor in state.items() if ".scorer." not in name})
-    assert torch.equal(run(load_patch(stock, tmp_path / "patch"), **FAMILY.inputs()), logits)
+    assert torch.equal(run(load_patch(stock, folder / "patch"), **spread.inputs()), run(trained, **spread.inputs()))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ("ddp", "fsdp"))
+def test_two_processes(kind: str, alone: dict[str, dict[str, torch.Tensor]], tmp_path: Path):
+    run_in_two_processes("distributed_training.py", kind, tmp_path)
+    for name, spread in SPREAD_MODELS.items():
+        trained = check(spread, tmp_path / name, alone[name])
+        if "compact" not in name:
+            check_patches(spread, tmp_path / name, trained)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ("trainer-ddp", "trainer-fsdp"))
+def test_trainer_in_two_processes(kind: str, alone: dict[str, dict[str, torch.Tensor]], tmp_path: Path):
+    run_in_two_processes("distributed_training.py", kind, tmp_path)
+    spread = SPREAD_MODELS["replace"]
+    check_patches(spread, tmp_path, check(spread, tmp_path, alone["replace"]))
 
 
 @pytest.mark.slow
@@ -68,7 +82,7 @@ def test_two_processes_share_heads(tmp_path: Path):
 
 def test_models_in_parts_are_not_patched():
     # stands for what each process of tensor parallelism has
-    model = FAMILY.model()
+    model = LLAMA.model()
     vars(model)["_tp_size"] = 2
     model.lm_head.weight.device_mesh = None
     with pytest.raises(PatchError, match=r"shared by 2 processes.*`distributed_config`"):

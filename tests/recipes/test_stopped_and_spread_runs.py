@@ -4,10 +4,13 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -105,6 +108,64 @@ def test_two_processes_train_save_and_resume(kind, undisturbed, tmp_path):
             shutil.rmtree(two / arm / f"checkpoint-{step}")
     said = launch(tmp_path, script, "two_cpu_processes_ddp", *flags)
     assert said.count("checkpoint-4\n") == 2
+    assert_same(two, undisturbed, 1e-4)
+
+
+def free_port() -> int:
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        return listening.getsockname()[1]
+
+
+def launch_on_two_machines(folder: Path, *flags: object) -> tuple[str, str]:
+    """What two launchers say, each of which stands for a machine, with a folder of its own: by the configuration for several
+    machines, but for the number of processes, the precision and the address."""
+    config = RECIPES / "accelerate_configs/several_machines_fsdp2.yaml"
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, "--num_processes", 2]
+    launcher += ["--main_process_ip", "127.0.0.1", "--main_process_port", free_port(), "--mixed_precision", "no"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(RECIPES)}
+    running = []
+    for rank in (0, 1):
+        (folder / f"machine {rank}").mkdir(parents=True, exist_ok=True)
+        command = [*launcher, "--machine_rank", rank, SHARDED_RECIPE, *flags, "--use_cpu", "True"]
+        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        running.append(subprocess.Popen(list(map(str, command)), cwd=folder / f"machine {rank}", env=environment, **pipes))
+    try:
+        with ThreadPoolExecutor() as pool:  # reads both at a time, since a full pipe would stop one
+            said = list(pool.map(lambda process: process.communicate(timeout=400)[0], running))
+    finally:
+        for process in running:
+            process.kill()
+    assert all(process.returncode == 0 for process in running), said[0][-4000:] + said[1][-4000:]
+    return said[0], said[1]
+
+
+@pytest.mark.slow
+def test_two_machines_train_one_model(undisturbed, tmp_path):
+    two, folders = tmp_path / "two", [tmp_path / f"machine {rank}" for rank in (0, 1)]
+    flags = (*EACH_OF_TWO[:-1], two)
+    first, second = launch_on_two_machines(tmp_path, *flags)
+    assert_same(two, undisturbed, 1e-4)
+    record = json.loads((two / "comparison.json").read_text())
+    assert record["environment"]["processes"] == 2
+    # logs once: the first machine says all that there is to say, and records each step once
+    for words in ("Tokens: ", "dot: training from the start", "neural: training from the start", "| training steps |"):
+        assert first.count(words) == 1 and words not in second, words
+    losses = [entry["step"] for entry in record["results"]["neural"]["history"] if "loss" in entry]
+    assert losses == sorted(set(losses))
+    # saves once: a checkpoint has each file once, but for the random numbers of each process
+    assert not any(any(folder.iterdir()) for folder in folders)
+    for arm in ("dot", "neural"):
+        names = {path.name for path in (two / arm / "checkpoint-8").iterdir()}
+        assert {"rng_state_0.pth", "rng_state_1.pth"} <= names
+        assert len(list((two / arm).glob("*.safetensors"))) == 1
+
+    for arm in ("dot", "neural"):
+        (two / arm / "results.json").unlink()
+        for step in (6, 8):
+            shutil.rmtree(two / arm / f"checkpoint-{step}")
+    first, _ = launch_on_two_machines(tmp_path, *flags)
+    assert first.count("checkpoint-4\n") == 2
     assert_same(two, undisturbed, 1e-4)
 
 

@@ -13,7 +13,7 @@ from training.augmentation import AugmentedImages, CountEpochs
 from training.experiment import Experiment
 from training.images import ImageArguments, load_images
 from training.model_families import GPT2, VIT
-from training.run_folder import claim_folder, settings_of
+from training.run_folder import check_all_see, claim_folder, settings_of
 from training.runner import StepClock, run
 from training.text import cut_into_blocks
 from training.text_task import collate as collate_blocks
@@ -292,3 +292,16 @@ def test_scorers_may_have_an_optimiser_of_their_own(of_all, of_scorers, tmp_path
     assert f"{scorer}linear3.bias" not in groups  # leaves out what is frozen
     parameters = [name for name, each in build_model(Arm.NEURAL).named_parameters() if each.requires_grad]
     assert sorted(groups) == sorted(parameters)
+
+
+def test_processes_that_see_other_files_stop(monkeypatch, tmp_path):
+    def gather(found: list[str], state: str) -> None:
+        found[:] = state, "checkpoint: checkpoint-2"
+
+    check_all_see(tmp_path, "checkpoint: None")  # one process agrees with itself
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+    check_all_see(tmp_path, "checkpoint: checkpoint-2")
+    with pytest.raises(SystemExit, match=r"Not all processes see the same files.*None; checkpoint: checkpoint-2.*storage"):
+        check_all_see(tmp_path, "checkpoint: None")
