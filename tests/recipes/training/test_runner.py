@@ -143,6 +143,7 @@ def test_both_arms_start_from_the_same_weights_and_see_the_same_data(tmp_path):
 
 def test_scores_of_both_arms_start_with_the_spread_that_is_asked_for(tmp_path):
     experiment = make_experiment(tmp_path)
+    experiment.training.max_steps = 1  # looks at the start alone
     experiment.score_spread = 2.0
     results = run(experiment, tuple(Arm))
     names = ["transformer.h.0.attn", "transformer.h.1.attn"]
@@ -306,6 +307,7 @@ def test_scorers_may_have_an_optimiser_of_their_own(of_all, of_scorers, tmp_path
                     groups[names[id(parameter)]] = (group["initial_lr"], group["weight_decay"])
 
     experiment = make_experiment(tmp_path, Look())
+    experiment.training.max_steps = 1
     experiment.training.weight_decay = of_all
     experiment.scorer_settings = {"scorer_learning_rate": 1e-3, "scorer_weight_decay": of_scorers}
     run(experiment, (Arm.NEURAL,))
