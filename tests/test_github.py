@@ -118,6 +118,13 @@ def test_forms_ask_for_the_report(path: Path):
     assert report["validations"] == {"required": True} and report["attributes"]["render"] == "text"
 
 
+def test_files_that_they_name_exist():
+    text = "\n".join(path.read_text(encoding="utf-8") for path in GITHUB.rglob("*") if path.is_file())
+    named = set(re.findall(r"`((?:[\w-]+/)*[\w-]+\.(?:md|py|txt))`", text))
+    assert "model_cards/families/patchable_families.md" in named
+    assert not [name for name in named if not (ROOT / name).exists()]
+
+
 def test_the_pull_request_template_names_the_checks():
     text = (GITHUB / "pull_request_template.md").read_text(encoding="utf-8")
     named = {word for line in re.findall(r"`make ([a-z -]+)`", text) for word in line.split()}

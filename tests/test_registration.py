@@ -34,16 +34,23 @@ def run_python(code: str) -> str:
     return done.stdout.strip()
 
 
-def test_import_brings_in_nothing_that_not_everyone_needs():
+def test_import_brings_in_nothing_that_not_everyone_needs_and_clients_find_our_classes():
     code = """
 import sys
+import transformers as first
 from transformers import AutoModel, AutoTokenizer, GPT2LMHeadModel, ViTModel
 before = set(sys.modules)
+from transformers import processing_utils  # makes a second module `transformers`, which does not replace what others hold
+import transformers as second
 import hf_neural_attention
 new = {name.split(".")[0] for name in set(sys.modules) - before}
 # peft and what it imports takes longer than all the rest, matplotlib and evaluate are for pictures and recipes
 assert not new & {"peft", "bitsandbytes", "matplotlib", "evaluate", "datasets", "triton"}, new
 assert "hf_neural_attention.ops.native" not in sys.modules
+for module in (first, second):
+    assert module.NeuralGPT2LMHeadModel is hf_neural_attention.NeuralGPT2LMHeadModel
+    assert module.NeuralViTForImageClassification is hf_neural_attention.NeuralViTForImageClassification
+assert first is not second
 print("done")
 """
     assert run_python(code) == "done"
@@ -130,21 +137,6 @@ def test_pipelines_and_trainer_know_the_language_model_by_its_name():
     import hf_neural_attention
 
     assert hf_neural_attention.NeuralGPT2LMHeadModel.__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
-
-
-def test_clients_find_our_classes_where_they_look_for_stock_ones():
-    code = """
-import transformers as first
-from transformers import processing_utils  # makes a second module `transformers`, which does not replace what others hold
-import transformers as second
-import hf_neural_attention
-for module in (first, second):
-    assert module.NeuralGPT2LMHeadModel is hf_neural_attention.NeuralGPT2LMHeadModel
-    assert module.NeuralViTForImageClassification is hf_neural_attention.NeuralViTForImageClassification
-assert first is not second
-print("done")
-"""
-    assert run_python(code) == "done"
 
 
 PEFT = {

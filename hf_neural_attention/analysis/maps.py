@@ -35,7 +35,8 @@ def attention_maps(model: Any, **inputs: Any) -> tuple[torch.Tensor, ...]:
     with left_as_it_was(base) as device:
         inputs = moved(inputs, device)
         try:
-            base.set_attn_implementation("eager")
+            for part in parts:  # sets each: Transformers 5.18 passes over some whose config is of one class
+                part.set_attn_implementation("eager")
             outputs = base(**inputs, output_attentions=True)
         finally:
             for part, implementation in before:

@@ -191,8 +191,8 @@ def neural_attention_forward(
             come projected from a `NeuralCache`. A batch of one, of queries or of keys, stands for all.
         attention_mask: as the model's own implementation gets it (see `normalize_mask`).
         position_bias: `[B or 1, H, Tq, Tk]`, added to the scores (T5).
-        cache: of pages, of which continuous batching expects that attention functions update them; its mask tells the requests
-            apart that share a batch.
+        cache: of pages, which continuous batching hands to attention functions before Transformers 5.24; its mask tells the
+            requests apart that share a batch.
         softcap: bounds the dot products of mode `"residual"`, not the network's scores.
         s_aux, sinks: `[H]`, two names for the same: the logit of a key without value (attention sinks).
 
@@ -215,7 +215,7 @@ def neural_attention_forward(
     implementation = module.config.base._attn_implementation
     if cache is not None:
         key, value = update_pages(cache, module, key, value, kwargs)
-    elif implementation.startswith("paged"):
+    elif implementation.startswith("paged") and "write_index" not in kwargs:  # from 5.24 on, modules have updated the cache
         raise ValueError(
             f"`attn_implementation={implementation!r}` is for continuous batching (`generate_batch`), whose cache and mask "
             "this forward did not get. `model.set_attn_implementation` changes it."

@@ -5,6 +5,7 @@ dtype of the model. Neural layers store their keys whole there: the cache is all
 would save no byte of it. Compact layers, whose keys have fewer numbers, pad them.
 """
 
+import inspect
 from typing import Any
 
 import torch
@@ -28,11 +29,22 @@ def update_pages(
     """
     num_heads, size = key.shape[1], key.shape[3]
     pages = key if (num_heads, size) == (value.shape[1], value.shape[3]) else as_value(key, value)
-    pages, value = cache.update(key_states=pages, value_states=value, layer_idx=module.layer_idx, kwargs=arguments)
+    pages, value = write_and_read(cache, module.layer_idx, pages, value, arguments)
     if pages.shape[1:] == (num_heads, pages.shape[2], size):
         return pages, value
     numbers = pages.transpose(1, 2).flatten(2)[..., : num_heads * size]
     return numbers.unflatten(2, (num_heads, size)).transpose(1, 2), value
+
+
+def write_and_read(
+    cache: Any, layer: int, key: torch.Tensor, value: torch.Tensor, arguments: dict[str, Any]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values of all tokens, `[1, Hkv, Tk, D]`, which old versions of the cache give as `[Tk, Hkv, D]`."""
+    if "kwargs" in inspect.signature(cache.update).parameters:
+        return cache.update(key_states=key, value_states=value, layer_idx=layer, kwargs=arguments)
+    indices = {name: arguments[name] for name in ("read_index", "write_index")}
+    key, value = cache.update(key_states=key, value_states=value, layer_idx=layer, **indices)
+    return key.transpose(0, 1).unsqueeze(0), value.transpose(0, 1).unsqueeze(0)
 
 
 def as_value(key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:

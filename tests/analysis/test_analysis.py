@@ -7,7 +7,7 @@ from typing import Any
 import matplotlib
 import pytest
 import torch
-from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers import T5EncoderModel, Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 from hf_neural_attention import NeuralScorer, analysis, patch
 from tests.helpers.comparing import assert_same_state
@@ -44,6 +44,14 @@ def test_parts_with_implementations_of_their_own_keep_them():
     model.transformer.config._attn_implementation_internal = "eager"
     analysis.attention_maps(model, **GPT2.inputs(labels=False))
     assert (model.config._attn_implementation, model.transformer.config._attn_implementation) == ("sdpa", "eager")
+
+
+def test_parts_with_a_copy_of_the_config_have_maps():
+    family = FAMILIES["t5"]
+    model = T5EncoderModel(family.model().config)
+    inputs = {name: family.inputs()[name] for name in ("input_ids", "attention_mask")}
+    assert [layer.shape for layer in analysis.attention_maps(model, **inputs)] == [(2, 4, 9, 9)] * 3
+    assert model.config._attn_implementation == model.encoder.config._attn_implementation == "sdpa"
 
 
 def test_models_without_maps_are_refused():

@@ -22,10 +22,16 @@ every_setting = pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTI
 folded_families = pytest.mark.parametrize("family", [FAMILIES[name] for name in FOLDED], ids=FOLDED)
 
 
-def neural(family: Family = GPT2, layers: Any = "all", dtype: torch.dtype = torch.float32, **settings) -> Any:
+def neural(
+    family: Family = GPT2,
+    layers: Any = "all",
+    dtype: torch.dtype = torch.float32,
+    implementation: str = "sdpa",
+    **settings,
+) -> Any:
     """A patched model whose scorers have learned something, their biases too."""
     torch.manual_seed(0)
-    model = patch(family.model(), layers, mode="replace", **({"hidden_dims": (4, 2)} | settings))
+    model = patch(family.model(implementation), layers, mode="replace", **({"hidden_dims": (4, 2)} | settings))
     with torch.no_grad():
         for scorer in scorers(model):
             for parameter in scorer.parameters():

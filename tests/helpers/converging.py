@@ -75,8 +75,10 @@ def perturb(model: Any, generator: torch.Generator) -> None:
         parameter.copy_(torch.nextafter(parameter, towards))
 
 
-def train(task: Task, mode: str, backend: str, bfloat16: bool = False, perturbation: int | None = None) -> torch.Tensor:
-    """Losses of `STEPS` steps in float32, `[STEPS]` float64.
+def train(
+    task: Task, mode: str, backend: str, bfloat16: bool = False, perturbation: int | None = None, steps: int = STEPS
+) -> torch.Tensor:
+    """Losses of `steps` steps in float32, `[steps]` float64.
 
     Args:
         bfloat16: forward under autocast.
@@ -89,7 +91,7 @@ def train(task: Task, mode: str, backend: str, bfloat16: bool = False, perturbat
     noise = None if perturbation is None else torch.Generator().manual_seed(perturbation)
     losses = []
     with use_backend(backend):
-        for _ in range(STEPS):
+        for _ in range(steps):
             if noise is not None:
                 perturb(model, noise)
             with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):

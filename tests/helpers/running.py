@@ -54,26 +54,41 @@ def of_the_hub() -> dict[str, str]:
 WHEN_IMPORTED = of_the_hub()
 
 
-def run_in(folder: Path, script: str, *flags: object, fails: bool = False, limit: float = TIME_LIMIT) -> str:
-    """Runs a recipe in a process of its own, as a user would, and returns what it printed. It may take `limit` seconds."""
+def run_in(
+    folder: Path, script: str | Path, *flags: object, fails: bool = False, limit: float = TIME_LIMIT, **environment: str
+) -> str:
+    """Runs a recipe, or a script by its whole path, in a process of its own, as a user would, and returns what it printed. It
+    may take `limit` seconds.
+
+    It inherits the environment, to which `environment` adds.
+    """
     path, words = str(RECIPES / script), [str(flag) for flag in flags]
+    variables = {**os.environ, **environment}
     if of_the_hub() != WHEN_IMPORTED:
         done = subprocess.run(
-            [sys.executable, path, *words], cwd=folder, capture_output=True, text=True, timeout=limit, check=False
+            [sys.executable, path, *words],
+            cwd=folder,
+            env=variables,
+            capture_output=True,
+            text=True,
+            timeout=limit,
+            check=False,
         )
         status, stdout, stderr = done.returncode, done.stdout, done.stderr
     else:
-        status, stdout, stderr = run_forked(path, words, folder, limit)
+        status, stdout, stderr = run_forked(path, words, folder, variables, limit)
     assert (status != 0) == fails, stdout[-3000:] + stderr[-3000:]
     assert not fails or "Traceback" not in stderr, stderr[-3000:]
     return stdout + stderr
 
 
-def run_forked(path: str, words: list[str], folder: Path, limit: float) -> tuple[int | None, str, str]:
+def run_forked(
+    path: str, words: list[str], folder: Path, variables: dict[str, str], limit: float
+) -> tuple[int | None, str, str]:
     """Exit status, and what was said on both streams."""
     with tempfile.TemporaryDirectory() as name:
         said = [str(Path(name, stream)) for stream in ("stdout", "stderr")]
-        process = server.Process(target=run_script, args=(path, words, str(folder), dict(os.environ), said))
+        process = server.Process(target=run_script, args=(path, words, str(folder), variables, said))
         process.start()
         is_late = True
         try:

@@ -19,7 +19,7 @@ from hf_neural_attention.ops import triton as backend
 from hf_neural_attention.ops.triton_blocks import choose_blocks, needed_bytes, padded, uses_cores
 from tests.helpers.numerics import assert_no_worse_than_reference, literal_attention, run_with_gradients
 from tests.helpers.operation_cases import CASES, Case
-from tests.helpers.running import ROOT, run_python
+from tests.helpers.running import run_in, run_python
 from tests.ops.test_low_precision import LOW_PRECISION
 
 
@@ -34,10 +34,19 @@ def gpu(test):
 
 
 # `python -m hf_neural_attention` with fewer tokens: two blocks of them
-CHECK = "import sys; from hf_neural_attention import __main__ as program; program.LENGTH = 40; sys.exit(program.main())"
+CHECK = """
+import sys
+import hf_neural_attention.ops.triton
+assert "hf_neural_attention.ops.triton_kernels" not in sys.modules  # before one runs
+from hf_neural_attention import __main__ as program
+program.LENGTH = 40
+status = program.main()
+assert "hf_neural_attention.ops.triton_kernels" in sys.modules
+sys.exit(status)
+"""
 
 
-def test_the_interpreter_runs_where_it_is_asked_for():
+def test_the_interpreter_runs_where_it_is_asked_for_and_kernels_are_imported_then():
     assert re.search(r"^  triton +cpu +ok: ", run_python("-c", CHECK, TRITON_INTERPRET="1"), flags=re.MULTILINE)
 
 
@@ -50,11 +59,6 @@ def test_reasons_against():
         tensors, scorer = Case().draw()
         with pytest.raises(ValueError, match="runs on GPUs"):
             backend.triton_attention(*tensors.values(), scorer.weights())
-
-
-def test_kernels_are_imported_when_one_runs_and_not_before():
-    code = "import sys, hf_neural_attention.ops.triton; assert 'hf_neural_attention.ops.triton_kernels' not in sys.modules"
-    run_python("-c", code)
 
 
 @pytest.mark.parametrize("kernel", ["forward", "query", "key"])
@@ -78,9 +82,8 @@ def test_which_networks_are_for_tensor_cores():
 
 def compile_ahead_of_time(folder: Path, *flags: str) -> list[dict]:
     card = folder / "card"
-    run_python(
-        ROOT / "recipes" / "compile_triton_kernels.py", *flags, "--output", card, TRITON_CACHE_DIR=str(folder / "cache")
-    )
+    variables = {"TRITON_CACHE_DIR": str(folder / "cache"), "TRITON_INTERPRET": "0"}
+    run_in(folder, "compile_triton_kernels.py", *flags, "--output", card, **variables)
     assert card.with_suffix(".md").read_text().count("\n| ") >= 3
     results = json.loads(card.with_suffix(".json").read_text())["results"]
     for row in results:

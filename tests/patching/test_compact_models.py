@@ -43,8 +43,7 @@ BRACKETS = str.maketrans("()", "[]")
 
 @folded_families
 def test_attentions_are_recorded_as_before(family: Family):
-    model, inputs = neural(family), family.inputs()
-    model.set_attn_implementation("eager")
+    model, inputs = neural(family, implementation="eager"), family.inputs()
     with torch.no_grad():
         before = model(**inputs, output_attentions=True)
         after = compact(model)(**inputs, output_attentions=True)

@@ -2,11 +2,13 @@
 
 import copy
 import warnings
+from importlib.metadata import version
 from typing import Any
 
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
+from packaging.version import Version
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 from transformers.models.dinov2.modeling_dinov2 import Dinov2Attention
@@ -252,6 +254,8 @@ def test_keys_of_prefix_tuning_are_whole_ones(family: Family):
     from peft import PrefixTuningConfig, get_peft_model
 
     task = "CAUSAL_LM" if family is GPT2 else "SEQ_2_SEQ_LM"
+    if task == "SEQ_2_SEQ_LM" and Version(version("peft")) < Version("0.21"):
+        pytest.skip("until 0.21 peft asks encoders with decoders, stock ones too, for a method that Transformers 5.18 has not")
     inputs = {name: tensor for name, tensor in family.inputs().items() if name != "decoder_input_ids"}
     for model in (neural(family), compact(neural(family))):
         tuned = get_peft_model(model, PrefixTuningConfig(task_type=task, num_virtual_tokens=3))

@@ -11,15 +11,15 @@ from hf_neural_attention import patched
 from tests.helpers.stock_models import FAMILIES
 
 
-def compared(model: Any, inputs: dict[str, torch.Tensor], counts: torch.Tensor, implementation: str) -> None:
+def compared(model: Any, inputs: dict[str, torch.Tensor], counts: torch.Tensor) -> None:
     """Mode "residual" leaves the rows that count, `[B, T]`, as they are, and makes others of the others."""
-    model.eval().set_attn_implementation(implementation)
+    model.eval()
     with torch.no_grad():
         expected = model(**inputs).logits
         with patched(model, "all"):
             actual = model(**inputs).logits
     assert not counts.all()
-    if implementation == "eager":
+    if model.config._attn_implementation == "eager":
         assert torch.equal(actual[counts], expected[counts])
     torch.testing.assert_close(actual[counts], expected[counts], rtol=0.0, atol=2e-6 * expected.abs().max().item())
     assert (actual - expected)[~counts].abs().amax(-1).min() > 1e-3
@@ -30,7 +30,7 @@ def test_left_padding_of_t5s_decoder(implementation: str):
     inputs = FAMILIES["t5"].inputs()
     counts = torch.ones_like(inputs["decoder_input_ids"])
     counts[1, :2] = 0
-    compared(FAMILIES["t5"].model(), {**inputs, "decoder_attention_mask": counts}, counts.bool(), implementation)
+    compared(FAMILIES["t5"].model(implementation), {**inputs, "decoder_attention_mask": counts}, counts.bool())
 
 
 @pytest.mark.parametrize("implementation", ("sdpa", "eager"))
@@ -45,7 +45,7 @@ def test_padding_of_parakeets_frames(implementation: str):
     }
     encoder |= {"subsampling_conv_channels": 8, "initializer_range": 0.2, "dropout": 0.0, "activation_dropout": 0.0}
     config = AutoConfig.for_model("parakeet_ctc", vocab_size=20, encoder_config=encoder)
-    model = AutoModelForCTC.from_config(config)
+    model = AutoModelForCTC.from_config(config, attn_implementation=implementation)
     lengths = torch.tensor([[96], [48]])  # frames, of which eight become one
     inputs = {"input_features": torch.randn(2, 96, 16), "attention_mask": torch.arange(96) < lengths}
-    compared(model, inputs, torch.arange(12) < lengths // 8, implementation)
+    compared(model, inputs, torch.arange(12) < lengths // 8)

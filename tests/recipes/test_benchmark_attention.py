@@ -144,6 +144,7 @@ def test_memory_grows_with_the_pairs_or_with_the_tokens():
     assert 1.0 < growth(FASTEST) < 2.4
 
 
+@pytest.mark.slow
 @pytest.mark.skipif("native" not in CPU_BACKENDS, reason="there is no compiler")
 def test_first_use():
     new, later = measure_first_use()

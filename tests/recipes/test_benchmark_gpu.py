@@ -15,7 +15,7 @@ from benchmarks.checks import Check, Checker
 from benchmarks.flex import network_score_mod
 from benchmarks.measuring import check_or_reason
 from hf_neural_attention.models.neural_attention_reference import key_features, query_features, reference_scores
-from tests.helpers.running import ROOT
+from tests.helpers.running import ROOT, run_in
 
 
 SMALL = Case(length=40, heads=2, head_dim=16)
@@ -46,8 +46,9 @@ def test_steps_fit_and_can_be_parsed(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_tests_for_gpus_are_found():
-    words = [sys.executable, *benchmark_gpu.plan(Path())[0].words, "--collect-only"]
-    found = subprocess.run(words, capture_output=True, text=True, cwd=ROOT).stdout
+    option, module, *words = benchmark_gpu.plan(Path())[0].words
+    assert (option, module) == ("-m", "pytest")
+    found = run_in(ROOT, Path(pytest.__file__).with_name("__main__.py"), *words, "--collect-only")
     assert all(name in found for name in benchmark_gpu.GPU_TESTS) and "test_gpu_dropout_and_repeated_runs" in found
 
 

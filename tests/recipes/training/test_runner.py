@@ -1,6 +1,9 @@
 """What makes a comparison fair, and what makes a run safe to stop."""
 
 import json
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -84,9 +87,46 @@ def make_experiment(folder, *callbacks, seen=None, **settings):
     )
 
 
+BOTH = (Arm.DOT, Arm.NEURAL)
+
+
+class Finished(NamedTuple):
+    folder: Path
+    result: dict[str, Any]  # of the arm "dot"
+
+    @property
+    def losses(self) -> list[float]:
+        return losses_of(self.result)
+
+
+def losses_of(result):
+    return [entry["loss"] for entry in result["history"] if "loss" in entry]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run of one arm that nothing has stopped."""
+    folder = tmp_path_factory.mktemp("whole")
+    return Finished(folder, run(make_experiment(folder), (Arm.DOT,))[Arm.DOT])
+
+
+@pytest.fixture(scope="module")
+def killed_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("killed") / "run"
+    with pytest.raises(KeyboardInterrupt):
+        run(make_experiment(folder, Killed(at_step=10)), (Arm.DOT,))
+    return folder
+
+
+@pytest.fixture
+def killed(killed_run, tmp_path):
+    """A copy of the same run, killed after its checkpoints of steps 4 and 8."""
+    return Path(shutil.copytree(killed_run, tmp_path / "parts"))
+
+
 def test_both_arms_start_from_the_same_weights_and_see_the_same_data(tmp_path):
     recorder, seen = Recorder(), []
-    results = run(make_experiment(tmp_path, recorder, seen=seen), tuple(Arm))
+    results = run(make_experiment(tmp_path, recorder, seen=seen), BOTH)
     dot, neural = recorder.starts
     assert all(torch.equal(neural[name], value) for name, value in dot.items())
     assert all(".scorer." in name for name in set(neural) - set(dot)) and len(neural) > len(dot)
@@ -94,12 +134,11 @@ def test_both_arms_start_from_the_same_weights_and_see_the_same_data(tmp_path):
     assert len(seen) == 42 and all(map(torch.equal, seen[:half], seen[half:-2]))
     assert not torch.equal(seen[0], seen[1])
     assert results[Arm.NEURAL]["parameters"] - results[Arm.DOT]["parameters"] == results[Arm.NEURAL]["scorer_parameters"] > 0
-    for arm in Arm:
+    for arm in BOTH:
         assert results[arm]["memory_footprint"] == 4 * results[arm]["parameters"]
         assert results[arm]["cache_bytes_per_token"] == 2 * 2 * 16 * 4  # of two layers, keys and values
-    losses = [[entry["loss"] for entry in results[arm]["history"] if "loss" in entry] for arm in Arm]
-    assert losses[0] != losses[1]
-    assert all(0 < results[arm]["seconds_in_turn"] < 5 for arm in Arm)
+    assert losses_of(results[Arm.DOT]) != losses_of(results[Arm.NEURAL])
+    assert all(0 < results[arm]["seconds_in_turn"] < 5 for arm in BOTH)
     assert results[Arm.DOT]["scorer_health"] == {"start": [], "end": []} and results[Arm.DOT]["training_memory"] >= 0
     start, end = (results[Arm.NEURAL]["scorer_health"][when][0] for when in ("start", "end"))
     assert start["dead"] == 0 and start["score_std"] != end["score_std"]
@@ -107,8 +146,10 @@ def test_both_arms_start_from_the_same_weights_and_see_the_same_data(tmp_path):
 
 def test_scores_of_both_arms_start_with_the_spread_that_is_asked_for(tmp_path):
     experiment = make_experiment(tmp_path)
+    experiment.training.max_steps = 1  # looks at the start alone
     experiment.score_spread = 2.0
-    results = run(experiment, tuple(Arm))
+    assert experiment.spread_of(Arm.DOT_STARTED) == 2.0
+    results = run(experiment, BOTH)
     names = ["transformer.h.0.attn", "transformer.h.1.attn"]
     for arm, scorers in ((Arm.DOT, ["dot product"] * 2), (Arm.NEURAL, ["replace", "dot product"])):
         started, looked_at = results[arm]["score_start"], results[arm]["score_statistics"]["start"]
@@ -116,6 +157,16 @@ def test_scores_of_both_arms_start_with_the_spread_that_is_asked_for(tmp_path):
         assert all(layer["before"] < 1 and layer["after"] == pytest.approx(2.0, rel=0.02) for layer in started)
         assert all(1 < layer["spread"] < 4 for layer in looked_at)  # on other examples
         assert results[arm]["score_spread"] == 2.0
+
+
+def test_one_dot_product_starts_with_a_spread_of_one_by_itself(tmp_path):
+    experiment = make_experiment(tmp_path)
+    experiment.training.max_steps = 1
+    results = run(experiment, tuple(Arm))
+    assert [results[arm]["score_spread"] for arm in Arm] == [None, 1.0, None]
+    started = results[Arm.DOT_STARTED]["score_start"]
+    assert len(started) == 2 and all(layer["after"] == pytest.approx(1.0, rel=0.02) for layer in started)
+    assert not results[Arm.DOT]["score_start"] and not results[Arm.NEURAL]["score_start"]
 
 
 def test_uniform_attention_stays_uniform_for_dot_products_and_is_refused_for_networks(tmp_path):
@@ -132,8 +183,7 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         run(make_experiment(tmp_path / "parts", Killed(at_step=10)), (Arm.NEURAL,))
     parts = run(make_experiment(tmp_path / "parts"), (Arm.NEURAL,))[Arm.NEURAL]
-    losses = [[entry["loss"] for entry in run["history"] if "loss" in entry] for run in (whole, parts)]
-    assert losses[0] == losses[1] and len(losses[0]) == 20
+    assert losses_of(parts) == losses_of(whole) and len(losses_of(whole)) == 20
     one, two = (NeuralGPT2LMHeadModel.from_pretrained(tmp_path / name / "neural") for name in ("whole", "parts"))
     assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), two.state_dict().values(), strict=True))
     assert parts["steps"] == 20 and parts["train_seconds"] > 0
@@ -164,19 +214,17 @@ def test_an_interrupted_run_of_a_vit_too(tmp_path, kind):
     with pytest.raises(KeyboardInterrupt):
         run(experiment("parts", Killed(at_step=6)), (Arm.DOT,))
     parts = run(experiment("parts"), (Arm.DOT,))[Arm.DOT]
-    losses = [[entry["loss"] for entry in run["history"] if "loss" in entry] for run in (whole, parts)]
-    assert losses[0] == losses[1] and len(losses[0]) == 8
+    assert losses_of(parts) == losses_of(whole) and len(losses_of(whole)) == 8
     states = [load_file(tmp_path / name / "dot/model.safetensors") for name in ("whole", "parts")]
     assert states[0].keys() == states[1].keys() and all(torch.equal(states[0][name], states[1][name]) for name in states[0])
     assert any("encoder.layer.0" in name for name in states[0]) == (kind != "patched")  # names the last as stock models do
 
 
-def test_a_finished_arm_is_not_trained_again(tmp_path, capsys):
-    first = run(make_experiment(tmp_path), (Arm.DOT,))
+def test_a_finished_arm_is_not_trained_again(whole, capsys):
     recorder = Recorder()
-    again = run(make_experiment(tmp_path, recorder), (Arm.DOT,))
+    again = run(make_experiment(whole.folder, recorder), (Arm.DOT,))
     assert not recorder.starts and "finished before" in capsys.readouterr().out
-    assert json.loads(json.dumps(first)) == again
+    assert json.loads(json.dumps({Arm.DOT: whole.result})) == again
 
 
 def test_a_folder_with_another_run_is_refused_and_left_alone(tmp_path):
@@ -226,40 +274,33 @@ FILES = ("model.safetensors", "config.json", "optimizer.pt", "scheduler.pt", "rn
 
 
 @pytest.mark.parametrize("file", FILES)
-def test_a_damaged_checkpoint_is_said_and_the_one_before_is_used(tmp_path, capsys, file):
-    whole = run(make_experiment(tmp_path / "whole"), (Arm.DOT,))[Arm.DOT]
-    with pytest.raises(KeyboardInterrupt):
-        run(make_experiment(tmp_path / "parts", Killed(at_step=10)), (Arm.DOT,))
-    damaged = tmp_path / "parts/dot/checkpoint-8" / file
+def test_a_damaged_checkpoint_is_said_and_the_one_before_is_used(whole, killed, capsys, file):
+    damaged = killed / "dot/checkpoint-8" / file
     damaged.write_bytes(damaged.read_bytes()[: damaged.stat().st_size // 2])
-    parts = run(make_experiment(tmp_path / "parts"), (Arm.DOT,))[Arm.DOT]
+    parts = run(make_experiment(killed), (Arm.DOT,))[Arm.DOT]
     said = capsys.readouterr().out
     assert f"checkpoint-8 is damaged ({file}" in said and "resuming from" in said and "checkpoint-4\n" in said
-    losses = [[entry["loss"] for entry in run["history"] if "loss" in entry] for run in (whole, parts)]
-    assert losses[0] == losses[1] and len(losses[0]) == 20
+    assert losses_of(parts) == whole.losses and len(whole.losses) == 20
 
 
-def test_with_no_checkpoint_left_it_starts_again(tmp_path, capsys):
-    with pytest.raises(KeyboardInterrupt):
-        run(make_experiment(tmp_path, Killed(at_step=6)), (Arm.DOT,))
-    (tmp_path / "dot/checkpoint-4/trainer_state.json").unlink()
-    assert run(make_experiment(tmp_path), (Arm.DOT,))[Arm.DOT]["steps"] == 20
+def test_with_no_checkpoint_left_it_starts_again(killed, capsys):
+    shutil.rmtree(killed / "dot/checkpoint-8")
+    (killed / "dot/checkpoint-4/trainer_state.json").unlink()
+    assert run(make_experiment(killed), (Arm.DOT,))[Arm.DOT]["steps"] == 20
     said = capsys.readouterr().out
-    assert "trainer_state.json is missing: it was not finished" in said and said.count("training from the start") == 2
+    assert "trainer_state.json is missing: it was not finished" in said and "training from the start" in said
 
 
-def test_a_full_disk_is_said_and_the_run_goes_on_later(tmp_path, monkeypatch):
+def test_a_full_disk_is_said_and_the_run_goes_on_later(whole, tmp_path, monkeypatch):
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    whole = run(make_experiment(tmp_path / "whole"), (Arm.DOT,))[Arm.DOT]
     with monkeypatch.context() as patched:
         patched.setattr("transformers.trainer.Trainer._save_rng_state", full)  # fails in the midst of a checkpoint
         with pytest.raises(SystemExit, match=r"No space left on device\nThe same command goes on"):
             run(make_experiment(tmp_path / "parts"), (Arm.DOT,))
     parts = run(make_experiment(tmp_path / "parts"), (Arm.DOT,))[Arm.DOT]
-    losses = [[entry["loss"] for entry in run["history"] if "loss" in entry] for run in (whole, parts)]
-    assert losses[0] == losses[1]
+    assert losses_of(parts) == whole.losses
 
 
 def test_a_folder_that_cannot_be_written_to(tmp_path):
@@ -280,6 +321,7 @@ def test_scorers_may_have_an_optimiser_of_their_own(of_all, of_scorers, tmp_path
                     groups[names[id(parameter)]] = (group["initial_lr"], group["weight_decay"])
 
     experiment = make_experiment(tmp_path, Look())
+    experiment.training.max_steps = 1
     experiment.training.weight_decay = of_all
     experiment.scorer_settings = {"scorer_learning_rate": 1e-3, "scorer_weight_decay": of_scorers}
     run(experiment, (Arm.NEURAL,))
