@@ -281,7 +281,7 @@ def test_bars_of_the_compact_form():
     )
     decode = [measured[f"GPT-2 124M, untied compact, decode, {tokens} cached tokens"] for tokens in ("1,024", "4,096")]
     vit = measured["ViT-B/16 compact, training step, 4 images, dropout 0.0, shape 16x2"]
-    assert row("parameters", measured["GPT-2 124M compact, parameters"], "0.88") in README
+    assert row("number of parameters", measured["GPT-2 124M compact, parameters"], "0.88") in README
     assert row("time of a training step without dropout", step, vit) in README
     assert row("time of a training step, dropout 0.1", dropout, "not measured") in README
     assert row("time of a token after 1,024 others, and after 4,096", ", ".join(decode), "no decoding") in README

@@ -87,7 +87,7 @@ def test_every_configuration_parses(monkeypatch, tmp_path, file):
         owner = next(group for group in parsed if hasattr(group, name))
         if name not in ("output_dir", "neural_layers", "report_to"):  # skips those that are parsed into other types
             assert getattr(owner, name) == value, name
-    assert parsed[2].attention == "both"
+    assert parsed[2].attention == content.get("attention", "both")
 
 
 ROOT = RECIPES.parent
