@@ -29,7 +29,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/$(INSTALL) -c constraints.txt -e '.[dev]'
 	@touch $@
 
-quickstart: $(STAMP) ## Train a small GPT-2 with Neural Attention and one with the dot product, and compare them
+quickstart: $(STAMP) ## Train small GPT-2s with Neural Attention and with the dot product, and compare them
 	$(BIN)/python recipes/language_modeling.py recipes/configs/quickstart.yaml
 
 demo: .venv-demo/installed ## Open a page that shows attention, scores and scorers of a model, and what a patch changes
