@@ -11,7 +11,7 @@ import torch
 from accelerate.utils import extract_model_from_parallel
 from torch import nn
 from torch.utils._pytree import tree_map_only
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import sdpa_mask
 
 from .models.neural_attention_interface import NeuralConfigView, mask_of_call, share_batch
@@ -37,6 +37,17 @@ def unwrap(model: Any) -> nn.Module:
         if inner is model:
             return model
         model = inner
+
+
+def pretrained_parts(model: nn.Module) -> list[Any]:
+    """Every `PreTrainedModel` in a model, itself included: their settings may differ."""
+    return [part for part in model.modules() if isinstance(part, PreTrainedModel)]
+
+
+def use_eager(model: nn.Module) -> None:
+    """Sets eager attention in every part: Transformers 5.18 passes over some whose config is of one class."""
+    for part in pretrained_parts(model):
+        part.set_attn_implementation("eager")
 
 
 def is_sharded(module: nn.Module) -> bool:

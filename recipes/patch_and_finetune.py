@@ -215,13 +215,13 @@ def main() -> None:
         description=__doc__,
     )
     check_training(training, neural, (image_task if is_image else text_task).MEASURES)
-    build, data = (image_data if is_image else text_data)(checkpoint, arguments, training)
-    folder = Path(training.output_dir)
     if Arm.DOT_STARTED in neural.arms:
         raise SystemExit(
             f"--attention {neural.attention}: a checkpoint's scores have been trained, and do not start. Expected neural, dot "
             "or both."
         )
+    build, data = (image_data if is_image else text_data)(checkpoint, arguments, training)
+    folder = Path(training.output_dir)
 
     def show(model: PreTrainedModel, where: Path | None) -> str:
         if patch_status(model) and not neural.neural_compact:  # of a compact model, no patch can be told apart

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 import hf_neural_attention  # noqa: F401, registers its models
+from hf_neural_attention.introspection import count
 from tools.command_lines import at_least, make_folder_of, parse_arguments
 from tools.json_files import write_json
 from tools.markdown import markdown_table
@@ -47,8 +48,7 @@ class QuantizationArguments:
 
 def size_of(model: Any) -> int:
     """Bytes of all weights as they are stored; of quantised ones, integers and scales."""
-    state = model.state_dict()
-    return sum(tensor.numel() * tensor.element_size() for tensor in state.values())
+    return count(model.state_dict().values())[1]
 
 
 def load(name: str, **options: Any) -> Any:

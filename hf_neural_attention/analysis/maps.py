@@ -3,9 +3,8 @@
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
-from ..introspection import Call, left_as_it_was, moved, unwrap
+from ..introspection import Call, left_as_it_was, moved, pretrained_parts, unwrap, use_eager
 from ..models.neural_attention_blockwise import without_autocast
 from ..models.neural_attention_reference import softmax_or_zero
 from ..models.neural_attention_scorer import is_compact
@@ -30,13 +29,11 @@ def attention_maps(model: Any, **inputs: Any) -> tuple[torch.Tensor, ...]:
         ValueError: if the model gives no attention weights.
     """
     base: Any = unwrap(model)
-    parts = [part for part in base.modules() if isinstance(part, PreTrainedModel)]  # lists all: their settings may differ
-    before = [(part, part.config._attn_implementation) for part in parts]
+    before = [(part, part.config._attn_implementation) for part in pretrained_parts(base)]
     with left_as_it_was(base) as device:
         inputs = moved(inputs, device)
         try:
-            for part in parts:  # sets each: Transformers 5.18 passes over some whose config is of one class
-                part.set_attn_implementation("eager")
+            use_eager(base)
             outputs = base(**inputs, output_attentions=True)
         finally:
             for part, implementation in before:

@@ -10,7 +10,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_neural_attention import STORED
 from .neural_attention_cache import CACHE_ARGUMENT, NEURAL_CACHES, replace_cache
-from .neural_attention_compact import CompactAttentionMixin, folded_modules, reason_against_folding
+from .neural_attention_compact import CompactAttentionMixin, cannot_unfold, folded_modules, reason_against_folding
 from .neural_attention_interface import attach_scorer, check_implementation
 from .neural_attention_names import forget_names, origin_of
 from .neural_attention_packing import PackedScorer
@@ -71,10 +71,7 @@ class NeuralPreTrainedModelMixin(ScoredAttentionMixin):
         stored = stored_config(name, kwargs) if has_config or wanted is False else None
         is_compact = bool(stored and stored.get("neural_compact"))
         if wanted is False and is_compact:
-            raise ValueError(
-                f"{name} is compact, which cannot be undone, and `neural_compact` is False. Leave it out, or load "
-                "the checkpoint from before `compact`."
-            )
+            raise ValueError(cannot_unfold(name))
         # takes weights without a config.json as they are
         folds = wanted is True and not is_compact and stored != {}
         if folds and has_config:

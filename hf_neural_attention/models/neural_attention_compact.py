@@ -194,6 +194,14 @@ def recording_hooks(module: nn.Module) -> list[Any]:
     return [hook for hook in module._forward_hooks.values() if getattr(hook, "__module__", "") == RECORDING_HOOKS]
 
 
+def cannot_unfold(name: Any) -> str:
+    """Why a compact checkpoint is not loaded with `neural_compact=False`."""
+    return (
+        f"{name} is compact, which cannot be undone, and `neural_compact` is False. Leave it out, or load the checkpoint from "
+        "before `compact`."
+    )
+
+
 def reason_against_folding(model: nn.Module) -> str | None:
     """Why the neural layers of a model cannot be folded now, or None."""
     neural = {

@@ -5,7 +5,9 @@ dtype of the model. Neural layers store their keys whole there: the cache is all
 would save no byte of it. Compact layers, whose keys have fewer numbers, pad them.
 """
 
+import functools
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -40,11 +42,17 @@ def write_and_read(
     cache: Any, layer: int, key: torch.Tensor, value: torch.Tensor, arguments: dict[str, Any]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys and values of all tokens, `[1, Hkv, Tk, D]`, which old versions of the cache give as `[Tk, Hkv, D]`."""
-    if "kwargs" in inspect.signature(cache.update).parameters:
+    if finds_its_indices(type(cache).update):
         return cache.update(key_states=key, value_states=value, layer_idx=layer, kwargs=arguments)
     indices = {name: arguments[name] for name in ("read_index", "write_index")}
     key, value = cache.update(key_states=key, value_states=value, layer_idx=layer, **indices)
     return key.transpose(0, 1).unsqueeze(0), value.transpose(0, 1).unsqueeze(0)
+
+
+@functools.cache
+def finds_its_indices(update: Callable[..., Any]) -> bool:
+    """Whether a cache's method takes all arguments of an attention function, and finds its indices in these."""
+    return "kwargs" in inspect.signature(update).parameters
 
 
 def as_value(key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:

@@ -23,6 +23,7 @@ from ..models.configuration_neural_attention import FORMAT_VERSION
 from ..models.configuration_neural_patched import PATCHED_TYPE, RECORD, PatchError, check_version
 from ..models.modeling_neural_attention import HUB_OPTIONS, ScoredAttentionMixin, check_known_implementation
 from ..models.modeling_neural_patched import PREFIX, load_patched, split_config
+from ..models.neural_attention_compact import cannot_unfold
 from ..models.neural_attention_interface import NeuralConfigView
 from ..registration import FAMILIES
 from .compacting import compact
@@ -188,12 +189,10 @@ def from_pretrained(pretrained_model_name_or_path: Any, *, model_class: Any = No
         config.name_or_path = where
         model, info = load_patched(base, record, where, config, **arguments)
         hook_model(model)
-    if wanted is False and compact_layers(model):
-        raise PatchError(
-            f"{where} is compact, which cannot be undone, and `neural_compact` is False. Leave it out, or load the checkpoint "
-            "from before `compact`."
-        )
-    if wanted and not compact_layers(model):
+    is_compact = bool(compact_layers(model))
+    if wanted is False and is_compact:
+        raise PatchError(cannot_unfold(where))
+    if wanted and not is_compact:
         compact(model)
     return (model, info) if with_info else model
 

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface, PreTrainedModel
 
-from hf_neural_attention.introspection import observed
+from hf_neural_attention.introspection import observed, use_eager
 from hf_neural_attention.models.neural_attention_interface import mask_of_call
 from hf_neural_attention.patching import NoPatchableLayerError, PatchError, ProbeError, patch, patch_status, patched, unpatch
 from hf_neural_attention.patching.arguments import stock_functions
@@ -99,9 +99,7 @@ def examine(model: PreTrainedModel, inputs: dict[str, Any] | None = None) -> dic
         wrong.append("replace mode changes nothing")
     if not all(map(torch.equal, outputs_of(part, ours), before)):
         wrong.append("unpatching does not bring the outputs back")
-    for inner in model.modules():  # sets each: Transformers 5.18 passes over some whose config is of one class
-        if isinstance(inner, PreTrainedModel):
-            inner.set_attn_implementation("eager")
+    use_eager(model)
     with patched(model, "all", example_inputs=examples):
         residual = outputs_of(part, ours)
     # allows for rounding beside sinks, which stock functions bring in before, in or after the softmax

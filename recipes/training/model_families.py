@@ -26,13 +26,12 @@ class ModelClasses(NamedTuple):
 
 ModelFamily = dict[Arm, ModelClasses]
 
-GPT2: ModelFamily = {
-    Arm.DOT: ModelClasses(GPT2Config, GPT2LMHeadModel),
-    Arm.DOT_STARTED: ModelClasses(GPT2Config, GPT2LMHeadModel),
-    Arm.NEURAL: ModelClasses(NeuralGPT2Config, NeuralGPT2LMHeadModel),
-}
-VIT: ModelFamily = {
-    Arm.DOT: ModelClasses(ViTConfig, ViTForImageClassification),
-    Arm.DOT_STARTED: ModelClasses(ViTConfig, ViTForImageClassification),
-    Arm.NEURAL: ModelClasses(NeuralViTConfig, NeuralViTForImageClassification),
-}
+
+def family(stock: ModelClasses, neural: ModelClasses) -> ModelFamily:
+    return {arm: neural if arm.is_neural else stock for arm in Arm}
+
+
+GPT2 = family(ModelClasses(GPT2Config, GPT2LMHeadModel), ModelClasses(NeuralGPT2Config, NeuralGPT2LMHeadModel))
+VIT = family(
+    ModelClasses(ViTConfig, ViTForImageClassification), ModelClasses(NeuralViTConfig, NeuralViTForImageClassification)
+)

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,16 @@ def assert_same(run: Path, other: Path, tolerance: float) -> None:
         assert ours.keys() == expected.keys()
         for name, tensor in expected.items():
             assert (ours[name] - tensor).abs().max() <= tolerance * max(1.0, tensor.abs().max()), (arm, name)
+
+
+def assert_goes_on(start: Callable[[], str], two: Path, undisturbed: Path) -> None:
+    """Takes a run of two processes back to the checkpoint of step 4, from which it comes to the same end."""
+    for arm in ("dot", "neural"):
+        (two / arm / "results.json").unlink()
+        for step in (6, 8):
+            shutil.rmtree(two / arm / f"checkpoint-{step}")
+    assert start().count("checkpoint-4\n") == 2
+    assert_same(two, undisturbed, 1e-4)
 
 
 def kill_when(folder: Path, appears: str) -> None:
@@ -101,14 +112,7 @@ def test_two_processes_train_save_and_resume(kind, undisturbed, tmp_path):
     two = tmp_path / "two"
     assert json.loads((two / "comparison.json").read_text())["environment"]["processes"] == 2
     assert_same(two, undisturbed, 1e-4)
-
-    for arm in ("dot", "neural"):
-        (two / arm / "results.json").unlink()
-        for step in (6, 8):
-            shutil.rmtree(two / arm / f"checkpoint-{step}")
-    said = launch(tmp_path, script, "two_cpu_processes_ddp", *flags)
-    assert said.count("checkpoint-4\n") == 2
-    assert_same(two, undisturbed, 1e-4)
+    assert_goes_on(lambda: launch(tmp_path, script, "two_cpu_processes_ddp", *flags), two, undisturbed)
 
 
 def free_port() -> int:
@@ -159,14 +163,7 @@ def test_two_machines_train_one_model(undisturbed, tmp_path):
         names = {path.name for path in (two / arm / "checkpoint-8").iterdir()}
         assert {"rng_state_0.pth", "rng_state_1.pth"} <= names
         assert len(list((two / arm).glob("*.safetensors"))) == 1
-
-    for arm in ("dot", "neural"):
-        (two / arm / "results.json").unlink()
-        for step in (6, 8):
-            shutil.rmtree(two / arm / f"checkpoint-{step}")
-    first, _ = launch_on_two_machines(tmp_path, *flags)
-    assert first.count("checkpoint-4\n") == 2
-    assert_same(two, undisturbed, 1e-4)
+    assert_goes_on(lambda: launch_on_two_machines(tmp_path, *flags)[0], two, undisturbed)
 
 
 def test_the_ready_made_configurations_are_ones_that_accelerate_reads():
