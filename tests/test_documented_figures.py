@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 from scipy.stats import t as student
 
+from benchmarks.counted import instructions_per_pair
+
 
 ROOT = Path(__file__).parents[1]
 CARDS = ROOT / "model_cards"
@@ -281,6 +283,16 @@ def test_bars_of_the_compact_form():
     )
     decode = [measured[f"GPT-2 124M, untied compact, decode, {tokens} cached tokens"] for tokens in ("1,024", "4,096")]
     vit = measured["ViT-B/16 compact, training step, 4 images, dropout 0.0, shape 16x2"]
+    wide, narrow, wide_both, narrow_both = (
+        [f"{bar['least_seconds'] / seconds:.0%}" for seconds in (bar["seconds"], bar["bound"] * bar["over_seconds"])]
+        for bar in found[:4]
+    )
+    assert f"it took 5.8: {narrow[0]} of that rate. Its aim asks for {narrow[1]}.".replace("%", " %") in SPEED
+    reached, asked = zip(wide, narrow_both, wide_both, strict=True)
+    others = "The other three reach {}, {} and {}, and their aims ask for {}, {} and {}.".format(*reached, *asked)
+    assert others.replace("%", " %") in SPEED
+    of_sdpa = found[1]["least_seconds"] / instructions_per_pair((2, 1), 64, "forward") * 138 / found[1]["over_seconds"]
+    assert f"SDPA's two products are 138 instructions of a pair, and it reaches {of_sdpa:.0%}.".replace("%", " %") in SPEED
     assert row("number of parameters", measured["GPT-2 124M compact, parameters"], "0.88") in README
     assert row("time of a training step without dropout", step, vit) in README
     assert row("time of a training step, dropout 0.1", dropout, "not measured") in README

@@ -9,6 +9,7 @@ import transformers
 from torch import nn
 
 import hf_neural_attention
+from hf_neural_attention import patch
 from hf_neural_attention.models.modeling_neural_attention import fold_own_model
 from hf_neural_attention.models.neural_attention_scorer import Scorer
 
@@ -141,6 +142,11 @@ one_and_all_compact_layers = pytest.mark.parametrize("fields", [LAYERS[name] for
 all_variants = pytest.mark.parametrize("fields", VARIANTS.values(), ids=VARIANTS.keys())
 whole_and_compact = pytest.mark.parametrize("fields", (ALL, {**ALL, "neural_compact": True}), ids=("whole", "compact"))
 eager_and_sdpa = pytest.mark.parametrize("implementation", ("eager", "sdpa"))
+
+
+def planned_layers(model: nn.Module, layers: Any, **settings) -> list[str]:
+    """The names of those that `patch` would take."""
+    return [layer.layer for layer in patch(model, layers, dry_run=True, **settings).layers]
 
 
 def scorers(model: nn.Module) -> list[Scorer]:

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModel
 
 
 # Draws weights of standard deviation 0.2, so that attention shows in the outputs of such tiny models
@@ -37,6 +37,11 @@ BART = {
     "decoder_start_token_id": 2,
     "forced_eos_token_id": None,
 }
+
+
+def small_model(model_type: str, **fields) -> Any:
+    """One without a head, of a family that is not among `FAMILIES`."""
+    return AutoModel.from_config(AutoConfig.for_model(model_type, vocab_size=99, **fields))
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,9 @@
 // which the first two, times w3_r, are the gradients of weight2 and bias2.
 #pragma once
 
-#include <memory>
-
 #include "first_layer.h"
 #include "query_blocks.h"
+#include "weight_gradients.h"
 
 constexpr int64_t BACKWARD_KEYS = 64;
 constexpr int64_t TOKENS_AT_ONCE = 64;  // of the queries, back through the first layer
@@ -28,13 +27,9 @@ class Backward {
         groups(problem.heads / problem.kv_heads), tiles((problem.keys + BACKWARD_KEYS - 1) / BACKWARD_KEYS),
         parts(parts_of(problem.batch * problem.kv_heads, tiles)),
         query_parts(parts_of(problem.batch * problem.heads, (problem.queries + TOKENS_AT_ONCE - 1) / TOKENS_AT_ONCE)),
-        layer_sums(FirstLayer::sum_size(problem.hidden1, width)), pair_sums(round_up((problem.hidden1 + 2) * hidden2, LANES)),
-        query_blocks(problem, result, hidden2),
+        weight_sums(problem, width, hidden2, parts, query_parts), query_blocks(problem, result, hidden2),
         partial_u(problem.batch * problem.heads * problem.queries * problem.hidden1 * parts),
-        partial_query(problem.residual ? problem.batch * problem.heads * problem.queries * width * parts : 0),
-        query_sums(problem.queries_projected ? 0 : problem.batch * problem.heads * query_parts * layer_sums),
-        key_sums(problem.keys_projected ? 0 : problem.batch * problem.heads * parts * layer_sums),
-        network_sums(problem.batch * problem.heads * parts * pair_sums) {}
+        partial_query(problem.residual ? problem.batch * problem.heads * problem.queries * width * parts : 0) {}
 
   void run() {
 #pragma omp parallel num_threads(problem.num_threads)
@@ -52,7 +47,7 @@ class Backward {
         queries_of_one_head(memory, head / problem.heads, head % problem.heads, task % query_parts);
       }
     }
-    store_sums();
+    weight_sums.store(result);
   }
 
  private:
@@ -60,12 +55,10 @@ class Backward {
   const BackwardResult& result;
   const int64_t width, value_width, hidden2, groups, tiles;
   const int64_t parts, query_parts;  // of the keys and of the queries of a head, to be worked on side by side
-  const int64_t layer_sums, pair_sums;
+  const WeightSums weight_sums;
   const QueryBlocks query_blocks;
   // Of each part of the keys, [B, H, Tq, h1] and, in residual mode, [B, H, Tq, D]: gradients of u, and of the scaled queries
   Buffer partial_u, partial_query;
-  // Sums over tokens or pairs, by example, head and part
-  Buffer query_sums, key_sums, network_sums;
 
   // Enough for the threads to find work
   int64_t parts_of(int64_t heads, int64_t most) const {
@@ -120,8 +113,8 @@ class Backward {
     for (int64_t head = kv_head * groups; head < (kv_head + 1) * groups; head++) {
       std::memset(u_of(b, head, part), 0, sizeof(Real) * problem.queries * problem.hidden1);
       if (problem.residual) std::memset(query_of(b, head, part), 0, sizeof(Real) * problem.queries * width);
-      if (!problem.keys_projected) std::memset(key_sums.data + place(b, head, part) * layer_sums, 0, sizeof(Real) * layer_sums);
-      std::memset(network_sums.data + place(b, head, part) * pair_sums, 0, sizeof(Real) * pair_sums);
+      if (!problem.keys_projected) std::memset(weight_sums.of_keys(b, head, part), 0, sizeof(Real) * weight_sums.layer_size);
+      std::memset(weight_sums.of_pairs(b, head, part), 0, sizeof(Real) * weight_sums.pair_size);
     }
     for (int64_t tile = tiles * part / parts; tile < tiles * (part + 1) / parts; tile++) one_tile(memory, b, kv_head, part, tile * BACKWARD_KEYS);
   }
@@ -149,7 +142,7 @@ class Backward {
         key_features(problem, b, problem.feature_head(head), key, n, BACKWARD_KEYS, memory.columns, memory.row, memory.w);
         std::memset(memory.grad_w, 0, sizeof(Real) * h1 * BACKWARD_KEYS);
       }
-      Real* const sums = network_sums.data + place(b, head, part) * pair_sums;
+      Real* const sums = weight_sums.of_pairs(b, head, part);
       for (int64_t block = problem.is_causal ? key / BACKWARD_QUERIES : 0; block < query_blocks.per_head; block++) {
         std::memset(memory.sums, 0, sizeof(Real) * (h1 + 2) * hidden2 * LANES);
         queries_of_one_block(memory, net, b, head, part, block, key, n, keys);
@@ -161,7 +154,7 @@ class Backward {
           write_grad_w(memory, b, problem.feature_head(head), key, n);
         } else {
           memory.layer.use(problem.key_weight + set * h1 * problem.head_dim);
-          memory.layer.template back<ADD>(memory.grad_w, 1, BACKWARD_KEYS, n, keys, memory.grad_keys, key_sums.data + place(b, head, part) * layer_sums);
+          memory.layer.template back<ADD>(memory.grad_w, 1, BACKWARD_KEYS, n, keys, memory.grad_keys, weight_sums.of_keys(b, head, part));
         }
       }
     }
@@ -353,9 +346,9 @@ class Backward {
   // From the gradient of u to those of the queries and of their first layer
   void queries_of_one_head(Memory& memory, int64_t b, int64_t head, int64_t query_part) const {
     const int64_t h1 = problem.hidden1, blocks = (problem.queries + TOKENS_AT_ONCE - 1) / TOKENS_AT_ONCE;
-    Real* const sums = query_sums.data + ((b * problem.heads + head) * query_parts + query_part) * layer_sums;
+    Real* const sums = weight_sums.of_queries(b, head, query_part);
     if (!problem.queries_projected) {
-      std::memset(sums, 0, sizeof(Real) * layer_sums);
+      std::memset(sums, 0, sizeof(Real) * weight_sums.layer_size);
       memory.layer.use(problem.query_weight + problem.weight_set(head) * h1 * problem.head_dim);
     }
     for (int64_t block = blocks * query_part / query_parts; block < blocks * (query_part + 1) / query_parts; block++) {
@@ -379,38 +372,5 @@ class Backward {
         write_row(result.grad_query, result.grad_query.at(b, head, first + i), problem.head_dim, row);
       }
     }
-  }
-
-  // Adds up what the tasks left, always in the same order
-  void store_sums() const {
-    const int64_t h1 = problem.hidden1, h2 = problem.hidden2, by_head = problem.batch * parts;
-    const std::unique_ptr<double[]> totals(new double[std::max(layer_sums, pair_sums)]);
-    for (int64_t set = 0; set < problem.weight_sets; set++) {
-      const int64_t layer = set * h1 * problem.head_dim;
-      if (!problem.queries_projected) {
-        add_up(query_sums.data, layer_sums, set, problem.batch, query_parts, totals.get());
-        FirstLayer(h1, problem.head_dim, width, nullptr).store_sums(totals.get(), result.grad_query_weight + layer, result.grad_query_bias + set * h1);
-      }
-      if (!problem.keys_projected) {
-        add_up(key_sums.data, layer_sums, set, by_head, 1, totals.get());
-        FirstLayer(h1, problem.head_dim, width, nullptr).store_sums(totals.get(), result.grad_key_weight + layer, result.grad_key_bias + set * h1);
-      }
-      add_up(network_sums.data, pair_sums, set, by_head, 1, totals.get());
-      for (int64_t r = 0; r < h2; r++) {
-        const int64_t place = set * h2 + r;
-        const double w3 = problem.weight3[place];
-        for (int64_t c = 0; c < h1; c++) result.grad_weight2[place * h1 + c] = Real(totals[c * hidden2 + r] * w3);
-        result.grad_bias2[place] = Real(totals[h1 * hidden2 + r] * w3);
-        result.grad_weight3[place] = Real(totals[(h1 + 1) * hidden2 + r]);
-      }
-    }
-  }
-
-  // Sums [outer, H, inner, size] of the heads that share a set of weights, in double
-  void add_up(const Real* sums, int64_t size, int64_t set, int64_t outer, int64_t inner, double* totals) const {
-    std::fill(totals, totals + size, 0.0);
-    for (int64_t entry = 0; entry < outer * problem.heads * inner; entry++)
-      if (problem.weight_set(entry / inner % problem.heads) == set)
-        for (int64_t k = 0; k < size; k++) totals[k] += sums[entry * size + k];
   }
 };
