@@ -18,7 +18,7 @@ from transformers.utils import CONFIG_NAME
 import hf_neural_attention
 
 from .introspection import compact_layers, is_born_neural, unwrap
-from .models.configuration_neural_patched import PatchedConfig
+from .models.configuration_neural_patched import RECORD, PatchedConfig
 from .models.modeling_neural_patched import PREFIX, PatchedModelMixin
 from .patching.errors import PatchError
 from .patching.pretrained import neural_fields
@@ -191,6 +191,16 @@ def add_code(folder: Path, auto_map: dict[str, str]) -> None:
         shutil.copy(file, folder / file.name)
     path = folder / CONFIG_NAME
     path.write_text(json.dumps(json.loads(path.read_text()) | {"auto_map": auto_map}, indent=2, sort_keys=True) + "\n")
+
+
+def add_code_of_saved(folder: Path) -> None:
+    """`add_code` for a model that `save_pretrained` has written; nothing for a stock one, or one whose class is nobody's."""
+    config = json.loads((folder / CONFIG_NAME).read_text())
+    architecture = (config.get("architectures") or [""])[0]
+    if architecture in hf_neural_attention.__all__:
+        add_code(folder, auto_classes(config["model_type"], architecture))
+    elif RECORD in config and isinstance(getattr(transformers, architecture.removeprefix(PREFIX), None), type):
+        add_code(folder, auto_classes(config[RECORD]["base_model"]["model_type"], architecture))
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from ..models.neural_attention_interface import (
 )
 from ..models.neural_attention_names import CHANGED, adapter_configs, forget_names, names_of, neural_parts
 from ..models.neural_attention_scorer import NeuralScorer
-from ..models.neural_attention_zero3 import is_apart
+from ..models.neural_attention_zero3 import is_apart, whole_shape
 from .arguments import unhonoured
 from .errors import AlreadyPatchedError, PatchError, ProbeError, UnsupportedLayerError
 from .layers import Layers, attention_modules, choose_layers, listed
@@ -319,9 +319,21 @@ def reasons_against(module: Any, calls: list[AttentionCall]) -> Iterator[str]:
         yield "queries, keys or values that are not [batch, heads, length, size]"
     elif any(query[-1] != key[-1] for query, key, _ in shapes) or len({(query[1], query[-1]) for query, _, _ in shapes}) > 1:
         yield f"heads whose number or size is not always the same (queries and keys {shapes[0][:2]}), so `head_dim` is unclear"
+    elif any(attends_among_channels(module, call) for call in calls):
+        yield "channels that attend to channels, with heads as long as there are tokens, so `head_dim` is none of the layer's"
+    sinks = {call.sinks for call in calls if call.sinks not in (None, call.query[1:2])}
+    if sinks:
+        yield f"sinks that are not a logit per head ({', '.join(map(str, sinks))})"
     masks = {call.mask for call in calls if call.mask is not None}
     if any(not isinstance(mask, tuple) or len(mask) != 4 for mask in masks):
         yield f"masks that are not [batch, heads, queries, keys] ({', '.join(map(str, masks))})"
+
+
+def attends_among_channels(module: nn.Module, call: AttentionCall) -> bool:
+    """By the module's weights: those of its projections have the size of all heads, which here is that of the queries."""
+    _, num_heads, num_queries, size = call.query
+    sizes = {size for parameter in module.parameters() for size in whole_shape(parameter)}
+    return num_heads * num_queries in sizes and not any(each % (num_heads * size) == 0 for each in sizes)
 
 
 def as_if_patched(attention: Any) -> Any:

@@ -34,6 +34,7 @@ class AttentionCall(NamedTuple):
     key: torch.Size  # [B, Hkv, Tk, D]
     value: torch.Size  # [B, Hkv, Tk, Dv]
     mask: Any  # its shape, None without a mask, the name of its class if it is no tensor
+    sinks: torch.Size | None
     arguments: tuple[str, ...]  # names of all others that are not None
 
     @property
@@ -47,8 +48,9 @@ class AttentionCall(NamedTuple):
 
 def observed_call(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, arguments: dict) -> AttentionCall:
     shape = None if mask is None else getattr(mask, "shape", type(mask).__name__)
-    given = tuple(sorted(name for name, argument in arguments.items() if argument is not None))
-    return AttentionCall(query.shape, key.shape, value.shape, shape, given)
+    given = {name: argument for name, argument in sorted(arguments.items()) if argument is not None}
+    sinks = next((given[name].shape for name in ("s_aux", "sinks") if name in given), None)
+    return AttentionCall(query.shape, key.shape, value.shape, shape, sinks, tuple(given))
 
 
 @contextmanager

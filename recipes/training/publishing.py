@@ -5,10 +5,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from transformers import TrainingArguments
-from transformers.utils import CONFIG_NAME
 
-import hf_neural_attention
-from hf_neural_attention.export import add_code, auto_classes
+from hf_neural_attention.export import add_code_of_saved
 from hf_neural_attention.uploading import upload
 from training.arms import Arm
 from training.run_folder import RESULTS
@@ -25,11 +23,7 @@ def publish(folder: Path, arms: Iterable[Arm], training: TrainingArguments) -> N
         SystemExit: if an upload fails. The folders are whole, and the message says how to go on.
     """
     for arm in arms:
-        # reads rather than loads it: no Auto class knows the model type of a patched model without a class of its own
-        config = json.loads((folder / arm / CONFIG_NAME).read_text())
-        architecture = config["architectures"][0]
-        if architecture in hf_neural_attention.__all__:
-            add_code(folder / arm, auto_classes(config["model_type"], architecture))
+        add_code_of_saved(folder / arm)
         name = f"{training.hub_model_id or folder.resolve().name}-{arm}"
         try:
             message, private = f"Upload the {arm} model", training.hub_private_repo

@@ -61,6 +61,19 @@ def test_bitsandbytes_rounds_all_layers(make: Callable[[], Any], family: Any, tm
     assert torch.equal(run(from_pretrained(tmp_path / "rounded"), **inputs), run(ours, **inputs))
 
 
+@pytest.mark.parametrize("fields", [LARGER, COMPACT], ids=["whole", "compact"])
+def test_four_bits_leave_scorers_and_the_output_layer(fields: dict[str, Any], tmp_path: Path):
+    pytest.importorskip("bitsandbytes")
+    model, inputs = GPT2.neural(**fields, n_embd=128, n_head=2, vocab_size=256), inputs_of(GPT2)
+    model.save_pretrained(tmp_path)
+    settings = BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=[".*scorer", "lm_head"])
+    ours = from_pretrained(tmp_path, quantization_config=settings, dtype=torch.float32)
+    assert ours.transformer.h[0].attn.c_attn.weight.dtype is torch.uint8
+    assert {parameter.dtype for parameter in scorers(ours)[0].parameters()} == {torch.float32}
+    actual, expected = run(ours, **inputs), run(model, **inputs)
+    assert 0 < (actual - expected).norm() / expected.norm() < 0.3
+
+
 @every_model
 def test_quanto_rounds_all_layers(make: Callable[[], Any], family: Any, tmp_path: Path):
     pytest.importorskip("optimum.quanto")

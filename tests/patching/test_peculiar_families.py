@@ -8,7 +8,7 @@ import transformers
 from transformers import AutoConfig, AutoModel
 
 from hf_neural_attention import patch, patched
-from hf_neural_attention.patching import ProbeError
+from hf_neural_attention.patching import ProbeError, UnsupportedLayerError
 from hf_neural_attention.patching.names import stack_name
 from tests.helpers.comparing import assert_near
 from tests.helpers.stock_models import BART, FAMILIES, GROUPED
@@ -124,3 +124,20 @@ def test_what_code_keeps_of_a_run_has_numbers_after_a_patch():
     inputs = {"pixel_values": torch.rand(1, 3, 25, 25)}
     with torch.no_grad():
         assert all(type(each(**inputs).last_hidden_state) is torch.Tensor for each in (model, other))
+
+
+def test_channels_that_attend_to_channels():
+    sizes = {"embed_dim": [16, 32], "depths": [1, 1], "num_heads": [2, 4], "num_groups": [2, 4], "window_size": 2}
+    sizes |= {"patch_size": [7, 3], "patch_stride": [4, 2], "patch_padding": [3, 1], "patch_prenorm": [False, True]}
+    vision = AutoConfig.for_model("florence_vision", **sizes)
+    model = transformers.models.florence2.modeling_florence2.Florence2VisionBackbone(vision)
+    inputs = {"hidden_states": torch.randn(1, 3, 24, 24)}
+    with pytest.raises(UnsupportedLayerError, match=r"channel_block.channel_attn.*: channels that attend to channels"):
+        patch(model, lambda name, module: "channel" in name, example_inputs=inputs)
+
+
+def test_sinks_of_each_query():
+    fields = {**GROUPED, "num_hidden_layers": 2, "head_dim": 8}
+    model = AutoModel.from_config(AutoConfig.for_model("inkling2_text", **fields))
+    with pytest.raises(UnsupportedLayerError, match="sinks that are not a logit per head"):
+        patch(model, "all")

@@ -8,6 +8,7 @@ import pytest
 from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 
 from hf_neural_attention import patch
+from hf_neural_attention.export import add_code_of_saved
 from tests.helpers.hub import Hub, running_hub
 from tests.helpers.running import run_in
 from training.arms import Arm
@@ -27,6 +28,13 @@ model = AutoModelForCausalLM.from_pretrained("somebody/tiny-neural", trust_remot
 assert type(model).__module__.startswith("transformers_modules.")
 AutoTokenizer.from_pretrained("somebody/tiny-neural")
 assert type(AutoModelForCausalLM.from_pretrained("somebody/tiny-dot")).__name__ == "GPT2LMHeadModel"
+"""
+LOAD_PATCHED = """
+import sys
+sys.modules["hf_neural_attention"] = None
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained("neural", trust_remote_code=True)
+assert type(model).__name__ == "PatchedLlamaForCausalLM" and hasattr(model.model.layers[0].self_attn, "scorer")
 """
 TRAINER = """
 from datasets import Dataset
@@ -81,11 +89,24 @@ def test_trainer(hub: Hub, tmp_path: Path):
     assert "model.safetensors" in hub.repositories["somebody/trained"]
 
 
-def test_models_without_a_class_of_their_own_go_without_code(tmp_path: Path, monkeypatch):
+def test_patched_models_bring_their_code(tmp_path: Path, monkeypatch):
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 9, "intermediate_size": 16}
-    patch(LlamaForCausalLM(LlamaConfig(**sizes))).save_pretrained(tmp_path / "neural")
-    (tmp_path / "neural/results.json").write_text('{"steps": 2}')
     sent = []
     monkeypatch.setattr("training.publishing.upload", lambda folder, name, *args, **options: sent.append(name))
-    publish(tmp_path, [Arm.NEURAL], TrainingArguments(str(tmp_path), hub_model_id="somebody/llama"))
-    assert sent == ["somebody/llama-neural"] and not list((tmp_path / "neural").glob("*.py"))
+    for arm in (Arm.DOT, Arm.NEURAL):
+        model = LlamaForCausalLM(LlamaConfig(**sizes))
+        (patch(model) if arm is Arm.NEURAL else model).save_pretrained(tmp_path / arm)
+        (tmp_path / arm / "results.json").write_text('{"steps": 2}')
+    publish(tmp_path, [Arm.DOT, Arm.NEURAL], TrainingArguments(str(tmp_path), hub_model_id="somebody/llama"))
+    assert sent == ["somebody/llama-dot", "somebody/llama-neural"] and not list((tmp_path / "dot").glob("*.py"))
+    script(LOAD_PATCHED, tmp_path)
+
+
+def test_models_of_classes_of_their_own_go_without_code(tmp_path: Path):
+    class Own(LlamaForCausalLM):
+        pass
+
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 9, "intermediate_size": 16}
+    patch(Own(LlamaConfig(**sizes))).save_pretrained(tmp_path)
+    add_code_of_saved(tmp_path)
+    assert not list(tmp_path.glob("*.py"))
