@@ -6,7 +6,8 @@ A family is a folder of `transformers.models`. Its models are random: as Transfo
 inputs of its tests (`--tests` names their folder, in a checkout of Transformers' source), that with the most attention layers
 first, until one works; else with two layers, and the sizes of its default configuration shrunk by the names of its fields.
 Tried are all self-attention layers: in mode "residual" the outputs must be the stock model's (to the bit under eager
-attention), in mode "replace" others, and once unpatched the stock model's again.
+attention, but for sinks and for layers that stay under sdpa then), in mode "replace" others, and once unpatched the stock
+model's again.
 """
 
 import argparse
@@ -36,7 +37,7 @@ from tools.markdown import markdown_table
 from tools.provenance import command_line, environment
 
 
-TIME_LIMIT = 60  # seconds of the processor for a family
+DIED = "its process died"
 
 MEANINGS = {
     "works": "all self-attention layers",
@@ -107,32 +108,32 @@ def examined(models: Iterator[tuple[PreTrainedModel, Any]], source: str, reasons
     )
 
 
-def try_in_time(known: dict[str, list[str]], tests: Path | None, name: str) -> tuple[str, dict[str, Any]]:
+def try_in_time(known: dict[str, list[str]], tests: Path | None, limit: int, name: str) -> tuple[str, dict[str, Any]]:
     def stop(*_: Any) -> None:
         raise KeyboardInterrupt  # passes what catches exceptions
 
     signal.signal(signal.SIGPROF, stop)
-    signal.setitimer(signal.ITIMER_PROF, TIME_LIMIT)
+    signal.setitimer(signal.ITIMER_PROF, limit)
     try:
         return name, try_family(name, known[name], tests)
     except KeyboardInterrupt:
-        return name, not_tried(f"took more than {TIME_LIMIT} seconds of the processor")
+        return name, not_tried(f"took more than {limit} seconds of the processor")
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
 
 
 def try_all(
-    wanted: list[str], known: dict[str, list[str]], tests: Path | None, processes: int
+    wanted: list[str], known: dict[str, list[str]], tests: Path | None, limit: int, processes: int
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Results of families as they come. Each family has a process of its own, since some take much memory."""
     left = set(wanted)
     with multiprocessing.get_context("fork").Pool(processes, maxtasksperchild=1) as pool:
-        results = pool.imap_unordered(partial(try_in_time, known, tests), wanted)
+        results = pool.imap_unordered(partial(try_in_time, known, tests, limit), wanted)
         while left:
             try:
-                name, result = results.next(timeout=10 * TIME_LIMIT)
+                name, result = results.next(timeout=10 * limit)
             except multiprocessing.TimeoutError:
-                yield from ((name, not_tried("its process died")) for name in left)
+                yield from ((name, not_tried(DIED)) for name in left)
                 return
             left.remove(name)
             yield name, result
@@ -182,7 +183,8 @@ def main() -> None:
     parser.add_argument(
         "--output", type=Path, help="Write NAME.md and NAME.json, e.g. model_cards/families/patchable_families."
     )
-    parser.add_argument("--resume", action="store_true", help="Leave out the families that the output has already.")
+    parser.add_argument("--resume", action="store_true", help="Leave out the families that the output has.")
+    parser.add_argument("--seconds", type=int, default=60, help="Time of the processor for a family. Default: 60.")
     parser.add_argument("--processes", type=int, default=1, help="How many families to try at a time. Default: 1.")
     arguments = parser.parse_args()
     transformers_logging.set_verbosity_error()
@@ -200,14 +202,15 @@ def main() -> None:
     path = arguments.output.with_suffix(".json") if arguments.output else None
     kept = path is not None and path.exists() and (arguments.families or arguments.resume)
     results = json.loads(path.read_text(encoding="utf-8"))["families"] if path and kept else {}
-    wanted = [name for name in arguments.families or known if not (arguments.resume and name in results)]
+    done = {name for name, result in results.items() if result.get("reason") != DIED} if arguments.resume else set()
+    wanted = [name for name in arguments.families or known if name not in done]
     tests = arguments.tests and arguments.tests.resolve()
     for name in SHARED if tests else ():
         import_from(tests, name)
     command = " ".join(word for word in command_line().split() if word not in {*known, "--resume"})
     record: dict[str, Any] = {"command": command, "environment": environment(), "families": results}
     record["tests"] = version_of(tests) if tests else "none"
-    for name, result in try_all(wanted, known, tests, arguments.processes):
+    for name, result in try_all(wanted, known, tests, arguments.seconds, arguments.processes):
         results[name] = result
         print(f"{name}: {result['status']} {result.get('reason', '')}", flush=True)
         if path:  # writes each time, so that a run that is stopped can go on with the other families
