@@ -15,15 +15,13 @@ from typing import NamedTuple
 import torch
 
 from .neural_attention_masking import causal_pairs, dropout_multiplier, mask_scores
+from .neural_attention_operators import Tensors, define_operators
 from .neural_attention_reference import ScorerWeights, expand_heads, key_features, query_features, relative_sinks
 
 
 # Numbers in the largest tensor of a block, [heads, h1, queries, keys]: about the size of a core's cache, by measurement
 BLOCK_NUMBERS = 1 << 20
 MAX_BLOCK_QUERIES = 64
-
-# Gives each copy of this file, from several models on the Hub, its own operators, as one name would void the first's
-NAMESPACE = "hf_neural_attention" if __name__.startswith("hf_neural_attention.") else __name__.replace(".", "_")
 
 
 def without_autocast(tensor: torch.Tensor) -> AbstractContextManager:
@@ -79,15 +77,52 @@ def cut_into_blocks(
                 )
 
 
-class PairLayers(NamedTuple):
-    """The layers that act on pairs, per head or with a leading dimension of 1 for all heads."""
+class BlockwiseArguments(NamedTuple):
+    """Arguments of a call. All float tensors but `attn_mask` have one dtype. The layers that act on pairs come per head, or
+    with a leading dimension of 1 for all heads."""
 
+    u: torch.Tensor  # [B, H, Tq, h1]
+    w: torch.Tensor  # [B, H, Tk, h1]
+    value: torch.Tensor  # [B, H, Tk, Dv]
     weight2: torch.Tensor  # [1 or H, h2, h1]
     bias2: torch.Tensor  # [1 or H, h2]
     weight3: torch.Tensor  # [1 or H, 1, h2]
+    query: torch.Tensor | None  # [B, H, Tq, D], scaled; None in replace mode
+    key: torch.Tensor | None  # [B, H, Tk, D]
+    attn_mask: torch.Tensor | None  # of four dimensions
+    dropout_seed: torch.Tensor | None
+    sinks: torch.Tensor | None  # [H]
+    dropout_p: float
+    is_causal: bool
+    softcap: float | None
 
-    def heads_of(self, block: Block) -> "PairLayers":
-        return self if self.weight2.shape[0] == 1 else PairLayers(*(layer[as_slice(block.heads)] for layer in self))
+    def blocks(self) -> Iterator[Block]:
+        batch, num_heads, num_queries, width = self.u.shape
+        num_keys = self.w.shape[2]
+        return cut_into_blocks(batch, num_heads, num_queries, num_keys, width, self.is_causal) if num_keys else iter(())
+
+    def layers_of(self, block: Block) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The layers that act on pairs, of a block's heads."""
+        part = as_slice(block.heads) if self.weight2.shape[0] > 1 else slice(None)
+        return self.weight2[part], self.bias2[part], self.weight3[part]
+
+    def sinks_of(self, block: Block) -> torch.Tensor | None:
+        return None if self.sinks is None else self.sinks[as_slice(block.heads)]
+
+    def dropout_of(self, block: Block) -> torch.Tensor | None:
+        """What a block's weights are multiplied with."""
+        if self.dropout_seed is None:
+            return None
+        return dropout_multiplier(
+            self.dropout_seed,
+            self.dropout_p,
+            batch=block.batch,
+            heads=block.heads,
+            num_heads=self.u.shape[1],
+            rows=block.rows,
+            num_columns=block.num_keys,
+            dtype=self.u.dtype,
+        )
 
 
 def matmul_heads(matrix: torch.Tensor, pairs: torch.Tensor) -> torch.Tensor:
@@ -106,25 +141,15 @@ class Activations(NamedTuple):
     capped: torch.Tensor | None  # [B, H, rows, keys]: dot products over the cap they are under, if they are
 
 
-def score_block(
-    block: Block,
-    u: torch.Tensor,
-    w: torch.Tensor,
-    layers: PairLayers,
-    query: torch.Tensor | None,
-    key: torch.Tensor | None,
-    attn_mask: torch.Tensor | None,
-    is_causal: bool,
-    softcap: float | None,
-) -> Activations:
-    """Scores of a block. `u` is `[B, H, Tq, h1]`, `w` `[B, H, Tk, h1]`; `query` is scaled, or None in replace mode."""
+def score_block(block: Block, arguments: BlockwiseArguments) -> Activations:
+    u, w, query, key, softcap = arguments.u, arguments.w, arguments.query, arguments.key, arguments.softcap
+    weight2, bias2, weight3 = arguments.layers_of(block)
     capped = None
-    layers = layers.heads_of(block)
     rows = block.queries_of(u).transpose(-1, -2).unsqueeze(-1)  # [B, H, h1, rows, 1]
     columns = block.keys_of(w).transpose(-1, -2).unsqueeze(-2).contiguous()  # [B, H, h1, 1, keys]
     hidden1 = (rows + columns).relu_().flatten(-2)
-    hidden2 = matmul_heads(layers.weight2, hidden1).add_(layers.bias2.unsqueeze(-1)).relu_()
-    scores = matmul_heads(layers.weight3, hidden2).view(*hidden1.shape[:2], len(block.rows), block.num_keys)
+    hidden2 = matmul_heads(weight2, hidden1).add_(bias2.unsqueeze(-1)).relu_()
+    scores = matmul_heads(weight3, hidden2).view(*hidden1.shape[:2], len(block.rows), block.num_keys)
     if query is not None and key is not None:
         products = block.queries_of(query) @ block.keys_of(key).transpose(-1, -2)
         if softcap is None:
@@ -132,8 +157,8 @@ def score_block(
         else:
             capped = products.div_(softcap).tanh_()
             scores.add_(capped, alpha=softcap)
-    causal = causal_pairs(block.rows, block.num_keys, u.device) if is_causal else None
-    mask = None if attn_mask is None else block.mask_of(attn_mask)
+    causal = causal_pairs(block.rows, block.num_keys, u.device) if arguments.is_causal else None
+    mask = None if arguments.attn_mask is None else block.mask_of(arguments.attn_mask)
     return Activations(hidden1, hidden2, mask_scores(scores, mask, causal), capped)
 
 
@@ -150,164 +175,75 @@ def softmax_keys(scores: torch.Tensor, attn_mask: torch.Tensor | None, sinks: to
     return probabilities.masked_fill_(scores.amax(dim=-1, keepdim=True) == float("-inf"), 0.0)
 
 
-def sinks_of(block: Block, sinks: torch.Tensor | None) -> torch.Tensor | None:
-    return None if sinks is None else sinks[as_slice(block.heads)]
+def allocate_outputs(arguments: BlockwiseArguments) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output `[B, H, Tq, Dv]`, and nothing of the softmax: backward computes blocks again."""
+    u, value = arguments.u, arguments.value
+    return u.new_empty(*u.shape[:3], value.shape[-1]), u.new_empty(0)
 
 
-def block_dropout(
-    block: Block, seed: torch.Tensor | None, dropout_p: float, num_heads: int, dtype: torch.dtype
-) -> torch.Tensor | None:
-    if seed is None:
-        return None
-    return dropout_multiplier(
-        seed,
-        dropout_p,
-        batch=block.batch,
-        heads=block.heads,
-        num_heads=num_heads,
-        rows=block.rows,
-        num_columns=block.num_keys,
-        dtype=dtype,
-    )
-
-
-@torch.library.custom_op(f"{NAMESPACE}::blockwise_forward", mutates_args=())
-def blockwise_forward(
-    u: torch.Tensor,
-    w: torch.Tensor,
-    value: torch.Tensor,
-    weight2: torch.Tensor,
-    bias2: torch.Tensor,
-    weight3: torch.Tensor,
-    query: torch.Tensor | None,
-    key: torch.Tensor | None,
-    attn_mask: torch.Tensor | None,
-    dropout_seed: torch.Tensor | None,
-    sinks: torch.Tensor | None,
-    dropout_p: float,
-    is_causal: bool,
-    softcap: float | None,
-) -> torch.Tensor:
-    """Output `[B, H, Tq, Dv]`.
-
-    All float tensors but `attn_mask` have one dtype and `H` heads (`sinks` is `[H]`); `query` is scaled. `attn_mask` has four
-    dimensions.
-    """
-    batch, num_heads, num_queries, width = u.shape
-    num_keys = w.shape[2]
-    output = u.new_zeros(batch, num_heads, num_queries, value.shape[-1])
-    layers = PairLayers(weight2, bias2, weight3)
-    if num_keys == 0:
-        return output
-    with without_autocast(u):
-        for block in cut_into_blocks(batch, num_heads, num_queries, num_keys, width, is_causal):
-            scores = score_block(block, u, w, layers, query, key, attn_mask, is_causal, softcap).scores
-            probabilities = softmax_keys(scores, attn_mask, sinks_of(block, sinks))[..., : block.num_keys]
-            dropout = block_dropout(block, dropout_seed, dropout_p, num_heads, u.dtype)
+def run_forward(arguments: BlockwiseArguments, output: torch.Tensor, _: torch.Tensor) -> None:
+    output.zero_()
+    with without_autocast(arguments.u):
+        for block in arguments.blocks():
+            scores = score_block(block, arguments).scores
+            probabilities = softmax_keys(scores, arguments.attn_mask, arguments.sinks_of(block))[..., : block.num_keys]
+            dropout = arguments.dropout_of(block)
             if dropout is not None:
                 probabilities *= dropout
-            block.queries_of(output)[:] = probabilities @ block.keys_of(value)
-    return output
+            block.queries_of(output)[:] = probabilities @ block.keys_of(arguments.value)
 
 
-@blockwise_forward.register_fake
-def _(u, w, value, weight2, bias2, weight3, query, key, attn_mask, dropout_seed, sinks, dropout_p, is_causal, softcap):
-    return u.new_empty(*u.shape[:3], value.shape[-1])
+def allocate_gradient(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.new_zeros(tensor.shape)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::blockwise_backward", mutates_args=())
-def blockwise_backward(
-    grad_output: torch.Tensor,
-    u: torch.Tensor,
-    w: torch.Tensor,
-    value: torch.Tensor,
-    weight2: torch.Tensor,
-    bias2: torch.Tensor,
-    weight3: torch.Tensor,
-    query: torch.Tensor | None,
-    key: torch.Tensor | None,
-    attn_mask: torch.Tensor | None,
-    dropout_seed: torch.Tensor | None,
-    sinks: torch.Tensor | None,
-    dropout_p: float,
-    is_causal: bool,
-    softcap: float | None,
-    mask_needs_grad: bool,
-) -> list[torch.Tensor]:
-    """Gradients of u, w, value, weight2, bias2, weight3, query, key, attn_mask and sinks; empty where not asked."""
-    gradients = allocate_gradients(u, w, value, weight2, bias2, weight3, query, key, attn_mask, sinks, mask_needs_grad)
-    grad_u, grad_w, grad_value, grad_weight2, grad_bias2, grad_weight3, grad_query, grad_key, grad_mask, grad_sinks = gradients
-    batch, num_heads, num_queries, width = u.shape
-    num_keys = w.shape[2]
-    all_layers = PairLayers(weight2, bias2, weight3)
-    if num_keys == 0:
-        return gradients
-    with without_autocast(u):
-        for block in cut_into_blocks(batch, num_heads, num_queries, num_keys, width, is_causal):
-            layers = all_layers.heads_of(block)
-            hidden1, hidden2, scores, capped = score_block(block, u, w, all_layers, query, key, attn_mask, is_causal, softcap)
-            all_weights = softmax_keys(scores, attn_mask, sinks_of(block, sinks))
+def run_backward(
+    arguments: BlockwiseArguments, grad_output: torch.Tensor, _: torch.Tensor, __: torch.Tensor, gradients: Tensors
+) -> None:
+    grad_output = grad_output.contiguous()
+    grad_mask = None
+    if arguments.attn_mask is not None and "attn_mask" in gradients:  # may have fewer digits than the sums
+        grad_mask = arguments.u.new_zeros(arguments.attn_mask.shape)
+    with without_autocast(arguments.u):
+        for block in arguments.blocks():
+            weight2, _, weight3 = arguments.layers_of(block)
+            hidden1, hidden2, scores, capped = score_block(block, arguments)
+            all_weights = softmax_keys(scores, arguments.attn_mask, arguments.sinks_of(block))
             probabilities = all_weights[..., : block.num_keys]
             grad_out = block.queries_of(grad_output)
-            grad_scores = grad_out @ block.keys_of(value).transpose(-1, -2)
+            grad_scores = grad_out @ block.keys_of(arguments.value).transpose(-1, -2)
             dropped = probabilities
-            dropout = block_dropout(block, dropout_seed, dropout_p, num_heads, u.dtype)
+            dropout = arguments.dropout_of(block)
             if dropout is not None:
                 dropped = probabilities * dropout
                 grad_scores *= dropout
-            block.keys_of(grad_value).add_(dropped.transpose(-1, -2) @ grad_out)
+            block.keys_of(gradients["value"]).add_(dropped.transpose(-1, -2) @ grad_out)
             grad_scores *= probabilities
             # sums these very numbers, not `grad_output * output`, so that rounding cancels where a row has one large weight
             sums = grad_scores.sum(dim=-1, keepdim=True)
             grad_scores.addcmul_(probabilities, sums, value=-1.0)
-            if sinks is not None:  # its value is zero, and so is the gradient of its weight
-                grad_sinks[as_slice(block.heads)] -= (all_weights[..., block.num_keys :] * sums).sum((0, 2, 3))
+            if "sinks" in gradients:  # its value is zero, and so is the gradient of its weight
+                gradients["sinks"][as_slice(block.heads)] -= (all_weights[..., block.num_keys :] * sums).sum((0, 2, 3))
 
-            if query is not None and key is not None:
+            if arguments.query is not None and arguments.key is not None:
                 grad_products = grad_scores if capped is None else grad_scores * (1.0 - capped.square())
-                block.queries_of(grad_query).add_(grad_products @ block.keys_of(key))
-                block.keys_of(grad_key).add_(grad_products.transpose(-1, -2) @ block.queries_of(query))
-            if mask_needs_grad:
+                block.queries_of(gradients["query"]).add_(grad_products @ block.keys_of(arguments.key))
+                block.keys_of(gradients["key"]).add_(grad_products.transpose(-1, -2) @ block.queries_of(arguments.query))
+            if grad_mask is not None:
                 part = block.mask_of(grad_mask)
                 part.add_(grad_scores.sum_to_size(part.shape))
 
             pairs = grad_scores.flatten(-2).unsqueeze(-2)  # [B, H, 1, rows * keys]
-            add_per_layer(grad_weight3, block, pairs @ hidden2.transpose(-1, -2))
-            grad_hidden2 = matmul_heads(layers.weight3.transpose(-1, -2), pairs).mul_(hidden2 > 0)
-            add_per_layer(grad_bias2, block, grad_hidden2.sum(dim=-1))
-            add_per_layer(grad_weight2, block, grad_hidden2 @ hidden1.transpose(-1, -2))
-            grad_hidden1 = matmul_heads(layers.weight2.transpose(-1, -2), grad_hidden2).mul_(hidden1 > 0)
+            add_per_layer(gradients["weight3"], block, pairs @ hidden2.transpose(-1, -2))
+            grad_hidden2 = matmul_heads(weight3.transpose(-1, -2), pairs).mul_(hidden2 > 0)
+            add_per_layer(gradients["bias2"], block, grad_hidden2.sum(dim=-1))
+            add_per_layer(gradients["weight2"], block, grad_hidden2 @ hidden1.transpose(-1, -2))
+            grad_hidden1 = matmul_heads(weight2.transpose(-1, -2), grad_hidden2).mul_(hidden1 > 0)
             grad_hidden1 = grad_hidden1.unflatten(-1, (len(block.rows), block.num_keys))
-            block.queries_of(grad_u)[:] = grad_hidden1.sum(dim=-1).transpose(-1, -2)
-            block.keys_of(grad_w).add_(grad_hidden1.sum(dim=-2).transpose(-1, -2))
-    return gradients
-
-
-@blockwise_backward.register_fake
-def _(
-    grad_output,
-    u,
-    w,
-    value,
-    weight2,
-    bias2,
-    weight3,
-    query,
-    key,
-    attn_mask,
-    dropout_seed,
-    sinks,
-    dropout_p,
-    is_causal,
-    softcap,
-    mask_needs_grad,
-):
-    return allocate_gradients(u, w, value, weight2, bias2, weight3, query, key, attn_mask, sinks, mask_needs_grad)
-
-
-def allocate_gradients(u, w, value, weight2, bias2, weight3, query, key, attn_mask, sinks, mask_needs_grad):
-    wanted = [u, w, value, weight2, bias2, weight3, query, key, attn_mask if mask_needs_grad else None, sinks]
-    return [u.new_zeros(0 if tensor is None else tensor.shape) for tensor in wanted]
+            block.queries_of(gradients["u"])[:] = grad_hidden1.sum(dim=-1).transpose(-1, -2)
+            block.keys_of(gradients["w"]).add_(grad_hidden1.sum(dim=-2).transpose(-1, -2))
+    if grad_mask is not None:
+        gradients["attn_mask"].copy_(grad_mask)
 
 
 def add_per_layer(total: torch.Tensor, block: Block, part: torch.Tensor) -> None:
@@ -319,25 +255,15 @@ def add_per_layer(total: torch.Tensor, block: Block, part: torch.Tensor) -> None
         total[as_slice(block.heads)].add_(part)
 
 
-def setup_context(ctx, inputs, output):
-    *tensors, ctx.dropout_p, ctx.is_causal, ctx.softcap = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def backward(ctx, grad_output):
-    tensors = ctx.saved_tensors
-    attn_mask, sinks = tensors[8], tensors[10]
-    mask_needs_grad = attn_mask is not None and ctx.needs_input_grad[8]
-    options = ctx.dropout_p, ctx.is_causal, ctx.softcap
-    *gradients, of_sinks = blockwise_backward(grad_output.contiguous(), *tensors, *options, mask_needs_grad)
-    present = [tensor is not None for tensor in tensors[:8]] + [mask_needs_grad]
-    inputs = [gradient if asked else None for gradient, asked in zip(gradients, present, strict=True)]
-    if mask_needs_grad:
-        inputs[8] = gradients[8].to(attn_mask.dtype)
-    return (*inputs, None, None if sinks is None else of_sinks, None, None, None)
-
-
-blockwise_forward.register_autograd(backward, setup_context=setup_context)
+blockwise_forward, blockwise_backward = define_operators(
+    "blockwise",
+    BlockwiseArguments,
+    allocate_outputs=allocate_outputs,
+    run_forward=run_forward,
+    allocate_gradient=allocate_gradient,
+    run_backward=run_backward,
+    saves_output=False,
+)
 
 
 def blockwise_attention(
@@ -372,22 +298,26 @@ def blockwise_attention(
             key = expand_heads(key, num_heads)
         w = key_features(key, weights, keys_projected)
         layers = weights.weight2, weights.bias2, weights.weight3
+        weight2, bias2, weight3 = layers if weights.per_head else (layer.unsqueeze(0) for layer in layers)
         scaled_query = full_key = None
         if residual_scale is not None:
             scaled_query = query.to(dtype) * residual_scale
             full_key = expand_heads(key, num_heads).to(dtype)
-        output = blockwise_forward(
-            u,
-            expand_heads(w, num_heads),
-            expand_heads(value, num_heads).to(dtype),
-            *(layers if weights.per_head else (layer.unsqueeze(0) for layer in layers)),
-            scaled_query,
-            full_key,
-            attn_mask,
-            dropout_seed,
-            relative_sinks(sinks, weights),
-            dropout_p,
-            is_causal,
-            softcap,
+        arguments = BlockwiseArguments(
+            u=u,
+            w=expand_heads(w, num_heads),
+            value=expand_heads(value, num_heads).to(dtype),
+            weight2=weight2,
+            bias2=bias2,
+            weight3=weight3,
+            query=scaled_query,
+            key=full_key,
+            attn_mask=attn_mask,
+            dropout_seed=dropout_seed,
+            sinks=relative_sinks(sinks, weights),
+            dropout_p=dropout_p,
+            is_causal=is_causal,
+            softcap=softcap,
         )
+        output, _ = blockwise_forward(*arguments)
     return output.to(value.dtype if queries_projected else query.dtype)

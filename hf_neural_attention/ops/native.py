@@ -12,6 +12,7 @@ import torch
 
 from ..models.neural_attention_blockwise import without_autocast
 from ..models.neural_attention_masking import dropout_threshold
+from ..models.neural_attention_operators import Tensors, define_operators, gradient_of_sinks
 from ..models.neural_attention_reference import ScorerWeights, first_layer_of_key, first_layer_of_query, relative_sinks
 from .native_build import BuildError, load_library
 from .native_interface import (
@@ -25,7 +26,6 @@ from .native_interface import (
     describe_tensor,
     pack,
 )
-from .operators import Tensors, define_operators, gradient_of_sinks
 
 
 # Makes microseconds of work, since for less, waking a thread costs more than it gives

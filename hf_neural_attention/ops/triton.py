@@ -16,8 +16,8 @@ import torch
 
 from ..models.neural_attention_blockwise import without_autocast
 from ..models.neural_attention_masking import dropout_threshold
+from ..models.neural_attention_operators import Tensors, define_operators, gradient_of_sinks
 from ..models.neural_attention_reference import ScorerWeights, expand_heads, key_features, query_features, relative_sinks
-from .operators import Tensors, define_operators, gradient_of_sinks
 from .triton_blocks import Blocks, choose_blocks, kernel_constants, uses_cores
 
 

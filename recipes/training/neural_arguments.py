@@ -29,7 +29,7 @@ class NeuralArguments:
     neural_proj_dim: int | None = field(default=None, metadata={"help": "Default: max(2, head_dim // 32), the paper's."})
     neural_hidden_dims: list[int] | None = field(default=None, metadata={"help": "Two sizes. Default: the paper's."})
     neural_mode: str | None = field(
-        default=None, metadata={"help": "replace (the paper's) or residual. Default: replace, or for patching residual."}
+        default=None, metadata={"help": "replace (the paper's), residual or thin. Default: replace, or for patching residual."}
     )
     neural_per_head: bool | None = field(
         default=None, metadata={"help": "A scorer for each head instead of each layer. Default: False."}

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple, get_type_hints
 import torch
 
 
-NAMESPACE = "hf_neural_attention"
+# Gives each copy of this file, from several models on the Hub, its own operators, as one name would void the first's
+NAMESPACE = "hf_neural_attention" if __name__.startswith("hf_neural_attention.") else __name__.replace(".", "_")
 
 Tensors = dict[str, torch.Tensor]
 
@@ -54,6 +55,7 @@ def define_operators(
     allocate_gradient: Callable[[str, torch.Tensor], torch.Tensor],
     run_backward: Callable[[Any, torch.Tensor, torch.Tensor, torch.Tensor, Tensors], None],
     device_types: str | None = None,
+    saves_output: bool = True,
 ) -> Operators:
     """Registers the operators `{name}_forward` and `{name}_backward`, and the autograd of the first by the second.
 
@@ -66,6 +68,7 @@ def define_operators(
         run_backward: function(arguments, grad_output, output, statistics, gradients), which fills the gradients, by field;
             fields that are None have none, nor has a mask whose gradient nobody wants.
         device_types: kinds of devices that it is for; None: all.
+        saves_output: whether backward needs the output. If not, it gets an empty tensor.
     """
     fields = get_type_hints(arguments_type)
     tensors = [field for field, kind in fields.items() if kind in (torch.Tensor, torch.Tensor | None)]
@@ -120,7 +123,8 @@ def define_operators(
     def setup_context(ctx, inputs, output):
         arguments = arguments_type(*inputs)
         ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(*output, *(getattr(arguments, field) for field in tensors))
+        kept = output if saves_output else (output[0].new_empty(0), output[1])
+        ctx.save_for_backward(*kept, *(getattr(arguments, field) for field in tensors))
         ctx.others = arguments._replace(**dict.fromkeys(tensors))
 
     def differentiate(ctx, grad_output, _):
