@@ -70,7 +70,7 @@ def dot_product_weights(scorer: Any, call: Call) -> torch.Tensor | None:
         return None
     rows = torch.arange(call.query.shape[2], device=call.query.device)
     with without_autocast(call.query):
-        return softmax_or_zero(call.masked_rows(scores_of(None, call, rows), rows))
+        return softmax_or_zero(call.masked_rows(scores_of(None, call, rows), rows), call.sinks)
 
 
 def attention_over_image(weights: torch.Tensor, image_size: tuple[int, int], query: int = 0) -> torch.Tensor:

@@ -212,7 +212,7 @@ def neural_attention_forward(
             raise ValueError(f"Neural Attention cannot honour {feature} (`{name}`), which this model's attention asks for.")
     check_whole_sequence()
     share_heads(module, query.shape[1])
-    implementation = module.config.base._attn_implementation
+    implementation = module.config.base._attn_implementation or "eager"  # as modules without a model take it
     if cache is not None:
         key, value = update_pages(cache, module, key, value, kwargs)
     elif implementation.startswith("paged") and "write_index" not in kwargs:  # from 5.24 on, modules have updated the cache

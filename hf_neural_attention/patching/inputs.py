@@ -48,6 +48,11 @@ def patches(config: Any) -> list[torch.Tensor]:
     return [torch.zeros(NUM_PATCHES**2, channels * frames * first_of(config, "patch_size", default=14) ** 2)]
 
 
+def patches_with_places(config: Any) -> list[torch.Tensor]:
+    """As Gemma 4 takes them beside `pixel_position_ids`."""
+    return [flat.unsqueeze(0) for flat in patches(config)]
+
+
 def waveforms(config: Any) -> list[torch.Tensor]:
     waveform = torch.zeros(1, NUM_SAMPLES)
     return [waveform, waveform.unsqueeze(1), *spectrograms(config)]
@@ -72,7 +77,15 @@ MAKERS: dict[str, Callable[[Any], list[torch.Tensor]]] = {
     "hidden_states": lambda config: states(config, NUM_TOKENS),
     "inputs_embeds": lambda config: states(config, NUM_TOKENS),
     "grid_thw": lambda config: [torch.tensor([[1, NUM_PATCHES, NUM_PATCHES]])],
+    "pixel_position_ids": lambda config: [torch.cartesian_prod(*[torch.arange(NUM_PATCHES)] * 2).unsqueeze(0)],
     "query_embeds": lambda config: states(config, NUM_DECODER_TOKENS),
+    "context": lambda config: states(config, NUM_ENCODER_STATES),
+    "attention_mask": lambda config: [torch.ones(1, length, dtype=torch.long) for length in (NUM_TOKENS, NUM_ENCODER_STATES)],
+    "noise_embeds": lambda config: states(config, NUM_DECODER_TOKENS),
+    "context_hidden_states": lambda config: [
+        each.repeat(1, 1, len(first_of(config, "target_layer_ids", default=[0])))
+        for each in states(config, NUM_ENCODER_STATES)
+    ],
     "encoder_hidden_states": lambda config: states(
         config, NUM_ENCODER_STATES, "cross_attention_hidden_size", "encoder_hidden_size"
     ),
@@ -102,7 +115,11 @@ def possible_inputs(model: nn.Module, device: torch.device, dtype: torch.dtype) 
     names = [name for name in MAKERS if name in parameters and name in wanted] or ["inputs_embeds"]
     if not required <= MAKERS.keys() or not parameters.keys() >= set(names):
         return
-    makers = MAKERS | {"hidden_states": patches, "pixel_values": patches} if "grid_thw" in required else MAKERS
+    makers = MAKERS
+    if "grid_thw" in required:
+        makers = MAKERS | {"hidden_states": patches, "pixel_values": patches}
+    elif "pixel_position_ids" in required:
+        makers = MAKERS | {"pixel_values": patches_with_places}
     options = [makers[name](config) for name in names]
     for values in zip_longest(*options):
         chosen = (value if value is not None else option[0] for value, option in zip(values, options, strict=True) if option)

@@ -97,6 +97,8 @@ def examine(model: PreTrainedModel, inputs: dict[str, Any] | None = None) -> dic
     wrong, noted = differing(model, part, ours, names, residual, 1e-4)
     if all(map(torch.equal, replaced, before)):
         wrong.append("replace mode changes nothing")
+    if any((old.isfinite() & ~new.isfinite()).any() for old, new in zip(before, replaced, strict=True)):
+        wrong.append("replace mode makes numbers that are not finite")
     if not all(map(torch.equal, outputs_of(part, ours), before)):
         wrong.append("unpatching does not bring the outputs back")
     use_eager(model)
@@ -178,8 +180,9 @@ def largest(actual: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
 
 
 def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    """Largest difference, relative to the largest number; equal infinities and NaN do not count."""
-    difference = (actual - expected).masked_fill(actual == expected, 0.0).nan_to_num(0.0)
+    """Largest difference, relative to the largest number; infinities and NaN that both have do not count."""
+    same = (actual == expected) | (actual.isnan() & expected.isnan())
+    difference = (actual - expected).masked_fill(same, 0.0).nan_to_num(float("inf"))
     finite = expected[expected.isfinite()]
     return difference.abs().max().item() / max(1e-6, finite.abs().max().item()) if finite.numel() else 0.0
 

@@ -65,3 +65,11 @@ def test_stacks_of_every_kind():
     kinds = ["linear_attention", "full_attention", "linear_attention"]
     mixed = small_model("qwen3_next", num_experts=2, num_experts_per_tok=1, head_dim=8, layer_types=kinds, **SIZES)
     assert planned_layers(mixed, [0]) == ["layers.1.self_attn"]
+
+
+def test_self_attention_of_layers_whose_name_says_cross():
+    part = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    text, image = {**part, "vocab_size": 99}, {**part, "image_size": 16, "patch_size": 4}
+    model = small_model("bridgetower", text_config=text, vision_config=image, **part)
+    stacks = ("text_model.encoder.layer", "cross_modal_image_layers", "cross_modal_text_layers")
+    assert planned_layers(model, "all") == [f"{stack}.{index}.attention.self" for stack in stacks for index in range(2)]

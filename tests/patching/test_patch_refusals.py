@@ -183,6 +183,15 @@ def test_implementations_that_are_not_supported(implementation: str, match: str)
     )
 
 
+def test_modules_without_an_implementation_are_eager():
+    model = Homemade()
+    for layer in model.layers:
+        layer.config = PreTrainedConfig()
+    assert layer.config._attn_implementation is None
+    patch(model, "all", example_inputs=STATES)
+    assert model(**STATES).shape == STATES["states"].shape
+
+
 def test_models_that_cannot_be_run():
     assert_refused(Homemade(), ProbeError, r"'layers.\*' do could not be seen.*Give `example_inputs=`")
     assert_refused(Homemade(), ProbeError, "'layers.0' would ask .* could not be seen", ["layers.0"])

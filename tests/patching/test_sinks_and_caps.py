@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hf_neural_attention import calibrate, patch, unpatch
-from hf_neural_attention.analysis import score_statistics
+from hf_neural_attention.analysis import attention_maps, dot_product_maps, score_statistics
 from tests.helpers.comparing import assert_far
 from tests.helpers.stock_models import GROUPED, Family
 
@@ -47,6 +47,15 @@ def test_residual_starts_as_the_stock_model(family: Family):
     assert torch.equal(model.generate(**INPUTS, max_new_tokens=4, do_sample=False), tokens)
     assert_far(logits(patch(unpatch(model), "all", mode="replace")), stock)
     assert torch.equal(logits(unpatch(model)), stock)
+
+
+@both
+def test_dot_product_maps_are_those_of_the_stock_model(family: Family):
+    model = lively(family)
+    stock = attention_maps(model, **INPUTS)
+    for expected, found in zip(stock, dot_product_maps(patch(model, "all"), **INPUTS).values(), strict=True):
+        rows = INPUTS["attention_mask"].bool()[:, None, :, None]
+        assert torch.allclose(found.where(rows, 0.0), expected.where(rows, 0.0), atol=1e-6)
 
 
 @pytest.mark.parametrize("mode", ("replace", "thin"))

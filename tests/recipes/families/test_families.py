@@ -137,3 +137,11 @@ def test_results_of_a_familys_models(monkeypatch: pytest.MonkeyPatch):
     text = markdown({"families": {"some": found}, "tests": "9.9", "command": "python it", "environment": versions})
     assert f"| in part | 1 | {MEANINGS['in part']} |" in text
     assert "| some | in part | T5ForConditionalGeneration | 1 of 2 | LlamaForCausalLM: it says so |" in text
+
+
+def test_nan_is_no_equal():
+    nan, one = torch.tensor([float("nan"), 1.0]), torch.tensor([0.5, 1.0])
+    assert examining.relative(nan, one) == examining.relative(one, nan) == float("inf")
+    assert (
+        examining.relative(nan, nan) == 0 == examining.relative(torch.tensor([float("-inf")]), torch.tensor([float("-inf")]))
+    )
