@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map_only
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import sdpa_mask
 
-from .models.neural_attention_interface import NeuralConfigView, mask_of_call, share_batch
+from .models.neural_attention_interface import NeuralConfigView, is_neural, mask_of_call, share_batch
 from .models.neural_attention_masking import mask_scores
 from .models.neural_attention_reference import cap, expand_heads
 from .models.neural_attention_scorer import is_compact
@@ -89,11 +89,7 @@ def neural_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, Any]]:
 
 def patched_modules(model: nn.Module) -> dict[str, Any]:
     """Attention modules with a scorer that `patch` or their class put there, by the name that they have in a state dict."""
-    return {
-        re.sub(WRAPPERS, "", name): module
-        for name, module, _ in neural_layers(model)
-        if isinstance(getattr(module, "config", None), NeuralConfigView)
-    }
+    return {re.sub(WRAPPERS, "", name): module for name, module, _ in neural_layers(model) if is_neural(module)}
 
 
 def is_born_neural(model: nn.Module) -> bool:

@@ -5,6 +5,7 @@ import math
 import datasets
 import evaluate
 import numpy as np
+from sklearn.metrics import accuracy_score
 
 
 class Perplexity(evaluate.Metric):
@@ -49,7 +50,7 @@ class Accuracy(evaluate.Metric):
         )
 
     def _compute(self, predictions, references) -> dict[str, float]:
-        return {"accuracy": float(np.mean(np.equal(predictions, references)))}
+        return {"accuracy": float(accuracy_score(references, predictions))}
 
 
 def exp_or_inf(value: float) -> float:

@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 
 class PrivateInterface(NamedTuple):
-    """A name with a leading underscore that belongs to another library."""
+    """A name that belongs to another library, which does not promise to keep it: by its leading underscore, or since none of
+    its documents says what that is for."""
 
     name: str  # as it stands in our sources
     place: str  # `module:attribute.attribute` where it can be looked up; "" where only an instance has it
@@ -88,9 +89,9 @@ PRIVATE_INTERFACES = (
         "",
         "Accelerate's hook around a module's forward knows where offloaded weights go, and keeps them. Accelerate has public "
         "functions that use it, none that says it.",
-        "accelerate 1.15",
+        "accelerate 1.3 to 1.15",
     ),
-    PrivateInterface("_old_forward", "", "A module's forward without accelerate's hook around it.", "accelerate 1.15"),
+    PrivateInterface("_old_forward", "", "A module's forward without accelerate's hook around it.", "accelerate 1.3 to 1.15"),
     PrivateInterface(
         "_forward_hooks",
         "torch.nn:Module()._forward_hooks",
@@ -137,6 +138,37 @@ PRIVATE_INTERFACES = (
         TORCH,
     ),
     PrivateInterface("_C", "torch:_C", "Where that is.", TORCH),
+    PrivateInterface(
+        "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
+        "transformers.models.auto.modeling_auto:MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
+        "`Trainer` looks up here whether to shift labels that it smooths, and serving what a model is for. Neither sees what "
+        "is registered with the Auto classes.",
+        TRANSFORMERS,
+    ),
+    PrivateInterface(
+        "MODEL_MAPPING",
+        "transformers:MODEL_MAPPING",
+        "Tables of this type say which Auto classes make models of a family; each Auto class holds one.",
+        TRANSFORMERS,
+    ),
+    PrivateInterface(
+        "TRANSFORMERS_MODELS_TO_",
+        "peft.utils:TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING",
+        "What peft adapts by default in a family. It has no call that enters another family.",
+        "peft 0.20 to 0.21",
+    ),
+    PrivateInterface(
+        "transformers.utils.output_capturing",
+        "transformers.utils.output_capturing:",
+        "Hooks of this module record a layer's outputs, and have to follow when a compact layer takes its place.",
+        TRANSFORMERS,
+    ),
+    PrivateInterface(
+        'sys.modules["transformers"]',
+        "",
+        "Clients look a model's class up as an attribute of `transformers`, where Auto classes do not put what is registered.",
+        TRANSFORMERS,
+    ),
     PrivateInterface(
         "_dynamo",
         "torch:_dynamo.mark_static_address",

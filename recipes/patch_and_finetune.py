@@ -37,6 +37,7 @@ from hf_neural_attention import calibrate, compact, load_patch, patch, patch_sta
 from tools.command_lines import at_least, parse_arguments, value_of_flag
 from tools.json_files import write_json
 from tools.markdown import markdown_table
+from tools.saying import say
 from training import image_task, text_task
 from training.argument_checks import check_training
 from training.arms import Arm
@@ -132,7 +133,7 @@ def measure_stages(experiment: Experiment, checkpoint: CheckpointArguments, stag
     def measure(stage: str, model: PreTrainedModel) -> None:
         arguments = experiment.arguments_of(Arm.DOT if stage == "checkpoint" else Arm.NEURAL)
         stages[stage] = experiment.evaluate(Trainer(model=model, args=arguments, **experiment.trainer_arguments))
-        experiment.say(f"{stage}: {stages[stage]}")
+        say(f"{stage}: {stages[stage]}")
         if arguments.should_save:
             write_json(experiment.folder / STAGES, stages)
 
@@ -161,7 +162,7 @@ def measure_stages(experiment: Experiment, checkpoint: CheckpointArguments, stag
         max_batches=checkpoint.calibration_batches,
         progress=not experiment.training.disable_tqdm,
     )
-    experiment.say(f"\n{layers}\n")
+    say(f"\n{layers}\n")
     stages["calibration"] = [layer._asdict() for layer in layers]
     if experiment.training.should_save:
         save_patch(model, experiment.folder / CALIBRATED)

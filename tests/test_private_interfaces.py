@@ -3,10 +3,14 @@
 import ast
 import importlib
 import re
+import sys
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+import torch
+import transformers
+from accelerate.hooks import ModelHook, add_hook_to_module
 
 import hf_neural_attention
 from hf_neural_attention.private_interfaces import PRIVATE_INTERFACES, PrivateInterface
@@ -40,12 +44,18 @@ def private_names() -> dict[str, str]:
     return found
 
 
+UNDERSCORE = re.compile(r"(^|\.)_(?!_)")
+
+
 def test_every_private_name_is_listed():
-    listed = {interface.name for interface in PRIVATE_INTERFACES} | {PrivateInterface.__name__}
+    names = {interface.name for interface in PRIVATE_INTERFACES}
+    listed = {name for name in names if UNDERSCORE.search(name)} | {PrivateInterface.__name__}
     used = private_names()
     unlisted = {name: place for name, place in used.items() if name not in listed}
     assert not unlisted, f"list these in hf_neural_attention/private_interfaces.py, or do without them: {unlisted}"
     assert listed - used.keys() == {PrivateInterface.__name__}, "what is not used any more is listed no more"
+    sources = "".join(path.read_text() for path in set(PACKAGE.rglob("*.py")) - {PACKAGE / "private_interfaces.py"})
+    assert [name for name in names - listed if name not in sources] == []
 
 
 @pytest.mark.parametrize("interface", PRIVATE_INTERFACES, ids=lambda interface: interface.name)
@@ -62,11 +72,22 @@ def test_it_is_where_it_was(interface: PrivateInterface):
     )
     try:
         place = importlib.import_module(module)
-        for name in path.split("."):
+        for name in filter(None, path.split(".")):
             place = getattr(place, name.removesuffix("()"))
             place = place() if name.endswith("()") else place
     except (ImportError, AttributeError):
         pytest.fail(moved)
+
+
+def test_those_of_instances_are_there():
+    layer = add_hook_to_module(torch.nn.Linear(1, 1), ModelHook())
+    product = torch.ones(1, requires_grad=True) * torch.ones(1)
+    model = transformers.GPT2Model(transformers.GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=9))
+    found = {"_hf_hook": layer, "_old_forward": layer, "_saved_other": product.grad_fn, "_is_hf_initialized": model.ln_f}
+    found |= {'sys.modules["transformers"]': None}
+    assert found.keys() == {interface.name for interface in PRIVATE_INTERFACES if not interface.place}
+    assert all(each is None or hasattr(each, name) for name, each in found.items()), found
+    assert sys.modules["transformers"].GPT2Model is transformers.GPT2Model
 
 
 def test_a_moved_one_fails_with_a_sentence():

@@ -14,7 +14,7 @@ from .configuration_neural_patched import RECORD, PatchedConfig, PatchError, che
 from .modeling_neural_attention import HUB_OPTIONS, ScoredAttentionMixin
 from .modeling_neural_gpt2 import CompactGPT2Attention
 from .modeling_neural_vit import CompactViTAttention
-from .neural_attention_interface import attach_scorer
+from .neural_attention_interface import attach_scorer, neural_modules
 from .neural_attention_packing import rebuild, watch_caches
 from .neural_attention_scorer import NeuralScorer
 
@@ -111,9 +111,8 @@ def load_patched(base: Any, record: Mapping[str, Any], where: str, config: Any, 
         )
     if type(model) is loader:  # skips a model that FSDP has given a class of its own
         model.__class__ = base
-    for module in model.modules():
-        if hasattr(module, "scorer"):
-            module.scorer.freeze_idle()
+    for module in neural_modules(model).values():
+        module.scorer.freeze_idle()
     return model, info
 
 

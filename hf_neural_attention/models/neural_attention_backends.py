@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from .neural_attention_pytorch import PYTORCH_BACKENDS, Inputs, only_plain_operators
+from .neural_attention_pytorch import AUTO, PYTORCH_BACKENDS, Inputs, check_name, only_plain_operators
 from .neural_attention_reference import ScorerWeights
 
 
@@ -19,8 +19,6 @@ except ImportError:
 
 
 logger = logging.getLogger(__name__)
-
-AUTO = "auto"
 
 # Puts the fastest first, since "auto" takes the first that nothing speaks against
 BACKENDS = FUSED_BACKENDS | PYTORCH_BACKENDS
@@ -46,9 +44,7 @@ def asked_name(name: str | None) -> str:
     """
     if asked_backend is not None:
         return asked_backend(name).name
-    if (name := name or AUTO) not in (AUTO, *BACKENDS):
-        raise ValueError(f"`backend` is {name!r}; it must be one of {', '.join(map(repr, (AUTO, *BACKENDS)))}.")
-    return name
+    return check_name(name or AUTO, "`backend`", BACKENDS)
 
 
 def choose_backend(name: str | None, inputs: Inputs) -> Choice:

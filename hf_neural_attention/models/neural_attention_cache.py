@@ -20,7 +20,7 @@ from transformers.cache_utils import (
     StaticSlidingWindowLayer,
 )
 
-from .neural_attention_interface import AttentionModule
+from .neural_attention_interface import AttentionModule, neural_modules
 from .neural_attention_parallel import share_heads
 from .neural_attention_scorer import is_compact
 
@@ -217,7 +217,7 @@ class NeuralCache(Cache):
                 if saves_memory(attention, dtype):
                     layers[index] = project_layer(layers[index], attention)
         saves_nothing = not any(isinstance(layer, ProjectedKeys) for layer in layers)
-        if saves_nothing and any(is_compact(getattr(module, "scorer", None)) for module in model.modules()):
+        if saves_nothing and any(is_compact(module.scorer) for module in neural_modules(model).values()):
             raise ValueError(
                 f"NeuralCache is not for this {type(model).__name__}, which is compact: its layers hand every cache keys that "
                 "are projected already, `hidden_dims[0]` numbers of a key and head. Use a DynamicCache or a StaticCache."

@@ -22,7 +22,7 @@ from transformers.cache_utils import QuantizedLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .neural_attention_initialization import CompactWeights, draw_compact_weights, is_loaded, needs_weights
-from .neural_attention_interface import NeuralConfigView
+from .neural_attention_interface import NeuralConfigView, is_neural, neural_modules
 from .neural_attention_reference import ScorerWeights, first_layer_of_key, first_layer_of_query
 from .neural_attention_scorer import CompactScorer, is_compact
 from .neural_attention_zero3 import gathered, is_shared_out
@@ -204,9 +204,7 @@ def cannot_unfold(name: Any) -> str:
 
 def reason_against_folding(model: nn.Module) -> str | None:
     """Why the neural layers of a model cannot be folded now, or None."""
-    neural = {
-        name: module for name, module in model.named_modules() if isinstance(getattr(module, "config", None), NeuralConfigView)
-    }
+    neural = neural_modules(model)
     whole = {name: module for name, module in neural.items() if not is_compact(module.scorer)}
     if not whole:
         return "it is compact already" if neural else "it has no neural layer"
@@ -281,7 +279,7 @@ def folded_modules(model: nn.Module, compact_classes: dict[type, type]) -> dict[
     made: dict[nn.Module, Any] = {}  # one for a module that has several places
     places: dict[str, Any] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(getattr(module, "config", None), NeuralConfigView) and type(module) in compact_classes:
+        if is_neural(module) and type(module) in compact_classes:
             if module not in made:
                 made[module] = fold_attention(module, compact_classes[type(module)])
             places[name] = made[module]

@@ -8,6 +8,7 @@ model (its mask, its cache, its other layers) goes on with the real config. Noth
 from typing import Any, TypeAlias
 
 import torch
+from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
 from transformers.masking_utils import sdpa_mask
 
@@ -52,6 +53,16 @@ class NeuralConfigView:
 
     def __reduce__(self):
         return NeuralConfigView, (self.base,)
+
+
+def is_neural(module: nn.Module) -> bool:
+    """Whether it is an attention module with a scorer."""
+    return isinstance(getattr(module, "config", None), NeuralConfigView)
+
+
+def neural_modules(model: nn.Module) -> dict[str, Any]:
+    """The attention modules of a model that have a scorer, by name."""
+    return {name: module for name, module in model.named_modules() if is_neural(module)}
 
 
 def attach_scorer(attention: AttentionModule, scorer: Scorer) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from .neural_attention_interface import NeuralConfigView
+from .neural_attention_interface import neural_modules
 
 
 # Is a folder, since trainers write any other name into their model cards as that of a base model, which the Hub then refuses.
@@ -23,12 +23,7 @@ CHANGED = ", changed in memory by hf_neural_attention (save it whole by `save_pr
 
 def neural_parts(model: nn.Module) -> list[Any]:
     """A model, and models inside it, as far as they have neural layers."""
-    return [
-        part
-        for part in model.modules()
-        if isinstance(part, PreTrainedModel)
-        and any(isinstance(getattr(module, "config", None), NeuralConfigView) for module in part.modules())
-    ]
+    return [part for part in model.modules() if isinstance(part, PreTrainedModel) and neural_modules(part)]
 
 
 def adapter_configs(model: nn.Module) -> list[Any]:

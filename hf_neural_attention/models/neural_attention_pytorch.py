@@ -1,6 +1,6 @@
 """What a backend is, and those that need nothing but PyTorch: `blockwise` and `reference`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -8,6 +8,8 @@ import torch
 from .neural_attention_blockwise import blockwise_attention
 from .neural_attention_reference import ScorerWeights, reference_attention
 
+
+AUTO = "auto"  # asks for the fastest that can take the inputs
 
 # Leaves out 8 bits and fewer, which torch calls floating point as well, but cannot compute in
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -36,6 +38,13 @@ class Backend(NamedTuple):
     run: Callable[..., torch.Tensor]
     reason_against: Callable[[Inputs], str | None]
     is_fused: bool
+
+
+def check_name(name: str, source: str, backends: Iterable[str]) -> str:
+    """Raises a ValueError if `name`, which came from `source`, is none of these backends."""
+    if name not in (names := (AUTO, *backends)):
+        raise ValueError(f"{source} is {name!r}; it must be one of {', '.join(map(repr, names))}.")
+    return name
 
 
 def only_plain_operators() -> bool:

@@ -9,21 +9,16 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import NamedTuple
 
+from ..models.neural_attention_pytorch import AUTO, PYTORCH_BACKENDS, check_name
+from .fused import FUSED_BACKENDS
+
 
 ENVIRONMENT_VARIABLE = "HF_NEURAL_ATTENTION_BACKEND"
-AUTO = "auto"
-NAMES = ("native", "triton", "blockwise", "reference")
+NAMES = (*FUSED_BACKENDS, *PYTORCH_BACKENDS)
 
 # None: not set
 process_choice: str | None = None
 context_choice: ContextVar[str | None] = ContextVar("hf_neural_attention_backend", default=None)
-
-
-def check_name(name: str, source: str) -> str:
-    """Raises a ValueError if `name`, which came from `source`, is no backend."""
-    if name not in (AUTO, *NAMES):
-        raise ValueError(f"{source} is {name!r}; it must be one of {', '.join(map(repr, (AUTO, *NAMES)))}.")
-    return name
 
 
 def set_backend(name: str | None) -> None:
@@ -40,7 +35,7 @@ def set_backend(name: str | None) -> None:
             the reason.
     """
     global process_choice
-    process_choice = None if name is None else check_name(name, "`set_backend`'s `name`")
+    process_choice = None if name is None else check_name(name, "`set_backend`'s `name`", NAMES)
 
 
 @contextmanager
@@ -53,7 +48,7 @@ def use_backend(name: str) -> Iterator[None]:
     Raises:
         ValueError: if there is no backend of that name.
     """
-    token = context_choice.set(check_name(name, "`use_backend`'s `name`"))
+    token = context_choice.set(check_name(name, "`use_backend`'s `name`", NAMES))
     try:
         yield
     finally:
@@ -74,10 +69,10 @@ def asked_backend(argument: str | None = None) -> Asked:
         ValueError: if there is no such backend.
     """
     if argument is not None:
-        return Asked(check_name(argument, "`backend`"), "the argument `backend`")
+        return Asked(check_name(argument, "`backend`", NAMES), "the argument `backend`")
     if in_context := context_choice.get():
         return Asked(in_context, "`use_backend`")
     if process_choice:
         return Asked(process_choice, "`set_backend`")
     source = f"the environment variable {ENVIRONMENT_VARIABLE}"
-    return Asked(check_name(os.environ.get(ENVIRONMENT_VARIABLE) or AUTO, f"The{source[3:]}"), source)
+    return Asked(check_name(os.environ.get(ENVIRONMENT_VARIABLE) or AUTO, f"The{source[3:]}", NAMES), source)

@@ -12,10 +12,9 @@ import triton
 import triton.language as tl
 
 
-# How a mask comes: not at all, as numbers other than zero where a pair counts, or to be added to the scores
+# How a mask comes: not at all, as numbers other than zero where a pair counts, or (2) to be added to the scores
 NO_MASK = tl.constexpr(0)
 BOOL_MASK = tl.constexpr(1)
-FLOAT_MASK = tl.constexpr(2)
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 

@@ -10,7 +10,7 @@ import inspect
 import logging
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
@@ -105,7 +105,7 @@ def probe(
     if has_weights and failures and not all(calls.values()):
         with left_as_it_was(model) as device, gathered(model.parameters()):
             failures = run_parts(model, names, nullcontext(), device, example_inputs)
-    said = [f"{name} said: {reason}." for name, reason in failures.items()]
+    said = in_words(failures)
     if type(model).__name__ not in failures:
         said.insert(0, "Its own run passed without them.")
     return calls, " ".join(said)
@@ -173,7 +173,7 @@ def run_parts(
     failures: dict[str, str] = {}
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.get_default_dtype())
     with recording(model, calls), context, torch.no_grad(), quiet():
-        if example_inputs is not None and not attempt(model, [example_inputs], failures):
+        if example_inputs is not None and attempt(model, [example_inputs], failures) is None:
             return failures
         for name, part in model.named_modules():
             inside = [found for label, found in calls.items() if not name or label.startswith(f"{name}.")]
@@ -188,19 +188,32 @@ def run_parts(
     return failures
 
 
-def attempt(model: nn.Module, candidates: Iterable[Mapping[str, Any]], failures: dict[str, str]) -> bool:
-    """Runs a model on the first inputs that it takes. If there are none, this is False, and `failures` gets the reason that
-    the first one had."""
+def call_model(model: nn.Module, inputs: Mapping[str, Any]) -> None:
+    model(**inputs)
+
+
+def attempt(
+    model: nn.Module,
+    candidates: Iterable[Mapping[str, Any]],
+    failures: dict[str, str],
+    run: Callable[[nn.Module, Mapping[str, Any]], None] = call_model,
+) -> Mapping[str, Any] | None:
+    """Runs a model on the first inputs that it takes, and returns these. If there are none, `failures` gets the reason
+    that the first one had."""
     reason = "its inputs are not known here"
     for number, inputs in enumerate(candidates):
         try:
-            model(**inputs)
+            run(model, inputs)
         except Exception as error:  # noqa: BLE001, catches whatever a model says to inputs that it was not made for
             reason = reason if number else describe(error)
         else:
-            return True
+            return inputs
     failures[type(model).__name__] = reason
-    return False
+    return None
+
+
+def in_words(failures: Mapping[str, str]) -> list[str]:
+    return [f"{name} said: {reason}." for name, reason in failures.items()]
 
 
 def describe(error: Exception) -> str:

@@ -18,7 +18,7 @@ from ..introspection import left_as_it_was, moved, observed
 from ..models.neural_attention_interface import neural_attention_forward
 from ..models.neural_attention_packing import Source
 from .inputs import possible_inputs
-from .probing import describe, quiet
+from .probing import attempt, in_words, quiet
 
 
 # Steps of a history that put numbers elsewhere, and leave them what they are
@@ -71,7 +71,7 @@ def run_until_reached(
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.get_default_dtype())
     runs: list[Run] = []
-    failures: list[str] = []
+    failures: dict[str, str] = {}
     for name, part in model.named_modules():
         inside = [module for label, module in modules.items() if not name or label.startswith(f"{name}.")]
         if (not isinstance(part, PreTrainedModel) and name) or all(map(reached, inside)):
@@ -80,20 +80,12 @@ def run_until_reached(
             candidates = iter([moved(dict(example_inputs), device)])
         else:
             candidates = random_inputs(part, device, dtype) if isinstance(part, PreTrainedModel) else iter(())
-        reason = "its inputs are not known here"
-        for number, inputs in enumerate(candidates):
-            try:
-                run(part, inputs)
-            except Exception as error:  # noqa: BLE001, catches whatever a model says to inputs that it was not made for
-                reason = reason if number else describe(error)
-            else:
-                runs.append((part, inputs))
-                break
-        else:
-            failures.append(f"{type(part).__name__} said: {reason}.")
-            if example_inputs is not None and not name:
-                break
-    return runs, " ".join(failures)
+        inputs = attempt(part, candidates, failures, run)
+        if inputs is not None:
+            runs.append((part, inputs))
+        elif example_inputs is not None and not name:
+            break
+    return runs, " ".join(in_words(failures))
 
 
 def run(part: nn.Module, inputs: Mapping[str, Any]) -> None:

@@ -4,7 +4,10 @@ from enum import StrEnum
 
 
 class Arm(StrEnum):
-    """An arm, whose value names it on the command line, in folders and in records. Others are compared with the first."""
+    """An arm, whose value names it on the command line, in folders and in records. Others are compared with the first.
+
+    Which model class and config it has, its family says (`model_families.py`): GPT-2, ViT, or any other.
+    """
 
     label: str  # in tables and pictures
     noun: str  # in sentences

@@ -14,6 +14,7 @@ from hf_neural_attention.analysis import score_statistics, scorer_health
 from hf_neural_attention.introspection import compact_layers
 from hf_neural_attention.models.neural_attention_compact import CompactAttentionMixin
 from hf_neural_attention.starting import ScoreStart
+from tools.saying import say
 from training.arms import Arm
 from training.scorer_trainer import ScorerTrainer
 from training.watching import WatchScores
@@ -52,10 +53,6 @@ class Experiment:
     @property
     def folder(self) -> Path:
         return Path(str(self.training.output_dir))
-
-    def say(self, text: str) -> None:
-        if self.training.should_save:
-            print(text, flush=True)
 
     def arguments_of(self, arm: Arm, **changes: Any) -> TrainingArguments:
         """The arm's own `TrainingArguments`: a folder of its own, all else equal but for the `changes`."""
@@ -122,7 +119,7 @@ class Experiment:
             with trainer.accelerator.autocast():
                 return [layer._asdict() for layer in score_statistics(trainer.model, **batch)]
         except ValueError as error:
-            self.say(f"The scores of this model cannot be looked at: {error}")
+            say(f"The scores of this model cannot be looked at: {error}")
             return []
 
 

@@ -17,6 +17,7 @@ from transformers.trainer_callback import ExportableState
 from hf_neural_attention.patching.sizes import size_of
 from tools.json_files import write_json
 from tools.peak_memory import peak_memory
+from tools.saying import say
 from tools.timing_by_turns import time_by_turns
 from training.arms import Arm
 from training.checkpoints import last_whole_checkpoint
@@ -78,10 +79,10 @@ def run(experiment: Experiment, arms: tuple[Arm, ...]) -> Results:
 def run_arm(experiment: Experiment, arm: Arm) -> dict[str, Any]:
     folder = experiment.folder / arm
     is_finished = (folder / RESULTS).exists()
-    checkpoint = None if is_finished else last_whole_checkpoint(folder, experiment.say)
+    checkpoint = None if is_finished else last_whole_checkpoint(folder, say)
     check_all_see(folder, f"finished: {is_finished}, checkpoint: {checkpoint and Path(checkpoint).name}")
     if is_finished:
-        experiment.say(f"{arm}: finished before, see {folder / RESULTS}")
+        say(f"{arm}: finished before, see {folder / RESULTS}")
         return json.loads((folder / RESULTS).read_text())
     set_seed(experiment.training.seed)
     try:
@@ -95,7 +96,7 @@ def run_arm(experiment: Experiment, arm: Arm) -> dict[str, Any]:
     health, scores = {"start": experiment.health(trainer)}, {"start": experiment.scores(trainer)}
     if experiment.watch_scores is not None and not scores["start"]:
         raise SystemExit("--watch_scores: the scores of this model cannot be looked at (see above). Leave it out.")
-    experiment.say(f"{arm}: {'resuming from ' + checkpoint if checkpoint else 'training from the start'}")
+    say(f"{arm}: {'resuming from ' + checkpoint if checkpoint else 'training from the start'}")
     with checkpoints_as_they_are(model), peak_memory(experiment.training.device.type) as memory:
         trainer.train(resume_from_checkpoint=checkpoint)
     # looks it up, since resuming puts another clock in the place of ours
