@@ -117,9 +117,10 @@ def script(code: str, folder: Path, **environment: str) -> str:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("is_compact", (False, True), ids=("whole", "compact"))
 @pytest.mark.parametrize("family", ("gpt2", "vit"))
-def test_it_loads_in_every_way(family: str, tmp_path: Path):
-    model, processor = make(family)
+def test_it_loads_in_every_way(family: str, is_compact: bool, tmp_path: Path):
+    model, processor = make(family, neural_compact=is_compact)
     model.config.use_cache = False  # sets it as Trainer leaves it
     assert export_to_hub(model, tmp_path / "model", processor) == tmp_path / "model"
     assert model.config.use_cache is False

@@ -35,7 +35,9 @@ class Swap(NamedTuple):
 
 
 def compact(model: ModelT, *, example_inputs: Mapping[str, Any] | None = None, dry_run: bool = False) -> Any:
-    """Makes the neural layers of a model compact, in place: they compute the same, up to rounding, with fewer parameters.
+    """Makes the neural layers of a model compact, in place: they compute the same with fewer parameters.
+
+    Outputs stay as they were up to rounding: by the tests to 1e-5 of the largest one in float32, and 1e-12 in float64.
 
     A scorer sees a query and a key through linear maps to `h1 = hidden_dims[0]` numbers. In modes `"replace"` and `"thin"`,
     where nothing happens to queries and keys between their projection and the scorer, hidden states are projected to these

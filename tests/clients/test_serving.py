@@ -22,7 +22,7 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 from transformers.utils.import_utils import is_serve_available
 
-from hf_neural_attention import export_to_hub, patch
+from hf_neural_attention import compact, export_to_hub, patch
 from tests.helpers.neural_models import liven
 from tests.helpers.stock_models import FAMILIES
 
@@ -116,6 +116,7 @@ def test_patched_models(options: tuple[str, ...], tokenizer: Any, tmp_path: Path
         "gpt2": patched("gpt2", mode="replace"),
         "llama": patched("llama", mode="residual"),
         "mistral": patched("mistral", mode="replace", per_head=True),
+        "compact": compact(patched("gpt2", mode="replace", hidden_dims=(4, 2))),
     }
     for name, model in models.items():
         model.save_pretrained(tmp_path / name)
@@ -127,6 +128,7 @@ def test_patched_models(options: tuple[str, ...], tokenizer: Any, tmp_path: Path
 
 def test_exported_models_without_this_package(tokenizer: Any, tmp_path: Path):
     models = {"gpt2": patched("gpt2", mode="replace"), "llama": patched("llama", mode="replace", per_head=True)}
+    models["compact"] = compact(patched("gpt2", mode="replace", hidden_dims=(4, 2)))
     for name, model in models.items():
         export_to_hub(model, tmp_path / name, tokenizer)
     # leaves out this package alone, whose source is no part of site-packages
