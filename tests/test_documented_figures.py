@@ -273,6 +273,11 @@ def test_long_runs():
         assert "seven weeks for one" in page and "nine months for one" in page
 
 
+def bytes_of(parameters: int, per_token: int, tokens: int) -> int:
+    """What a decode step of GPT-2 124M reads: all weights but those of positions, in float32, and the cache."""
+    return 4 * (parameters - 1024 * 768) + per_token * tokens
+
+
 def test_bars_of_the_compact_form():
     found = read("benchmarks/compact")["rows"]
     for bar in found:
@@ -291,6 +296,11 @@ def test_bars_of_the_compact_form():
     reached, asked = zip(wide, narrow_both, wide_both, strict=True)
     others = "The other three reach {}, {} and {}, and their aims ask for {}, {} and {}.".format(*reached, *asked)
     assert others.replace("%", " %") in SPEED
+    steps = [next(bar for bar in found if f"dropout {rate}" in bar["what"]) for rate in ("0.0", "0.1")]
+    assert [f"{bar['seconds']:.1f}" for bar in steps] == ["5.3", "5.3"] and "as long as without (5.3 s)" in SPEED
+    assert f"{steps[1]['over_seconds'] / steps[0]['over_seconds']:.1f}" == "1.5" and "takes 1.5 times as long with" in SPEED
+    by_bytes = [bytes_of(110_708_604, 38_016, tokens) / bytes_of(124_439_808, 73_728, tokens) for tokens in (1024, 4096)]
+    assert "compact would take {:.2f} of stock after 1,024 tokens, and {:.2f} after 4,096".format(*by_bytes) in SPEED
     of_sdpa = found[1]["least_seconds"] / instructions_per_pair((2, 1), 64, "forward") * 138 / found[1]["over_seconds"]
     assert f"SDPA's two products are 138 instructions of a pair, and it reaches {of_sdpa:.0%}.".replace("%", " %") in SPEED
     assert row("number of parameters", measured["GPT-2 124M compact, parameters"], "0.88") in README
