@@ -53,6 +53,8 @@ def test_the_documents_give_the_tables_figures():
     assert f"Of {len(RESULTS)} model families" in page
     for status, count in counts.items():
         assert re.search(rf"\| {status} \| {count} \|", page), status
+    trouble = (ROOT / "docs" / "troubleshooting.md").read_text()
+    assert f"has none: {counts['no interface']} of {len(RESULTS)} families do" in trouble
     readme = " ".join((ROOT / "README.md").read_text().split())
     assert f"Of {len(RESULTS)} model families in Transformers 5.23, {counts['works']} work" in readme
     for status, words in {
