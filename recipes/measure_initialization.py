@@ -28,7 +28,7 @@ def measure(init: str, proj_dim: int, head_dim: int, seeds: int, length: int) ->
     deviations = torch.empty(seeds)
     for seed in range(seeds):
         torch.manual_seed(seed)
-        scorer = NeuralScorer(head_dim, proj_dim, init=init)
+        scorer = NeuralScorer(head_dim, proj_dim, "paper", init=init)
         query, key = torch.randn(2, 1, 1, length, head_dim)
         deviations[seed] = reference_scores(query, key, scorer.weights()).std()
     low, median, high = deviations.quantile(torch.tensor([0.05, 0.5, 0.95])).tolist()

@@ -16,8 +16,12 @@ FORMAT_VERSION = 1
 STORED = "_neural_stored"
 
 Mode: TypeAlias = Literal["replace", "residual", "thin"]
+Shape: TypeAlias = Literal["auto", "paper"]
 Initialization: TypeAlias = Literal["mirrored", "paper"]
-MODES, INITIALIZATIONS = get_args(Mode), get_args(Initialization)
+HiddenDims: TypeAlias = tuple[int, int] | list[int] | Shape | None
+MODES, INITIALIZATIONS, SHAPES = get_args(Mode), get_args(Initialization), get_args(Shape)
+
+NARROW_FROM = 8  # numbers of a query, from which on "auto" takes two units in the second hidden layer
 
 
 def is_positive_int(value: Any) -> bool:
@@ -29,9 +33,12 @@ def check_size(value: int | None) -> None:
         raise ValueError(f"It is {value!r}; it must be None or an integer of at least 1.")
 
 
-def check_two_sizes(value: list[int] | tuple[int, ...] | None) -> None:
-    if value is not None and not (len(value) == 2 and all(map(is_positive_int, value))):
-        raise ValueError(f"It is {value!r}; it must be None or a list of two integers of at least 1.")
+def check_shape(value: Any) -> None:
+    """Of the hidden layers of a scorer. None is "paper": what checkpoints hold that were saved before there was another."""
+    if value is None or value in SHAPES:
+        return
+    if not (isinstance(value, list | tuple) and len(value) == 2 and all(map(is_positive_int, value))):
+        raise ValueError(f'It is {value!r}; it must be "auto", "paper" or a list of two integers of at least 1.')
 
 
 def check_format_version(value: int) -> None:
@@ -72,6 +79,27 @@ def resolve_layers(neural_layers: Any, num_layers: int) -> list[int]:
     return resolved
 
 
+def resolve_sizes(
+    head_dim: int, proj_dim: int | None, hidden_dims: HiddenDims, mode: str = "replace"
+) -> tuple[int, tuple[int, int]]:
+    """`proj_dim` and `hidden_dims` as numbers, by the rules that `NeuralScorer` names; in mode `"thin"` these are `(p, 0)`.
+
+    Raises:
+        ValueError: if `hidden_dims` is a word that names no rule, or there are hidden layers in mode `"thin"`.
+    """
+    proj_dim = max(2, head_dim // 32) if proj_dim is None else proj_dim
+    if isinstance(hidden_dims, str) and hidden_dims not in SHAPES:
+        raise ValueError(f"`hidden_dims` is {hidden_dims!r}; it must be {' or '.join(map(repr, SHAPES))}, or two sizes.")
+    if hidden_dims is None or isinstance(hidden_dims, str):
+        is_narrow = hidden_dims == "auto" and proj_dim >= NARROW_FROM
+        second = 0 if mode == "thin" else 2 if is_narrow else max(1, proj_dim // 2)
+        return proj_dim, (proj_dim, second)
+    if mode == "thin" and tuple(hidden_dims) != (proj_dim, 0):
+        raise ValueError(f'`hidden_dims` is {hidden_dims!r}, and mode "thin" has no hidden layers; leave it out.')
+    first, second = hidden_dims
+    return proj_dim, (first, second)
+
+
 @dataclass(repr=False)
 class NeuralAttentionConfigMixin:
     """Fields of a config for its neural layers.
@@ -81,8 +109,9 @@ class NeuralAttentionConfigMixin:
             The others keep the dot product. Default: `[0]`, as in the paper.
         neural_proj_dim (`int`, *optional*): Size to which queries and keys are projected before they are scored. Default:
             `max(2, head_dim // 32)`.
-        neural_hidden_dims (`list[int]`, *optional*): Sizes of the scorer's two hidden layers. Default:
-            `(proj_dim, max(1, proj_dim // 2))`.
+        neural_hidden_dims (`list[int]`, `"auto"` or `"paper"`): Sizes of the scorer's two hidden layers, or a rule for them:
+            with `p = neural_proj_dim`, "paper" is `(p, max(1, p // 2))`, and "auto" is `(p, 2)` if `p` is 8 or more and the
+            paper's else. None is "paper", as earlier checkpoints have it. Default: "auto".
         neural_mode (`str`): `"replace"` (the network's score alone) or `"residual"` (added to the dot product, starting
             as exactly that), or `"thin"` (no network: the dot product of the numbers that it would see, `neural_proj_dim`
             of them). Default: `"replace"`.
@@ -101,7 +130,7 @@ class NeuralAttentionConfigMixin:
 
     neural_layers: list[int] | tuple[int, ...] | Literal["all"] | None = None
     neural_proj_dim: int | None = validated_field(check_size, default=None)
-    neural_hidden_dims: list[int] | tuple[int, ...] | None = validated_field(check_two_sizes, default=None)
+    neural_hidden_dims: list[int] | tuple[int, ...] | Shape | None = validated_field(check_shape, default="auto")
     neural_mode: Mode = "replace"
     neural_per_head: bool = False
     neural_compact: bool = False
@@ -136,7 +165,7 @@ class NeuralAttentionConfigMixin:
             )
 
     def validate_neural_mode(self) -> None:
-        if self.neural_mode == "thin" and self.neural_hidden_dims is not None:
+        if self.neural_mode == "thin" and self.neural_hidden_dims not in (*SHAPES, None):
             raise ValueError(
                 f'`neural_hidden_dims` is {self.neural_hidden_dims!r}; `neural_mode="thin"` has no hidden layers: leave it.'
             )

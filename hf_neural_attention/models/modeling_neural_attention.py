@@ -8,13 +8,13 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, initialization
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .configuration_neural_attention import STORED
+from .configuration_neural_attention import STORED, resolve_sizes
 from .neural_attention_cache import CACHE_ARGUMENT, NEURAL_CACHES, replace_cache
 from .neural_attention_compact import CompactAttentionMixin, cannot_unfold, folded_modules, reason_against_folding
 from .neural_attention_interface import attach_scorer, check_implementation
 from .neural_attention_names import forget_names, origin_of
 from .neural_attention_packing import PackedScorer
-from .neural_attention_scorer import CompactScorer, NeuralScorer, resolve_sizes
+from .neural_attention_scorer import CompactScorer, NeuralScorer
 from .neural_attention_zero3 import is_shared_out
 
 
@@ -155,7 +155,8 @@ def stored_config(name: Any, arguments: dict[str, Any]) -> dict[str, Any]:
 
 def layers_of(config: Any) -> tuple:
     """Which layers a config makes neural, and how, but for what their weights start as."""
-    sizes = config.neural_proj_dim, config.neural_hidden_dims and tuple(config.neural_hidden_dims)
+    head_dim = config.hidden_size // config.num_attention_heads
+    sizes = resolve_sizes(head_dim, config.neural_proj_dim, config.neural_hidden_dims, config.neural_mode)
     return config.neural_layer_indices, *sizes, config.neural_mode, config.neural_per_head, config.neural_compact
 
 

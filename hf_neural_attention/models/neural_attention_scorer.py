@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import initialization
 
-from .configuration_neural_attention import INITIALIZATIONS, MODES
+from .configuration_neural_attention import INITIALIZATIONS, MODES, HiddenDims, resolve_sizes
 from .neural_attention_blockwise import without_autocast
 from .neural_attention_functional import scorer_attention
 from .neural_attention_initialization import draw_weights, is_loaded, needs_weights
@@ -132,23 +132,6 @@ def linear_layer(num_heads: int | None, in_features: int, out_features: int) -> 
     return PerHeadLinear(num_heads, in_features, out_features)
 
 
-def resolve_sizes(
-    head_dim: int, proj_dim: int | None, hidden_dims: tuple[int, int] | list[int] | None, mode: str = "replace"
-) -> tuple[int, tuple[int, int]]:
-    """`proj_dim` and `hidden_dims`, with the paper's where they are None; in mode `"thin"` these are `(p, 0)`.
-
-    Raises:
-        ValueError: if there are hidden layers in mode `"thin"`.
-    """
-    proj_dim = max(2, head_dim // 32) if proj_dim is None else proj_dim
-    if mode == "thin":
-        if hidden_dims is not None and tuple(hidden_dims) != (proj_dim, 0):
-            raise ValueError(f'`hidden_dims` is {hidden_dims!r}, and mode "thin" has no hidden layers; leave it None.')
-        return proj_dim, (proj_dim, 0)
-    first, second = (proj_dim, max(1, proj_dim // 2)) if hidden_dims is None else hidden_dims
-    return proj_dim, (first, second)
-
-
 def check_choices(sizes: dict[str, int], mode: str, init: str) -> None:
     """Raises a ValueError that names what is wrong."""
     for name, size in sizes.items():
@@ -176,7 +159,9 @@ class NeuralScorer(Scorer):
     Args:
         head_dim (`int`): Size of a query and a key.
         proj_dim (`int`, *optional*): `p`. Default: `max(2, head_dim // 32)`, the paper's.
-        hidden_dims (`tuple[int, int]`, *optional*): `h1, h2`. Default: `(p, max(1, p // 2))`, the paper's.
+        hidden_dims (`tuple[int, int]`, `"auto"` or `"paper"`): `h1, h2`, or a rule for them: "paper" is
+            `(p, max(1, p // 2))`, and "auto" is `(p, 2)` if `p` is 8 or more, which costs less and is worth as much
+            (docs/results.md), and the paper's else. None is "paper". Default: "auto".
         mode (`str`): `"replace"` scores by the network alone, as the paper does. `"residual"` adds the network's score to
             the scaled dot product and starts, with `linear3` at zero, as exactly that. `"thin"` has no network: it scores by
             `q' . k' / sqrt(p)`, the dot product of what the network would see, and has `q_proj` and `k_proj` alone.
@@ -194,7 +179,7 @@ class NeuralScorer(Scorer):
         self,
         head_dim: int,
         proj_dim: int | None = None,
-        hidden_dims: tuple[int, int] | list[int] | None = None,
+        hidden_dims: HiddenDims = "auto",
         mode: str = "replace",
         num_heads: int | None = None,
         init: str = "mirrored",

@@ -5,6 +5,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from hf_neural_attention.models.configuration_neural_attention import resolve_sizes
 from studies.number_format import form_of
 from studies.pictures import save
 from studies.results import Results
@@ -36,8 +37,8 @@ def cost_of(settings: dict[str, Any], size: int) -> dict[str, float]:
     elif settings.get("neural_mode") == "thin":
         first = pair = settings["neural_proj_dim"]
     else:
-        small = settings.get("neural_proj_dim") or max(2, size // 32)
-        first, second = settings.get("neural_hidden_dims") or (small, max(1, small // 2))
+        shape = settings.get("neural_hidden_dims", "auto")
+        _, (first, second) = resolve_sizes(size, settings.get("neural_proj_dim"), shape)
         # adds u + w, multiplies by the second layer, and weighs its units; of ReLU one each for both layers
         pair = first + first * second + 2 * second
     return {"pair": pair, "key": 4 * first}

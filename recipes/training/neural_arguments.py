@@ -27,7 +27,13 @@ class NeuralArguments:
         default=None, metadata={"help": "Layers with Neural Attention: indices, all, or none. Default: 0."}
     )
     neural_proj_dim: int | None = field(default=None, metadata={"help": "Default: max(2, head_dim // 32), the paper's."})
-    neural_hidden_dims: list[int] | None = field(default=None, metadata={"help": "Two sizes. Default: the paper's."})
+    neural_hidden_dims: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Two sizes, or paper: p and p // 2, p being neural_proj_dim. Default: p and 2 where p is 8 or more, the "
+            "paper's else."
+        },
+    )
     neural_mode: str | None = field(
         default=None, metadata={"help": "replace (the paper's), residual or thin. Default: replace, or for patching residual."}
     )
@@ -78,7 +84,7 @@ class NeuralArguments:
         fields = {
             "neural_layers": self.layers(),
             "neural_proj_dim": self.neural_proj_dim,
-            "neural_hidden_dims": self.neural_hidden_dims,
+            "neural_hidden_dims": self.hidden_dims(),
             "neural_mode": self.neural_mode,
             "neural_per_head": self.neural_per_head,
             "neural_compact": self.neural_compact,
@@ -100,3 +106,13 @@ class NeuralArguments:
             return [int(word) for word in words]
         except ValueError:
             raise SystemExit(f"--neural_layers is {words}; expected indices of layers, all, or none.") from None
+
+    def hidden_dims(self) -> list[int] | str | None:
+        words = self.neural_hidden_dims
+        if words is None:
+            return None
+        if words in (["auto"], ["paper"]):
+            return words[0]
+        if len(words) == 2 and all(word.isdecimal() and int(word) for word in words):
+            return [int(word) for word in words]
+        raise SystemExit(f"--neural_hidden_dims is {words}; expected two sizes of at least 1, auto, or paper.")

@@ -2,6 +2,7 @@
 
 import json
 import re
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ DEFAULTS = {
     "neural_layers": [0],
     "neural_format_version": 1,
     "neural_proj_dim": None,
-    "neural_hidden_dims": None,
+    "neural_hidden_dims": "auto",
     "neural_mode": "replace",
     "neural_per_head": False,
     "neural_compact": False,
@@ -50,12 +51,16 @@ INVALID = [
         for value in (2.0, "2", True, [2])
     ),
     *(
-        ("neural_hidden_dims", value, "None or a list of two integers of at least 1")
+        ("neural_hidden_dims", value, '"auto", "paper" or a list of two integers of at least 1')
         for value in ([2], [2, 1, 1], [], [0, 1], [2, -1])
     ),
     *(
-        ("neural_hidden_dims", value, "doesn't match any type in (list[int], tuple[int, ...], <class 'NoneType'>)")
-        for value in ([2.0, 1], [2, True], ["2", 1], 2, "21", {2: 1})
+        (
+            "neural_hidden_dims",
+            value,
+            "doesn't match any type in (list[int], tuple[int, ...], typing.Literal['auto', 'paper'], <",
+        )
+        for value in ([2.0, 1], [2, True], ["2", 1], 2, "21", "Paper", {2: 1})
     ),
     *(
         ("neural_mode", value, "one of ('replace', 'residual', 'thin')")
@@ -118,6 +123,19 @@ def test_layers_are_resolved(family: Family, layers, expected):
     model = family.neural(neural_layers=layers)
     neural = [name.split(".")[2] for name, module in model.named_modules() if name.endswith(f"{family.attention_name}.scorer")]
     assert neural == [str(index) for index in expected]
+
+
+@both_families
+@pytest.mark.parametrize("compact", [False, True])
+@pytest.mark.parametrize(
+    ("shape", "sizes"), [("auto", (16, 2)), ("paper", (16, 8)), (None, (16, 8)), ([16, 4], (16, 4))], ids=str
+)
+def test_shapes_outlast_a_file(family: Family, shape: Any, sizes: tuple[int, int], compact: bool, tmp_path):
+    fields = {} if shape == "auto" else {"neural_hidden_dims": shape}
+    family.neural(neural_proj_dim=16, neural_compact=compact, **fields).save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["neural_hidden_dims"] == shape
+    model = type(family.neural()).from_pretrained(tmp_path)
+    assert model.config.neural_hidden_dims == shape and scorers(model)[0].hidden_dims == sizes
 
 
 @both_families

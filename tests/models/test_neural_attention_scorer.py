@@ -70,6 +70,12 @@ def test_state_dict_of_the_paper():
         ((60, 5), (5, (5, 2))),
         ((64, 1), (1, (1, 1))),
         ((64, 4, [9, 7]), (4, (9, 7))),
+        ((64, 7), (7, (7, 3))),
+        ((64, 8), (8, (8, 2))),
+        ((64, 16, "auto"), (16, (16, 2))),
+        ((256,), (8, (8, 2))),
+        ((256, None, "paper"), (8, (8, 4))),
+        ((64, 16, None), (16, (16, 8))),  # as in checkpoints of earlier versions
     ],
 )
 def test_sizes(arguments: tuple, sizes: tuple):
@@ -93,6 +99,7 @@ def test_per_head_sizes_and_draws():
         ({"head_dim": 8, "proj_dim": 0}, "`proj_dim` is 0"),
         ({"head_dim": 8, "hidden_dims": (0, 1)}, r"`hidden_dims\[0\]` is 0"),
         ({"head_dim": 8, "hidden_dims": (4, -1)}, r"`hidden_dims\[1\]` is -1"),
+        ({"head_dim": 8, "hidden_dims": "wide"}, "`hidden_dims` is 'wide'; it must be 'auto' or 'paper', or two sizes"),
         ({"head_dim": 8, "num_heads": 0}, "`num_heads` is 0"),
         ({"head_dim": 8, "mode": "add"}, "`mode` is 'add'; it must be one of 'replace', 'residual'"),
         ({"head_dim": 8, "init": "zero"}, "`init` is 'zero'; it must be one of "),

@@ -96,7 +96,7 @@ def test_bad_layers(layers: Any, error: type, match: str):
 BAD_SETTINGS = [
     ({"proj_dim": 0}, "`proj_dim` is 0; it must be None or an integer of at least 1"),
     ({"proj_dim": 2.0}, "`proj_dim` is 2.0"),
-    ({"hidden_dims": (4,)}, r"`hidden_dims` is \(4,\); it must be None or two integers"),
+    ({"hidden_dims": (4,)}, r'`hidden_dims` is \(4,\); it must be "auto", "paper" or two integers'),
     ({"hidden_dims": 4}, "`hidden_dims` is 4"),
     ({"mode": "both"}, "`mode` is 'both'; it must be one of 'replace', 'residual'"),
     ({"init": "zeros"}, "`init` is 'zeros'; it must be one of"),

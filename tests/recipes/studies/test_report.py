@@ -45,7 +45,8 @@ def test_error_against_cost(tmp_path):
     assert "![Error against cost](shapes.png)" in report(study, tmp_path)
     assert (tmp_path / "shapes.png").stat().st_size > 5_000
     assert cost_of(arms["dot"], 64) == {"pair": 64, "key": 256} and cost_of(arms["longer"], 64)["pair"] == 0
-    assert cost_of(network, 64) == {"pair": 8 + 32 + 8, "key": 32}
+    assert cost_of(network, 64) == {"pair": 8 + 16 + 4, "key": 32}
+    assert cost_of({**network, "neural_hidden_dims": "paper"}, 64) == {"pair": 8 + 32 + 8, "key": 32}
     assert cost_of({**network, "neural_hidden_dims": [16, 2]}, 64) == {"pair": 16 + 32 + 4, "key": 64}
     assert cost_of({**network, "neural_mode": "thin"}, 64) == {"pair": 8, "key": 32}
     assert pareto_front([(2, 1.0), (1, 3.0), (3, 2.0), (4, 0.5), (1, 4.0)]) == [(1, 3.0), (2, 1.0), (4, 0.5)]
