@@ -39,6 +39,10 @@ def stock_vit() -> Any:
     return ViTForImageClassification(ViTConfig(**SIZES)).eval()
 
 
+# Enough units for spreads of small models on a few images to be near what is expected of them
+SHAPE: dict[str, Any] = {"neural_proj_dim": 8, "neural_hidden_dims": "paper"}
+
+
 def neural_vit(**fields: Any) -> Any:
     torch.manual_seed(0)
     return NeuralViTForImageClassification(NeuralViTConfig(**SIZES, neural_layers="all", **fields)).eval()
@@ -93,7 +97,7 @@ def test_observed_layers_hand_on_what_they_would_otherwise():
     (None, {}, {"neural_mode": "residual"}, {"neural_mode": "thin"}, {"neural_compact": True}, {"neural_init": "paper"}),
 )
 def test_scores_start_with_the_spread_that_is_asked_for(fields: dict[str, Any] | None, spread: float):
-    fields = fields and {"neural_proj_dim": 8, **fields}
+    fields = fields and {**SHAPE, **fields}
     model = stock_vit() if fields is None else neural_vit(**fields)
     report = start_scores(model, images(), spread)
     assert spreads(model, images()) == pytest.approx([spread] * 2, rel=0.01)
@@ -129,7 +133,7 @@ def test_fused_projections_keep_their_values():
 @pytest.mark.parametrize("fields", (None, {}, {"neural_mode": "thin"}, {"neural_compact": True}))
 def test_closed_form_is_what_independent_normal_tokens_have(fields: dict[str, Any] | None):
     """Hidden states that a norm hands on, of which each is drawn by itself."""
-    model = stock_vit() if fields is None else neural_vit(neural_proj_dim=8, **fields)
+    model = stock_vit() if fields is None else neural_vit(**SHAPE, **fields)
     report = start_scores(model)
     assert not report.measured and [layer.after for layer in report] == pytest.approx([1.0, 1.0])
     generator = torch.Generator().manual_seed(3)

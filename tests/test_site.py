@@ -41,7 +41,7 @@ def test_docstrings_are_rendered(site):
     text = re.sub(r"\s+", " ", re.sub(r"<[^>]+>", "", page))
     # checks that an entry for several arguments counts for each of them, and that a field has the comment behind it
     assert re.search(r"proj_dim \( ?int \| None, default: None ?\) . as in NeuralScorer", text)
-    assert re.search(r"hidden_dims \( ?tuple\[int, int\] \| list\[int\] \| None, default: None ?\) . as in NeuralScorer", text)
+    assert re.search(r"hidden_dims \( ?HiddenDims, default: \S*auto\S* ?\) . as in NeuralScorer", text)
     assert re.search(r"kl_uniform ?\( ?float ?\) . of attention that is the same for all keys", text)
 
 

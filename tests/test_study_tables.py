@@ -38,3 +38,54 @@ def test_rows(name: str, base: str, rows: str):
         change = difference(study, found, arm, base)
         expected = [form.value(mean), form.signed(change["difference"]), form.bounds(change), verdict(study, change)]
         assert cells == [str(len(runs)), *expected], line
+
+
+def mean(study: str, arm: str) -> str:
+    metric, factor = ("test_accuracy", 100) if "images" in study else ("test_perplexity_stride", 1)
+    found = load_results(Study.load(ROOT / f"recipes/studies/{study}.yaml"), STUDIES / study)[arm]
+    return f"{factor * statistics.mean(each['metrics'][metric] for each in found.values()):.2f}"
+
+
+def in_points(arm: str, base: str) -> str:
+    study = Study.load(ROOT / "recipes/studies/spread-images.yaml")
+    found = load_results(study, STUDIES / study.name)
+    change = difference(study, found, arm, base)
+    assert {*found[arm]} == {*found[base]}, "means are of the seeds that the difference is of"
+    form = form_of(study, summarize(study, found, load_costs(STUDIES / study.name)), study.metric)
+    return f"{form.signed(change['difference'])} points, 95 % interval: {form.bounds(change)}"
+
+
+@pytest.mark.parametrize("page", ("README.md", "docs/results.md"))
+def test_the_verdict(page: str):
+    text = " ".join((ROOT / page).read_text().split())
+    stock, started, own, both = (
+        mean("spread-images", arm) for arm in ("dot", "dot, spread 1", "network 16", "network 16, spread 1")
+    )
+    to_stock, to_started = in_points("dot, spread 1", "dot"), in_points("network 16, spread 1", "dot, spread 1")
+    assert f"reaches {started} % accuracy, compared with {stock} % for the stock one (difference: {to_stock})." in text
+    assert f"Neural Attention reaches {own} % with its own start, and {both} % with that one" in text
+    assert f"(difference to the dot product with the same start: {to_started})" in text
+    arms = [f"{arm}, {size} embeddings" for size in ("authors'", "unit") for arm in ("dot", "neural")]
+    dot, neural, dot_unit, neural_unit = (mean("paper-architecture-text", arm) for arm in arms)
+    assert f"falls from {dot} to {neural} with the authors' embeddings" in text
+    assert f"it is {dot_unit} for the dot product, and {neural_unit} for the network" in text
+
+
+def test_the_first_layer_of_the_paper():
+    text = " ".join((ROOT / "docs/start-of-scores.md").read_text().split())
+    study = Study.load(ROOT / "recipes/studies/paper-architecture-text.yaml")
+    found = load_results(study, STUDIES / study.name)
+
+    def first_layer(arm: str, when: str, figure: str) -> float:
+        return statistics.mean(each["score_statistics"][when][0][figure] for each in found[arm].values())
+
+    authors, unit = "dot, authors' embeddings", "dot, unit embeddings"
+    assert f"a spread of {first_layer(authors, 'start', 'spread'):.0f} with the authors' embeddings" in text
+    shares = [f"{100 * first_layer(authors, when, 'saturated'):.0f} %" for when in ("start", "end")]
+    assert "has over 0.99 of the weight in {} of the rows; after training, in {}.".format(*shares) in text
+    assert f"With unit embeddings the spread is {first_layer(unit, 'start', 'spread'):.2f}, and no row is saturated." in text
+    assert first_layer(unit, "start", "saturated") < 0.0005
+    for arm in ("neural, authors' embeddings", "neural, unit embeddings"):
+        assert first_layer(arm, "start", "spread") < 0.03 and first_layer(arm, "end", "spread") < 0.055
+        assert {f"{first_layer(arm, when, 'entropy'):.2f}" for when in ("start", "end")} == {"4.58"}
+    assert f"{first_layer(unit, 'start', 'uniform_entropy'):.2f}" == "4.58"

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import ScalarFormatter
 
 from hf_neural_attention.models.configuration_neural_attention import resolve_sizes
 from studies.number_format import form_of
@@ -61,8 +62,10 @@ def draw_shapes(study: Study, found: Results, rows: list[dict[str, Any]], path: 
         axis.plot(*zip(*front, strict=True), color="tab:red", linewidth=1, drawstyle="steps-post", zorder=0)
         axis.set_xlabel(title)
         axis.grid(alpha=0.3)
+        axis.margins(x=0.2)  # leaves room for names
         if cost != "step":
-            axis.set_xscale("symlog")
+            axis.set_xscale("symlog", base=2)
+            axis.xaxis.set_major_formatter(ScalarFormatter())
     figure.supylabel(f"error, {form.unit.strip()}" if form.unit else study.metric)
     save(figure, path)
 

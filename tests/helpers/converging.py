@@ -38,7 +38,13 @@ class Task(NamedTuple):
     def model(self, mode: str) -> Any:
         torch.manual_seed(0)
         form: dict[str, Any] = {"neural_compact": True} if mode == "compact" else {"neural_mode": mode}
-        fields = {"neural_layers": "all", "neural_proj_dim": 8, "initializer_range": 0.1, **form}
+        fields = {
+            "neural_layers": "all",
+            "neural_proj_dim": 8,
+            "neural_hidden_dims": "paper",
+            "initializer_range": 0.1,
+            **form,
+        }
         config = self.family.config(num_hidden_layers=2, **fields)
         return self.family.neural_class()(config).train()
 

@@ -137,8 +137,10 @@ def test_operators_are_registered_as_torch_wants_them(arguments: dict):
     }
     backward = {
         "grad_output": torch.randn(2, 2, 5, 3, dtype=torch.float64),
-        **detached,
+        "output": torch.empty(0, dtype=torch.float64),
+        "statistics": torch.empty(0, dtype=torch.float64),
         "mask_needs_grad": arguments["attn_mask"] is not None,
+        **detached,
     }
     torch.library.opcheck(blockwise.blockwise_backward, (), backward)
 
