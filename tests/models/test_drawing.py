@@ -1,13 +1,31 @@
 """Loading draws no weights that the checkpoint has: it takes time, moves random numbers, and starts threads."""
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from hf_neural_attention import from_pretrained, patch
 from hf_neural_attention.models import neural_attention_compact, neural_attention_scorer
 from tests.helpers.neural_models import Family, all_variants, both_families
+from tests.helpers.stock_models import FAMILIES
+
+
+FORKING = """
+import os, signal, sys, torch
+torch.set_num_threads(2)
+from hf_neural_attention import from_pretrained
+model = from_pretrained(sys.argv[1])
+child = os.fork()
+if child == 0:
+    signal.alarm(60)  # ends it where it waits for threads that it does not have
+    model(torch.arange(9)[None])
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0
+"""
 
 
 @pytest.fixture
@@ -42,3 +60,14 @@ def test_missing_scorers_are_drawn(family: Family, draws: list[Any], tmp_path: P
     draws.clear()
     family.neural_class().from_pretrained(tmp_path, neural_layers=[0, 2])
     assert len(draws) == 1
+
+
+@pytest.mark.parametrize("per_head", (False, True))
+def test_patched_models_draw_nothing_and_may_fork(per_head: bool, draws: list[Any], tmp_path: Path):
+    patch(FAMILIES["llama"].model(), "all", proj_dim=16, per_head=per_head).save_pretrained(tmp_path)
+    draws.clear()
+    before = torch.get_rng_state()
+    from_pretrained(tmp_path)
+    assert not draws and torch.equal(torch.get_rng_state(), before)
+    done = subprocess.run([sys.executable, "-c", FORKING, tmp_path], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
