@@ -33,11 +33,16 @@ def check_size(value: int | None) -> None:
         raise ValueError(f"It is {value!r}; it must be None or an integer of at least 1.")
 
 
+def is_shape(value: Any) -> bool:
+    """Whether this is one of a scorer's hidden layers. None is "paper": what checkpoints hold that were saved before there was
+    another."""
+    if isinstance(value, list | tuple):
+        return len(value) == 2 and all(map(is_positive_int, value))
+    return value is None or value in SHAPES
+
+
 def check_shape(value: Any) -> None:
-    """Of the hidden layers of a scorer. None is "paper": what checkpoints hold that were saved before there was another."""
-    if value is None or value in SHAPES:
-        return
-    if not (isinstance(value, list | tuple) and len(value) == 2 and all(map(is_positive_int, value))):
+    if not is_shape(value):
         raise ValueError(f'It is {value!r}; it must be "auto", "paper" or a list of two integers of at least 1.')
 
 

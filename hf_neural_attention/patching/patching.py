@@ -10,7 +10,7 @@ from torch import nn
 
 from ..diagnostics import Explanation, explain_layer
 from ..introspection import compact_layers, is_born_neural, is_sharded, neural_layers, patched_modules, place_of
-from ..models.configuration_neural_attention import SHAPES, HiddenDims, is_positive_int
+from ..models.configuration_neural_attention import HiddenDims, is_positive_int, is_shape
 from ..models.neural_attention_interface import (
     NeuralConfigView,
     attach_scorer,
@@ -265,9 +265,7 @@ def check_settings(proj_dim: Any, hidden_dims: Any, per_head: Any) -> None:
     """Raises a ValueError if a setting is not what it may be; `NeuralScorer` itself checks the others."""
     if proj_dim is not None and not is_positive_int(proj_dim):
         raise ValueError(f"`proj_dim` is {proj_dim!r}; it must be None or an integer of at least 1.")
-    sizes = hidden_dims if isinstance(hidden_dims, list | tuple) else []
-    is_named = hidden_dims is None or (isinstance(hidden_dims, str) and hidden_dims in SHAPES)
-    if not is_named and not (len(sizes) == 2 and all(map(is_positive_int, sizes))):
+    if not is_shape(hidden_dims):
         raise ValueError(f'`hidden_dims` is {hidden_dims!r}; it must be "auto", "paper" or two integers of at least 1.')
     if not isinstance(per_head, bool):
         raise ValueError(f"`per_head` is {per_head!r}; it must be True or False.")

@@ -8,6 +8,7 @@ more of the machine than `torch.mm` gets.
 import torch
 
 from benchmarks.cases import Case
+from hf_neural_attention.models.configuration_neural_attention import resolve_sizes
 from tools.timing_by_turns import Runner, time_by_turns
 
 
@@ -53,5 +54,5 @@ def least_seconds(case: Case, rate: float) -> float:
     Args:
         rate: `products_per_second`.
     """
-    hidden_dims = case.hidden_dims or (case.proj_dim, max(1, case.proj_dim // 2))
+    _, hidden_dims = resolve_sizes(case.head_dim, case.proj_dim, case.hidden_dims)
     return pairs_of(case) * instructions_per_pair(hidden_dims, case.head_dim, case.phase) / rate
