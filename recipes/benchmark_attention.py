@@ -16,14 +16,14 @@ from typing import Any
 
 import torch
 
+from benchmarks.attention_modules import LENGTHS, MODULES, measure_modules
 from benchmarks.bars import kernel_bars, measure_bars
 from benchmarks.cases import DOT_PRODUCTS, DTYPES, GPU_PROVIDERS, MASKS, PHASES, PROVIDERS, SCORERS, Case, Entry
-from benchmarks.checks import Checker
 from benchmarks.compact_bars import COMPACT_COLUMNS, measure_compact_bars, planned_compact_bars
-from benchmarks.measuring import Limits, peak_bytes, time_entries
-from benchmarks.models import ATTENTIONS, CACHES, COMPACT, GPT2_124M, STOCK, VIT_BASE, measure_decoding, measure_steps
-from benchmarks.modules import LENGTHS, MODULES, measure_modules
+from benchmarks.correctness import Checker
 from benchmarks.reporting import BARS_COLUMNS, MODELS_COLUMNS, Row, sweep_columns, write_files
+from benchmarks.time_and_memory import Limits, peak_bytes, time_entries
+from benchmarks.whole_models import ATTENTIONS, CACHES, COMPACT, GPT2_124M, STOCK, VIT_BASE, measure_decoding, measure_steps
 from tools.markdown import table_heading, table_row
 from tools.provenance import command_line, environment
 from tools.timing_by_turns import Spread, ratio_of

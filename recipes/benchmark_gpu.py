@@ -32,7 +32,12 @@ PROBE = (
     "missing = [name for name in sys.argv[1:] if importlib.util.find_spec(name) is None]; "
     "sys.exit(', '.join(missing) + ' missing' if missing else None if torch.cuda.is_available() else 'torch sees no GPU')"
 )
-GPU_TESTS = ("tests/ops/test_triton.py", "tests/models/test_cache_integration.py", "tests/models/test_generation.py")
+GPU_TESTS = (
+    "tests/ops/test_triton.py",
+    "tests/models/test_cache_integration.py",
+    "tests/models/test_generation.py",
+    "tests/test_convergence.py",
+)
 TOTAL_SECONDS = 480
 STOP_SECONDS = 15  # for a step to write what it has
 

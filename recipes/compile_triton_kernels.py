@@ -5,7 +5,8 @@
 
 Registers, spilled bytes and shared memory are the compilers' own figures: of ptxas, which Triton brings along, for NVIDIA, and
 of LLVM for AMD. They say whether a kernel fits and whether registers spill, not how fast it is. `--instructions` counts those
-of the loop over pairs, by kind, beside a plain flash-attention kernel's. A count is no time either.
+of the loop over pairs, by kind, beside plain flash-attention kernels'. Where either tensor cores or vector units may multiply
+the network, it counts both ways. A count is no time either.
 """
 
 import argparse
@@ -18,7 +19,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.instructions import KINDS, instructions_per_pair
+from benchmarks.instruction_counts import KINDS, instructions_per_pair
 from hf_neural_attention.ops.triton_blocks import Blocks, choose_blocks, kernel_constants, uses_cores
 from tools.json_files import write_json
 from tools.markdown import markdown_table
@@ -40,14 +41,13 @@ TARGETS = {
     "gfx942": Target("hip", "gfx942", 64, 65536),
 }
 KERNELS = ("forward", "query", "key")
-FLASH = "flash forward"  # the dot product's, for comparison
+FLASH = "flash "  # before the name of the dot product's kernel, which is counted for comparison
 DTYPES = {"fp32": 4, "bf16": 2, "fp16": 2}
 # head_dim and hidden_dims: the defaults of heads of 64 and 128, and proj_dim 16 as in the paper and with fewer units
 SIZES = ((64, (2, 1)), (128, (4, 2)), (64, (16, 8)), (64, (16, 2)))
 # masked: residual with a float mask, its gradient, dropout and grouped heads; capped: residual with a soft cap and sinks
 MODES = ("replace", "residual", "masked", "capped")
 COUNTED: dict[str, list[Any]] = {
-    "targets": ["sm_80", "sm_90", "gfx942"],
     "dtypes": ["bf16"],
     "modes": ["replace"],
     "sizes": [0, 3, 2],
@@ -65,16 +65,20 @@ def kernel_function(kernel: str) -> Any:
 
 
 def compile_kernel(
-    kernel: str, target: Target, dtype: str, head_dim: int, hidden: tuple[int, int], mode: str, blocks: Blocks | None = None
+    kernel: str, target: Target, dtype: str, head_dim: int, hidden: tuple[int, int], mode: str, cores: bool | None = None
 ) -> tuple[Any, Blocks]:
-    """One causal kernel as `ops/triton.py` would launch it on contiguous inputs: what Triton compiled, and its blocks."""
+    """One causal kernel as `ops/triton.py` would launch it on contiguous inputs: what Triton compiled, and its blocks.
+
+    `cores`: whether the network is multiplied by tensor cores; by default as it would be launched.
+    """
     residual = mode != "replace"
     query_dim = head_dim if residual else 0
-    if blocks is None:
-        blocks = choose_blocks(kernel, query_dim, head_dim, hidden, DTYPES[dtype], target.shared_bytes, target.warp_size)
+    if cores is None:
+        cores = uses_cores(hidden, DTYPES[dtype], target.warp_size)
+    sizes = query_dim, head_dim, hidden, DTYPES[dtype]
+    blocks = choose_blocks(kernel, *sizes, target.shared_bytes, target.warp_size, cores)
     flags = {"PER_HEAD": False, "IS_CAUSAL": True, "MASK": 2 if mode == "masked" else 0, "WIDEN": False}
     flags["SOFTCAP"] = mode == "capped"
-    cores = uses_cores(hidden, DTYPES[dtype], target.warp_size)
     constants = kernel_constants(kernel, blocks, query_dim, head_dim, hidden, cores, **flags)
     pointers = dict.fromkeys(("p_v", "p_o", "p_do", "p_dv", "p_q", "p_k", "p_dq", "p_dk"), f"*{dtype}") | {"p_seed": "*i64"}
     absent = set() if residual else {"p_q", "p_k", "p_dq", "p_dk"}
@@ -116,17 +120,23 @@ def compile_source(function: Any, signature: dict[str, Any], values: dict, hints
         )
 
 
-def compile_flash_kernel(target: Target, dtype: str, head_dim: int) -> tuple[Any, Blocks]:
-    """The plain flash-attention forward kernel, causal: what Triton compiled, and its blocks."""
-    from benchmarks.flash_kernel import FLASH_BLOCKS, flash_fwd_kernel
+def compile_flash_kernel(kernel: str, target: Target, dtype: str, head_dim: int) -> tuple[Any, Blocks]:
+    """A plain flash-attention kernel, causal: what Triton compiled, and its blocks."""
+    from benchmarks import flash_kernel
 
-    constants = {"D": head_dim, "BLOCK_M": FLASH_BLOCKS.queries, "BLOCK_N": FLASH_BLOCKS.keys}
-    types = {"p_stats": "*fp32", "scale": "fp32", "T": "i32", **dict.fromkeys(constants, "constexpr")}
-    names = flash_fwd_kernel.arg_names
+    function = {
+        "forward": flash_kernel.flash_fwd_kernel,
+        "query": flash_kernel.flash_bwd_query_kernel,
+        "key": flash_kernel.flash_bwd_key_kernel,
+    }[kernel]
+    blocks = flash_kernel.FLASH_BLOCKS[kernel]
+    constants = {"D": head_dim, "BLOCK_M": blocks.queries, "BLOCK_N": blocks.keys}
+    types = {"p_stats": "*fp32", "p_delta": "*fp32", "scale": "fp32", "T": "i32", **dict.fromkeys(constants, "constexpr")}
+    names = function.arg_names
     signature = {name: types.get(name, f"*{dtype}") for name in names}
     values = {(index,): constants[name] for index, name in enumerate(names) if name in constants}
     hints = {(index,): [["tt.divisibility", 16]] for index, name in enumerate(names) if name.startswith("p_")}
-    return compile_source(flash_fwd_kernel, signature, values, hints, target, FLASH_BLOCKS), FLASH_BLOCKS
+    return compile_source(function, signature, values, hints, target, blocks), blocks
 
 
 def resource_usage(compiled: Any, target: Target) -> dict[str, int]:
@@ -167,22 +177,31 @@ def measure(kernel: str, name: str, dtype: str, head_dim: int, hidden: tuple[int
 
 
 def count_instructions(
-    kernel: str, name: str, dtype: str, head_dim: int, hidden: tuple[int, int], mode: str
+    kernel: str, name: str, dtype: str, head_dim: int, hidden: tuple[int, int], mode: str, cores: bool
 ) -> dict[str, Any]:
     target = TARGETS[name]
     row: dict[str, Any] = {"kernel": kernel, "target": name, "dtype": dtype, "head_dim": head_dim}
-    if kernel == FLASH:
-        compiled, blocks = compile_flash_kernel(target, dtype, head_dim)
+    if kernel.startswith(FLASH):
+        compiled, blocks = compile_flash_kernel(kernel.removeprefix(FLASH), target, dtype, head_dim)
     else:
-        compiled, blocks = compile_kernel(kernel, target, dtype, head_dim, hidden, mode)
-        row |= {"hidden_dims": list(hidden), "mode": mode}
+        compiled, blocks = compile_kernel(kernel, target, dtype, head_dim, hidden, mode, cores)
+        chosen = cores == uses_cores(hidden, DTYPES[dtype], target.warp_size)
+        row |= {"hidden_dims": list(hidden), "mode": mode, "network": "tensor cores" if cores else "vector", "chosen": chosen}
     counted = instructions_per_pair(compiled, blocks.queries * blocks.keys, blocks.warps * target.warp_size)
     return {**row, **blocks._asdict(), "instructions": counted}
 
 
+def ways(kernel: str, name: str, dtype: str, head_dim: int, hidden: tuple[int, int], mode: str) -> tuple[bool, ...]:
+    """Whether the network may be multiplied by tensor cores, by vector units, or by either."""
+    lanes = 32  # counts both ways on AMD's GPUs too, for which only vector units are chosen
+    return (True, False) if uses_cores(hidden, DTYPES[dtype], lanes) else (False,)
+
+
 def block_cells(row: dict[str, Any]) -> dict[str, str]:
     hidden = ", ".join(map(str, row.get("hidden_dims", ())))
-    return row | {"block": f"{row['queries']} x {row['keys']}", "hidden_dims": hidden, "mode": row.get("mode", "")}
+    network = row.get("network", "") + ("" if row.get("chosen", True) else " (not chosen)")
+    absent = {"hidden_dims": hidden, "network": network, "mode": row.get("mode", "")}
+    return row | {"block": f"{row['queries']} x {row['keys']}"} | absent
 
 
 def table(results: list[dict[str, Any]]) -> str:
@@ -206,7 +225,8 @@ def table(results: list[dict[str, Any]]) -> str:
 
 def instructions_table(results: list[dict[str, Any]]) -> str:
     """Markdown: a row per kernel, with the columns that tell the rows apart."""
-    columns = {"kernel": "kernel", "target": "target", "hidden_dims": "h1, h2", "block": "queries x keys", "warps": "warps"}
+    columns = {"kernel": "kernel", "target": "target", "hidden_dims": "h1, h2", "network": "network"}
+    columns |= {"block": "queries x keys", "warps": "warps"}
     columns |= {name: name for name in ("dtype", "head_dim", "mode") if len({row.get(name, "") for row in results} - {""}) > 1}
     rows = []
     for row in results:
@@ -229,8 +249,9 @@ INSTRUCTIONS_CARD = """# What the Triton kernels issue for a pair
 Compiled and disassembled without a GPU by `{command}` with Triton {triton}; nothing here was run or timed. \
 Instructions that a thread issues in the loop over tiles for each of its pairs, which is what a warp issues for as many pairs \
 as it has threads: 32 on NVIDIA's GPUs, 64 on AMD's. All kernels are causal; `query` and `key` are the two of backward; \
-`{flash}` is the dot product's kernel of `recipes/benchmarks/flash_kernel.py`. Loops over hidden units count as often as \
-they turn. Packed instructions (two numbers of 32 bits on AMD, of 16 bits on both) count as one.
+`flash` ones are the dot product's of `recipes/benchmarks/flash_kernel.py`. Loops over hidden units count as often as \
+they turn. Packed instructions (two numbers of 32 bits on AMD, of 16 bits on both) count as one. `network` says what \
+multiplies the second layer; where there are two ways, both are counted.
 
 Kinds differ in what they take of a GPU, and a tensor core instruction of sm_90 may be one of four warps together: compare \
 kinds, and sums only where the kinds are alike.
@@ -261,7 +282,8 @@ def main() -> None:
     axes |= {name: value for name in axes if (value := getattr(arguments, name)) is not None}
     jobs = [(kernel, name, dtype, *SIZES[size], mode) for size, name, dtype, mode, kernel in itertools.product(*axes.values())]
     if arguments.instructions:
-        flash: list[tuple[Any, ...]] = [(FLASH, name, dtype, head_dim, (), "") for _, name, dtype, head_dim, _, _ in jobs]
+        flash = [(FLASH + kernel, name, dtype, head_dim, (), "", False) for kernel, name, dtype, head_dim, _, _ in jobs]
+        jobs = [(*job, cores) for job in jobs for cores in ways(*job)]
         jobs = sorted(dict.fromkeys(flash + jobs), key=lambda job: axes["targets"].index(job[1]))
 
     results = []
@@ -274,7 +296,7 @@ def main() -> None:
         record = {"command": command_line(), "environment": {"triton": version("triton")}, "results": results}
         write_json(Path(arguments.output).with_suffix(".json"), record)
         card = INSTRUCTIONS_CARD if arguments.instructions else RESOURCES_CARD
-        words = {"command": record["command"], "triton": version("triton"), "flash": FLASH, "table": text}
+        words = {"command": record["command"], "triton": version("triton"), "table": text}
         Path(arguments.output).with_suffix(".md").write_text(card.format(**words))
 
 

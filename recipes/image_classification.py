@@ -25,8 +25,8 @@ from tools.command_lines import at_least, parse_arguments
 from training.argument_checks import check_halving, check_training
 from training.arms import Arm
 from training.checkpoints import load_checkpoint_config
+from training.data_checks import check_sizes, fit_labels, load_classifier, load_processor, names_of
 from training.experiment import Experiment
-from training.fit import check_sizes, fit_labels, load_classifier, load_processor, names_of
 from training.image_task import MEASURES, prepare
 from training.images import ImageArguments, LabelledImages, load_images
 from training.model_families import VIT

@@ -22,8 +22,8 @@ from tools.command_lines import at_least, parse_arguments
 from training.argument_checks import check_training
 from training.arms import Arm
 from training.checkpoints import load_checkpoint_config
+from training.data_checks import check_positions, check_tokens
 from training.experiment import Experiment
-from training.fit import check_positions, check_tokens
 from training.model_families import GPT2
 from training.neural_arguments import NeuralArguments
 from training.new_models import FamilyArguments, build_new, causal_sizes, check_new, check_one_source, new_config

@@ -29,9 +29,9 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from families.examining import BOOLEAN, ZEROS, examine, in_a_line, num_attention_layers
-from families.shrinking import families, shrunk_models
-from families.tested import SHARED, import_from, models_as_tested, version_of
+from families.patch_examination import BOOLEAN, ZEROS, examine, in_a_line, num_attention_layers
+from families.small_models import families, shrunk_models
+from families.transformers_test_models import SHARED, import_from, models_as_tested, version_of
 from tools.json_files import write_json
 from tools.markdown import markdown_table
 from tools.provenance import command_line, environment

@@ -24,7 +24,7 @@ from transformers import AutoImageProcessor, AutoTokenizer
 from hf_neural_attention import analysis, from_pretrained
 from tools.command_lines import make_folder_of
 from training.data_files import in_one_line
-from training.pixels import UNREADABLE
+from training.pixel_values import UNREADABLE
 
 
 LABELLED = 60  # tokens, at most, that are named at a map's sides

@@ -37,12 +37,12 @@ from hf_neural_attention import calibrate, compact, load_patch, patch, patch_sta
 from tools.command_lines import at_least, parse_arguments, value_of_flag
 from tools.json_files import write_json
 from tools.markdown import markdown_table
-from tools.saying import say
+from tools.messages import say
 from training import image_task, text_task
 from training.argument_checks import check_training
 from training.arms import Arm
+from training.data_checks import check_positions, check_sizes, check_tokens, fit_labels, load_classifier, load_processor
 from training.experiment import Experiment
-from training.fit import check_positions, check_sizes, check_tokens, fit_labels, load_classifier, load_processor
 from training.images import ImageArguments, load_images
 from training.neural_arguments import NeuralArguments
 from training.new_models import family_note, patch_settings

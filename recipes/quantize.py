@@ -22,8 +22,8 @@ from tools.command_lines import at_least, make_folder_of, parse_arguments
 from tools.json_files import write_json
 from tools.markdown import markdown_table
 from tools.provenance import command_line, environment
+from training.data_checks import check_positions, check_tokens
 from training.data_files import in_one_line
-from training.fit import check_positions, check_tokens
 from training.perplexity import perplexity
 from training.text import TextArguments, load_text, load_tokenizer, tokenize
 

@@ -1,8 +1,8 @@
 """Training by every backend follows the curve that the reference left in `convergence_curves.json`, and arrives.
 
 A training repeats every operation hundreds of times on weights that it made itself: a gradient that is a little wrong shows,
-where a comparison of one step with its tolerance does not. Triton's interpreter, which is slower by a factor of a thousand,
-is left out.
+where a comparison of one step with its tolerance does not. Triton trains on a GPU alone, since its interpreter is slower by a
+factor of a thousand.
 """
 
 import json
@@ -63,18 +63,29 @@ def test_the_stored_curve_arrives_and_its_bound_means_something(name: str, mode:
     assert rough < 0.05 * TASKS[name].guessing
 
 
-@every_case
-@pytest.mark.parametrize("backend", BACKENDS_TO_TRAIN)
-def test_training_follows_the_curve_of_the_reference(name: str, mode: str, backend: str):
+def assert_follows(name: str, mode: str, backend: str, device: str) -> None:
     task, (expected, bound, _) = TASKS[name], stored(name, mode)
     found = []
     for perturbation in ATTEMPTS:
-        losses = train(task, mode, backend, perturbation=perturbation)
+        losses = train(task, mode, backend, perturbation=perturbation, device=device)
         assert_arrives(losses, task.guessing)
         found.append(excess(losses, expected, bound))
         if found[-1] <= 1:
             return
     pytest.fail(f"all {len(ATTEMPTS)} trainings left the curve, by {found} times the bound")
+
+
+@every_case
+@pytest.mark.parametrize("backend", BACKENDS_TO_TRAIN)
+def test_training_follows_the_curve_of_the_reference(name: str, mode: str, backend: str):
+    assert_follows(name, mode, backend, "cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@every_case
+def test_training_on_a_gpu_follows_it_too(name: str, mode: str):
+    assert_follows(name, mode, "triton", "cuda")
 
 
 @pytest.mark.parametrize("name", TASKS)

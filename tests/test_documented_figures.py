@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from scipy.stats import t as student
 
-from benchmarks.counted import instructions_per_pair
+from benchmarks.instruction_bounds import instructions_per_pair
 
 
 ROOT = Path(__file__).parents[1]

@@ -6,9 +6,9 @@ from .callback import ScoreCallback, ScorerHealthCallback, WatchingCallback
 from .drawing import draw_attention, draw_attention_over_image, draw_health, draw_scores, draw_surface
 from .health import LayerHealth, ScorerHealth, scorer_health
 from .image_modes import to_rgb
+from .layer_recording import QueriesAndKeys, queries_and_keys
 from .maps import attention_maps, attention_over_image, dot_product_maps
 from .surface import ScoreSurface, score_surface, surface_around
-from .watching import QueriesAndKeys, queries_and_keys
 
 
 __all__ = [

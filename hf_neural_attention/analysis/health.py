@@ -12,7 +12,7 @@ from ..models.neural_attention_reference import apply_linear, key_features, quer
 from ..patching.calibration import NUMBERS_AT_ONCE
 from ..patching.reports import table
 from ..scores import RowFigures
-from .watching import watch
+from .layer_recording import watch
 
 
 class LayerHealth(NamedTuple):

@@ -9,7 +9,7 @@ from ..models.neural_attention_blockwise import without_autocast
 from ..models.neural_attention_reference import softmax_or_zero
 from ..models.neural_attention_scorer import is_compact
 from ..scores import scores_of
-from .watching import watch
+from .layer_recording import watch
 
 
 @torch.no_grad()

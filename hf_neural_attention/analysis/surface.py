@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..models.neural_attention_reference import ScorerWeights, reference_scores
-from .watching import QueriesAndKeys
+from .layer_recording import QueriesAndKeys
 
 
 STANDARD_DEVIATIONS = 3.0

@@ -79,7 +79,14 @@ def preferred_sizes(kernel: str, residual: bool, wide: bool, unrolled: bool, hal
 
 
 def choose_blocks(
-    kernel: str, head_dim: int, value_dim: int, hidden: tuple[int, int], itemsize: int, shared: int, lanes: int = 32
+    kernel: str,
+    head_dim: int,
+    value_dim: int,
+    hidden: tuple[int, int],
+    itemsize: int,
+    shared: int,
+    lanes: int = 32,
+    cores: bool | None = None,
 ) -> Blocks:
     """Blocks of a kernel: a fixed choice, so that results do not differ from run to run.
 
@@ -92,12 +99,13 @@ def choose_blocks(
         shared: shared memory of the device in bytes. Where even the smallest blocks may need more, they are chosen: the
             need is an upper estimate, and Triton raises an error if it is true.
         lanes: threads of a warp, 32 or 64 (AMD's GPUs for computing).
+        cores: whether the network is multiplied by tensor cores; by default as `uses_cores` says.
     """
     sizes = (padded(head_dim) if head_dim else 0, padded(value_dim))
     if lanes == 64:
         queries, keys, warps = AMD_SIZES
     else:
-        cores = uses_cores(hidden, itemsize, lanes)
+        cores = uses_cores(hidden, itemsize, lanes) if cores is None else cores
         queries, keys, warps = preferred_sizes(
             kernel, head_dim > 0, max(sizes) > 64, is_unrolled(hidden), itemsize <= 2, cores
         )

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from ..models.neural_attention_compact import CompactAttentionMixin
-from .arguments import fetching_forward
+from .attention_arguments import fetching_forward
 from .errors import NoPatchableLayerError, PatchError, ProbeError
-from .names import is_cross_attention, says_self_attention, stack_name
+from .module_names import is_cross_attention, says_self_attention, stack_name
 from .probing import AttentionCall
 
 

@@ -20,7 +20,7 @@ from ..models.neural_attention_interface import (
 from ..models.neural_attention_names import CHANGED, adapter_configs, forget_names, names_of, neural_parts
 from ..models.neural_attention_scorer import NeuralScorer
 from ..models.neural_attention_zero3 import is_apart, whole_shape
-from .arguments import unhonoured
+from .attention_arguments import unhonoured
 from .errors import AlreadyPatchedError, PatchError, ProbeError, UnsupportedLayerError
 from .layers import Layers, attention_modules, choose_layers, listed
 from .pretrained import hook_model, unhook_model

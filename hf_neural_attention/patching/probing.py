@@ -22,9 +22,9 @@ from transformers import PreTrainedModel
 
 from ..introspection import left_as_it_was, observed, unwrap
 from ..models.neural_attention_zero3 import gathered, whole_shape
-from .arguments import takes_what_is_known
-from .inputs import attention_inputs, possible_inputs
-from .names import is_cross_attention
+from .attention_arguments import takes_what_is_known
+from .example_inputs import attention_inputs, possible_inputs
+from .module_names import is_cross_attention
 
 
 class AttentionCall(NamedTuple):

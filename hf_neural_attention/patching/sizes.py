@@ -11,7 +11,7 @@ from ..introspection import count, is_born_neural, unwrap
 from ..registration import FAMILIES
 from .errors import NoPatchableLayerError
 from .layers import attention_modules
-from .names import is_cross_attention
+from .module_names import is_cross_attention
 from .probing import AttentionCall, probe
 
 

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from ..introspection import left_as_it_was, moved, observed
 from ..models.neural_attention_interface import neural_attention_forward
 from ..models.neural_attention_packing import Source
-from .inputs import possible_inputs
+from .example_inputs import possible_inputs
 from .probing import attempt, in_words, quiet
 
 

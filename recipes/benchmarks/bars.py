@@ -5,9 +5,9 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from benchmarks.cases import Case, Entry
-from benchmarks.checks import Checker
-from benchmarks.measuring import Limits, measure_first_use, peak_bytes, time_entries
-from benchmarks.models import GPT2_124M, STOCK, measure_steps
+from benchmarks.correctness import Checker
+from benchmarks.time_and_memory import Limits, measure_first_use, peak_bytes, time_entries
+from benchmarks.whole_models import GPT2_124M, STOCK, measure_steps
 from tools.timing_by_turns import Spread, ratio_of
 
 
@@ -116,7 +116,7 @@ def measure_first_uses() -> Iterator[dict[str, Any]]:
 
 
 def bar_of_row(bar: Bar, row: dict[str, Any], stock: dict[str, Any]) -> dict[str, Any]:
-    """A bar beside a row of `benchmarks.models`, and that of the stock model."""
+    """A bar beside a row of `benchmarks.whole_models`, and that of the stock model."""
     if "to_stock" not in row:
         return bar.row(None, note=row["note"])
     ratio = Spread(*(row[name] for name in ("to_stock_25%", "to_stock", "to_stock_75%")))

@@ -5,11 +5,11 @@ from typing import Any
 
 from benchmarks.bars import Bar, RatioBar, bar_of_row, measure_kernels
 from benchmarks.cases import Case, Entry
-from benchmarks.checks import Checker
-from benchmarks.counted import least_seconds, products_per_second
-from benchmarks.measuring import Limits
-from benchmarks.models import COMPACT, GPT2_124M, STOCK, VIT_BASE, measure_decoding, measure_steps
+from benchmarks.correctness import Checker
+from benchmarks.instruction_bounds import least_seconds, products_per_second
 from benchmarks.reporting import BARS_COLUMNS, Columns, milliseconds
+from benchmarks.time_and_memory import Limits
+from benchmarks.whole_models import COMPACT, GPT2_124M, STOCK, VIT_BASE, measure_decoding, measure_steps
 
 
 # proj_dim, shape -> phase -> bound of the ratio to SDPA
@@ -48,7 +48,7 @@ def planned_compact_bars(device: str) -> Iterator[str]:
 
 
 def measure_compact_bars(device: str, checker: Checker, limits: Limits, step_limits: Limits) -> Iterator[dict[str, Any]]:
-    """A row for each bar; of the operation on a CPU, also the least time by count (`benchmarks.counted`)."""
+    """A row for each bar; of the operation on a CPU, also the least time by count (`benchmarks.instruction_bounds`)."""
     for group in operation_bars(device):
         rate = products_per_second() if device == "cpu" else None
         for row, item in zip(measure_kernels([group], checker, limits), group, strict=True):

@@ -14,10 +14,10 @@ from hf_neural_attention.analysis import score_statistics, scorer_health
 from hf_neural_attention.introspection import compact_layers
 from hf_neural_attention.models.neural_attention_compact import CompactAttentionMixin
 from hf_neural_attention.starting import ScoreStart
-from tools.saying import say
+from tools.messages import say
 from training.arms import Arm
+from training.score_tracking import WatchScores
 from training.scorer_trainer import ScorerTrainer
-from training.watching import WatchScores
 
 
 HEALTH_EXAMPLES = 4

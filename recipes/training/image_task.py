@@ -18,10 +18,10 @@ from transformers import (
 
 from hf_neural_attention.analysis import to_rgb
 from hf_neural_attention.metrics import Accuracy
-from tools.saying import say
+from tools.messages import say
 from training.augmentation import AugmentedImages, CountEpochs
 from training.images import EMBEDDED, ImageArguments, LabelledImages
-from training.pixels import with_pixels
+from training.pixel_values import with_pixels
 from training.prepared_data import PreparedData
 from training.reporting import ACCURACY_AND_LOSS, Task
 

@@ -17,7 +17,7 @@ from training.augmentation import AUGMENTATIONS
 from training.data_files import ALIASES, SPLITS, cause_of, files_of_splits, in_one_line, kind_of, read_files
 from training.hub_datasets import load_hub_dataset
 from training.labels import can_be_class_label, hold_out, is_class_label, with_classes
-from training.pixels import check_images
+from training.pixel_values import check_images
 
 
 EMBEDDED = "embedded"

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from datasets import ClassLabel, Dataset, DatasetDict, Value
 
-from tools.saying import say
+from tools.messages import say
 
 
 HELD_OUT_SHARE = 0.1

@@ -16,8 +16,8 @@ from transformers.trainer_callback import ExportableState
 
 from hf_neural_attention.patching.sizes import size_of
 from tools.json_files import write_json
+from tools.messages import say
 from tools.peak_memory import peak_memory
-from tools.saying import say
 from tools.timing_by_turns import time_by_turns
 from training.arms import Arm
 from training.checkpoints import last_whole_checkpoint

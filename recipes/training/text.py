@@ -14,7 +14,7 @@ from tokenizers import processors
 from transformers import AutoTokenizer, BertTokenizer, GPT2Tokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from tools.command_lines import at_least
-from tools.saying import say
+from tools.messages import say
 from training.data_files import SPLITS, Files, files_of_splits, kind_of, read_files
 from training.hub_datasets import load_hub_dataset
 

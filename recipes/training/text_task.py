@@ -7,7 +7,7 @@ import torch
 from datasets import DatasetDict
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, default_data_collator, set_seed
 
-from tools.saying import say
+from tools.messages import say
 from training.causal_models import loss_of_the_next_token, predicts_the_next_token
 from training.new_models import family_note
 from training.perplexity import perplexity

@@ -78,11 +78,17 @@ def perturb(model: Any, generator: torch.Generator) -> None:
     """Moves every weight to the next number above or below it, at random."""
     for parameter in model.parameters():
         towards = torch.where(torch.rand(parameter.shape, generator=generator) < 0.5, -math.inf, math.inf)
-        parameter.copy_(torch.nextafter(parameter, towards))
+        parameter.copy_(torch.nextafter(parameter, towards.to(parameter.device)))
 
 
 def train(
-    task: Task, mode: str, backend: str, bfloat16: bool = False, perturbation: int | None = None, steps: int = STEPS
+    task: Task,
+    mode: str,
+    backend: str,
+    bfloat16: bool = False,
+    perturbation: int | None = None,
+    steps: int = STEPS,
+    device: str = "cpu",
 ) -> torch.Tensor:
     """Losses of `steps` steps in float32, `[steps]` float64.
 
@@ -90,7 +96,7 @@ def train(
         bfloat16: forward under autocast.
         perturbation: seed of a rounding error of one unit in the last place in every weight before every step.
     """
-    model = task.model(mode)
+    model = task.model(mode).to(device)
     # sets epsilon above rounding errors, which Adam would turn into whole steps where a gradient is exactly zero
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, eps=1e-4, weight_decay=0.0)
     data = torch.Generator().manual_seed(1)
@@ -100,8 +106,9 @@ def train(
         for _ in range(steps):
             if noise is not None:
                 perturb(model, noise)
-            with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
-                loss = model(**task.batch(data)).loss
+            batch = {key: tensor.to(device) for key, tensor in task.batch(data).items()}
+            with torch.autocast(device, torch.bfloat16, enabled=bfloat16):
+                loss = model(**batch).loss
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

@@ -24,7 +24,7 @@ from hf_neural_attention.models.modeling_neural_attention import fold_own_model
 from hf_neural_attention.models.neural_attention_cache import cache_nbytes
 from hf_neural_attention.models.neural_attention_initialization import draw_compact_weights
 from hf_neural_attention.models.neural_attention_scorer import CompactScorer
-from tests.helpers.comparing import assert_near, assert_same_state, run
+from tests.helpers.comparing import assert_near, assert_same_state, backward, run
 from tests.helpers.neural_models import (
     GPT2,
     VIT,
@@ -207,6 +207,55 @@ def test_sizes_are_as_computed():
     saved = layers * (2 * (d * d + d) - 2 * (d + 1) * heads * 2 - (2 * 1 + 1 + 1 + 1))
     assert gpt2.num_parameters() == 124_439_808 - saved == 110_708_604
     assert round(vit.num_parameters() / 1e6, 1) == 75.2
+
+
+@both_families
+@eager_and_sdpa
+def test_hooks_are_called_as_in_a_stock_model(family: Family, implementation: str):
+    """In stock's order, with what stock hands them; and what they return takes the place of what they saw."""
+
+    def shapes(value):
+        if isinstance(value, (tuple, list)):
+            return [shapes(each) for each in value]
+        return tuple(value.shape) if isinstance(value, torch.Tensor) else value
+
+    def calls(model):
+        seen = []
+        parts = [
+            (name, module)
+            for name, module in model.named_modules()
+            if name.endswith((".attn", ".attention", ".c_attn", ".c_proj", "_proj"))
+            and ".mlp." not in name
+            and ".scorer" not in name
+        ]
+        for name, module in parts:
+            # the projections whose width differs show when they are called, not with what
+            known = shapes if not name.endswith((".c_attn", ".q_proj", ".k_proj")) else lambda value: None
+            module.register_forward_pre_hook(
+                lambda _, args, kwargs, name=name: seen.append((name, "before", shapes(args), sorted(kwargs))),
+                with_kwargs=True,
+            )
+            module.register_forward_hook(
+                lambda _, args, output, name=name, known=known: seen.append((name, "after", known(output)))
+            )
+            module.register_full_backward_hook(
+                lambda _, given, had, name=name, known=known: seen.append((name, "backward", known(had)))
+            )
+        backward(model, **family.inputs())
+        return seen
+
+    fields = {"attn_implementation": implementation}
+    stock = calls(family.stock(**fields))
+    compact = family.neural(neural_layers="all", neural_compact=True, neural_proj_dim=4, **fields)
+    assert calls(compact) == stock and len(stock) >= 3 * 3 * 3
+
+    inputs = family.inputs(labels=False)
+    before = run(compact, **inputs)
+    attention = compact.get_submodule("transformer.h.1.attn" if family is GPT2 else "vit.layers.1.attention")
+    hook = attention.register_forward_hook(lambda _, args, output: (torch.zeros_like(output[0]), *output[1:]))
+    assert (run(compact, **inputs) - before).abs().max() > 1e-3
+    hook.remove()
+    assert torch.equal(run(compact, **inputs), before)
 
 
 @pytest.mark.parametrize("static", (False, True))

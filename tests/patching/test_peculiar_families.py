@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModel
 
 from hf_neural_attention import patch, patched
 from hf_neural_attention.patching import ProbeError, UnsupportedLayerError
-from hf_neural_attention.patching.names import stack_name
+from hf_neural_attention.patching.module_names import stack_name
 from tests.helpers.comparing import assert_near
 from tests.helpers.stock_models import BART, FAMILIES, GROUPED
 

@@ -10,14 +10,14 @@ import torch
 from transformers import DynamicCache
 
 import benchmark_attention
+from benchmarks import attention_modules, compact_bars
 from benchmarks import bars as benchmark_bars
-from benchmarks import compact_bars, modules
 from benchmarks.bars import Bar, kernel_bars
 from benchmarks.cases import DOT_PRODUCTS, GPU_PROVIDERS, MASKS, PHASES, PROVIDERS, SCORERS, Case, Entry, attend, draw_inputs
-from benchmarks.checks import Checker
-from benchmarks.counted import instructions_per_pair, least_seconds, pairs_of
-from benchmarks.measuring import FirstUse, Limits, measure_first_use, peak_bytes, time_entries
-from benchmarks.models import ATTENTIONS, CACHES, COMPACT, GPT2_124M, STOCK, VIT_BASE, measure_decoding, measure_steps
+from benchmarks.correctness import Checker
+from benchmarks.instruction_bounds import instructions_per_pair, least_seconds, pairs_of
+from benchmarks.time_and_memory import FirstUse, Limits, measure_first_use, peak_bytes, time_entries
+from benchmarks.whole_models import ATTENTIONS, CACHES, COMPACT, GPT2_124M, STOCK, VIT_BASE, measure_decoding, measure_steps
 from hf_neural_attention.models.neural_attention_backends import BACKENDS
 from hf_neural_attention.models.neural_attention_scorer import CompactScorer
 from hf_neural_attention.ops import asked_backend
@@ -100,8 +100,8 @@ def test_what_is_wrong_gets_no_figure(monkeypatch, backend, change, phases):
 
 def test_a_part_of_the_queries_is_checked_where_there_are_too_many(monkeypatch):
     case = dataclasses.replace(SMALL, length=400, phase="both", dropout=0.1, mask="padding")
-    monkeypatch.setattr("benchmarks.checks.CHECKED_NUMBERS", case.num_pairs * 2 * case.proj_dim // 4)
-    monkeypatch.setattr("benchmarks.checks.BLOCK_NUMBERS", case.num_pairs * 2 * case.proj_dim // 50)
+    monkeypatch.setattr("benchmarks.correctness.CHECKED_NUMBERS", case.num_pairs * 2 * case.proj_dim // 4)
+    monkeypatch.setattr("benchmarks.correctness.BLOCK_NUMBERS", case.num_pairs * 2 * case.proj_dim // 50)
     assert Checker().check(Entry("blockwise", case)) == (True, "96 of 400 queries")
     spoil(monkeypatch, "blockwise", lambda output: output * 1.01)
     assert not Checker().check(Entry("blockwise", case)).passed
@@ -301,13 +301,13 @@ def test_bars_of_the_compact_form_come_into_the_files(tmp_path, monkeypatch):
 
 
 def test_modules_against_the_length_come_into_the_files(tmp_path, monkeypatch):
-    measure = partial(modules.measure_modules, lengths=(16, 32))
+    measure = partial(attention_modules.measure_modules, lengths=(16, 32))
     monkeypatch.setattr(benchmark_attention, "measure_modules", measure)
-    monkeypatch.setattr(modules, "in_own_process", lambda *arguments: 2**20)
+    monkeypatch.setattr(attention_modules, "in_own_process", lambda *arguments: 2**20)
     words = ["--preset", "modules", "--repeats", "2", "--fewest", "2", "--output", f"{tmp_path / 'modules'}"]
     benchmark_attention.main(words)
     rows, _, card = files_of(tmp_path / "modules.x")
-    assert len(rows) == 2 * 2 * len(modules.MODULES) and all(row["note"] == "at 256 tokens" for row in rows)
+    assert len(rows) == 2 * 2 * len(attention_modules.MODULES) and all(row["note"] == "at 256 tokens" for row in rows)
     assert all(row["to_sdpa"] == 1 for row in rows if row["provider"] == "stock")
     assert card[2 + 3][0] == "compact, (16, 2)" and (tmp_path / "modules.png").stat().st_size > 10_000
 
@@ -321,8 +321,8 @@ def test_a_module_that_is_wrong_is_not_timed(monkeypatch):
         return output * (1 if asked_backend().name == "reference" else 1.01), weights
 
     monkeypatch.setattr(CompactScorer, "forward", wrong)
-    assert modules.check_module("stock").passed
-    assert modules.check_module("compact 2x1").message.startswith("does not match the reference")
+    assert attention_modules.check_module("stock").passed
+    assert attention_modules.check_module("compact 2x1").message.startswith("does not match the reference")
 
 
 def test_instructions_of_a_pair():

@@ -1,5 +1,6 @@
 """What `make gpu` runs: planned and found on the CPU, where it says what it would do; and what is timed there alone."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,9 +12,9 @@ import benchmark_attention
 import benchmark_gpu
 from benchmark_gpu import Step
 from benchmarks.cases import Case, Entry, draw_inputs, reason_against
-from benchmarks.checks import Check, Checker
+from benchmarks.correctness import Check, Checker
 from benchmarks.flex import network_score_mod
-from benchmarks.measuring import check_or_reason
+from benchmarks.time_and_memory import check_or_reason
 from hf_neural_attention.models.neural_attention_reference import key_features, query_features, reference_scores
 from tests.helpers.running import ROOT, run_in
 
@@ -33,6 +34,12 @@ def test_without_a_gpu_it_says_what_it_would_do(monkeypatch: pytest.MonkeyPatch,
 def test_it_needs_nothing_but_python():
     words = [sys.executable, "-I", "-S", str(ROOT / "recipes" / "benchmark_gpu.py"), "--dry_run"]
     assert "This would run" in subprocess.run(words, capture_output=True, text=True, check=True).stdout
+
+
+def test_all_tests_that_need_a_gpu_are_run():
+    marked = re.compile(r"^@pytest\.mark\.gpu$|^    return pytest\.mark\.gpu\(", re.MULTILINE)
+    found = {path for path in (ROOT / "tests").rglob("test_*.py") if marked.search(path.read_text())}
+    assert found == {ROOT / name for name in benchmark_gpu.GPU_TESTS}
 
 
 def test_steps_fit_and_can_be_parsed(monkeypatch: pytest.MonkeyPatch):

@@ -9,10 +9,10 @@ import torch
 from transformers import GPT2Config, GPT2Model
 
 import list_patchable_families
-from families import examining
-from families.examining import examine
-from families.tested import models_as_tested, version_of
-from hf_neural_attention.patching.names import stack_name
+from families import patch_examination
+from families.patch_examination import examine
+from families.transformers_test_models import models_as_tested, version_of
+from hf_neural_attention.patching.module_names import stack_name
 from list_patchable_families import MEANINGS, examined, markdown
 from tests.helpers.stock_models import FAMILIES, GPT2
 
@@ -91,7 +91,7 @@ def test_a_boolean_mask_that_stock_eager_attention_adds_is_no_fault():
 
 
 def test_a_patch_that_changes_other_tokens_is_one(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(examining, "patch", partial(examining.patch, mode="replace"))
+    monkeypatch.setattr(patch_examination, "patch", partial(patch_examination.patch, mode="replace"))
     result = examine(FAMILIES["t5"].model(), FAMILIES["t5"].inputs())
     assert result["status"] == "fails"
     assert result["reason"].startswith("residual mode changes the outputs (by ")
@@ -141,7 +141,6 @@ def test_results_of_a_familys_models(monkeypatch: pytest.MonkeyPatch):
 
 def test_nan_is_no_equal():
     nan, one = torch.tensor([float("nan"), 1.0]), torch.tensor([0.5, 1.0])
-    assert examining.relative(nan, one) == examining.relative(one, nan) == float("inf")
-    assert (
-        examining.relative(nan, nan) == 0 == examining.relative(torch.tensor([float("-inf")]), torch.tensor([float("-inf")]))
-    )
+    assert patch_examination.relative(nan, one) == patch_examination.relative(one, nan) == float("inf")
+    never = torch.tensor([float("-inf")])
+    assert patch_examination.relative(nan, nan) == patch_examination.relative(never, never) == 0

@@ -13,7 +13,7 @@ from transformers import ViTImageProcessorPil, default_data_collator
 from tests.helpers.pictures import random_pictures
 from training.augmentation import AUGMENTATIONS, AugmentedImages, CountEpochs, augment, random_resized_crop, shift_hue
 from training.images import ImageArguments, load_images
-from training.pixels import with_pixels
+from training.pixel_values import with_pixels
 
 
 @pytest.mark.parametrize("kind", AUGMENTATIONS)

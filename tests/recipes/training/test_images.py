@@ -8,7 +8,7 @@ from transformers import ViTImageProcessorPil
 
 from tests.helpers.pictures import random_pictures
 from training.images import ImageArguments, load_images
-from training.pixels import make_pixels, with_pixels
+from training.pixel_values import make_pixels, with_pixels
 
 
 def write_parquet(folder, names=("cat", "dog"), labels=("label",), **counts):

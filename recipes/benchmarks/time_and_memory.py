@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from benchmarks.cases import Case, Entry, draw_inputs, make_runner, reason_against
-from benchmarks.checks import Check, Checker
+from benchmarks.correctness import Check, Checker
 from hf_neural_attention.ops.native_build import BuildError, load_library
 from tools.own_process import in_own_process
 from tools.peak_memory import peak_memory

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from families.examining import in_a_line
+from families.patch_examination import in_a_line
 
 
 # What tests of models import, of Transformers' own: worth importing once, before processes are forked

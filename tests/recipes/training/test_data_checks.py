@@ -14,7 +14,7 @@ from transformers import (
     ViTImageProcessorPil,
 )
 
-from training.fit import check_sizes, fit_labels, load_classifier, load_processor
+from training.data_checks import check_sizes, fit_labels, load_classifier, load_processor
 from training.images import ImageArguments, LabelledImages
 
 

@@ -9,7 +9,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from families.examining import in_a_line
+from families.patch_examination import in_a_line
 
 
 LARGEST = 60_000_000  # parameters of a model that counts as small

@@ -9,7 +9,7 @@ from transformers import Trainer, TrainingArguments
 from hf_neural_attention import patch
 from tests.helpers.neural_models import GPT2
 from tests.helpers.stock_models import FAMILIES
-from training.watching import WatchScores, query_and_key_gradients
+from training.score_tracking import WatchScores, query_and_key_gradients
 
 
 def watched(folder: Any, model: Any, **arguments: Any) -> Trainer:

@@ -14,8 +14,8 @@ from transformers import AttentionInterface, PreTrainedModel
 from hf_neural_attention.introspection import observed, use_eager
 from hf_neural_attention.models.neural_attention_interface import mask_of_call
 from hf_neural_attention.patching import NoPatchableLayerError, PatchError, ProbeError, patch, patch_status, patched, unpatch
-from hf_neural_attention.patching.arguments import stock_functions
-from hf_neural_attention.patching.inputs import possible_inputs
+from hf_neural_attention.patching.attention_arguments import stock_functions
+from hf_neural_attention.patching.example_inputs import possible_inputs
 from hf_neural_attention.patching.layers import attention_modules, stack_name
 from hf_neural_attention.patching.probing import recording
 

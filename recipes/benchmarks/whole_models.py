@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from transformers import DynamicCache, StaticCache, set_seed
 
-from benchmarks.checks import Check
-from benchmarks.measuring import Limits
+from benchmarks.correctness import Check
+from benchmarks.time_and_memory import Limits
 from hf_neural_attention import NeuralCache, use_backend
 from hf_neural_attention.models.neural_attention_cache import CACHE_ARGUMENT, cache_nbytes
 from tools.timing_by_turns import Runner, Spread, ratio_of

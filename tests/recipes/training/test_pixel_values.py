@@ -7,7 +7,7 @@ from datasets import Dataset, Features, Image, Value
 from PIL import Image as PIL
 
 from tests.helpers.pictures import random_pictures
-from training.pixels import check_images
+from training.pixel_values import check_images
 
 
 def encoded(kind: str, image: PIL.Image | None = None) -> bytes:

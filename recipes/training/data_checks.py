@@ -16,7 +16,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from tools.saying import say
+from tools.messages import say
 from training.images import ImageArguments, LabelledImages
 from training.labels import in_order_of
 from training.text import TextArguments

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from transformers import set_seed
 
-from benchmarks.checks import Check
-from benchmarks.measuring import Limits
+from benchmarks.correctness import Check
+from benchmarks.time_and_memory import Limits
 from hf_neural_attention import use_backend
 from tools.own_process import in_own_process
 from tools.peak_memory import peak_memory
