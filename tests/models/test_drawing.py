@@ -1,7 +1,5 @@
 """Loading draws no weights that the checkpoint has: it takes time, moves random numbers, and starts threads."""
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +9,7 @@ import torch
 from hf_neural_attention import from_pretrained, patch
 from hf_neural_attention.models import neural_attention_compact, neural_attention_scorer
 from tests.helpers.neural_models import Family, all_variants, both_families
+from tests.helpers.running import run_in
 from tests.helpers.stock_models import FAMILIES
 
 
@@ -69,5 +68,6 @@ def test_patched_models_draw_nothing_and_may_fork(per_head: bool, draws: list[An
     before = torch.get_rng_state()
     from_pretrained(tmp_path)
     assert not draws and torch.equal(torch.get_rng_state(), before)
-    done = subprocess.run([sys.executable, "-c", FORKING, tmp_path], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
+    script = tmp_path / "forking.py"
+    script.write_text(FORKING)
+    run_in(tmp_path, script, tmp_path)

@@ -30,8 +30,8 @@ pytestmark = [
     pytest.mark.skipif(WHY_NOT is not None, reason=f"no native kernel: {WHY_NOT}"),
     pytest.mark.usefixtures("poisoned_memory"),
 ]
-# Marks what one quick run for an older processor checks
-portable = pytest.mark.instruction_set(quick=True)
+# Marks what runs for older processors too
+portable = pytest.mark.instruction_set
 
 
 def native(*args, **arguments) -> torch.Tensor:
@@ -69,13 +69,13 @@ def test_borders_of_tiles_blocks_and_vectors(name: str):
     compare_with_oracle(CASES[name], "native")
 
 
-@pytest.mark.instruction_set
+@portable
 @pytest.mark.parametrize("name", LONG_CASES)
 def test_borders_of_tiles_blocks_and_vectors_in_long_cases(name: str):
     compare_with_oracle(LONG_CASES[name], "native")
 
 
-@pytest.mark.instruction_set
+@portable
 @pytest.mark.parametrize("case", [Case(heads=4, kv_heads=2), Case(heads=4, kv_heads=2, per_head=True)], ids=str)
 def test_decoding_with_projected_keys(case: Case):
     case = replace(case, queries=1, keys=300, mask="bool", mask_shape=(2, 1, 1, 300))
@@ -371,11 +371,6 @@ def run_compiled_with(flags: str, cache: Path, marks: str) -> None:
 
 
 @newer_here
-def test_on_older_processors(tmp_path: Path):
-    run_compiled_with("-march=x86-64-v3 -O1", tmp_path, "instruction_set(quick=True)")  # compiles sooner with -O1
-
-
-@newer_here
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("flags", "marks"),
@@ -384,5 +379,5 @@ def test_on_older_processors(tmp_path: Path):
         pytest.param("-march=x86-64", 'instruction_set and not instruction_set(needs="AVX2")', id="SSE2"),
     ],
 )
-def test_everything_on_older_processors(flags: str, marks: str, tmp_path: Path):
+def test_on_older_processors(flags: str, marks: str, tmp_path: Path):
     run_compiled_with(flags, tmp_path, marks)

@@ -71,8 +71,11 @@ def test_a_library_without_one_of_the_functions_is_refused(name: str, build: Bui
     [
         ("heads, kv_heads, queries", "heads, queries, kv_heads",
          "`Problem.kv_heads` is int64 at byte 24 in the library and int64 at byte 16 in Python"),
-        ("double residual_scale;", "int64_t residual_scale;",
-         "`Problem.residual_scale` is int64 at byte 144 in the library and float64 at byte 144 in Python"),
+        pytest.param(
+            "double residual_scale;", "int64_t residual_scale;",
+            "`Problem.residual_scale` is int64 at byte 144 in the library and float64 at byte 144 in Python",
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["moved", "another type"],
 )  # fmt: skip

@@ -46,6 +46,7 @@ sys.exit(status)
 """
 
 
+@pytest.mark.slow
 def test_the_interpreter_runs_where_it_is_asked_for_and_kernels_are_imported_then():
     assert re.search(r"^  triton +cpu +ok: ", run_python("-c", CHECK, TRITON_INTERPRET="1"), flags=re.MULTILINE)
 

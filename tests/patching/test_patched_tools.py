@@ -162,7 +162,10 @@ def test_compiled(family: Family, mode: str):
     assert_far(run(patch(compiled, mode="replace"), **inputs), run(stock, **inputs))
 
 
-@pytest.mark.parametrize(("family", "mode"), [(LLAMA, "residual"), (BERT, "compact"), (T5, "compact")], ids=name_of)
+GRAPHS = [(LLAMA, "residual"), (BERT, "compact"), pytest.param(T5, "compact", marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize(("family", "mode"), GRAPHS, ids=name_of)
 def test_compiled_as_one_graph(family: Family, mode: str):
     torch.compiler.reset()
     model, inputs = neural(family, "eager", mode), family.inputs()

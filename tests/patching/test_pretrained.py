@@ -129,7 +129,13 @@ for load in (AutoModel.from_pretrained, lambda folder: pipeline("feature-extract
 """
 
 
-@pytest.mark.parametrize(("family", "message"), ((GPT2, "neural_gpt2"), (LLAMA, "patched by hf_neural_attention (install it")))
+INSTALL = "patched by hf_neural_attention (install it"
+
+
+MESSAGES = (pytest.param(GPT2, "neural_gpt2", id="ours"), pytest.param(LLAMA, INSTALL, id="patched", marks=pytest.mark.slow))
+
+
+@pytest.mark.parametrize(("family", "message"), MESSAGES)
 def test_without_this_package(family: Family, message: str, tmp_path: Path):
     folder = saved(patched_model(family), tmp_path)
     done = subprocess.run([sys.executable, "-c", WITHOUT, folder], capture_output=True, text=True, check=False)
