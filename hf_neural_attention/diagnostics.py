@@ -5,10 +5,9 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
-from accelerate.utils.other import is_compiled_module
 from torch import nn
 
-from .introspection import hooks_of, neural_layers, place_of
+from .introspection import hooks_of, is_compiled, neural_layers, place_of
 from .models.neural_attention_backends import AUTO, BACKENDS, check_devices, choose_backend
 from .models.neural_attention_functional import check_arguments
 from .models.neural_attention_pytorch import Inputs
@@ -86,8 +85,7 @@ def explain(
             raise ValueError(
                 f"This {type(model_or_query).__name__} has no neural layer: none of its modules has a `NeuralScorer`."
             )
-        compiled = any(map(is_compiled_module, model_or_query.modules()))
-        if compiled or model_or_query._compiled_call_impl is not None:
+        if is_compiled(model_or_query):
             note = "torch.compile: what is compiled already keeps the backend that it was compiled with"
             layers = [layer._replace(notes=(*layer.notes, note)) for layer in layers]
         return Explanation(layers)

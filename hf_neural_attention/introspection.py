@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from accelerate.utils import extract_model_from_parallel
+from accelerate.utils.other import is_compiled_module
 from torch import nn
 from torch.utils._pytree import tree_map_only
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
@@ -48,6 +49,11 @@ def use_eager(model: nn.Module) -> None:
     """Sets eager attention in every part: Transformers 5.18 passes over some whose config is of one class."""
     for part in pretrained_parts(model):
         part.set_attn_implementation("eager")
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether `torch.compile(module)` or `module.compile()` was called of a model, or the former of a part of it."""
+    return model._compiled_call_impl is not None or any(map(is_compiled_module, model.modules()))
 
 
 def is_sharded(module: nn.Module) -> bool:

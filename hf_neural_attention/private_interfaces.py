@@ -170,6 +170,38 @@ PRIVATE_INTERFACES = (
         TRANSFORMERS,
     ),
     PrivateInterface(
+        "IMAGE_PROCESSOR_MAPPING",
+        "transformers.models.auto.image_processing_auto:IMAGE_PROCESSOR_MAPPING",
+        "One of the tables of tokenizers and processors: the stock config's entry serves a patched model, too. `register` "
+        "takes an entry, and no public call tells one.",
+        TRANSFORMERS,
+    ),
+    PrivateInterface(
+        "ForCausalLMLoss",
+        "transformers.loss.loss_utils:ForCausalLMLoss",
+        "The loss that a stock GPT-2 has by its class's name, which ours is not. Without it a compiled graph holds a warning.",
+        TRANSFORMERS,
+    ),
+    PrivateInterface(
+        "register_checkpoint_conversion_mapping",
+        "transformers.conversion_mapping:register_checkpoint_conversion_mapping",
+        "Stock ViT checkpoints name weights otherwise than the model does; this says so of a model type of ours.",
+        TRANSFORMERS,
+    ),
+    PrivateInterface(
+        "get_relative_import_files",
+        "transformers.dynamic_module_utils:get_relative_import_files",
+        "Finds the files that a model's code imports as Transformers will, when it copies them from the Hub.",
+        TRANSFORMERS,
+    ),
+    PrivateInterface(
+        "ds_",
+        "",
+        "DeepSpeed's ZeRO-3 leaves a parameter empty, and keeps its size, shape and owner in such attributes; "
+        "`parameter.all_gather()` brings it together. `GatheredParameters`, which is public, needs to know what is empty.",
+        "deepspeed 0.19",
+    ),
+    PrivateInterface(
         "_dynamo",
         "torch:_dynamo.mark_static_address",
         "CUDA graphs need to know that a cache of fixed size does not move; Transformers' own caches say it in this way.",

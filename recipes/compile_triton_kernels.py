@@ -280,7 +280,9 @@ def main() -> None:
     if arguments.instructions:
         axes |= COUNTED
     axes |= {name: value for name in axes if (value := getattr(arguments, name)) is not None}
-    jobs = [(kernel, name, dtype, *SIZES[size], mode) for size, name, dtype, mode, kernel in itertools.product(*axes.values())]
+    jobs: list[tuple[Any, ...]] = [
+        (kernel, name, dtype, *SIZES[size], mode) for size, name, dtype, mode, kernel in itertools.product(*axes.values())
+    ]
     if arguments.instructions:
         flash = [(FLASH + kernel, name, dtype, head_dim, (), "", False) for kernel, name, dtype, head_dim, _, _ in jobs]
         jobs = [(*job, cores) for job in jobs for cores in ways(*job)]

@@ -34,7 +34,7 @@ from training.neural_arguments import NeuralArguments
 from training.new_models import DROPOUT, FamilyArguments, Size, build_new, check_new, check_one_source, family_note, new_config
 from training.reporting import Task
 from training.runner import carry_out
-from training.whole_models import whole
+from training.unsharded_models import whole
 
 
 @dataclass

@@ -31,7 +31,7 @@ from training.reporting import Task
 from training.runner import carry_out
 from training.text import TextArguments, load_text, load_tokenizer
 from training.text_task import MEASURES, fit_to, prepare
-from training.whole_models import whole
+from training.unsharded_models import whole
 
 
 @dataclass

@@ -51,7 +51,7 @@ from training.reporting import Results, Task
 from training.run_folder import STAGES, check_all_see, claim_folder
 from training.runner import carry_out
 from training.text import TextArguments, load_text, load_tokenizer
-from training.whole_models import whole
+from training.unsharded_models import whole
 
 
 CALIBRATED = "calibrated"

@@ -84,7 +84,7 @@ def test_those_of_instances_are_there():
     product = torch.ones(1, requires_grad=True) * torch.ones(1)
     model = transformers.GPT2Model(transformers.GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=9))
     found = {"_hf_hook": layer, "_old_forward": layer, "_saved_other": product.grad_fn, "_is_hf_initialized": model.ln_f}
-    found |= {'sys.modules["transformers"]': None}
+    found |= {'sys.modules["transformers"]': None, "ds_": None}  # tests of DeepSpeed look at its own: tests/clients
     assert found.keys() == {interface.name for interface in PRIVATE_INTERFACES if not interface.place}
     assert all(each is None or hasattr(each, name) for name, each in found.items()), found
     assert sys.modules["transformers"].GPT2Model is transformers.GPT2Model
@@ -94,33 +94,3 @@ def test_a_moved_one_fails_with_a_sentence():
     gone = PrivateInterface("_gone", "transformers:PreTrainedModel._gone", "It was there.", "transformers 5.18")
     with pytest.raises(pytest.fail.Exception, match=r"has no transformers\.PreTrainedModel\._gone, which hf_neural_attention"):
         test_it_is_where_it_was(gone)
-
-
-def imports_of(path: Path) -> set[str]:
-    """Modules of the package that a file imports, whether at once, later or for type checkers only."""
-    here = ["hf_neural_attention", *path.relative_to(PACKAGE).with_suffix("").parts]
-    package = here[:-1]
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom):
-            base = package[: len(package) - node.level + 1] if node.level else []
-            module = ".".join([*base, *(node.module.split(".") if node.module else [])])
-            found |= {module, *(f"{module}.{alias.name}" for alias in node.names)}
-        elif isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-    return found
-
-
-def test_no_import_goes_round_in_a_circle():
-    names = {}
-    for path in PACKAGE.rglob("*.py"):
-        parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
-        names[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
-    # leaves out the package itself, which imports them all and is looked up by name where its public names are wanted
-    edges = {name: (imports_of(path) & names.keys()) - {"hf_neural_attention"} for name, path in names.items()}
-    left = dict(edges)
-    while ends := [name for name, used in left.items() if not used & left.keys()]:
-        for name in ends:
-            del left[name]
-    assert not left, f"these import each other, or are imported by such: {sorted(left)}"
-    assert "hf_neural_attention.ops" in edges["hf_neural_attention.models.neural_attention_backends"], "the search works"

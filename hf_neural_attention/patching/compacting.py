@@ -4,12 +4,20 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-from accelerate.utils.other import is_compiled_module
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..diagnostics import explain
-from ..introspection import count, is_born_neural, is_sharded, left_as_it_was, neural_layers, patched_modules, unwrap
+from ..introspection import (
+    count,
+    is_born_neural,
+    is_compiled,
+    is_sharded,
+    left_as_it_was,
+    neural_layers,
+    patched_modules,
+    unwrap,
+)
 from ..models.modeling_neural_attention import mark_compact
 from ..models.modeling_neural_patched import COMPACT_CLASSES
 from ..models.neural_attention_compact import folded_modules, reason_against_folding
@@ -113,7 +121,7 @@ def reason_against(model: nn.Module) -> str | None:
     """Why a model cannot be made compact now, or None if no reason is known before it has run."""
     if any(map(is_sharded, model.modules())):
         return "its parameters have been taken over for training by several processes; make it compact before"
-    if model._compiled_call_impl is not None or any(map(is_compiled_module, model.modules())):
+    if is_compiled(model):
         return "it is compiled; make it compact before"
     if unwrap(model) is not model:
         return f"it is inside a {type(model).__name__}; merge adapters (`merge_and_unload`), or unwrap it"

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..introspection import left_as_it_was, moved, observed
+from ..introspection import left_as_it_was, moved, observed, place_of
 from ..models.neural_attention_interface import neural_attention_forward
 from ..models.neural_attention_packing import Source
 from .example_inputs import possible_inputs
@@ -68,8 +68,7 @@ def run_until_reached(
 ) -> tuple[list[Run], str]:
     """Runs a model, then those parts of it with modules that were not reached. Returns the runs that went well, and why others
     failed, in words."""
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.get_default_dtype())
+    device, dtype = place_of(model)
     runs: list[Run] = []
     failures: dict[str, str] = {}
     for name, part in model.named_modules():
