@@ -18,7 +18,7 @@ from .neural_attention_scorer import CompactScorer, NeuralScorer
 from .neural_attention_zero3 import is_shared_out
 
 
-# Arguments of `from_pretrained` that say where a config comes from
+# Lists arguments of `from_pretrained` that say where a config comes from
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 

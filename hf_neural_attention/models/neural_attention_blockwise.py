@@ -19,7 +19,7 @@ from .neural_attention_operators import Tensors, define_operators
 from .neural_attention_reference import ScorerWeights, expand_heads, key_features, query_features, relative_sinks
 
 
-# Numbers in the largest tensor of a block, [heads, h1, queries, keys]: about the size of a core's cache, by measurement
+# Limits the numbers in a block's largest tensor, [heads, h1, queries, keys]: about the size of a core's cache, by measurement
 BLOCK_NUMBERS = 1 << 20
 MAX_BLOCK_QUERIES = 64
 

@@ -28,7 +28,7 @@ from .neural_attention_scorer import CompactScorer, is_compact
 from .neural_attention_zero3 import gathered, is_shared_out
 
 
-# Where Transformers defines the hooks that record attentions and hidden states
+# Says where Transformers defines the hooks that record attentions and hidden states
 RECORDING_HOOKS = "transformers.utils.output_capturing"
 
 

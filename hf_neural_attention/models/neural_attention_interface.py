@@ -22,11 +22,11 @@ ATTENTION_NAME = "neural_attention"
 # Stands for any stock attention module, since annotations of `nn.Module` leave no room for attributes like `config`
 AttentionModule: TypeAlias = Any
 
-# The stock implementations whose masks `normalize_mask` understands; those of pages are what continuous batching sets
+# Lists the stock implementations whose masks `normalize_mask` understands; those of pages are what continuous batching sets
 SUPPORTED_IMPLEMENTATIONS = ("eager", "sdpa", "paged|eager", "paged|sdpa")
 
-# Arguments of attention functions that change the scores in ways that only a dot product can honour, or that would need
-# another kernel. Silently dropping one would give wrong results.
+# Lists arguments of attention functions that change the scores in ways that only a dot product can honour, or that would
+# need another kernel. Silently dropping one would give wrong results.
 UNSUPPORTED_ARGUMENTS = {
     "indices": "sparse attention to keys that an indexer has selected",
     "block_indices": "sparse attention to blocks of keys that an indexer has selected",
