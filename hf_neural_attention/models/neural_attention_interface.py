@@ -223,10 +223,10 @@ def neural_attention_forward(
             raise ValueError(f"Neural Attention cannot honour {feature} (`{name}`), which this model's attention asks for.")
     check_whole_sequence()
     share_heads(module, query.shape[1])
-    implementation = module.config.base._attn_implementation or "eager"  # as modules without a model take it
+    implementation = module.config.base._attn_implementation or "eager"  # takes it as modules without a model do
     if cache is not None:
         key, value = update_pages(cache, module, key, value, kwargs)
-    elif implementation.startswith("paged") and "write_index" not in kwargs:  # from 5.24 on, modules have updated the cache
+    elif implementation.startswith("paged") and "write_index" not in kwargs:  # finds the cache updated by modules from 5.24 on
         raise ValueError(
             f"`attn_implementation={implementation!r}` is for continuous batching (`generate_batch`), whose cache and mask "
             "this forward did not get. `model.set_attn_implementation` changes it."

@@ -147,7 +147,7 @@ class Problem:
             "PER_HEAD": weight2.shape[0] > 1,
             "IS_CAUSAL": arguments.is_causal,
             "SOFTCAP": arguments.softcap is not None,
-            "MASK": {None: 0, "bool": 1, "float": 2}[kind],  # as in triton_kernels.py
+            "MASK": {None: 0, "bool": 1, "float": 2}[kind],  # numbers them as triton_kernels.py does
             "WIDEN": value.dtype == torch.bfloat16 and value.device.type != "cuda",
         }
 

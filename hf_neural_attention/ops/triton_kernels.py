@@ -202,7 +202,7 @@ def kept_by_dropout(p_seed, o_queries, first_key, b_h, threshold, KEYS: tl.const
     word0, word1, word2, word3 = tl.philox(
         tl.load(p_seed), o_counter + o_lanes[None, :], o_counter + o_queries[:, None], o_counter + b_h, o_counter
     )
-    part = first_key // KEYS  # which of the parts of 128 keys this is, once reduced below
+    part = first_key // KEYS  # says which of the parts of 128 keys this is, once reduced below
     if KEYS == 128:
         # orders columns as 16 s + lane; s = 4 (high half) + 2 (word 2 or 3) + (word 1 or 3)
         b_words = tl.join(tl.join(word0, word2), tl.join(word1, word3))
