@@ -6,11 +6,11 @@ WORKERS ?= 2
 BIN := .venv/bin
 STAMP := .venv/installed
 
-# Each test process gets one core; together they use $(WORKERS)
+# Gives each test process one core; together they use $(WORKERS)
 TESTS = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
 INSTALL := python -m pip install -q --disable-pip-version-check
 
-# Slow tests of what depends on versions most: models that bring their code to the Hub, and formats of other libraries
+# Lists slow tests of what depends on versions most: models that bring their code to the Hub, and formats of other libraries
 VERSION_TESTS := tests/test_export.py tests/models/test_flat_folder.py tests/test_export_formats.py tests/recipes/test_quantize.py
 
 .DEFAULT_GOAL := help
@@ -23,7 +23,7 @@ help: ## Show this list
 	@echo
 	@echo "  Variables: PYTHON=$(PYTHON) makes .venv, WORKERS=$(WORKERS) test processes"
 
-# The pins choose torch as well: without them pip would take whatever build is newest
+# Lets the pins choose torch as well: without them pip would take whatever build is newest
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/$(INSTALL) -c constraints.txt -e '.[dev]'
@@ -35,7 +35,7 @@ quickstart: $(STAMP) ## Train small GPT-2s with Neural Attention and with the do
 demo: .venv-demo/installed ## Open a page that shows attention, scores and scorers of a model, and what a patch changes
 	.venv-demo/bin/python recipes/demo/app.py
 
-# Gradio takes older versions of these two than the pinned ones, hence an environment of its own with all other pins
+# Has an environment of its own with all other pins, since Gradio takes older versions of these two than the pinned ones
 .venv-demo/installed: pyproject.toml constraints.txt recipes/demo/requirements.txt
 	$(PYTHON) -m venv --clear .venv-demo
 	grep -v -e '^pillow==' -e '^tomlkit==' constraints.txt > .venv-demo/constraints.txt
@@ -59,7 +59,7 @@ test-triton: $(STAMP) ## Run the tests of the Triton kernels on the CPU, in Trit
 gpu: ## Test the Triton kernels on a GPU and measure them, in 8 minutes; without one, say what that would be
 	$(PYTHON) recipes/benchmark_gpu.py
 
-# Old libraries call what others have deprecated since: there, and only there, deprecations are no errors
+# Lets old libraries call what others have deprecated since: there, and only there, deprecations are no errors
 test-oldest: BIN := .venv-oldest/bin
 test-oldest: .venv-oldest/installed
 	$(TESTS) --allow-deprecations -m "not slow"
@@ -70,7 +70,7 @@ test-oldest: .venv-oldest/installed
 	.venv-oldest/bin/$(INSTALL) -c constraints-oldest.txt -e '.[dev]'
 	@touch $@
 
-# What is newest changes by the day, so this environment is made anew. torch is the pinned one: pip offers newer ones as CUDA
+# Makes this environment anew, since what is newest changes by the day. torch is the pinned one: pip offers newer ones as CUDA
 # builds only
 test-newest: BIN := .venv-newest/bin
 test-newest:
@@ -108,7 +108,7 @@ format: $(STAMP) ## Fix style and formatting where that can be done by machine
 types: $(STAMP) ## Check types
 	$(BIN)/mypy
 
-# The variable silences a notice about the end of Material for MkDocs in 2027: what is printed then is a fault
+# Silences by the variable a notice about the end of Material for MkDocs in 2027: what is printed then is a fault
 docs: $(STAMP) ## Build the documents as a site into site/, and check their links
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	@echo "Open site/index.html, or serve it with its search: $(PYTHON) -m http.server --directory site"

@@ -10,7 +10,7 @@ from mathml import MathMLExtension, fenced_math
 
 ROOT = Path(__file__).parents[1]
 
-# Pages, and whatever they show or link to
+# Holds pages, and whatever they show or link to
 CONTENT = (
     "*.md",
     "CITATION.cff",

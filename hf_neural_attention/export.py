@@ -37,7 +37,7 @@ CITATION = """@article{digiugno2025neural,
   year    = {2025}
 }"""
 
-# Auto class -> what a pipeline calls that task
+# Maps an Auto class to what a pipeline calls its task
 PIPELINES = {
     "AutoModelForCausalLM": "text-generation",
     "AutoModelForImageClassification": "image-classification",

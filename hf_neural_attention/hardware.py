@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 
-# Flags of x86 and ARM processors from which the kernels, or the libraries they are compared with, profit
+# Lists flags of x86 and ARM processors from which the kernels, or the libraries they are compared with, profit
 INSTRUCTION_SETS = (
     *("sse2", "sse4_2", "avx", "avx2", "fma", "f16c", "avx512f", "avx512dq", "avx512bw", "avx512_bf16", "amx_tile"),
     *("asimd", "sve", "sve2"),

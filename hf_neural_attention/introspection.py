@@ -22,10 +22,10 @@ from .models.neural_attention_scorer import is_compact
 from .models.neural_attention_zero3 import is_run_by_deepspeed, whole_shape
 
 
-# Classes that count a model's parameters when put around it, by name, since not every build of torch has them
+# Gives by name the classes that count a model's parameters when put around it, since not every build of torch has them
 SHARDING_CLASSES = ("DistributedDataParallel", "FullyShardedDataParallel", "DeepSpeedEngine", "FSDPModule")
 
-# Modules that are put around a layer, and show in the names of modules but not in a state dict
+# Matches modules that are put around a layer, and show in the names of modules but not in a state dict
 WRAPPERS = r"(_checkpoint_wrapped_module|_fsdp_wrapped_module|_offload_wrapped_module|_orig_mod)\."
 
 

@@ -33,7 +33,7 @@ from .models.modeling_neural_vit import NeuralViTForImageClassification, NeuralV
 from .models.neural_attention_lookup import make_findable
 
 
-# model type -> the stock model type of the family
+# Maps a model type to the stock model type of the family
 FAMILIES = {"neural_gpt2": "gpt2", "neural_vit": "vit"}
 
 # Puts our models wherever a stock model of their family stands

@@ -16,7 +16,7 @@ from .patching.layers import attention_modules, tokens_of_queries
 from .patching.reports import table
 
 
-# A row is saturated where one key has more than this share of its weight
+# Calls a row saturated where one key has more than this share of its weight
 SATURATED = 0.99
 
 

@@ -33,7 +33,7 @@ class Target(NamedTuple):
     shared_bytes: int  # that one program may use
 
 
-# An A100, an RTX 4090, an H100 and an MI300X
+# Stands for an A100, an RTX 4090, an H100 and an MI300X
 TARGETS = {
     "sm_80": Target("cuda", 80, 32, 166912),
     "sm_89": Target("cuda", 89, 32, 101376),
@@ -43,9 +43,9 @@ TARGETS = {
 KERNELS = ("forward", "query", "key")
 FLASH = "flash "  # before the name of the dot product's kernel, which is counted for comparison
 DTYPES = {"fp32": 4, "bf16": 2, "fp16": 2}
-# head_dim and hidden_dims: the defaults of heads of 64 and 128, and proj_dim 16 as in the paper and with fewer units
+# Lists head_dim and hidden_dims: the defaults of heads of 64 and 128, and proj_dim 16 as in the paper and with fewer units
 SIZES = ((64, (2, 1)), (128, (4, 2)), (64, (16, 8)), (64, (16, 2)))
-# masked: residual with a float mask, its gradient, dropout and grouped heads; capped: residual with a soft cap and sinks
+# Adds to "residual" a float mask, its gradient, dropout and grouped heads in "masked", a soft cap and sinks in "capped"
 MODES = ("replace", "residual", "masked", "capped")
 COUNTED: dict[str, list[Any]] = {
     "dtypes": ["bf16"],

@@ -28,7 +28,7 @@ from training.perplexity import perplexity
 from training.text import TextArguments, load_text, load_tokenizer, tokenize
 
 
-# What can be wrong with a folder that somebody names
+# Lists what can be wrong with a folder that somebody names
 UNREADABLE = (OSError, ValueError, RuntimeError, StrictDataclassError, SafetensorError)
 
 

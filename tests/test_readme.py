@@ -29,9 +29,9 @@ GUIDES = {path.stem: path.read_text() for path in sorted((ROOT / "docs").glob("*
 FENCE = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
 
 
-# Page, heading and code of each block
+# Lists page, heading and code of each block
 BLOCKS = [(page, *block) for page, text in {"README": README, **GUIDES}.items() for block in python_blocks(text)]
-# Code in the docstring of each public name; it may use a `model` and its `inputs`
+# Lists code in the docstring of each public name; it may use a `model` and its `inputs`
 EXAMPLES = {
     name: [code for _, code in python_blocks(inspect.getdoc(getattr(hf_neural_attention, name)) or "")]
     for name in hf_neural_attention.__all__
@@ -181,7 +181,7 @@ def test_messages_that_troubleshooting_quotes_are_those_of_the_code():
     for path in (path for folder in ("hf_neural_attention", "recipes") for path in (ROOT / folder).rglob("*.py")):
         nodes = ast.walk(ast.parse(path.read_text()))
         literals += [node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)]
-    # Transformers puts what it reads there into its own error
+    # adds what Transformers reads there and puts into its own error
     literals += [path.read_text() for path in (ROOT / "hf_neural_attention").rglob("*.json")]
     quotes = re.findall(r"^> .*(?:\n> .*)*", GUIDES["troubleshooting"], re.MULTILINE)
     assert len(quotes) > 15

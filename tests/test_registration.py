@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
-# auto class -> (model type, class) pairs, with the stock ones beside them
+# Maps auto class -> model type -> stock class, beside which there is one with "Neural" before its name
 TABLES = {
     "AutoModel": {"gpt2": "GPT2Model", "vit": "ViTModel"},
     "AutoModelForPreTraining": {"gpt2": "GPT2LMHeadModel"},

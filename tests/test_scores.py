@@ -39,7 +39,7 @@ def stock_vit() -> Any:
     return ViTForImageClassification(ViTConfig(**SIZES)).eval()
 
 
-# Enough units for spreads of small models on a few images to be near what is expected of them
+# Has enough units for spreads of small models on a few images to be near what is expected of them
 SHAPE: dict[str, Any] = {"neural_proj_dim": 8, "neural_hidden_dims": "paper"}
 
 
@@ -79,7 +79,7 @@ def test_looking_at_scores_changes_nothing(implementation: str):
     before = model(**inputs).logits
     layers = analysis.score_statistics(model, **inputs)
     assert len(layers) == 9 and torch.equal(model(**inputs).logits, before)
-    # position biases are no scores, but shape attention
+    # takes in position biases, which are no scores, but shape attention
     assert all(0 < layer.entropy < layer.uniform_entropy for layer in layers)
 
 

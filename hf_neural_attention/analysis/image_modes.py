@@ -6,7 +6,7 @@ import numpy as np
 
 
 SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N")
-HAVE_SIXTEEN_BITS = ("PNG", "PPM")  # formats whose integers, where Pillow gives them mode I, go up to 65,535
+HAVE_SIXTEEN_BITS = ("PNG", "PPM")  # lists formats whose integers, where Pillow gives them mode I, go up to 65,535
 
 
 def to_rgb(image: Any) -> Any:
@@ -22,7 +22,7 @@ def to_rgb(image: Any) -> Any:
     Raises:
         ValueError: if its mode does not say which values are black and white (I, F).
     """
-    from PIL import Image, ImageOps  # not everybody has Pillow
+    from PIL import Image, ImageOps  # imports here, since not everybody has Pillow
 
     form = image.format  # is lost where the image is turned
     image = ImageOps.exif_transpose(image)

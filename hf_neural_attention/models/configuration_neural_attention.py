@@ -12,7 +12,7 @@ from .neural_attention_lookup import stand_in
 # Counts formats of the neural fields and scorers' weights: goes up when code of the last version would misread what is saved
 FORMAT_VERSION = 1
 
-# Attribute of a config that was read from a file: what that held, whatever arguments have changed. It is never written
+# Keeps in a config what the file held that it was read from, whatever arguments have changed. Is never written
 STORED = "_neural_stored"
 
 Mode: TypeAlias = Literal["replace", "residual", "thin"]

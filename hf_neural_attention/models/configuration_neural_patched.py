@@ -9,10 +9,10 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 from .neural_attention_lookup import stand_in
 
 
-# Where config.json keeps the record
+# Says where config.json keeps the record
 RECORD = "neural_attention_patch"
 
-# The model type in config.json of all patched models, which Transformers shows where nobody has registered it
+# Stands in config.json as the model type of all patched models, which Transformers shows where nobody has registered it
 PATCHED_TYPE = "patched by hf_neural_attention (install it, and import hf_neural_attention before this is loaded)"
 
 

@@ -18,7 +18,7 @@ from .neural_attention_scorer import CompactScorer, NeuralScorer
 from .neural_attention_zero3 import is_shared_out
 
 
-# Arguments of `from_pretrained` that say where a config comes from
+# Lists arguments of `from_pretrained` that say where a config comes from
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
@@ -90,7 +90,7 @@ class NeuralPreTrainedModelMixin(ScoredAttentionMixin):
             or stored.get("model_type") != cls.config_class.model_type
             or (layers_of(cls.config_class.from_dict(dict(stored))) != layers_of(model.config))
         ):
-            forget_names(model)  # by that name, clients would load another model: the stock one, say
+            forget_names(model)  # keeps clients from loading another model by that name: the stock one, say
         return loaded
 
     compact_attention_class: type[CompactAttentionMixin]
@@ -219,7 +219,7 @@ def fold_own_model(model: Any) -> None:
 def mark_compact(model: Any) -> None:
     """Lets the config of a model that has just been folded say so."""
     model.config.neural_folded_from = origin_of(model) or type(model).__name__
-    for module in model.modules():  # parts of a model have the same config, or a copy of it
+    for module in model.modules():  # tells parts of a model too, which have the same config, or a copy of it
         if hasattr(getattr(module, "config", None), "neural_compact"):
             module.config.neural_compact = True
 

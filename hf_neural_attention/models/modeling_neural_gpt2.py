@@ -42,7 +42,7 @@ class CompactGPT2Attention(CompactAttentionMixin, GPT2Attention):
             (self.c_attn.weight, (query_weight.T, key_weight.T)),
             (self.c_attn.bias, (query_bias, key_bias)),
         ):
-            if is_loaded(parameter):  # and may be apart, under ZeRO-3
+            if is_loaded(parameter):  # may be apart as well, under ZeRO-3
                 continue
             values = parameter[..., 2 * self.projection_size :]
             initialization.copy_(parameter, torch.cat((*(part.to(values) for part in parts), values), dim=-1))

@@ -19,15 +19,15 @@ from .neural_attention_packing import rebuild, watch_caches
 from .neural_attention_scorer import NeuralScorer
 
 
-# Attention modules that have a compact class of their own; in modules of all others, layers inside them are replaced
+# Maps attention modules to compact classes of their own; in modules of all others, layers inside them are replaced
 COMPACT_CLASSES: dict[type, type] = {each.stock_class(): each for each in (CompactGPT2Attention, CompactViTAttention)}
 
 PREFIX = "Patched"
 
-# Arguments of `from_pretrained` that share a model among processes
+# Lists arguments of `from_pretrained` that share a model among processes
 SHARING_OPTIONS = ("device_mesh", "distributed_config", "tp_plan", "tp_size")
 
-# Arguments of `from_pretrained` that its config must not take
+# Lists arguments of `from_pretrained` that its config must not take
 MODEL_OPTIONS = ("dtype", "torch_dtype", "quantization_config", *SHARING_OPTIONS)
 
 

@@ -19,7 +19,7 @@ from .neural_attention_operators import Tensors, define_operators
 from .neural_attention_reference import ScorerWeights, expand_heads, key_features, query_features, relative_sinks
 
 
-# Numbers in the largest tensor of a block, [heads, h1, queries, keys]: about the size of a core's cache, by measurement
+# Limits the numbers in a block's largest tensor, [heads, h1, queries, keys]: about the size of a core's cache, by measurement
 BLOCK_NUMBERS = 1 << 20
 MAX_BLOCK_QUERIES = 64
 
@@ -222,7 +222,7 @@ def run_backward(
             # sums these very numbers, not `grad_output * output`, so that rounding cancels where a row has one large weight
             sums = grad_scores.sum(dim=-1, keepdim=True)
             grad_scores.addcmul_(probabilities, sums, value=-1.0)
-            if "sinks" in gradients:  # its value is zero, and so is the gradient of its weight
+            if "sinks" in gradients:  # has zero for its value, and so for the gradient of its weight
                 gradients["sinks"][as_slice(block.heads)] -= (all_weights[..., block.num_keys :] * sums).sum((0, 2, 3))
 
             if arguments.query is not None and arguments.key is not None:

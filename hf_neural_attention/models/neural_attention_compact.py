@@ -28,7 +28,7 @@ from .neural_attention_scorer import CompactScorer, is_compact
 from .neural_attention_zero3 import gathered, is_shared_out
 
 
-# Where Transformers defines the hooks that record attentions and hidden states
+# Says where Transformers defines the hooks that record attentions and hidden states
 RECORDING_HOOKS = "transformers.utils.output_capturing"
 
 
@@ -226,7 +226,7 @@ def reason_against_folding(model: nn.Module) -> str | None:
                     f"{where!r} is parametrised (weight norm or the like), which would be lost; remove that first "
                     "(`torch.nn.utils.parametrize.remove_parametrizations`)"
                 )
-            if inspect.ismethod(getattr(part, "weight", None)):  # as of torch's dynamically quantised layers
+            if inspect.ismethod(getattr(part, "weight", None)):  # is a method in torch's dynamically quantised layers
                 return f"{where!r} is a {type(part).__name__} with quantised weights"
         for part_name, parameter in module.named_parameters():
             if type(parameter) is not nn.Parameter or not parameter.is_floating_point() or parameter.dtype.itemsize < 2:
@@ -276,7 +276,7 @@ def folded_modules(model: nn.Module, compact_classes: dict[type, type]) -> dict[
     Args:
         compact_classes: a stock attention class -> its compact one.
     """
-    made: dict[nn.Module, Any] = {}  # one for a module that has several places
+    made: dict[nn.Module, Any] = {}  # holds one for a module that has several places
     places: dict[str, Any] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if is_neural(module) and type(module) in compact_classes:

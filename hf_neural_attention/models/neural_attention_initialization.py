@@ -9,8 +9,8 @@ from torch import nn
 from .neural_attention_reference import ScorerWeights, first_layer_of_key, first_layer_of_query
 
 
-# Standard deviation of the scores that "mirrored" starts with, on unit-normal queries and keys: what the scaled dot
-# product has there
+# Sets the standard deviation of the scores that "mirrored" starts with, on unit-normal queries and keys: what the scaled
+# dot product has there
 INITIAL_SCORE_STD = 1.0
 
 

@@ -22,11 +22,11 @@ ATTENTION_NAME = "neural_attention"
 # Stands for any stock attention module, since annotations of `nn.Module` leave no room for attributes like `config`
 AttentionModule: TypeAlias = Any
 
-# The stock implementations whose masks `normalize_mask` understands; those of pages are what continuous batching sets
+# Lists the stock implementations whose masks `normalize_mask` understands; those of pages are what continuous batching sets
 SUPPORTED_IMPLEMENTATIONS = ("eager", "sdpa", "paged|eager", "paged|sdpa")
 
-# Arguments of attention functions that change the scores in ways that only a dot product can honour, or that would need
-# another kernel. Silently dropping one would give wrong results.
+# Lists arguments of attention functions that change the scores in ways that only a dot product can honour, or that would
+# need another kernel. Silently dropping one would give wrong results.
 UNSUPPORTED_ARGUMENTS = {
     "indices": "sparse attention to keys that an indexer has selected",
     "block_indices": "sparse attention to blocks of keys that an indexer has selected",
@@ -223,10 +223,10 @@ def neural_attention_forward(
             raise ValueError(f"Neural Attention cannot honour {feature} (`{name}`), which this model's attention asks for.")
     check_whole_sequence()
     share_heads(module, query.shape[1])
-    implementation = module.config.base._attn_implementation or "eager"  # as modules without a model take it
+    implementation = module.config.base._attn_implementation or "eager"  # takes it as modules without a model do
     if cache is not None:
         key, value = update_pages(cache, module, key, value, kwargs)
-    elif implementation.startswith("paged") and "write_index" not in kwargs:  # from 5.24 on, modules have updated the cache
+    elif implementation.startswith("paged") and "write_index" not in kwargs:  # finds the cache updated by modules from 5.24 on
         raise ValueError(
             f"`attn_implementation={implementation!r}` is for continuous batching (`generate_batch`), whose cache and mask "
             "this forward did not get. `model.set_attn_implementation` changes it."

@@ -18,9 +18,9 @@ Tensors = dict[str, torch.Tensor]
 
 
 class Operators(NamedTuple):
-    # (fields) -> output, statistics
+    # maps (fields) to output, statistics
     forward: Any
-    # (grad_output, output, statistics, mask_needs_grad, fields) -> a gradient per differentiable field; empty: not wanted
+    # maps (grad_output, output, statistics, mask_needs_grad, fields) to a gradient per differentiable field; empty: not wanted
     backward: Any
 
 

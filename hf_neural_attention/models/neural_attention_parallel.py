@@ -55,7 +55,7 @@ def share_heads(attention: Any, num_heads: int) -> None:
     """Lets the scorer of a running attention module know the processes that share its heads, if there are any."""
     if is_distributed():
         mesh = mesh_of_heads(attention, num_heads)
-        for part in attention.scorer.modules():  # peft may have put copies of it into a wrapper
+        for part in attention.scorer.modules():  # reaches copies of it that peft may have put into a wrapper
             if hasattr(type(part), "mesh_of_heads"):
                 part.mesh_of_heads = mesh
 

@@ -60,7 +60,7 @@ class ScorerWeights(NamedTuple):
     @property
     def hidden_dims(self) -> tuple[int, int]:
         if self.is_thin:
-            assert self.q_weight is not None  # a compact one goes by the size of what it gets
+            assert self.q_weight is not None  # excludes a compact one, which goes by the size of what it gets
             return self.q_weight.shape[-2], 0
         return self.weight2.shape[-1], self.weight2.shape[-2]
 

@@ -50,7 +50,7 @@ class PerHeadLinear(nn.Module):
 class Scorer(nn.Module):
     """What scorers have in common: they attend by what their network says of pairs."""
 
-    # of the network, by the fields of `ScorerWeights` in pairs of weight and bias; None where it has no such layer
+    # follow the fields of `ScorerWeights` in pairs of weight and bias; None where the network has no such layer
     layers: tuple[Any, ...]
     linear3: Any  # the last layer; None in mode "thin"
     mode: str

@@ -16,7 +16,7 @@ from .fused import FUSED_BACKENDS
 ENVIRONMENT_VARIABLE = "HF_NEURAL_ATTENTION_BACKEND"
 NAMES = (*FUSED_BACKENDS, *PYTORCH_BACKENDS)
 
-# None: not set
+# Is None while not set
 process_choice: str | None = None
 context_choice: ContextVar[str | None] = ContextVar("hf_neural_attention_backend", default=None)
 

@@ -41,16 +41,16 @@ class NativeArguments(NamedTuple):
     query head has its own.
     """
 
-    # of any floating dtype and strides
+    # have any floating dtype and strides
     query: torch.Tensor  # [B, H, Tq, D]; projected, [B, H, Tq, h1]
     key: torch.Tensor  # [B, Hkv, Tk, D]; projected, [B, Hkv or H, Tk, h1]
     value: torch.Tensor  # [B, Hkv, Tk, Dv]
-    # the first layer by token: `first_layer_of_query` and `first_layer_of_key`
+    # make up the first layer by token: `first_layer_of_query` and `first_layer_of_key`
     query_weight: torch.Tensor | None  # [H, h1, D] or [h1, D]; None: queries are projected
     query_bias: torch.Tensor | None  # [H, h1] or [h1]
     key_weight: torch.Tensor | None  # None: keys are projected
     key_bias: torch.Tensor | None
-    # the layers by pair
+    # make up the layers by pair
     weight2: torch.Tensor  # [H, h2, h1] or [h2, h1]
     bias2: torch.Tensor  # [H, h2] or [h2]
     weight3: torch.Tensor  # [H, h2] or [h2]

@@ -18,10 +18,10 @@ INTERFACE_VERSION = 1
 Int = ctypes.c_int64
 Pointer = ctypes.c_void_p
 
-# Numbers of `ElementType`
+# Gives the numbers of `ElementType`
 ELEMENT_TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3, torch.bool: 4}
 
-# What the functions of a library return
+# Says what the functions of a library return
 FUNCTIONS = {"describe_interface": ctypes.c_char_p, "working_memory": Int, "forward": None, "backward": None}
 
 TOKENS = ("query", "key", "value")
@@ -62,7 +62,7 @@ STRUCTURES = (Tensor, Problem, ForwardResult, BackwardResult)
 TYPE_NAMES = {Int: "int64", Int * 4: "int64[4]", ctypes.c_double: "float64", Pointer: "pointer", Tensor: "Tensor"}
 FORMATS = {Int: "q", Int * 4: "4q", ctypes.c_double: "d", Pointer: "P"}
 
-# Fields of a `Tensor`, one after the other
+# Holds the fields of a `Tensor`, one after the other
 TensorFields = tuple[int, ...]
 
 

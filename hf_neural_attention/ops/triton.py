@@ -24,7 +24,7 @@ from .triton_blocks import Blocks, choose_blocks, kernel_constants, uses_cores
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MAX_HEAD_DIM = 256
 
-# Shared memory of the interpreter's imaginary device, in bytes: that of an H100
+# Gives the interpreter's imaginary device the shared memory of an H100, in bytes
 INTERPRETER_SHARED_BYTES = 232448
 
 # Limits the elements between neighbours in a mask, since kernels count pairs of a block in 32 bits
@@ -147,7 +147,7 @@ class Problem:
             "PER_HEAD": weight2.shape[0] > 1,
             "IS_CAUSAL": arguments.is_causal,
             "SOFTCAP": arguments.softcap is not None,
-            "MASK": {None: 0, "bool": 1, "float": 2}[kind],  # as in triton_kernels.py
+            "MASK": {None: 0, "bool": 1, "float": 2}[kind],  # numbers them as triton_kernels.py does
             "WIDEN": value.dtype == torch.bfloat16 and value.device.type != "cuda",
         }
 

@@ -5,12 +5,12 @@ from typing import Any, NamedTuple
 
 # Limits the weights in the second layer for a network to be unrolled; above, a loop counts the units of the first layer
 MAX_UNROLLED_WEIGHTS = 16
-# Units of the second layer that are held at once: each is a tile in registers
+# Limits the units of the second layer that are held at once: each is a tile in registers
 MAX_UNITS = 8
-# Queries, keys and warps for AMD's GPUs, whose matrix products are of 32 rows: several warps would share them, and each
-# compute the whole tile
+# Gives queries, keys and warps for AMD's GPUs, whose matrix products are of 32 rows: several warps would share them, and
+# each compute the whole tile
 AMD_SIZES = (32, 32, 1)
-# Units of the layers for the network to be multiplied by tensor cores, whose results are a tile with as many columns
+# Limits the layers' units for the network to be multiplied by tensor cores, whose results are a tile with as many columns
 MAX_CORES1 = 16
 MAX_CORES2 = 8
 

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 
-# How a mask comes: not at all, as numbers other than zero where a pair counts, or (2) to be added to the scores
+# Say how a mask comes: not at all, as numbers other than zero where a pair counts, or (2) to be added to the scores
 NO_MASK = tl.constexpr(0)
 BOOL_MASK = tl.constexpr(1)
 
@@ -49,7 +49,7 @@ def tanh(x):
     if x.dtype.primitive_bitwidth == 64:
         return b_far
     else:
-        # up to x^11 (Abramowitz and Stegun, 4.5.64): relative error below 1e-7 up to 0.4
+        # goes up to x^11 (Abramowitz and Stegun, 4.5.64): relative error below 1e-7 up to 0.4
         b_square = x * x
         b_series = 62.0 / 2835 + b_square * (-1382.0 / 155925)
         b_near = x + x * b_square * (-1.0 / 3 + b_square * (2.0 / 15 + b_square * (-17.0 / 315 + b_square * b_series)))
@@ -202,9 +202,9 @@ def kept_by_dropout(p_seed, o_queries, first_key, b_h, threshold, KEYS: tl.const
     word0, word1, word2, word3 = tl.philox(
         tl.load(p_seed), o_counter + o_lanes[None, :], o_counter + o_queries[:, None], o_counter + b_h, o_counter
     )
-    part = first_key // KEYS  # which of the parts of 128 keys this is, once reduced below
+    part = first_key // KEYS  # says which of the parts of 128 keys this is, once reduced below
     if KEYS == 128:
-        # columns 16 s + lane; s = 4 (high half) + 2 (word 2 or 3) + (word 1 or 3)
+        # orders columns as 16 s + lane; s = 4 (high half) + 2 (word 2 or 3) + (word 1 or 3)
         b_words = tl.join(tl.join(word0, word2), tl.join(word1, word3))
         b_numbers = tl.permute(tl.join(b_words & 0xFFFF, b_words >> 16), (0, 4, 2, 3, 1))
     elif KEYS == 64:

@@ -10,14 +10,14 @@ from transformers import AttentionInterface
 from ..models.neural_attention_interface import UNSUPPORTED_ARGUMENTS
 
 
-# What every attention function takes
+# Lists what every attention function takes
 TENSORS = {"module", "query", "key", "value", "attention_mask"}
 
-# Arguments of stock attention functions that `neural_attention_forward` honours, or that are part of the mask already
+# Lists arguments of stock attention functions that `neural_attention_forward` honours, or that are part of the mask already
 HONOURED_ARGUMENTS = {"dropout", "is_causal", "output_attentions", "position_bias", "s_aux", "scaling", "sinks"}
 HONOURED_ARGUMENTS |= {"sliding_window", "softcap"}
 
-# Those that stock models hand on and no stock attention function takes, for modules whose own function is not known
+# Lists those that stock models hand on and no stock attention function takes, for modules whose own function is not known
 LEFTOVER_ARGUMENTS = {
     "cu_seq_lens_k",
     "cu_seq_lens_q",

@@ -26,7 +26,7 @@ from .records import check_plain
 from .reports import table
 
 
-# Numbers in the largest tensor of a step, [B, H, rows, Tk, h1]: 32 MiB in float32
+# Limits the numbers in the largest tensor of a step, [B, H, rows, Tk, h1]: 32 MiB in float32
 NUMBERS_AT_ONCE = 2**23
 ROWS_OF_AN_EVALUATION = 64
 

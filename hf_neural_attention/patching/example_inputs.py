@@ -66,7 +66,7 @@ def spectrograms(config: Any) -> list[torch.Tensor]:
     return [torch.zeros(1, bins, 2 * positions), spectrogram]
 
 
-# Argument of a forward -> what may be meant by it
+# Maps an argument of a forward to what may be meant by it
 MAKERS: dict[str, Callable[[Any], list[torch.Tensor]]] = {
     "input_ids": lambda config: tokens(NUM_TOKENS),
     "decoder_input_ids": lambda config: tokens(NUM_DECODER_TOKENS),

@@ -31,7 +31,7 @@ from .sizes import ModelSize, size_of
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
-# Attribute of a patched model: what `unpatch` gives back, as `names_of` has it
+# Names the attribute of a patched model for what `unpatch` gives back, as `names_of` has it
 NAMES_BEFORE = "names_before_patch"
 
 

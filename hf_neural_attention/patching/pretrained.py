@@ -30,7 +30,7 @@ from .compacting import compact
 from .records import check_without_adapters, record_of, transformers_class
 
 
-# Names of the layers that `neural_layers` of our own configs counts, by the stock model type
+# Matches names of the layers that `neural_layers` of our own configs counts, by the stock model type
 COUNTED_LAYERS = {"gpt2": r"(?:.+\.)?h\.(\d+)\.attn", "vit": r"(?:.+\.)?layers\.(\d+)\.attention"}
 
 
@@ -112,7 +112,7 @@ def adjust_implementation(model: Any, attn_implementation: str | None, *args: An
     return type(model)._check_and_adjust_attn_implementation(model, attn_implementation, *args, **kwargs)
 
 
-# Attributes of our own classes that say what they do not support, which patched instances get
+# Holds attributes of our own classes that say what they do not support, which patched instances get
 UNSUPPORTED = {name: value for name, value in vars(ScoredAttentionMixin).items() if value is False}
 ADJUSTING = "_check_and_adjust_attn_implementation"
 

@@ -62,9 +62,9 @@ def recording(model: nn.Module, calls: Mapping[str, list[AttentionCall]]) -> Ite
         module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any = None, **arguments: Any
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         lists[module].append(observed_call(query, key, value, attention_mask, arguments))
-        batch = max(query.shape[0], key.shape[0])  # as a single query is shared by all keys in the batch, or the other way
+        batch = max(query.shape[0], key.shape[0])  # lets a single query be shared by all keys in the batch, or the other way
         _, num_heads, num_queries, _ = query.shape
-        num_heads = getattr(getattr(module, "scorer", None), "num_query_heads", num_heads)  # packed layers hand on fewer
+        num_heads = getattr(getattr(module, "scorer", None), "num_query_heads", num_heads)  # exceeds what packed layers give
         # returns weights only where the implementation does, since models use them only there
         returns_weights = module.config.base._attn_implementation == "eager"
         weights = query.new_zeros(batch, num_heads, num_queries, key.shape[2]) if returns_weights else None

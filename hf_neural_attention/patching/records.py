@@ -23,7 +23,7 @@ from ..models.neural_attention_scorer import NeuralScorer, is_compact, is_quanti
 from .errors import PatchError
 
 
-# Arguments of a compact scorer, and of one in a packed layer
+# Name arguments of a compact scorer, and of one in a packed layer
 COMPACT_SETTINGS = ("hidden_dims", "num_heads", "init")
 PACKED_SETTINGS = ("num_query_heads", "num_key_heads", "stock_head_dim", "query_layer", "key_layer")
 

@@ -21,14 +21,14 @@ from .example_inputs import possible_inputs
 from .probing import attempt, in_words, quiet
 
 
-# Steps of a history that put numbers elsewhere, and leave them what they are
+# Lists steps of a history that put numbers elsewhere, and leave them what they are
 RESHAPING = {
     f"{step}Backward0"
     for step in ("Alias", "Cat", "Clone", "Permute", "ReshapeAlias", "ToCopy", "Transpose", "UnsafeView", "View")
 }
 SCALING = {"MulBackward0", "DivBackward0"}
 
-# Steps that take some of the numbers, as families do that make queries, keys and values in one layer
+# Lists steps that take some of the numbers, as families do that make queries, keys and values in one layer
 PARTS = ("Narrow", "Select", "Slice", "Split", "Unbind")
 
 
@@ -46,7 +46,7 @@ class Refusal(NamedTuple):
     reason: str
 
 
-# A part of a model, and arguments for its forward
+# Holds a part of a model, and arguments for its forward
 Run = tuple[nn.Module, Mapping[str, Any]]
 
 

@@ -104,7 +104,7 @@ class Sources:
 
     def __init__(self, model: nn.Module, modules: dict[str, Any]):
         self.model, self.modules = model, modules
-        # by attention module, while it has not been asked: name, layer, input without and with a history, output without
+        # holds by attention module, while it has not been asked: name, layer, input without and with a history, output without
         self.made: dict[Any, list[tuple[str, Any, torch.Tensor, torch.Tensor, torch.Tensor]]] = {
             each: [] for each in modules.values()
         }

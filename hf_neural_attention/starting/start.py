@@ -19,7 +19,7 @@ from .closed_form import spread_in_closed_form
 from .sources import Source, Sources, is_norm, offset_of_gain, rms
 
 
-# How far the measured spread may be from the one that was asked for, relative to it
+# Allows the measured spread to be this far from the one that was asked for, relative to it
 TOLERANCE = 0.02
 
 

@@ -19,7 +19,7 @@ from training.model_families import GPT2
 
 
 STOCK = "stock"
-# Fields of the config, by the names that pictures and tables translate
+# Sets fields of the config, by the names that pictures and tables translate
 MODULES: dict[str, dict[str, Any]] = {
     STOCK: {},
     "neural 2x1": {"neural_layers": "all", "neural_hidden_dims": (2, 1)},

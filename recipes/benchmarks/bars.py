@@ -15,7 +15,7 @@ PROJ_DIMS = (2, 16)
 VIT = {"causal": False, "batch_size": 8, "heads": 8, "head_dim": 96, "length": 785}
 SHORT = {"phase": "both", "batch_size": 16, "heads": 4, "length": 256}
 
-# what, how it differs from `Case()`, and the bounds of the ratio to SDPA at each of `PROJ_DIMS`
+# Says what a case is, how it differs from `Case()`, and the bounds of the ratio to SDPA at each of `PROJ_DIMS`
 OVER_SDPA: list[tuple[str, dict[str, Any], tuple[float, float]]] = [
     ("forward", {}, (0.30, 0.65)),
     ("forward + backward", {"phase": "both"}, (0.45, 1.00)),
@@ -25,7 +25,7 @@ OVER_SDPA: list[tuple[str, dict[str, Any], tuple[float, float]]] = [
     ("residual mode, forward", {"mode": "residual"}, (1.00, 1.20)),
     ("decode, one token against 4,096 cached", {"phase": "decode", "length": 4096}, (0.80, 1.00)),
 ]
-# what, how it differs from the case that it is compared with on the same kernel, and the bound of the ratio
+# Says what a case is, how it differs from the one that it is compared with on the same kernel, and the bound of the ratio
 OVER_ITSELF: list[tuple[str, dict[str, Any], float]] = [
     ("padding mask over none", {"mask": "padding"}, 1.25),
     ("dropout 0.1 over none", {"dropout": 0.1}, 1.25),

@@ -12,7 +12,7 @@ from benchmarks.time_and_memory import Limits
 from benchmarks.whole_models import COMPACT, GPT2_124M, STOCK, VIT_BASE, measure_decoding, measure_steps
 
 
-# proj_dim, shape -> phase -> bound of the ratio to SDPA
+# Maps proj_dim, shape -> phase -> bound of the ratio to SDPA
 OPERATION = {
     (16, "16x2"): {"forward": 0.55, "both": 0.65},
     (2, "paper"): {"forward": 0.36, "both": 0.36},

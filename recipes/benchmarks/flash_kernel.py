@@ -10,7 +10,7 @@ import triton.language as tl
 from hf_neural_attention.ops.triton_blocks import Blocks
 
 
-# Queries, keys and warps that Triton's own tutorial takes for heads of 64 on such GPUs
+# Takes queries, keys and warps from Triton's own tutorial, which has them for heads of 64 numbers on such GPUs
 FLASH_BLOCKS = {
     "forward": Blocks(queries=128, keys=64, warps=4, stages=3),
     "query": Blocks(queries=128, keys=32, warps=4, stages=3),

@@ -26,12 +26,12 @@ def instructions_per_pair(hidden_dims: tuple[int, int], value_dim: int, phase: s
         phase: "forward", "backward" or "both".
     """
     first, second = hidden_dims
-    # the larger of w and -u, the second layer's products, its ReLU, and the third layer's products
+    # counts the larger of w and -u, the second layer's products, its ReLU, and the third layer's products
     score = first + first * second + 2 * second
     forward = score + EXPONENTIAL + 1 + value_dim  # the exponential's sum, and what the pair adds to the output
-    # a unit of the first layer (two) and whether it is open; its gradient and its weights'; the sums of it by query and key
+    # counts a first-layer unit (two) and whether it is open; its gradient and its weights'; the sums of it by query and key
     network = 4 * second + first * (3 + 2 * second + 2)
-    # the output's gradient times the value, and times the weight; the softmax
+    # counts the output's gradient times the value, and times the weight; the softmax
     backward = score + EXPONENTIAL + 1 + 2 * value_dim + 2 + network
     return {"forward": forward, "backward": backward, "both": forward + backward}[phase]
 

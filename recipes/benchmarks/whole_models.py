@@ -20,7 +20,7 @@ from training.model_families import GPT2, VIT, ModelFamily
 
 STOCK = "stock, SDPA"
 COMPACT = 'neural_layers="all", neural_compact=True'
-# Fields of the config, beside those that a family adds for its compact form
+# Sets fields of the config, beside those that a family adds for its compact form
 ATTENTIONS: dict[str, dict[str, Any]] = {
     STOCK: {},
     "neural_layers=[0]": {"neural_layers": [0]},

@@ -116,7 +116,7 @@ class Page:
         seen: list[Any] = [self.visit, self.text, self.image, self.layer, self.head]
         patch = [self.layers, self.mode, self.proj_dim, self.per_head, self.steps]
         outputs = self.outputs()
-        # by turns, since a model looks at one thing at a time
+        # takes turns, since a model looks at one thing at a time
         one: dict[str, Any] = {"outputs": outputs, "concurrency_limit": 1, "concurrency_id": "models"}
         gr.on([self.blocks.load, self.open_button.click], self.in_words(self.open), [*seen, self.name], **one)
         looks = [self.look_button.click, self.text.submit, self.image.upload]

@@ -30,11 +30,11 @@ MOST_PARAMETERS = 1_500_000_000  # of a model from the Hub, on machines as small
 SHOWN_SIDE = 512  # pixels of a picture that attention is laid over
 TOP = 5  # predictions that are shown
 
-# What can be wrong with a file or folder that somebody names
+# Lists what can be wrong with a file or folder that somebody names
 UNREADABLE = (OSError, ValueError, RuntimeError, KeyError, ImportError, StrictDataclassError, SafetensorError)
 NO_IMAGE = (OSError, SyntaxError, ValueError, EOFError, struct.error, PIL.Image.DecompressionBombError)
 
-# End of an architecture's name -> what loads it, and what it predicts
+# Maps the end of an architecture's name to what loads it, and what it predicts
 HEADS: dict[str, tuple[Any, str | None]] = {
     "LMHeadModel": (AutoModelForCausalLM, "token"),
     "ForCausalLM": (AutoModelForCausalLM, "token"),

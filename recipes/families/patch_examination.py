@@ -20,7 +20,7 @@ from hf_neural_attention.patching.layers import attention_modules, stack_name
 from hf_neural_attention.patching.probing import recording
 
 
-# Keys of a record: where a model has such tokens, and such masks
+# Tell, as keys of a record, where a model has such tokens, and such masks
 ZEROS, BOOLEAN = "zeros_in_padding", "boolean_masks"
 
 

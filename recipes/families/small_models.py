@@ -16,7 +16,7 @@ LARGEST = 60_000_000  # parameters of a model that counts as small
 VOCABULARY = 160
 NUM_LAYERS = 2
 
-# Fields of configs, by name, and the most that they may be
+# Maps fields of configs, by name, to the most that they may be
 DEPTHS = {
     r"(num_)?((encoder|decoder)_)?(hidden_)?(layers|blocks)|n_layers?|depth|num_(encoder|decoder)_layers": NUM_LAYERS,
     r"(.*_)?vocab_size": VOCABULARY,

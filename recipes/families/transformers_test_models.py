@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from families.patch_examination import in_a_line
 
 
-# What tests of models import, of Transformers' own: worth importing once, before processes are forked
+# Lists what tests of models import, of Transformers' own: worth importing once, before processes are forked
 SHARED = ("test_modeling_common", "causal_lm_tester", "generation.test_utils")
 
 

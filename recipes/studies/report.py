@@ -141,7 +141,7 @@ def beside_all(study: Study, found: Results, rows: list[dict[str, Any]]) -> str:
     return markdown_table(["", *bases], lines)
 
 
-# Of all scores, whatever makes them: title and form of a column
+# Gives title and form of a column, of all scores, whatever makes them
 SCORE_COLUMNS = {
     "spread_at_start": ("of all scores at start", "{:.3f}"),
     "spread_at_end": ("at end", "{:.2f}"),

@@ -12,7 +12,7 @@ from tools.json_files import write_json
 from training.arms import Arm
 
 
-# Arguments of a run that say where it runs, not what is learned
+# Lists arguments of a run that say where it runs, not what is learned
 OF_THE_MACHINE = {
     "dataloader_num_workers",
     "dataloader_persistent_workers",

@@ -11,7 +11,7 @@ from studies.results import Results
 from studies.study_file import Study
 
 
-# What `WatchScores` records of a layer, and its title
+# Maps what `WatchScores` records of a layer to its title
 PANELS = {
     "saturated": "share of saturated rows",
     "entropy": "entropy of rows, nats",

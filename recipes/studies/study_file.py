@@ -19,7 +19,7 @@ SAME_TIME = "same_time_as"
 SEEDS = "seeds"
 BESIDE = "beside"
 
-# Settings of an arm that do not change what a step costs
+# Lists settings of an arm that do not change what a step costs
 OF_THE_SAME_STEP = {
     SAME_TIME,
     "learning_rate",
@@ -29,7 +29,7 @@ OF_THE_SAME_STEP = {
     "scorer_learning_rate",
     "scorer_weight_decay",
 }
-# What an arm of a study may say; how its scores start is a setting of its own, `score_spread`
+# Lists what an arm of a study may say; how its scores start is a setting of its own, `score_spread`
 ATTENTIONS = (Arm.DOT, Arm.NEURAL)
 RECIPES = {"language_modeling.py": text_task, "image_classification.py": image_task, "recall.py": recall_task}
 

@@ -6,7 +6,7 @@ from typing import Any
 from training.arms import Arm
 
 
-# What a command line may ask for beside one arm
+# Lists what a command line may ask for beside one arm
 SEVERAL = {"both": (Arm.DOT, Arm.NEURAL), "all": tuple(Arm)}
 
 

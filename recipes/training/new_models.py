@@ -20,7 +20,7 @@ FAULTS = (ValueError, TypeError, AttributeError, KeyError, StrictDataclassError)
 
 GENERAL = ("id2label", "label2id")  # fields that all configs take
 
-# What configs call the dropout of embeddings, attention weights and residual branches
+# Lists what configs call the dropout of embeddings, attention weights and residual branches
 DROPOUT = (
     *("embd_pdrop", "attn_pdrop", "resid_pdrop", "dropout", "attention_dropout"),
     *("hidden_dropout", "hidden_dropout_prob", "attention_probs_dropout_prob"),
@@ -253,7 +253,7 @@ def check_new(build: Callable[[Arm], PreTrainedModel], config: PreTrainedConfig,
     return stock
 
 
-# What is known of where families normalise; the paper's own models do so after each sublayer
+# Say what is known of where families normalise; the paper's own models do so after each sublayer
 PRE_NORM = {"gpt2": "GPT-2", "vit": "ViT", "llama": "Llama", "deit": "DeiT", "dinov2": "DINOv2"}
 POST_NORM = {
     "marian": "Marian's decoder",

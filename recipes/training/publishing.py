@@ -12,7 +12,7 @@ from training.arms import Arm
 from training.run_folder import RESULTS
 
 
-# Checkpoints to resume from, and Trainer's arguments, which are a pickle
+# Leaves out checkpoints to resume from, and Trainer's arguments, which are a pickle
 LEFT_OUT = ["checkpoint-*", "checkpoint-*/**", "training_args.bin"]
 
 

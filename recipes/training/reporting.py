@@ -18,11 +18,11 @@ from training.arms import Arm
 
 Results = dict[Arm, dict[str, Any]]
 
-# What a model holds: name in results -> what it is
+# Lists what a model holds: name in results -> what it is
 SIZES = {"memory_footprint": "bytes of parameters and buffers", "cache_bytes_per_token": "bytes of a stock cache per token"}
 
 
-# What a classifier is measured by: `metrics` of its `Task`
+# Lists what a classifier is measured by: `metrics` of its `Task`
 ACCURACY_AND_LOSS = {
     f"{split}_{metric}": f"{split} {metric}" for split in ("validation", "test") for metric in ("accuracy", "loss")
 }

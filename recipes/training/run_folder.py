@@ -22,7 +22,7 @@ from tools.json_files import write_json
 RESULTS = "results.json"
 STAGES = "stages.json"
 
-# Arguments that may change between the parts of one run, since they do not change what is learned, unless the best checkpoint
+# Lists arguments that may change between parts of one run, as they do not change what is learned, unless the best checkpoint
 # is kept (`load_best_model_at_end`). The times of evaluation do, since it draws from the generator that dropout uses.
 FREE_ARGUMENTS = {
     "attention",

@@ -9,7 +9,7 @@ from hf_neural_attention.analysis import ScoreCallback
 from hf_neural_attention.introspection import unwrap
 
 
-# What families call the layers that make queries and keys alone
+# Lists what families call the layers that make queries and keys alone
 QUERY_AND_KEY_LAYERS = {"q_proj", "k_proj", "query", "key", "q", "k", "q_lin", "k_lin"}
 
 GRADIENT = "gradient"

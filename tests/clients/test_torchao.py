@@ -62,7 +62,7 @@ def test_quantised_scorers_score_by_what_their_weights_stand_for(quantiser: Any,
 
 @every_quantiser
 def test_new_residual_scorers_say_nothing_when_quantised(quantiser: Any, bits: int):
-    # float8 makes NaN of rows of zeros, which `linear3` of a new residual scorer is
+    # takes new residual scorers, whose `linear3` is rows of zeros, of which float8 makes NaN
     model = neural(mode="residual")
     quantize_(model, quantiser)
     assert all(not scorer.weights().weight3.any() for scorer in scorers(model))

@@ -16,7 +16,7 @@ from tests.helpers.stock_models import FAMILIES
 
 trl = pytest.importorskip("trl", reason="needs the extra `clients`; `make test-clients` has it")
 
-# TRL calls what Transformers has deprecated since
+# Lets TRL call what Transformers has deprecated since
 pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")
 
 PROMPTS = ["some good text", "words that are read", "a b c", "quick brown fox"]

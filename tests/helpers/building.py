@@ -22,7 +22,7 @@ VARIABLES = ("CXX", "HF_NEURAL_ATTENTION_CXXFLAGS", "HF_NEURAL_ATTENTION_CACHE",
 
 needs_compiler = pytest.mark.skipif(COMPILER is None or platform.system() == "Windows", reason="there is no C++ compiler")
 
-# With enough in it for half of it to be missed
+# Has enough in it for half of it to be missed
 STAND_IN = """
 extern "C" {{
 const char* describe_interface() {{
@@ -73,7 +73,7 @@ class Build:
         return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
 
-# By its folder, without the package and Transformers around it
+# Imports `ops` by its folder, without the package and Transformers around it
 LOAD = """
 import sys, torch, types
 from pathlib import Path

@@ -72,7 +72,7 @@ SPREAD_MODELS = {
 
 WHOLE = ("replace", "compact GPT-2")  # of those, what is trained from weights that are whole as well
 
-# Fields of new models of this package
+# Sets fields of new models of this package
 BORN: dict[str, dict[str, Any]] = {
     "shared": {},
     "per head": {"neural_per_head": True},

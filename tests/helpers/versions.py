@@ -10,10 +10,10 @@ CHECKPOINTING = (
     "activation_checkpointing" if hasattr(PreTrainedModel, "activation_checkpointing_enable") else "gradient_checkpointing"
 )
 
-# The name under which models and `generate` take a cache, and give it back: as before 5.24, where it must be
+# Names the cache as models and `generate` take it, and give it back: as before 5.24, where it must be
 CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
 
-# Whether caches of fixed size can forget tokens, and so serve assisted generation: from 5.24 on
+# Says whether caches of fixed size can forget tokens, and so serve assisted generation: from 5.24 on
 STATIC_CACHES_CROP = hasattr(StaticLayer, "crop")
 
 

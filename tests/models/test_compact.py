@@ -49,7 +49,7 @@ WHOLE_FIELDS = {
 }
 whole_fields = pytest.mark.parametrize("fields", WHOLE_FIELDS.values(), ids=WHOLE_FIELDS)
 
-# Bounds of a folded model's outputs, by the largest of them: rounding alone, of sums of some hundred numbers
+# Allows a folded model's outputs, by the largest of them, rounding alone, of sums of some hundred numbers
 BOUNDS = {torch.float64: 1e-13, torch.float32: 1e-5}
 
 
@@ -229,7 +229,7 @@ def test_hooks_are_called_as_in_a_stock_model(family: Family, implementation: st
             and ".scorer" not in name
         ]
         for name, module in parts:
-            # the projections whose width differs show when they are called, not with what
+            # shows when the projections whose width differs are called, not what they return
             known = shapes if not name.endswith((".c_attn", ".q_proj", ".k_proj")) else lambda value: None
             module.register_forward_pre_hook(
                 lambda _, args, kwargs, name=name: seen.append((name, "before", shapes(args), sorted(kwargs))),

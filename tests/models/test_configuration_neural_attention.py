@@ -31,7 +31,7 @@ CHANGED = {
     "neural_per_head": True,
     "neural_init": "paper",
 }
-# field, value, what the message says of it
+# Lists field, value, what the message says of it
 INVALID = [
     *(
         ("neural_layers", value, '"all" or a list of distinct indices from -3 to 2')

@@ -247,7 +247,7 @@ def test_config_view_is_the_config_but_for_one_name():
     assert both["view"].base is both["config"] is not config
 
 
-# implementation, mask or None, queries, keys, causal module -> mask or None, causal, keys that count
+# Lists implementation, queries, keys, causal module -> causal, keys that count
 NO_MASK = [
     ("sdpa", 7, 7, True, (True, 7)),  # training and prefill
     ("sdpa", 1, 8, True, (False, 8)),  # decoding one token

@@ -28,7 +28,7 @@ def scalar_philox(counter: tuple[int, ...], key: tuple[int, int]) -> tuple[int, 
     return c0, c1, c2, c3
 
 
-# Random123, kat_vectors, philox4x32 with 10 rounds: counter, key, result
+# Takes counter, key and result from Random123's kat_vectors, philox4x32 with 10 rounds
 KNOWN_ANSWERS = {
     "zeros": ((0,) * 4, (0,) * 2, (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
     "ones": ((0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),

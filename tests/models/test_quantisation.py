@@ -23,7 +23,7 @@ def packed(**settings: Any) -> Any:
     return compact(patch(BERT.model(), "all", mode="replace", hidden_dims=(16, 8), **settings))
 
 
-# name -> how the model is made, and what it takes
+# Maps a name to how the model is made, and what it takes
 MODELS: dict[str, tuple[Callable[[], Any], Family | Any]] = {
     "GPT-2": (lambda: GPT2.neural(**LARGER), GPT2),
     "compact GPT-2": (lambda: GPT2.neural(**COMPACT), GPT2),

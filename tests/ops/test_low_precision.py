@@ -17,7 +17,7 @@ LOW_PRECISION = {
     "sinks, soft cap": Case(heads=1, queries=21, head_dim=16, mode="residual", sinks=True, softcap=2.0, is_causal=True),
     "replace": Case(queries=63, head_dim=64, proj_dim=2, is_causal=True),
     "wide": Case(heads=1, queries=31, head_dim=32, proj_dim=16, mask="bool", mask_shape=(2, 1, 1, 31)),
-    # whose network Triton multiplies by tensor cores, as it does that of "wide"
+    # has a network that Triton multiplies by tensor cores, as it does that of "wide"
     "few outer units": Case(
         batch=1,
         heads=4,
@@ -33,12 +33,12 @@ LOW_PRECISION = {
     "wide per head": Case(batch=1, queries=19, keys=37, head_dim=16, proj_dim=8, hidden_dims=(16, 2), per_head=True),
     "residual": Case(queries=31, head_dim=60, mode="residual", mask="float", kv_heads=1),
     "per head": Case(queries=21, keys=33, per_head=True),
-    # rows with one large weight, where the gradient of the softmax is a difference of nearly equal numbers
+    # has rows with one large weight, where the gradient of the softmax is a difference of nearly equal numbers
     "sharp": Case(queries=31, head_dim=32, mode="residual", scale=2.0),
 }
-# Of a median whose draws differ a hundredfold: with nine, one in a hundred was beyond the bound by chance
+# Takes enough for a median whose draws differ a hundredfold: with nine, one in a hundred was beyond the bound by chance
 DRAWS = 41
-# The interpreter takes seconds for each
+# Takes fewer, since the interpreter takes seconds for each
 TRITON_DRAWS = 15
 # Takes more where two outer units of few pairs make one ReLU count for more
 MORE_TRITON_DRAWS = {"wide per head": DRAWS}
@@ -71,16 +71,16 @@ def compare_with_same_dtype(name: str, dtype: torch.dtype, backend: str, autocas
 
 def same_dtype_marks(backend: str, dtype: torch.dtype, name: str) -> list[pytest.MarkDecorator]:
     if backend == "native":
-        # a vector's lanes are its partial sums: four of them, without FMA, are not as accurate as torch's own in float32
+        # needs AVX2: a vector's lanes are its partial sums, and four, without FMA, are not as accurate as torch's in float32
         return [pytest.mark.instruction_set(needs="AVX2")]
     if (backend, dtype, name) == ("triton", torch.float32, "sharp"):
-        # gradient of the values; on other processors NumPy, which multiplies in the interpreter, is far within the rule
+        # fails in the values' gradient; on other processors NumPy, which multiplies in the interpreter, is far within the rule
         reason = "found 2.1 times beyond it on one: the key kernel's products are transposed, so weights near one differ"
         return [MARKS[backend], pytest.mark.xfail(reason=reason, raises=AssertionError)]
     return [MARKS[backend]] if backend in MARKS else []
 
 
-# dtype: which products the kernels take and how blocks are cut; name: which network, and what is added to its score
+# Varies by dtype which products the kernels take and how blocks are cut, by name which network and what is added to its score
 SAME_DTYPE = [
     pytest.param(dtype, name, backend, marks=same_dtype_marks(backend, dtype, name))
     for dtype, name, backend in itertools.product((torch.float32, torch.bfloat16, torch.float16), LOW_PRECISION, CPU_BACKENDS)
@@ -104,7 +104,7 @@ def test_no_worse_than_the_formula_under_autocast(name: str, backend: str):
 
 @every_backend
 def test_half_precision_tokens_with_a_float32_scorer(backend: str):
-    # what autocast and mixed-precision wrappers hand over
+    # makes what autocast and mixed-precision wrappers hand over
     tensors, scorer = Case(queries=21, head_dim=32).draw()
     scorer = scorer.float()
     inputs = {name: tensor.bfloat16() for name, tensor in tensors.items()}

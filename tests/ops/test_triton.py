@@ -33,7 +33,7 @@ def gpu(test):
     return pytest.mark.gpu(needs_gpu(test))
 
 
-# `python -m hf_neural_attention` with fewer tokens: two blocks of them
+# Runs `python -m hf_neural_attention` with fewer tokens: two blocks of them
 CHECK = """
 import sys
 import hf_neural_attention.ops.triton

@@ -38,7 +38,7 @@ GUIDE = (Path(__file__).parents[2] / "docs/compact-form.md").read_text()
 BRACKETS = str.maketrans("()", "[]")
 
 
-# --- models that have run
+# --- compacts models that have run
 
 
 @folded_families
@@ -53,7 +53,7 @@ def test_attentions_are_recorded_as_before(family: Family):
     assert any(after.get(name) for name in ("attentions", "encoder_attentions"))
 
 
-# --- checkpoints
+# --- saves and loads checkpoints
 
 
 @folded_families
@@ -128,7 +128,7 @@ def test_the_card(family: Family, tmp_path):
     assert size_of(stock_twin(loaded)) == stock and size_of(loaded) == here
 
 
-# --- looking inside
+# --- looks inside
 
 
 @pytest.mark.parametrize("family", (GPT2, BERT), ids=("gpt2", "bert"))
@@ -203,7 +203,7 @@ def test_pictures_of_a_surface_without_a_dot_product():
     assert ax.get_title() == "network"
 
 
-# --- the packed layers
+# --- packs layers
 
 
 @pytest.mark.parametrize("sizes", [(4, 8, 4, 4), (3, 8, 4, 2), (16, 8, 4, 4), (1, 64, 12, 12)])

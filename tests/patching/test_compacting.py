@@ -34,7 +34,7 @@ from tests.helpers.versions import CACHE
 
 
 GPT2, VIT, BERT, T5, BART = (FAMILIES[name] for name in ("gpt2", "vit", "bert", "t5", "bart"))
-# Of the outputs' size: rounding of one product more or less, through three layers
+# Allows, of the outputs' size, rounding of one product more or less, through three layers
 BOUNDS = {torch.float64: 1e-12, torch.float32: 1e-5}
 
 
@@ -214,7 +214,7 @@ def test_a_cache_holds_what_the_plan_says():
         assert held == 5 * plan.compact.cache_bytes_per_token == 5 * 0.75 * plan.stock.cache_bytes_per_token > 0
 
 
-# --- models of this package
+# --- compacts models of this package
 
 
 @neural_models.both_families
@@ -231,7 +231,7 @@ def test_models_of_this_package(family: Any, fields: dict, tmp_path):
     assert torch.equal(run(from_pretrained(tmp_path), **inputs), run(model, **inputs))
 
 
-# --- plans
+# --- makes plans
 
 
 @pytest.mark.parametrize("family", (GPT2, BERT, T5), ids=("gpt2", "bert", "t5"))

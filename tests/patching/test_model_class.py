@@ -13,7 +13,7 @@ from tests.helpers.comparing import run
 from tests.helpers.stock_models import FAMILIES
 
 
-# with a head, without, and with another one
+# Lists classes with a head, without, and with another one
 CLASSES = {
     "gpt2": ("GPT2LMHeadModel", "GPT2Model", "GPT2ForSequenceClassification"),
     "llama": ("LlamaForCausalLM", "LlamaModel", "LlamaForSequenceClassification"),

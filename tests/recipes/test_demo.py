@@ -170,7 +170,7 @@ def test_changes_of_a_patch(stock):
     assert drawn.perplexities[0] == looking.perplexity(before) != drawn.perplexities[1]
     second = looking.changes(before, looked(patched(stock, "1")))
     assert second.layers[0] == 0 and second.layers[1] > 0.02
-    # by hand, of the first layer, in which queries and keys stay
+    # computes by hand, of the first layer, in which queries and keys stay
     moved = (looked(patched(stock)).maps[0] - before.maps[0]).abs().sum(-1) / 2
     assert drawn.layers[0] == pytest.approx(float(moved.mean()))
 

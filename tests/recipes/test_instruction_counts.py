@@ -10,7 +10,7 @@ from benchmarks.instruction_counts import KINDS, amd_loops, count, kind_of, nvid
 from tests.helpers.running import ROOT, run_python
 
 
-# A loop over tiles that holds a loop of four turns; before them a loop that takes no exponentials
+# Has a loop over tiles that holds a loop of four turns; before them a loop that takes no exponentials
 NVIDIA = """
         /*0000*/                   MOV R1, c[0x0][0x28] ;
 .L_x_0:
@@ -35,7 +35,7 @@ NVIDIA = """
 .L_x_4:
         /*0100*/                   BRA `(.L_x_4);
 """
-# The same; as LLVM does it, one block of the inner loop is laid out before that loop's header
+# Has the same; as LLVM does it, one block of the inner loop is laid out before that loop's header
 AMD = """
 .LBB0_1:                                ; =>This Loop Header: Depth=1
                                         ;     Child Loop BB0_3 Depth 2
@@ -129,7 +129,7 @@ def test_counts_of_real_kernels(tmp_path: Path):
     flags = ["--instructions", "--kernels", "forward", "--output", tmp_path / "card"]
     run_python(script, *flags, TRITON_CACHE_DIR=str(tmp_path / "cache"))
     rows = json.loads((tmp_path / "card.json").read_text())["results"]
-    # of each target the dot product's, the smallest network, and two wider ones, which may be multiplied in two ways
+    # expects of each target the dot product's, the smallest network, and two wider ones, which may be multiplied in two ways
     assert len(rows) == 4 * (1 + 1 + 2 * 2)
     for row in rows:
         counted, packed = row["instructions"], 2 if row["target"] == "gfx942" else 1

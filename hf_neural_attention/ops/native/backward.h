@@ -1,9 +1,9 @@
-// Backward: tiles of keys against blocks of queries. Everything is computed again from u, w and each row's pivot and
-// sum: with those very numbers, the weights are the forward pass's to the last bit (where a row's pivot was moved, to those of
-// the factors between pivots).
+// Computes the backward pass by tiles of keys against blocks of queries. Everything is computed again from u, w and each row's
+// pivot and sum: with those very numbers, the weights are the forward pass's to the last bit (where a row's pivot was moved,
+// to those of the factors between pivots).
 //
-// The sums over pairs leave weight3 out: with k_r = [a_r > 0] they are sum k_r ds h_c, sum k_r ds and sum ds relu(a_r), of
-// which the first two, times w3_r, are the gradients of weight2 and bias2.
+// Leaves weight3 out of the sums over pairs: with k_r = [a_r > 0] they are sum k_r ds h_c, sum k_r ds and
+// sum ds relu(a_r), of which the first two, times w3_r, are the gradients of weight2 and bias2.
 #pragma once
 
 #include "first_layer.h"
@@ -35,7 +35,7 @@ class Backward {
 #pragma omp parallel num_threads(problem.num_threads)
     {
       Memory memory(*this);
-      // under a causal mask the first keys have the most queries: they go first
+      // starts with the first keys, which have the most queries under a causal mask
 #pragma omp for schedule(dynamic)
       for (int64_t task = 0; task < problem.batch * problem.kv_heads * parts; task++) {
         const int64_t head = task % (problem.batch * problem.kv_heads);
@@ -57,10 +57,10 @@ class Backward {
   const int64_t parts, query_parts;  // of the keys and of the queries of a head, to be worked on side by side
   const WeightSums weight_sums;
   const QueryBlocks query_blocks;
-  // Of each part of the keys, [B, H, Tq, h1] and, in residual mode, [B, H, Tq, D]: gradients of u, and of the scaled queries
+  // Hold gradients of u, [B, H, Tq, h1], and in residual mode of the scaled queries, [B, H, Tq, D], of each part of the keys
   Buffer partial_u, partial_query;
 
-  // Enough for the threads to find work
+  // Returns parts enough for the threads to find work
   int64_t parts_of(int64_t heads, int64_t most) const {
     return std::max<int64_t>(1, std::min<int64_t>(most, (4 * problem.num_threads + heads - 1) / heads));
   }
@@ -104,7 +104,7 @@ class Backward {
            std::max(BACKWARD_KEYS, TOKENS_AT_ONCE) * (h1 + 2 * width) + 32 * LANES;
   }
 
-  // Where the numbers of a head and a part of its keys begin
+  // Find where the numbers of a head and a part of its keys begin
   int64_t place(int64_t b, int64_t head, int64_t part) const { return (part * problem.batch + b) * problem.heads + head; }
   Real* u_of(int64_t b, int64_t head, int64_t part) const { return partial_u.data + place(b, head, part) * problem.queries * problem.hidden1; }
   Real* query_of(int64_t b, int64_t head, int64_t part) const { return partial_query.data + place(b, head, part) * problem.queries * width; }
@@ -146,7 +146,7 @@ class Backward {
       for (int64_t block = problem.is_causal ? key / BACKWARD_QUERIES : 0; block < query_blocks.per_head; block++) {
         std::memset(memory.sums, 0, sizeof(Real) * (h1 + 2) * hidden2 * LANES);
         queries_of_one_block(memory, net, b, head, part, block, key, n, keys);
-        // block by block: the error of a sum grows with the number of its summands
+        // adds block by block: the error of a sum grows with the number of its summands
         for (int64_t k = 0; k < (h1 + 2) * hidden2; k++) sums[k] += sum_lanes(load(memory.sums + k * LANES));
       }
       if (g == groups - 1 || own_features) {
@@ -167,7 +167,7 @@ class Backward {
     }
   }
 
-  // The dot product's share of a gradient [D], to the network's
+  // Adds the dot product's share of a gradient [D] to the network's
   INLINE void add_scaled(const Real* share, Real* row) const {
     for (int64_t d = 0; d < width; d++) row[d] += share[d] * Real(problem.residual_scale);
   }
@@ -232,7 +232,7 @@ class Backward {
     }
   }
 
-  // Of the cap on dot products: 1 - tanh^2, of the products as they come out of it
+  // Notes the slopes of the cap on dot products: 1 - tanh^2, of the products as they come out of it
   void note_slopes(Memory& memory, int64_t count, int64_t columns) const {
     const Real inverse = Real(1 / (problem.softcap * LOG2_E));
     for (int64_t i = 0; i < count; i++)
@@ -242,7 +242,7 @@ class Backward {
       }
   }
 
-  // Weights p and gradients of the scores ds (in: of the weights) of one query, and what they give to w, u and the network
+  // Makes a query's weights p and gradients of the scores ds (in: of the weights), and what they give to w, u and the network
   void pairs_of_one_query(Memory& memory, const PairNetwork& net, const QueryBlock& q, const DropoutColumns& dropout, int64_t query, int64_t i,
                           int64_t key, int64_t n, const Real* bias, Real* p, Real* ds) const {
     const QueryRow row{q.minus_u + i, q.bias2 + i, BACKWARD_QUERIES};
@@ -297,7 +297,7 @@ class Backward {
     if (j < n) strip(std::integral_constant<int, 1>{}, bias ? bias + j : memory.tail.window(n - j));
   }
 
-  // Back through both layers, units r0 to r0 + R2 of the second: a comes in as their sums before the ReLU
+  // Goes back through both layers, units r0 to r0 + R2 of the second: a comes in as their sums before the ReLU
   template <int N>
   INLINE void network(Memory& memory, const PairNetwork& net, const QueryRow& row, int64_t r0, int64_t j, const Vec (&grad)[N],
                       Vec (&a)[R2][N]) const {
@@ -343,7 +343,7 @@ class Backward {
     }
   }
 
-  // From the gradient of u to those of the queries and of their first layer
+  // Goes from the gradient of u to those of the queries and of their first layer
   void queries_of_one_head(Memory& memory, int64_t b, int64_t head, int64_t query_part) const {
     const int64_t h1 = problem.hidden1, blocks = (problem.queries + TOKENS_AT_ONCE - 1) / TOKENS_AT_ONCE;
     Real* const sums = weight_sums.of_queries(b, head, query_part);

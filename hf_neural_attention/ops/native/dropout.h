@@ -1,4 +1,4 @@
-// Which attention weights are dropped: Philox 4x32-10 (Salmon et al. 2011), keyed by the seed, at the counter
+// Chooses which attention weights are dropped: Philox 4x32-10 (Salmon et al. 2011), keyed by the seed, at the counter
 // (16 * (j / 128) + j % 16, i, b * H + h, 0). See ../README.md for the numbers' places in its words.
 #pragma once
 
@@ -6,8 +6,8 @@
 
 constexpr int64_t DROPOUT_COLUMNS = 128;
 
-// Two vectors of 64-bit lanes, for the even and the odd ones of 16 neighbouring columns. Only the lower halves count: that is
-// all that a 32-bit product reads.
+// Holds two vectors of 64-bit lanes, for the even and the odd ones of 16 neighbouring columns. Only the lower halves count:
+// that is all that a 32-bit product reads.
 struct Lanes {
   typedef uint64_t Half __attribute__((vector_size(64)));
   Half even, odd;
@@ -30,7 +30,7 @@ struct Lanes {
   }
 };
 
-// The random numbers of 128 columns for one query after the other. What does not depend on the query is computed once:
+// Draws the random numbers of 128 columns for one query after the other. What does not depend on the query is computed once:
 // nearly all of the first three rounds.
 class DropoutColumns {
  public:
@@ -49,7 +49,7 @@ class DropoutColumns {
     c3_third = third;
   }
 
-  // Of the columns s * 16 to s * 16 + 15, those that are kept, as bits of kept[s]
+  // Marks as bits of kept[s] those of the columns s * 16 to s * 16 + 15 that are kept
   void keep(int64_t query, uint16_t (&kept)[8]) const {
     const uint64_t product = uint64_t(M0) * (head_high ^ uint32_t(query) ^ k0);
     const Lanes third = (c3_first ^ uint32_t(product >> 32)).times(M1);
@@ -73,7 +73,7 @@ class DropoutColumns {
   INLINE uint32_t key0(int round) const { return k0 + uint32_t(round) * W0; }
   INLINE uint32_t key1(int round) const { return k1 + uint32_t(round) * W1; }
 
-  // The lower and the upper 16 bits of each word against the threshold
+  // Compares the lower and the upper 16 bits of each word with the threshold
   INLINE void compare(const Lanes& word, uint16_t& lower, uint16_t& upper) const {
     if (drop_below > 0xffff) {
       lower = upper = 0;

@@ -1,4 +1,4 @@
-// Back through the first layer by token, y = W x + b with W [h1, D]: what a gradient of y gives to x, W and b.
+// Goes back through the first layer by token, y = W x + b with W [h1, D]: what a gradient of y gives to x, W and b.
 #pragma once
 
 #include "matmul.h"
@@ -6,7 +6,7 @@
 
 class FirstLayer {
  public:
-  // Numbers of the sums over tokens that one task makes: gradients of W, its rows padded to `width`, and of b
+  // Counts the numbers of the sums over tokens that one task makes: gradients of W, its rows padded to `width`, and of b
   static int64_t sum_size(int64_t hidden1, int64_t width) { return hidden1 * width + round_up(hidden1, LANES); }
 
   FirstLayer(int64_t hidden1, int64_t head_dim, int64_t width, Real* room) : hidden1(hidden1), head_dim(head_dim), width(width), padded(room) {}
@@ -16,7 +16,7 @@ class FirstLayer {
       for (int64_t d = 0; d < width; d++) padded[c * width + d] = d < head_dim ? weight[c * head_dim + d] : 0;
   }
 
-  // `count` tokens: their gradient dy (token i, unit c at dy[i * token + c * unit]) and x; dx [count, width] = or += W^T dy
+  // Takes `count` tokens' gradient dy (token i, unit c at dy[i * token + c * unit]) and x; dx [count, width] = or += W^T dy
   template <Store HOW>
   void back(const Real* dy, int64_t token, int64_t unit, int64_t count, Rows x, Real* dx, Real* sums) const {
     multiply<HOW>(dy, token, unit, count, hidden1, padded, width, dx, width, width);

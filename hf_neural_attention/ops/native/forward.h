@@ -1,4 +1,4 @@
-// Forward: blocks of queries against tiles of keys, with the softmax's normaliser kept as a running sum.
+// Computes the forward pass by blocks of queries against tiles of keys, with the softmax's normaliser kept as a running sum.
 #pragma once
 
 #include <algorithm>
@@ -11,12 +11,12 @@
 constexpr int64_t QUERY_BLOCK = 64;
 constexpr int64_t ROW_GROUP = 8;
 
-// Sums of weights that are taken as they are; outside, the row's pivot is moved (a sum of 2^64 is far from overflow, and
+// Bound sums of weights that are taken as they are; outside, the row's pivot is moved (a sum of 2^64 is far from overflow, and
 // one of 2^-64 far from where single weights would be lost)
 constexpr Real LARGEST_SUM = Real(18446744073709551616.0), SMALLEST_SUM = 1 / LARGEST_SUM;
 
-// u of n queries, which is what they contribute to the first layer: out [h1, ld]. `columns` is room for [D, ld] numbers and `row`
-// for LANES queries.
+// Computes u of n queries, which is what they contribute to the first layer: out [h1, ld]. `columns` is room for [D, ld]
+// numbers and `row` for LANES queries.
 static void query_features(const Problem& problem, int64_t b, int64_t head, int64_t first, int64_t n, int64_t ld, Real* columns,
                            Real* row, Real* out) {
   const int64_t h1 = problem.hidden1, width = problem.head_dim, set = problem.weight_set(head);
@@ -26,8 +26,8 @@ static void query_features(const Problem& problem, int64_t b, int64_t head, int6
   project(problem.query_weight + set * h1 * width, problem.query_bias + set * h1, h1, width, columns, ld, n, out, ld);
 }
 
-// w of n keys, which is what they contribute to the first layer: out [h1, ld]. `head` is one of w's. `columns` is room for
-// [D, ld] numbers and `row` for LANES keys.
+// Computes w of n keys, which is what they contribute to the first layer: out [h1, ld]. `head` is one of w's. `columns` is
+// room for [D, ld] numbers and `row` for LANES keys.
 static void key_features(const Problem& problem, int64_t b, int64_t head, int64_t first, int64_t n, int64_t ld, Real* columns,
                          Real* row, Real* out) {
   const int64_t h1 = problem.hidden1, width = problem.key_width();
@@ -38,7 +38,7 @@ static void key_features(const Problem& problem, int64_t b, int64_t head, int64_
   project(problem.key_weight + set * h1 * width, problem.key_bias + set * h1, h1, width, columns, ld, n, out, ld);
 }
 
-// w of all keys, tile by tile [B, Hw, tiles, h1, KEY_TILE], made once where several blocks of queries want it
+// Lay out w of all keys, tile by tile [B, Hw, tiles, h1, KEY_TILE], made once where several blocks of queries want it
 INLINE int64_t key_tiles(const Problem& problem) { return (problem.keys + KEY_TILE - 1) / KEY_TILE; }
 INLINE bool prepares_features(const Problem& problem) {
   return problem.queries > QUERY_BLOCK || problem.feature_heads() < problem.heads;
@@ -67,8 +67,8 @@ static void prepare_features(const Problem& problem, Real* features) {
   }
 }
 
-// A head's values as rows of whole vectors: where they lie if they lie so, else copied tile by tile into a thread's memory, which
-// keeps them for the next block of queries while they fit into its share of the cache.
+// Holds a head's values as rows of whole vectors: where they lie if they lie so, else copied tile by tile into a thread's
+// memory, which keeps them for the next block of queries while they fit into its share of the cache.
 class HeadValues {
  public:
   static constexpr int64_t CACHE_BYTES = 512 * 1024;
@@ -99,7 +99,7 @@ class HeadValues {
   uint64_t kept = 0;  // tiles
 };
 
-// 2^(score - pivot) of one query and n keys into p, zeros up to the next multiple of LANES; returns their sum
+// Writes 2^(score - pivot) of one query and n keys into p, zeros up to the next multiple of LANES; returns their sum
 template <int R2>
 static Real exp_scores(const PairNetwork& net, const QueryRow& row, const Real* w, bool residual, const Real* bias,
                        const Tail& tail, int64_t n, Real pivot, Real* p) {
@@ -124,7 +124,7 @@ static Real exp_scores(const PairNetwork& net, const QueryRow& row, const Real* 
   return sum_lanes(total);
 }
 
-// The same where weights would overflow or vanish: the pivot becomes the largest score. Returns the sum, and the pivot.
+// Does the same where weights would overflow or vanish: the pivot becomes the largest score. Returns the sum, and the pivot.
 template <int R2>
 static Real exp_scores_exactly(const PairNetwork& net, const QueryRow& row, const Real* w, bool residual, const Real* bias,
                                const Tail& tail, int64_t n, Real& pivot, bool may_fall, Real* p) {
@@ -147,7 +147,7 @@ static Real exp_scores_exactly(const PairNetwork& net, const QueryRow& row, cons
   return sum_lanes(total);
 }
 
-// Residual mode: q.k of a row, as the scores have it, in units of log2(e)
+// Turns q.k of a row, in residual mode, into what the scores have of it, in units of log2(e)
 static void scale_products(const Problem& problem, Real* row, int64_t columns) {
   const Real scale = Real(problem.softcap > 0 ? problem.residual_scale / problem.softcap : problem.residual_scale * LOG2_E);
   const Real cap = Real(problem.softcap * LOG2_E);
@@ -169,7 +169,7 @@ class Forward {
 #pragma omp parallel num_threads(problem.num_threads)
     {
       Memory memory(*this);
-      // under a causal mask the last blocks are the longest: they go first
+      // starts with the last blocks, which are the longest under a causal mask
 #pragma omp for schedule(dynamic)
       for (int64_t task = 0; task < problem.batch * problem.heads * blocks; task++) {
         const int64_t head = task / blocks % problem.heads;
@@ -266,7 +266,7 @@ class Forward {
     }
   }
 
-  // Unnormalised weights of one query, in terms of its pivot, and their sum
+  // Computes unnormalised weights of one query, in terms of its pivot, and their sum
   INLINE void weigh(Memory& memory, const PairNetwork& net, int64_t i, const Real* w, const Real* bias, int64_t n, Real* p) const {
     const QueryRow row{memory.u + i, memory.bias2 + i, QUERY_BLOCK};
     Real sum = exp_scores<R2>(net, row, w, problem.residual, bias, memory.tail, n, memory.pivot[i], p);
@@ -285,7 +285,7 @@ class Forward {
     for (int64_t d = 0; d < value_width; d++) memory.output[i * value_width + d] *= factor;
   }
 
-  // Residual mode: scale * q.k of some rows of a group into its weights
+  // Writes scale * q.k of some rows of a group into its weights, in residual mode
   void dot_products(Memory& memory, int64_t i, int64_t rows, int64_t n, Real* out = nullptr) const {
     out = out ? out : memory.weights;
     const int64_t columns = round_up(n, LANES);
@@ -296,7 +296,7 @@ class Forward {
   void finish(Memory& memory, int64_t b, int64_t head, int64_t first, int64_t count) const {
     const Real kept = problem.drop_below < 65536 ? Real(65536.0 / (65536 - problem.drop_below)) : 0;
     for (int64_t i = 0; i < count; i++) {
-      // a sink far above the scores makes the sum infinite, and all weights zero
+      // lets a sink far above the scores make the sum infinite, and all weights zero
       const Real sum = memory.sum[i] + (problem.sinks ? std::exp2(problem.sinks[head] * Real(LOG2_E) - memory.pivot[i]) : 0);
       const Real inverse = sum == 0 ? 0 : 1 / sum, factor = problem.has_dropout ? inverse * kept : inverse;
       Real* const out = memory.output + i * value_width;

@@ -1,5 +1,5 @@
-// What Python and the kernels hand each other. native_interface.py mirrors it with ctypes, and compares `describe_interface`
-// with its own description when a library is loaded.
+// Declares what Python and the kernels hand each other. native_interface.py mirrors it with ctypes, and compares
+// `describe_interface` with its own description when a library is loaded.
 #pragma once
 
 #include <cstddef>
@@ -12,7 +12,7 @@ constexpr int INTERFACE_VERSION = 1;
 
 enum ElementType : int64_t { FLOAT32 = 0, FLOAT64 = 1, BFLOAT16 = 2, FLOAT16 = 3, BOOL = 4 };
 
-// A 4-dimensional tensor; strides count elements. `data` is null where there is none.
+// Describes a 4-dimensional tensor; strides count elements. `data` is null where there is none.
 struct Tensor {
   const char* data;
   int64_t strides[4];
@@ -22,7 +22,7 @@ struct Tensor {
   INLINE const char* at(int64_t i, int64_t j, int64_t k) const {
     return data + (i * strides[0] + j * strides[1] + k * strides[2]) * element_size();
   }
-  // No conversion, and no gaps within a row
+  // Returns whether there is no conversion, and no gaps within a row
   INLINE bool is_plain() const { return type == (sizeof(Real) == 8 ? FLOAT64 : FLOAT32) && strides[3] == 1; }
 };
 
@@ -40,7 +40,7 @@ struct Problem {
   double residual_scale;
   double softcap;           // of the dot products in residual mode: softcap * tanh(scale * q.k / softcap); 0: none
   Tensor query, key, value, mask;
-  // The first layer of the scorer by itself, u = A q + a and w = C k + c, and the layers that act on pairs. Contiguous.
+  // Hold the first layer of the scorer by itself, u = A q + a and w = C k + c, and the layers that act on pairs. Contiguous.
   const Real* query_weight;  // A [weight_sets, h1, D]; null where queries come projected
   const Real* query_bias;    // a [weight_sets, h1]
   const Real* key_weight;    // C; null where keys come projected
@@ -51,7 +51,7 @@ struct Problem {
   const Real* sinks;         // [heads]: logits of a key without value; null: none
 
   INLINE int64_t key_width() const { return keys_projected ? hidden1 : head_dim; }
-  // The heads that w has: every query head its own where the weights are per head
+  // Counts the heads that w has: every query head its own where the weights are per head
   INLINE int64_t feature_heads() const { return weight_sets == 1 ? kv_heads : heads; }
   INLINE int64_t feature_head(int64_t head) const { return weight_sets == 1 ? head / (heads / kv_heads) : head; }
   INLINE int64_t weight_set(int64_t head) const { return weight_sets == 1 ? 0 : head; }
@@ -129,7 +129,7 @@ constexpr size_t size_of_known_fields() {
 static_assert(size_of_known_fields() == sizeof(Tensor) + sizeof(Problem) + sizeof(ForwardResult) + sizeof(BackwardResult),
               "FIELDS must list every field of every structure, and TYPE_NAME know its type");
 
-// A line for each thing that both sides must see alike: its name, a colon, and what it is
+// Holds a line for each thing that both sides must see alike: its name, a colon, and what it is
 struct InterfaceDescription {
   char text[16384] = "";  // several times what it takes
   size_t length = 0;

@@ -1,14 +1,14 @@
-// The attention mask as numbers to add to scores.
+// Reads the attention mask as numbers to add to scores.
 #pragma once
 
 #include <limits>
 
 #include "tensors.h"
 
-// Keys are taken in tiles of this many: a multiple of the 128 columns that dropout draws together
+// Cuts keys into tiles of this many: a multiple of the 128 columns that dropout draws together
 constexpr int64_t KEY_TILE = 128;
 
-// Added to a vector of scores of which only the first `count` are real: window(count)
+// Holds what is added to a vector of scores of which only the first `count` are real: window(count)
 struct Tail {
   Real values[2 * LANES];
   Tail() {
@@ -19,8 +19,8 @@ struct Tail {
 
 enum Coverage { NOTHING, SOME, EVERYTHING };
 
-// The mask of one query against n keys, ready to be added to scores in units of log2(e): out [round_up(n, LANES)], NEVER
-// where a pair does not count
+// Reads the mask of one query against n keys, ready to be added to scores in units of log2(e): out [round_up(n, LANES)],
+// NEVER where a pair does not count
 static Coverage read_mask(const Tensor& mask, const char* row, int64_t first_key, int64_t n, Real* out) {
   read_row(mask, row + first_key * mask.strides[3] * mask.element_size(), n, out);
   const int64_t padded = round_up(n, LANES);

@@ -1,14 +1,14 @@
-// Small matrix products on blocks that lie in cache. Rows of the results are vectors along the last dimension.
+// Makes small matrix products on blocks that lie in cache. Rows of the results are vectors along the last dimension.
 #pragma once
 
 #include <algorithm>
 
 #include "simd.h"
 
-// What becomes of what c held
+// Says what becomes of what c held
 enum Store { REPLACE, ADD };
 
-// c [R, V vectors] = or += a [R, n] times b [n, V vectors]. `a_row` and `a_column` are the strides of a.
+// Computes c [R, V vectors] = or += a [R, n] times b [n, V vectors]. `a_row` and `a_column` are the strides of a.
 template <Store HOW, int R, int V>
 INLINE void multiply_tile(const Real* a, int64_t a_row, int64_t a_column, int64_t n, const Real* b, int64_t b_row, Real* c,
                           int64_t c_row) {
@@ -25,7 +25,7 @@ INLINE void multiply_tile(const Real* a, int64_t a_row, int64_t a_column, int64_
   unroll<R>([&](auto r) INLINE_LAMBDA {
     unroll<V>([&](auto v) INLINE_LAMBDA {
       Real* const place = c + r * c_row + v * LANES;
-      // added last: sums of many products grow by partial sums, which rounds less
+      // adds c last: sums of many products grow by partial sums, which rounds less
       store(place, HOW == ADD ? load(place) + sum[r][v] : sum[r][v]);
     });
   });
@@ -42,10 +42,10 @@ INLINE void multiply_rows(const Real* a, int64_t a_row, int64_t a_column, int64_
   for (; d < width; d += LANES) multiply_tile<HOW, R, 1>(a, a_row, a_column, n, b + d, b_row, c + d, c_row);
 }
 
-// Most rows of c at a time that leave registers for the rest
+// Takes the most rows of c at a time that leave registers for the rest
 constexpr int ROWS_AT_ONCE = 4;
 
-// c [rows, width] = or += a [rows, n] times b [n, width]; width is a multiple of LANES
+// Computes c [rows, width] = or += a [rows, n] times b [n, width]; width is a multiple of LANES
 template <Store HOW>
 static void multiply(const Real* a, int64_t a_row, int64_t a_column, int64_t rows, int64_t n, const Real* b, int64_t b_row,
                      Real* c, int64_t c_row, int64_t width) {
@@ -55,10 +55,10 @@ static void multiply(const Real* a, int64_t a_row, int64_t a_column, int64_t row
   for (; r < rows; r++) multiply_rows<HOW, 1>(a + r * a_row, a_row, a_column, n, b, b_row, c + r * c_row, c_row, width);
 }
 
-// Products in a row that are added up by themselves. The error of such a sum grows with their number.
+// Limits the products in a row that are added up by themselves. The error of such a sum grows with their number.
 constexpr int64_t PRODUCTS_IN_A_SUM = 32;
 
-// c = a b as above, in sums of fewer products
+// Computes c = a b as above, in sums of fewer products
 INLINE void multiply_accurately(const Real* a, int64_t a_row, int64_t rows, int64_t n, const Real* b, int64_t b_row, Real* c,
                                 int64_t c_row, int64_t width) {
   multiply<REPLACE>(a, a_row, 1, rows, std::min(n, PRODUCTS_IN_A_SUM), b, b_row, c, c_row, width);

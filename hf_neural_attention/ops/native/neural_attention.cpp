@@ -1,4 +1,4 @@
-// The native CPU kernel's doors. See ../README.md for the mathematics and the tiling.
+// Holds the native CPU kernel's doors. See ../README.md for the mathematics and the tiling.
 #include <algorithm>
 #include <type_traits>
 
@@ -20,7 +20,7 @@ const char* describe_interface() {
   return description.text;
 }
 
-// Numbers (of Real) that the forward pass wants as working memory
+// Returns how many numbers (of Real) the forward pass wants as working memory
 int64_t working_memory(const Problem* problem) { return feature_numbers(*problem); }
 
 void forward(const Problem* problem, Real* features, const ForwardResult* result) {

@@ -1,4 +1,4 @@
-// What backward needs of the queries and their outputs, block by block, prepared once for all tiles of keys.
+// Prepares what backward needs of the queries and their outputs, block by block, once for all tiles of keys.
 #pragma once
 
 #include "forward.h"
@@ -65,7 +65,7 @@ class QueryBlocks {
     for (int64_t i = 0; i < rows; i++) q.pivot[i] = softmax[2 * i], q.inverse[i] = softmax[2 * i + 1];
   }
 
-  // In the very order in which grad_output is multiplied with the values: where one weight is nearly all of its row, the
+  // Adds in the very order in which grad_output is multiplied with the values: where one weight is nearly all of its row, the
   // roundings of both sides cancel
   void dot_columns(const Real* a, const Real* b, int64_t rows, Real* sums) const {
     for (int64_t i = 0; i < rows; i += LANES) {

@@ -1,14 +1,14 @@
-// Scores of one query against a strip of keys, from what each contributes to the scorer's first hidden layer.
+// Computes scores of one query against a strip of keys, from what each contributes to the scorer's first hidden layer.
 //
-// relu(u + w) = max(w, -u) + u, and the sum over the first layer's units of weight2 * u is the same for all keys: it goes
+// Uses relu(u + w) = max(w, -u) + u: the sum over the first layer's units of weight2 * u is the same for all keys and goes
 // into the bias of the second layer, so that a pair costs one operation per unit of the first layer, h1 * h2 products, and
 // two operations per unit of the second. Scores come in units of log2(e), for exp2.
 #pragma once
 
 #include "tensors.h"
 
-// The scorer's layers that act on pairs, laid out for the kernels: the second layer padded to a multiple of its block with
-// units that are always zero
+// Holds the scorer's layers that act on pairs, laid out for the kernels: the second layer padded to a multiple of its block
+// with units that are always zero
 struct PairNetwork {
   int64_t hidden1, hidden2;  // hidden2 padded
   const Real* weight2;       // [h1, h2]: transposed
@@ -32,20 +32,20 @@ struct PairNetwork {
   }
 };
 
-// One query: its numbers lie `ld` apart
+// Points to one query: its numbers lie `ld` apart
 struct QueryRow {
   const Real* minus_u;  // [h1]
   const Real* bias2;    // [h2]: the second layer's, with the query's share
   int64_t ld;
 };
 
-// How many vectors of keys go together, so that the second layer's sums stay in registers
+// Returns how many vectors of keys go together, so that the second layer's sums stay in registers
 template <int R2>
 constexpr int strip_vectors() {
   return NUM_REGISTERS == 32 ? (R2 == 8 ? 3 : 4) : (R2 == 8 ? 1 : R2 == 4 ? 2 : 4);
 }
 
-// The second hidden layer before its ReLU, units r0 to r0 + R2, for S vectors of keys
+// Computes the second hidden layer before its ReLU, units r0 to r0 + R2, for S vectors of keys
 template <int R2, int S>
 INLINE void second_layer(const PairNetwork& net, const QueryRow& row, int64_t r0, const Real* w, int64_t ld, Vec (&a)[R2][S]) {
   unroll<R2>([&](auto r) INLINE_LAMBDA {
@@ -65,17 +65,17 @@ INLINE void second_layer(const PairNetwork& net, const QueryRow& row, int64_t r0
   }
 }
 
-// A score under the mask's bias; chosen, not added, where a pair does not count, so that a NaN in its key goes no further
+// Adds the mask's bias to a score, or chooses NEVER where a pair does not count, so that a NaN in its key goes no further
 INLINE Vec masked(Vec score, Vec bias) { return bias > splat(NEVER / 2) ? score + bias : splat(NEVER); }
 
-// The pivot comes off at the end: a sum that starts from it is rounded otherwise for every pivot that a row has had, which
+// Takes the pivot off at the end: a sum that starts from it is rounded otherwise for every pivot that a row has had, which
 // far from zero is much. Most rows keep the one that they start with, zero.
 template <int S>
 INLINE void subtract_pivot(Real pivot, Vec (&score)[S]) {
   if (pivot != 0) unroll<S>([&](auto s) INLINE_LAMBDA { score[s] -= splat(pivot); });
 }
 
-// Scores minus `pivot` of S vectors of keys; `initial` (residual mode: the dot products) and `bias` (the mask) may be null
+// Makes scores minus `pivot` of S vectors of keys; `initial` (residual mode: dot products) and `bias` (the mask) may be null
 template <int R2, int S>
 INLINE void score_strip(const PairNetwork& net, const QueryRow& row, const Real* w, int64_t ld, const Real* initial,
                         const Real* bias, Real pivot, Vec (&score)[S]) {
@@ -93,7 +93,7 @@ INLINE void score_strip(const PairNetwork& net, const QueryRow& row, const Real*
   subtract_pivot<S>(pivot, score);
 }
 
-// minus_u [h1, ld] and the second layer's bias [h2, ld] of `count` queries, from u [h1, ld]
+// Computes minus_u [h1, ld] and the second layer's bias [h2, ld] of `count` queries, from u [h1, ld]
 static void prepare_queries(const PairNetwork& net, Real* u, int64_t ld, int64_t count, Real* bias2) {
   for (int64_t i = 0; i < count; i += LANES) {
     for (int64_t r = 0; r < net.hidden2; r++) {

@@ -1,5 +1,5 @@
-// Vectors of floating-point numbers: the compiler's vector extensions, with intrinsics only where it would not find the
-// instruction. One file is compiled for one kind of number (Real) and one vector size.
+// Defines vectors of floating-point numbers: the compiler's vector extensions, with intrinsics only where it would not find
+// the instruction. One file is compiled for one kind of number (Real) and one vector size.
 #pragma once
 
 #include <cstdint>
@@ -42,8 +42,8 @@ typedef Real Vec __attribute__((vector_size(VECTOR_BYTES)));
 typedef Real UnalignedVec __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(Real)), may_alias));
 typedef Int IntVec __attribute__((vector_size(VECTOR_BYTES)));
 
-// Score of a pair that does not count: finite, so that no difference is NaN, and below FLOOR, which the smallest finite
-// mask becomes (a row with nothing but those attends to all)
+// Stands for the score of a pair that does not count: finite, so that no difference is NaN, and below FLOOR, which the
+// smallest finite mask becomes (a row with nothing but those attends to all)
 constexpr Real NEVER = sizeof(Real) == 8 ? Real(-1e308) : Real(-3e38);
 constexpr Real FLOOR = sizeof(Real) == 8 ? Real(-1e300) : Real(-1e30);
 constexpr double LOG2_E = 1.4426950408889634;
@@ -60,7 +60,7 @@ INLINE void unroll(F&& f) {
   unroll_sequence(f, std::make_integer_sequence<int, N>{});
 }
 
-// x - 0 and not 0 + x, which is not x where x is -0, so that the compiler would add
+// Takes x - 0 and not 0 + x, which is not x where x is -0, so that the compiler would add
 INLINE Vec splat(Real x) { return x - Vec{}; }
 INLINE Vec load(const Real* p) { return *reinterpret_cast<const UnalignedVec*>(p); }
 INLINE void store(Real* p, Vec x) { *reinterpret_cast<UnalignedVec*>(p) = x; }
@@ -76,7 +76,7 @@ INLINE void keep(Vec& x) {
 #endif
 }
 
-// The larger one; b if either is NaN
+// Returns the larger one; b if either is NaN
 INLINE Vec larger(Vec a, Vec b) {
 #if defined(NEURAL_ATTENTION_AVX512) && defined(NEURAL_ATTENTION_FLOAT64)
   return (Vec)_mm512_max_pd((__m512d)a, (__m512d)b);
@@ -93,7 +93,7 @@ INLINE Vec larger(Vec a, Vec b) {
 
 INLINE Vec relu(Vec x) { return larger(Vec{}, x); }
 
-// x where a > 0, else 0
+// Returns x where a > 0, else 0
 INLINE Vec where_positive(Vec a, Vec x) {
 #if defined(NEURAL_ATTENTION_AVX512) && defined(NEURAL_ATTENTION_FLOAT64)
   return (Vec)_mm512_maskz_mov_pd(_mm512_cmp_pd_mask((__m512d)a, _mm512_setzero_pd(), _CMP_GT_OQ), (__m512d)x);
@@ -104,7 +104,7 @@ INLINE Vec where_positive(Vec a, Vec x) {
 #endif
 }
 
-// Lanes moved down by STEP, around the end
+// Moves lanes down by STEP, around the end
 template <int STEP, int... I>
 INLINE Vec rotate(Vec x, std::integer_sequence<int, I...>) {
 #if defined(__clang__) || __GNUC__ >= 12
@@ -129,20 +129,20 @@ INLINE Real max_lanes(Vec x) {
 template <int K>
 constexpr double exp2_coefficient() {
   if constexpr (sizeof(Real) == 4) {
-    // relative error below 1e-7 on [-1/2, 1/2] with exp2(0) = 1
+    // has a relative error below 1e-7 on [-1/2, 1/2] with exp2(0) = 1
     constexpr double table[] = {1.0, 0.6931469776, 0.2402224209, 0.05550733743, 0.00967151264, 0.00132647272};
     return table[K];
   } else {
-    // Taylor: ln(2)^K / K!
+    // takes Taylor's coefficients, ln(2)^K / K!
     double term = 1.0;
     for (int i = 1; i <= K; i++) term *= 0.6931471805599453094 / i;
     return term;
   }
 }
 
-// 2 to the power of x; 0 from NEVER, infinity or a huge number far above the largest exponent
+// Returns 2 to the power of x; 0 from NEVER, infinity or a huge number far above the largest exponent
 INLINE Vec exp2(Vec x) {
-  // adding 1.5 * 2^(bits of the significand) rounds to an integer, which then stands in the lowest bits
+  // rounds to an integer by adding 1.5 * 2^(bits of the significand), after which it stands in the lowest bits
   constexpr bool wide = sizeof(Real) == 8;
   constexpr Real shifter = wide ? Real(6755399441055744.0) : Real(12582912.0);
   constexpr int degree = wide ? 12 : 5;
@@ -167,12 +167,12 @@ INLINE Vec exp2(Vec x) {
 #endif
 }
 
-// Hyperbolic tangent; in float32 by its series near zero, where the quotient of exponentials would lose the small number
+// Returns tanh(x); in float32 by its series near zero, where the quotient of exponentials would lose the small number
 INLINE Vec tanh(Vec x) {
   const Vec size = larger(x, -x), e = exp2(size * Real(-2 * LOG2_E));
   const Vec positive = (Real(1) - e) / (Real(1) + e), far = x < Vec{} ? -positive : positive;
   if constexpr (sizeof(Real) == 8) return far;
-  // of x^3, x^5 ... x^11 (Abramowitz and Stegun, 4.5.64): relative error below 1e-7 up to 0.4
+  // weighs x^3, x^5 ... x^11 (Abramowitz and Stegun, 4.5.64): relative error below 1e-7 up to 0.4
   constexpr double series[] = {-1.0 / 3, 2.0 / 15, -17.0 / 315, 62.0 / 2835, -1382.0 / 155925};
   const Vec square = x * x;
   Vec p = splat(Real(series[4]));
@@ -180,7 +180,7 @@ INLINE Vec tanh(Vec x) {
   return size < splat(Real(0.4)) ? x + x * square * p : far;
 }
 
-// rows[r][l] <-> rows[l][r], by log2(LANES) rounds of exchanging blocks
+// Swap rows[r][l] <-> rows[l][r], by log2(LANES) rounds of exchanging blocks
 template <int STEP, int SIDE, int... I>
 INLINE Vec exchange(Vec a, Vec b, std::integer_sequence<int, I...>) {
 #if defined(__clang__) || __GNUC__ >= 12

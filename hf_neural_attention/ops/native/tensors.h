@@ -1,4 +1,4 @@
-// How tensors are read and written, whatever their type and strides, and the kernels' own memory.
+// Reads and writes tensors, whatever their type and strides, and holds the kernels' own memory.
 #pragma once
 
 #include <limits>
@@ -13,7 +13,7 @@ INLINE float float_from_bits(uint32_t bits) {
 
 INLINE float float_from_half(uint16_t half) {
   const uint32_t magnitude = uint32_t(half & 0x7fff) << 13;
-  // the exponents' biases differ by 112; a product brings subnormal numbers right as well
+  // multiplies, since the exponents' biases differ by 112; a product brings subnormal numbers right as well
   const float scaled = float_from_bits(magnitude) * float_from_bits(0x77800000);
   const uint32_t sign = uint32_t(half & 0x8000) << 16;
   uint32_t bits;
@@ -28,7 +28,7 @@ INLINE uint32_t bits_of(float x) {
   return bits;
 }
 
-// Both round to nearest, ties to even; NaN stays NaN
+// Rounds to nearest, ties to even, as half_from_float does; NaN stays NaN
 INLINE uint16_t bfloat16_from_float(float x) {
   const uint32_t bits = bits_of(x);
   const uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
@@ -37,7 +37,7 @@ INLINE uint16_t bfloat16_from_float(float x) {
 
 INLINE uint16_t half_from_float(float x) {
   const uint32_t bits = bits_of(x), magnitude = bits & 0x7fffffff;
-  // a subnormal half is a multiple of 2^-24, the distance of floats from 1/2 on
+  // rounds to a subnormal half, a multiple of 2^-24, the distance of floats from 1/2 on
   const uint32_t subnormal = bits_of(float_from_bits(magnitude) + 0.5f) - 0x3f000000;
   const uint32_t normal = (magnitude - 0x38000000 + 0xfff + (magnitude >> 13 & 1)) >> 13;
   const uint32_t large = magnitude > 0x7f800000 ? 0x7e00 : 0x7c00;
@@ -54,7 +54,7 @@ INLINE void convert_row(const char* data, int64_t stride, int64_t n, Real* out, 
     for (int64_t i = 0; i < n; i++) out[i] = Real(convert(p[i * stride]));
 }
 
-// n numbers of the last dimension, whatever their type, starting at `data`
+// Reads n numbers of the last dimension, whatever their type, starting at `data`
 static void read_row(const Tensor& tensor, const char* data, int64_t n, Real* out) {
   const int64_t stride = tensor.strides[3];
   switch (tensor.type) {
@@ -76,7 +76,7 @@ INLINE void write_converted(char* data, int64_t stride, int64_t n, const Real* i
     for (int64_t i = 0; i < n; i++) p[i * stride] = convert(in[i]);
 }
 
-// The other way: n numbers to where `data` points
+// Goes the other way: writes n numbers to where `data` points
 static void write_row(const Tensor& tensor, const char* data, int64_t n, const Real* in) {
   char* out = const_cast<char*>(data);
   const int64_t stride = tensor.strides[3];
@@ -93,16 +93,16 @@ static void write_row(const Tensor& tensor, const char* data, int64_t n, const R
   }
 }
 
-// Whether rows of `width` numbers can be read as whole vectors where they lie
+// Returns whether rows of `width` numbers can be read as whole vectors where they lie
 INLINE bool lies_as_rows(const Tensor& tensor, int64_t width) { return tensor.is_plain() && width % LANES == 0; }
 
-// Rows of numbers, `stride` apart
+// Points to rows of numbers, `stride` apart
 struct Rows {
   const Real* data;
   int64_t stride;
 };
 
-// `count` rows of `width` numbers, as they lie where that will do, else copied to `room` [count, padded] with zeros behind
+// Reads `count` rows of `width` numbers, as they lie where that will do, else copied to `room` [count, padded], zeros behind
 static Rows read_rows(const Tensor& tensor, const char* data, int64_t count, int64_t width, Real* room) {
   if (lies_as_rows(tensor, width)) return {reinterpret_cast<const Real*>(data), tensor.strides[2]};
   const int64_t padded = round_up(width, LANES);
@@ -113,7 +113,7 @@ static Rows read_rows(const Tensor& tensor, const char* data, int64_t count, int
   return {room, padded};
 }
 
-// `count` rows of `width` numbers as the columns of out [width, ld]; columns up to the next multiple of LANES are zero.
+// Reads `count` rows of `width` numbers as the columns of out [width, ld]; columns up to the next multiple of LANES are zero.
 // `row` is room for LANES rows of round_up(width, LANES) numbers.
 static void read_transposed(const Tensor& tensor, const char* data, int64_t count, int64_t width, Real* out, int64_t ld,
                             Real* row) {
@@ -150,7 +150,7 @@ static void read_transposed(const Tensor& tensor, const char* data, int64_t coun
   }
 }
 
-// out [rows, ld] = weight [rows, width] times columns [width, ld_in], plus bias; `count` columns, in vectors
+// Computes out [rows, ld] = weight [rows, width] times columns [width, ld_in], plus bias; `count` columns, in vectors
 static void project(const Real* weight, const Real* bias, int64_t rows, int64_t width, const Real* columns, int64_t ld_in,
                     int64_t count, Real* out, int64_t ld) {
   for (int64_t j = 0; j < count; j += LANES) {
@@ -172,7 +172,7 @@ static void project(const Real* weight, const Real* bias, int64_t rows, int64_t 
   }
 }
 
-// Memory shared by the threads
+// Holds memory shared by the threads
 struct Buffer {
   Real* const data;
   explicit Buffer(int64_t count) : data(new Real[count > 0 ? count : 1]) {}
@@ -181,7 +181,7 @@ struct Buffer {
   Buffer& operator=(const Buffer&) = delete;
 };
 
-// A thread's memory, in pieces that start at vector boundaries
+// Holds a thread's memory, in pieces that start at vector boundaries
 class Scratch {
  public:
   INLINE Real* take(int64_t count) {

@@ -1,4 +1,4 @@
-// Gradients of the weights of both layers: sums over tokens or pairs that each task keeps apart, and their total.
+// Holds gradients of the weights of both layers: sums over tokens or pairs that each task keeps apart, and their total.
 #pragma once
 
 #include <memory>
@@ -8,7 +8,7 @@
 
 class WeightSums {
  public:
-  // `key_parts` and `query_parts` of each head are worked on side by side
+  // Takes `key_parts` and `query_parts` of each head, which are worked on side by side
   WeightSums(const Problem& problem, int64_t width, int64_t hidden2, int64_t key_parts, int64_t query_parts)
       : problem(problem), width(width), hidden2(hidden2), key_parts(key_parts), query_parts(query_parts),
         layer_size(FirstLayer::sum_size(problem.hidden1, width)), pair_size(round_up((problem.hidden1 + 2) * hidden2, LANES)),
@@ -20,7 +20,7 @@ class WeightSums {
   const int64_t width, hidden2, key_parts, query_parts;
   const int64_t layer_size, pair_size;  // of one task's sums
 
-  // A task's sums for the first layer of its queries or keys, and for the layers that see pairs
+  // Return a task's sums for the first layer of its queries or keys, and for the layers that see pairs
   Real* of_queries(int64_t b, int64_t head, int64_t part) const { return query_layer.data + ((b * problem.heads + head) * query_parts + part) * layer_size; }
   Real* of_keys(int64_t b, int64_t head, int64_t part) const { return key_layer.data + place(b, head, part) * layer_size; }
   Real* of_pairs(int64_t b, int64_t head, int64_t part) const { return network.data + place(b, head, part) * pair_size; }
@@ -55,7 +55,7 @@ class WeightSums {
 
   int64_t place(int64_t b, int64_t head, int64_t part) const { return (part * problem.batch + b) * problem.heads + head; }
 
-  // Sums [outer, H, inner, size] of the heads that share a set of weights, in double
+  // Adds up sums [outer, H, inner, size] of the heads that share a set of weights, in double
   void add_up(const Real* sums, int64_t size, int64_t set, int64_t outer, int64_t inner, double* totals) const {
     std::fill(totals, totals + size, 0.0);
     for (int64_t entry = 0; entry < outer * problem.heads * inner; entry++)

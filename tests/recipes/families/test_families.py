@@ -17,7 +17,7 @@ from list_patchable_families import MEANINGS, examined, markdown
 from tests.helpers.stock_models import FAMILIES, GPT2
 
 
-# As Transformers writes its tests: a class that cannot be built, and two that can
+# Stands for tests as Transformers writes them: a class that cannot be built, and two that can
 TESTS = f"""
 import unittest
 import torch
