@@ -106,6 +106,13 @@ PRIVATE_INTERFACES = (
         TORCH,
     ),
     PrivateInterface(
+        "_backward_hooks",
+        "torch.nn:Module()._backward_hooks",
+        "A module that takes another's place would lose its hooks, so `compact` refuses a module that has some.",
+        TORCH,
+    ),
+    PrivateInterface("_backward_pre_hooks", "torch.nn:Module()._backward_pre_hooks", "As of `_backward_hooks`.", TORCH),
+    PrivateInterface(
         "_compiled_call_impl",
         "torch.nn:Module()._compiled_call_impl",
         "Says whether `module.compile()` was called. `is_compiled_module` knows `torch.compile(module)` only.",

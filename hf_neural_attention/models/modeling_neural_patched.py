@@ -14,6 +14,7 @@ from .configuration_neural_patched import RECORD, PatchedConfig, PatchError, che
 from .modeling_neural_attention import HUB_OPTIONS, ScoredAttentionMixin
 from .modeling_neural_gpt2 import CompactGPT2Attention
 from .modeling_neural_vit import CompactViTAttention
+from .neural_attention_initialization import needs_weights
 from .neural_attention_interface import attach_scorer, neural_modules
 from .neural_attention_packing import rebuild, watch_caches
 from .neural_attention_scorer import NeuralScorer
@@ -39,7 +40,8 @@ def name_in(model: Any, name: str) -> str:
 
 
 def attach_record(model: nn.Module, record: Mapping[str, Any], where: str) -> None:
-    """Gives a stock model the scorers and the compact layers of a record, without weights that mean anything.
+    """Gives a stock model the scorers and the compact layers of a record: new ones, or, where the model has no numbers yet,
+    without any.
 
     Raises:
         PatchError: if the model lacks a layer, or a layer's settings do not fit it.
@@ -75,6 +77,9 @@ def make_compact(model: nn.Module, name: str, attention: Any, settings: Mapping[
         return packed.scorer
     settings["per_head"] = settings.pop("num_heads") is not None
     made = own(attention.config, layer_idx=getattr(attention, "layer_idx", None), **settings)
+    if needs_weights(made):  # is not about to be loaded
+        made.take_stock(attention)
+        made.reset_parameters()
     model.set_submodule(name, made)
     return made.scorer
 

@@ -132,6 +132,10 @@ class CompactAttentionMixin:
             _, num_heads, _, size = w.shape
             numbers = num_heads * size
             layer = cache.layers[index] if index < len(cache.layers) else None
+            held = getattr(layer, "keys", None)
+            holds_others = isinstance(held, torch.Tensor) and held.dim() == 4 and held.shape[1::2] != w.shape[1::2]
+            if not holds_others and not isinstance(layer, QuantizedLayer):  # out of memory, or of room
+                raise
             advice = "Whatever put keys into it (prefix tuning, another model) made whole ones, as the dot product wants them."
             if isinstance(layer, QuantizedLayer):
                 fitting = math.gcd(layer.q_group_size, numbers, num_heads * value.shape[-1])
@@ -153,6 +157,10 @@ class CompactAttentionMixin:
         return output.flatten(-2), weights
 
 
+def in_float64(tensor: torch.Tensor) -> torch.Tensor:
+    return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()
+
+
 def fold(
     weights: ScorerWeights,
     query: tuple[torch.Tensor, torch.Tensor | None],
@@ -161,19 +169,19 @@ def fold(
 ) -> CompactWeights:
     """A scorer's weights, and the projections of hidden states to its queries and keys, as one projection to its first layer.
 
-    Computes in float64, and returns float64: rounded once, to the dtype of the model.
+    Computes in float64, and returns float64, on the CPU where the device has none: rounded once, to the dtype of the model.
 
     Args:
         weights: of a `NeuralScorer` of mode `"replace"` or `"thin"`.
         query, key: weight `[H * D, d_model]`, or `[Hkv * D, d_model]` of keys, and bias or None.
         num_heads: `H`.
     """
-    weights = weights.to(torch.float64)
+    weights = ScorerWeights(*(None if each is None else in_float64(each) for each in weights))  # type: ignore[arg-type]
 
     def by_head(layer: tuple[torch.Tensor, torch.Tensor | None]) -> tuple[torch.Tensor, torch.Tensor]:
         weight, bias = layer
-        weight = weight.double().unflatten(0, (-1, weights.head_dim))
-        bias = weight.new_zeros(weight.shape[:2]) if bias is None else bias.double().unflatten(0, (-1, weights.head_dim))
+        weight = in_float64(weight).unflatten(0, (-1, weights.head_dim))
+        bias = weight.new_zeros(weight.shape[:2]) if bias is None else in_float64(bias).unflatten(0, (-1, weights.head_dim))
         # gives every query head a key of its own only where it looks at it in a way of its own
         repeats = num_heads // weight.shape[0] if weights.per_head else 1
         return weight.repeat_interleave(repeats, dim=0), bias.repeat_interleave(repeats, dim=0)
@@ -221,6 +229,12 @@ def reason_against_folding(model: nn.Module) -> str | None:
                 return f"{where!r} is offloaded or dispatched by accelerate; load the model whole"
             if part._forward_pre_hooks or len(part._forward_hooks) > len(recording_hooks(part)):
                 return f"{where!r} has forward hooks, which would be lost; remove them first"
+            if part._backward_hooks or part._backward_pre_hooks:
+                return f"{where!r} has backward hooks, which would be lost; remove them first"
+            if "forward" in vars(part):
+                return (
+                    f"{where!r} has a forward put there by hand, which would be lost; delete it (`del module.forward`) first"
+                )
             if is_parametrized(part) and part_name.startswith("scorer."):
                 return (
                     f"{where!r} is parametrised (weight norm or the like), which would be lost; remove that first "
@@ -250,6 +264,7 @@ def fold_attention(attention: Any, compact_class: type) -> Any:
     with torch.device("meta"):  # draws nothing
         compact = compact_class(attention.config.base, **arguments)
     place_like(compact, attention)
+    take_settings(compact, attention)
     query, key = compact.take_stock(attention)
     compact.write_weights(fold(scorer.weights(), query, key, compact.num_attention_heads))
     for module in compact.modules():  # lets `init_weights`, should it run again, leave them
@@ -257,6 +272,17 @@ def fold_attention(attention: Any, compact_class: type) -> Any:
     for hook in recording_hooks(attention):
         compact.register_forward_hook(hook)
     return compact.train(attention.training)
+
+
+def take_settings(compact: Any, attention: Any) -> None:
+    """Sets on a compact module what somebody has set on the stock one by hand, such as `is_causal = False`."""
+    stock_class = type(compact).stock_class()
+    arguments = {"layer_idx": attention.layer_idx} if "layer_idx" in inspect.signature(stock_class).parameters else {}
+    with torch.device("meta"):
+        plain = stock_class(attention.config.base, **arguments)
+    for name, value in vars(attention).items():
+        if isinstance(value, (bool, int, float, str)) and name != "training" and value != vars(plain).get(name):
+            setattr(compact, name, value)
 
 
 def place_like(new: nn.Module, old: nn.Module) -> None:

@@ -13,7 +13,8 @@ from torch import nn
 from transformers import Cache, EncoderDecoderCache
 from transformers.cache_utils import StaticLayer
 
-from .neural_attention_compact import fold, place_like
+from .neural_attention_compact import fold, in_float64, place_like
+from .neural_attention_initialization import draw_compact_weights, needs_weights
 from .neural_attention_scorer import CompactScorer
 from .neural_attention_zero3 import is_apart
 
@@ -126,7 +127,9 @@ def pack(attention: Any, query: Source, key: Source, num_heads: int) -> PackedLa
 
     def scaled(source: Source) -> tuple[torch.Tensor, torch.Tensor | None]:
         layer = old[source.layer]
-        return tuple(None if each is None else each.detach().double() * source.factor for each in (layer.weight, layer.bias))  # type: ignore[return-value]
+        return tuple(
+            None if each is None else in_float64(each.detach()) * source.factor for each in (layer.weight, layer.bias)
+        )  # type: ignore[return-value]
 
     folded = fold(scorer.weights(), scaled(query), scaled(key), num_heads)
     with torch.device("meta"):  # draws nothing
@@ -157,7 +160,11 @@ def pack(attention: Any, query: Source, key: Source, num_heads: int) -> PackedLa
 
 
 def rebuild(attention: Any, settings: Mapping[str, Any]) -> PackedLayer:
-    """Packed layers for an attention module that has none, without weights that mean anything.
+    """Packed layers for an attention module that has none: with new weights where the module has some, and without numbers
+    where it has none, since they are to be loaded.
+
+    New weights are those that a new compact layer of this package has (`draw_compact_weights`). Where the module multiplies
+    its queries by a constant, scores spread by less.
 
     Args:
         settings: arguments of `PackedScorer`.
@@ -170,9 +177,28 @@ def rebuild(attention: Any, settings: Mapping[str, Any]) -> PackedLayer:
     def empty(name: str, num_heads: int) -> tuple[str, nn.Linear]:
         return name, empty_layer(attention.get_submodule(name), num_heads * scorer.hidden_dims[0], scorer.stock_head_dim)
 
+    if needs_weights(attention):
+        return draw_packed(attention, scorer)
     return PackedLayer(
         empty(scorer.query_layer, scorer.num_query_heads), empty(scorer.key_layer, scorer.num_key_heads), scorer
     )
+
+
+def draw_packed(attention: Any, scorer: PackedScorer) -> PackedLayer:
+    """New weights of packed layers, the scorer's included."""
+    query, key = (attention.get_submodule(name) for name in (scorer.query_layer, scorer.key_layer))
+    form = scorer.hidden_dims, scorer.num_query_heads, scorer.num_heads is not None, scorer.mode
+    drawn = draw_compact_weights(scorer.init, query.in_features, *form)
+    of_key = drawn
+    if key.in_features != query.in_features:  # sees states of another width, as cross-attention may
+        of_key = draw_compact_weights(scorer.init, key.in_features, *form, of_pairs=drawn.of_pairs)
+    scorer.reset_parameters(drawn.of_pairs)
+    # takes the first query head's of each group that shares a key
+    step = scorer.num_query_heads // scorer.num_key_heads
+    size = scorer.stock_head_dim
+    of_queries = narrow_layer(query, drawn.query_weight.flatten(0, 1), drawn.query_bias.flatten(), size)
+    of_keys = narrow_layer(key, of_key.key_weight[::step].flatten(0, 1), of_key.key_bias[::step].flatten(), size)
+    return PackedLayer((scorer.query_layer, of_queries), (scorer.key_layer, of_keys), scorer)
 
 
 def watch_caches(attention: Any) -> None:

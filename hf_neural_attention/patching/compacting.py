@@ -218,6 +218,8 @@ def plan_of(
     status = PatchStatus(PatchedLayer.of(name, scorer) for name, _, scorer in neural_layers(model))
     backends = explain(model)
     undo()
-    numbers, size = count(parameter for module in layers.values() for parameter in module.scorer.parameters())
+    # counts the scorer of a module once that has several places
+    scorers = dict.fromkeys(module.scorer for module in layers.values())
+    numbers, size = count(parameter for scorer in scorers for parameter in scorer.parameters())
     stock = ModelSize(before.num_parameters - numbers, before.num_bytes - size, before.cache_bytes_per_token)
     return CompactPlan(status, stock, before, after, backends)

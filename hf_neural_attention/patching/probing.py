@@ -213,7 +213,7 @@ def attempt(
 
 
 def in_words(failures: Mapping[str, str]) -> list[str]:
-    return [f"{name} said: {reason}." for name, reason in failures.items()]
+    return [f"{name} said: {reason.rstrip('.')}." for name, reason in failures.items()]
 
 
 def describe(error: Exception) -> str:

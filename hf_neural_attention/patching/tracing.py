@@ -64,7 +64,11 @@ def random_inputs(part: nn.Module, device: torch.device, dtype: torch.dtype) -> 
 
 
 def run_until_reached(
-    model: nn.Module, modules: Mapping[str, Any], reached: Callable[[Any], bool], example_inputs: Mapping[str, Any] | None
+    model: nn.Module,
+    modules: Mapping[str, Any],
+    reached: Callable[[Any], bool],
+    example_inputs: Mapping[str, Any] | None,
+    run_part: Callable[[nn.Module, Mapping[str, Any]], None] | None = None,
 ) -> tuple[list[Run], str]:
     """Runs a model, then those parts of it with modules that were not reached. Returns the runs that went well, and why others
     failed, in words."""
@@ -79,7 +83,7 @@ def run_until_reached(
             candidates = iter([moved(dict(example_inputs), device)])
         else:
             candidates = random_inputs(part, device, dtype) if isinstance(part, PreTrainedModel) else iter(())
-        inputs = attempt(part, candidates, failures, run)
+        inputs = attempt(part, candidates, failures, run_part or run)
         if inputs is not None:
             runs.append((part, inputs))
         elif example_inputs is not None and not name:
@@ -137,6 +141,16 @@ def trace(
             found[module].append(Trace(query_source, key_source, query.shape[1]))  # type: ignore[arg-type]
         return neural_attention_forward(module, query, key, *args, **kwargs)
 
+    def run_or_forget(part: nn.Module, inputs: Mapping[str, Any]) -> None:
+        """A run that fails after attention shows nothing: its outputs could not be compared afterwards."""
+        before = {module: len(calls) for module, calls in found.items()}
+        try:
+            run(part, inputs)
+        except Exception:
+            for module, number in before.items():
+                del found[module][number:]
+            raise
+
     with ExitStack() as stack:
         stack.enter_context(left_as_it_was(model))
         stack.enter_context(observed(modules.values(), look))
@@ -145,7 +159,7 @@ def trace(
             for name, layer in module.named_modules():
                 if type(layer) is nn.Linear and not name.startswith("scorer."):
                     stack.callback(layer.register_forward_hook(start(module, name)).remove)
-        runs, why = run_until_reached(model, modules, lambda module: bool(found[module]), example_inputs)
+        runs, why = run_until_reached(model, modules, lambda module: bool(found[module]), example_inputs, run_or_forget)
     unseen = Refusal(f"no run of the model reached it. {why} Give `example_inputs=` that reach it".replace("  ", " "))
     return {name: agreed(found[module] or [unseen]) for name, module in modules.items()}, runs
 

@@ -132,9 +132,14 @@ def test_auto_classes_and_their_config(tmp_path):
     [
         (lambda model: None, "it is compact already"),
         (lambda model: model.transformer.h[1].attn.register_forward_hook(print), "has forward hooks, which would be lost"),
+        (
+            lambda model: model.transformer.h[1].attn.c_proj.register_full_backward_hook(print),
+            "has backward hooks, which would be lost",
+        ),
+        (lambda model: vars(model.transformer.h[1].attn).update(forward=print), "has a forward put there by hand"),
         (lambda model: model.to("meta"), "is on the meta device, without numbers"),
     ],
-    ids=("compact", "hooks", "meta"),
+    ids=("compact", "hooks", "backward hooks", "forward", "meta"),
 )
 def test_what_is_not_folded_stays_as_it_is(prepare, reason: str):
     model = GPT2.neural(neural_layers="all", neural_compact=reason == "it is compact already")
@@ -145,6 +150,22 @@ def test_what_is_not_folded_stays_as_it_is(prepare, reason: str):
     assert list(model.modules()) == modules
     if "meta" not in reason:
         assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+
+
+@both_families
+def test_what_was_set_by_hand_stays(family: Family):
+    model = family.neural(neural_layers="all")
+    layers = [module for module in model.modules() if hasattr(module, "scorer")]
+    for layer in layers:
+        layer.is_causal = not layer.is_causal
+        layer.attention_dropout = 0.25  # read by ViT's
+    inputs = family.inputs(labels=False)
+    before = run(model, **inputs)
+    fold_own_model(model)
+    assert_near(run(model, **inputs), before)
+    folded = [module for module in model.modules() if hasattr(module, "scorer")]
+    assert [layer.is_causal for layer in folded] == [layer.is_causal for layer in layers]
+    assert all(layer.attention_dropout == 0.25 and not layer.training for layer in folded)
 
 
 def test_residual_cannot_be_compact():
@@ -271,6 +292,18 @@ def test_stock_caches_hold_what_the_scorer_sees(static: bool):
     assert sizes[0] / sizes[1] == (2 + 16) / (16 + 16)
     with pytest.raises(ValueError, match="which is compact: its layers hand every cache"):
         NeuralCache(model)
+
+
+def test_a_cache_that_has_no_room_says_so_itself():
+    """Only a cache with keys of another size is said to have such: what else goes wrong in one is said as in a stock model."""
+
+    class Full(DynamicCache):
+        def update(self, *args, **kwargs):
+            raise torch.OutOfMemoryError("no room")
+
+    model = GPT2.neural(neural_layers="all", neural_compact=True)
+    with pytest.raises(torch.OutOfMemoryError, match="no room"):
+        run(model, **GPT2.inputs(labels=False), **{CACHE: Full()})
 
 
 def test_scorer_errors():

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import nn
-from transformers import AutoModelForCausalLM, ViTConfig, ViTModel
+from transformers import AutoConfig, AutoModelForCausalLM, ViTConfig, ViTModel
 
 from hf_neural_attention import (
     CompactScorer,
@@ -24,7 +25,14 @@ from hf_neural_attention import (
     neural_attention,
     patch_status,
 )
-from hf_neural_attention.analysis import attention_maps, draw_surface, queries_and_keys, score_surface, scorer_health
+from hf_neural_attention.analysis import (
+    attention_maps,
+    draw_surface,
+    queries_and_keys,
+    score_statistics,
+    score_surface,
+    scorer_health,
+)
 from hf_neural_attention.models.neural_attention_packing import PackedScorer
 from hf_neural_attention.patching import PatchError
 from hf_neural_attention.patching.sizes import size_of, stock_twin
@@ -83,6 +91,22 @@ def test_auto_classes_load_it_without_the_word_patch(tmp_path):
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert isinstance(loaded, NeuralGPT2LMHeadModel)
     assert torch.equal(run(loaded, **GPT2.inputs()), run(model, **GPT2.inputs()))
+
+
+@pytest.mark.parametrize("settings", ({}, {"per_head": True}, {"init": "paper"}), ids=("shared", "per head", "paper"))
+@pytest.mark.parametrize("family", (BERT, T5), ids=("bert", "t5"))
+def test_a_config_makes_new_weights(family: Family, settings: dict, tmp_path):
+    """Of each layer, with scores that spread, and others for another seed."""
+    compact(neural(family, **settings)).save_pretrained(tmp_path)
+    loaded = from_pretrained(tmp_path)
+    spreads = []
+    for seed in (0, 1, 0):
+        torch.manual_seed(seed)
+        model = getattr(transformers, f"AutoModelFor{family.head}").from_config(AutoConfig.from_pretrained(tmp_path)).eval()
+        assert patch_status(model) == patch_status(loaded)
+        spreads.append([layer.spread for layer in score_statistics(model, **family.inputs()) if layer.scorer == "replace"])
+    assert len(spreads[0]) == len(patch_status(model)) and spreads[0] == spreads[2] != spreads[1]
+    assert "init" in settings or all(0.2 < spread < 3 for spread in spreads[0]), spreads[0]
 
 
 @pytest.mark.parametrize("family", (GPT2, BERT), ids=("gpt2", "bert"))

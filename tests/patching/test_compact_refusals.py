@@ -60,6 +60,15 @@ def test_families_that_are_refused(model_type: str, match: str):
     assert_refused(neural(FAMILIES[model_type]).train(), UnsupportedLayerError, match)
 
 
+@pytest.mark.parametrize("model_type", ("bert", "opt"))
+def test_a_run_that_fails_after_attention_shows_nothing(model_type: str):
+    """Its outputs cannot be compared afterwards, and opt's would differ."""
+    inputs = FAMILIES[model_type].inputs()
+    wrong = inputs["input_ids"].new_zeros(1, 3)
+    model = neural(FAMILIES[model_type])
+    assert_refused(model, UnsupportedLayerError, "no run of the model reached it", example_inputs=inputs | {"labels": wrong})
+
+
 class Meddling(nn.Module):
     """Put in place of a query layer's own output: what it does to queries."""
 

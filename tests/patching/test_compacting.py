@@ -276,6 +276,10 @@ def test_a_module_with_several_places_stays_one(family: Family):
     expected, before = run(model, **inputs), list(map(id, model.modules()))
     plan = compact(model, dry_run=True)
     assert list(map(id, model.modules())) == before
+    scorers = {id(each): each for each in model.get_submodule(first).scorer.parameters()}
+    scorers |= {id(each): each for each in model.get_submodule(third).scorer.parameters()}
+    counted = sum(each.numel() for each in scorers.values())
+    assert plan.stock.num_parameters == sum(each.numel() for each in model.parameters()) - counted
     compact(model)
     assert model.get_submodule(second) is model.get_submodule(first) is not model.get_submodule(third)
     assert_near(run(model, **inputs), expected)
