@@ -201,6 +201,30 @@ def test_what_cannot_be_started_is_said_and_nothing_changes():
     refused(nn.Sequential(nn.Linear(2, 2)), "cannot be patched")
 
 
+def test_thin_scorers_with_biases_are_scaled_themselves():
+    """Since their scores do not grow as queries and keys do."""
+    model = neural_vit(neural_mode="thin")
+    kept = {name: tensor.clone() for name, tensor in model.state_dict().items() if ".scorer." not in name}
+    with torch.no_grad():
+        for layer in model.vit.layers:
+            layer.attention.scorer.q_proj.bias.normal_()
+    start_scores(model, images())
+    assert spreads(model, images()) == pytest.approx([1.0, 1.0], rel=0.01)
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in kept.items())
+
+
+def test_models_that_cannot_be_run_are_refused():
+    with pytest.raises(ValueError, match="has weights without numbers"):
+        start_scores(stock_vit().to("meta"))
+    model = stock_vit()
+    model.set_attn_implementation("eager")
+    attention = model.vit.layers[1].attention
+    attention.forward = lambda hidden_states, *args, **kwargs: (hidden_states, None)
+    start_scores(model, images())  # leaves out what is not reached
+    model.vit.layers[0].attention.forward = attention.forward
+    refused(model, "These inputs reach none of the attention layers", images())
+
+
 def test_embeddings_without_a_norm_need_inputs():
     torch.manual_seed(0)
     config = GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=99, n_positions=16, bos_token_id=1, eos_token_id=2)

@@ -21,7 +21,7 @@ from ..introspection import (
 from ..models.modeling_neural_attention import mark_compact
 from ..models.modeling_neural_patched import COMPACT_CLASSES
 from ..models.neural_attention_compact import folded_modules, reason_against_folding
-from ..models.neural_attention_interface import SUPPORTED_IMPLEMENTATIONS
+from ..models.neural_attention_interface import SUPPORTED_IMPLEMENTATIONS, is_neural
 from ..models.neural_attention_names import forget_names, origin_of
 from ..models.neural_attention_packing import pack, put_in, watch_caches
 from ..models.neural_attention_scorer import is_compact
@@ -132,7 +132,7 @@ def reason_against(model: nn.Module) -> str | None:
             "its neural layers are not of this package's code, but of code that came with a checkpoint, or were put there by "
             "hand; load the checkpoint with `hf_neural_attention.from_pretrained`"
         )
-    if "" in patched_modules(model):
+    if is_neural(model):
         return "it is an attention module by itself; make the model that holds it compact"
     implementations = {module.config.base._attn_implementation for module in patched_modules(model).values()}
     if unsupported := implementations - {*SUPPORTED_IMPLEMENTATIONS, None}:

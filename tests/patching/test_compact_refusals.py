@@ -60,6 +60,14 @@ def test_families_that_are_refused(model_type: str, match: str):
     assert_refused(neural(FAMILIES[model_type]).train(), UnsupportedLayerError, match)
 
 
+def test_models_that_are_not_whole_or_not_ours_alone():
+    model = neural(GPT2)
+    assert_refused(model.transformer.h[0].attn, PatchError, "is an attention module by itself")
+    assert_refused(nn.ModuleList([neural_models.GPT2.neural()]), PatchError, "a part of it is of a class with neural layers")
+    model.config._attn_implementation = "flash_attention_2"  # as a model has it that was loaded so, on a machine with a GPU
+    assert_refused(model, PatchError, "it runs under 'flash_attention_2'; `model.set_attn_implementation` changes it")
+
+
 @pytest.mark.parametrize("model_type", ("bert", "opt"))
 def test_a_run_that_fails_after_attention_shows_nothing(model_type: str):
     """Its outputs cannot be compared afterwards, and opt's would differ."""
