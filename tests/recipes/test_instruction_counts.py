@@ -138,7 +138,7 @@ def test_counts_of_real_kernels(tmp_path: Path):
         if row["kernel"] == "flash forward":
             assert counted["fma"] < 0.5 and counted["all"] < 30
         elif row["network"] == "tensor cores":  # not chosen on AMD, which has no arithmetic of bfloat16
-            assert counted["fma"] < 16 < 40 < counted["all"] or row["target"] == "gfx942" and not row["chosen"]
+            assert counted["fma"] < 16 < 40 < counted["all"] or (row["target"] == "gfx942" and not row["chosen"])
         else:
             first, second = row["hidden_dims"]
             assert (first + 1) * second / packed <= counted["fma"] < (first + 1) * second / packed + 4
