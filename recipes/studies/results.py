@@ -219,9 +219,9 @@ def mean_of(runs: dict[int, dict[str, Any]], metric: str) -> float:
 
 
 def best_row(study: Study, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """By `choose_by`, of the arms with as many seeds as any other."""
+    """By `choose_by`, of the arms with as many seeds as any other, or with all that the study asks of them."""
     most = max(row["seeds"] for row in rows)
-    complete = [row for row in rows if row["seeds"] == most]
+    complete = [row for row in rows if row["seeds"] in (most, len(study.seeds_of(row["arm"])))]
     return (min if study.lower_is_better else max)(complete, key=lambda row: row[study.choose_by])
 
 

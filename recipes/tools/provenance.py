@@ -2,6 +2,7 @@
 
 import platform
 import shlex
+import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -25,8 +26,18 @@ def environment() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "processes": PartialState().num_processes,
         "python": platform.python_version(),
+        "commit": commit(),
         **{name: version(name) for name in ("torch", "transformers", "datasets", "accelerate")},
     }
+
+
+def commit() -> str | None:
+    """The commit that is checked out here, with a `+` where files differ from it; None where git says nothing."""
+    ask = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+"]
+    try:
+        return subprocess.run(ask, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def command_line() -> str:

@@ -7,7 +7,7 @@ import pytest
 from studies.report import CARD, report, summary
 from studies.results import compared_with, difference, interval, is_same, load_results, summarize, verdict
 from studies.score_pictures import first_layer, points
-from studies.shape_pictures import cost_of, pareto_front
+from studies.shape_pictures import cost_of, error_of, pareto_front
 from studies.study_file import COSTS, file_name
 from tests.helpers.study_records import change_run, costs_of, make_study, record_of, write_results
 
@@ -50,6 +50,14 @@ def test_error_against_cost(tmp_path):
     assert cost_of({**network, "neural_hidden_dims": [16, 2]}, 64) == {"pair": 16 + 32 + 4, "key": 64}
     assert cost_of({**network, "neural_mode": "thin"}, 64) == {"pair": 8, "key": 32}
     assert pareto_front([(2, 1.0), (1, 3.0), (3, 2.0), (4, 0.5), (1, 4.0)]) == [(1, 3.0), (2, 1.0), (4, 0.5)]
+
+
+def test_arms_with_few_seeds_stand_where_their_differences_put_them():
+    study = make_study()
+    rows = [{"arm": "dot", "mean": 0.4, "difference": None}, {"arm": "first layer", "mean": 0.1, "difference": -0.1}]
+    for lower_is_better, errors in ((True, (0.4, 0.3)), (False, (0.6, 0.7))):
+        study.lower_is_better = lower_is_better
+        assert tuple(error_of(study, rows, row) for row in rows) == pytest.approx(errors)
 
 
 def test_scores_that_were_watched_are_drawn(tmp_path):

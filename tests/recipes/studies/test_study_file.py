@@ -4,7 +4,7 @@ import pytest
 
 import study as script
 from studies.report import report
-from studies.results import counterpart
+from studies.results import best_row, counterpart
 from studies.study_file import Study, file_name
 from tests.helpers.running import RECIPES
 from tests.helpers.study_records import SECONDS, costs_of, make_study
@@ -36,6 +36,13 @@ def test_arms_may_have_fewer_seeds():
     for count in (0, 4, "2"):
         study.arms["b"]["seeds"] = count
         assert "expected how many of the study's 3" in (study.fault() or "")
+
+
+def test_the_best_arm_has_as_many_seeds_as_any_or_as_it_shall():
+    arms = {"dot": {"attention": "dot"}, "b": {"attention": "dot", "seeds": 2}, "c": {"attention": "dot"}}
+    study = make_study(seeds=[3, 4, 5], arms=arms, choose_by="m", lower_is_better=True)
+    rows = [{"arm": arm, "seeds": seeds, "m": value} for arm, seeds, value in (("dot", 3, 3.0), ("b", 2, 2.0), ("c", 2, 1.0))]
+    assert best_row(study, rows)["arm"] == "b"
 
 
 def test_arms_may_name_what_they_stand_beside():

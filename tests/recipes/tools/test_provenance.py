@@ -1,10 +1,13 @@
 """What is said of a command is what can be typed again, without secrets."""
 
+import re
+import subprocess
 import sys
 
 import pytest
 
-from tools.provenance import ROOT, command_line
+from tools import provenance
+from tools.provenance import ROOT, command_line, commit
 
 
 @pytest.mark.parametrize("secret", [["--hub_token", "hf_secret"], ["--hub_token=hf_secret"]])
@@ -16,3 +19,24 @@ def test_commands_keep_no_secret(monkeypatch, secret):
 def test_a_recipe_is_named_from_the_root_of_the_repository(monkeypatch):
     monkeypatch.setattr("sys.argv", [str(ROOT / "recipes" / "study.py"), "--seeds", "1"])
     assert command_line() == "python recipes/study.py --seeds 1"
+
+
+def test_the_commit_is_told_where_there_is_one(tmp_path, monkeypatch):
+    def git(*words: str) -> None:
+        subprocess.run(
+            ["git", "-c", "user.name=a", "-c", "user.email=a@b", *words], cwd=tmp_path, check=True, capture_output=True
+        )
+
+    monkeypatch.setattr(provenance, "ROOT", tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert commit() is None
+    (tmp_path / "file").write_text("one")
+    git("init")
+    git("add", "file")
+    git("commit", "-m", "one")
+    clean = commit()
+    assert re.fullmatch("[0-9a-f]{12}", clean or "")
+    (tmp_path / "file").write_text("two")
+    assert commit() == f"{clean}+"
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert commit() is None
