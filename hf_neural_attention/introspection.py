@@ -3,7 +3,7 @@ were."""
 
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map_only
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import sdpa_mask
 
-from .models.neural_attention_interface import NeuralConfigView, is_neural, mask_of_call, share_batch
+from .models.neural_attention_interface import NeuralConfigView, implementation_of, is_neural, mask_of_call, share_batch
 from .models.neural_attention_masking import mask_scores
 from .models.neural_attention_reference import cap, expand_heads
 from .models.neural_attention_scorer import is_compact
@@ -98,9 +98,18 @@ def patched_modules(model: nn.Module) -> dict[str, Any]:
     return {re.sub(WRAPPERS, "", name): module for name, module, _ in neural_layers(model) if is_neural(module)}
 
 
+def once(modules: Mapping[str, Any]) -> dict[str, Any]:
+    """Each of some modules once, by the first of its names."""
+    first = {module: name for name, module in reversed(modules.items())}
+    return {name: module for name, module in modules.items() if first[module] == name}
+
+
 def is_born_neural(model: nn.Module) -> bool:
-    """Whether a model, or a part of it, is of a class with neural layers."""
-    return any(hasattr(getattr(module, "config", None), "neural_layers") for module in model.modules())
+    """Whether a model, or a part of it, is of a class with neural layers. Its config tells by its class, of which code from
+    the Hub has a copy: a stock config keeps fields that it does not know, and may have those of a neural one."""
+    configs = (getattr(module, "config", None) for module in model.modules())
+    classes = {type(getattr(config, "base", config)) for config in configs}
+    return any(parent.__name__ == "NeuralAttentionConfigMixin" for each in classes for parent in each.__mro__)
 
 
 def hooks_of(module: nn.Module) -> list[Any]:
@@ -248,7 +257,7 @@ def call_of(
         query, key = scorer.unpack(query, key)
     query, key, _ = share_batch(query, key, value)
     mask, causal, num_keys = mask_of_call(
-        module, module.config.base._attn_implementation, query, key, attention_mask, is_causal, position_bias
+        module, implementation_of(module), query, key, attention_mask, is_causal, position_bias
     )
     scaling = 1.0 / math.sqrt(query.shape[-1]) if scaling is None else scaling
     key = expand_heads(key[:, :, :num_keys], query.shape[1])

@@ -9,7 +9,7 @@ from torch import nn
 
 from .introspection import Call, call_of, left_as_it_was, moved, observed, unwrap
 from .models.neural_attention_blockwise import without_autocast
-from .models.neural_attention_interface import UNSUPPORTED_ARGUMENTS, neural_attention_forward
+from .models.neural_attention_interface import UNSUPPORTED_ARGUMENTS, implementation_of, neural_attention_forward
 from .models.neural_attention_reference import expand_heads, key_features, reference_scores, softmax_or_zero
 from .patching.calibration import NUMBERS_AT_ONCE
 from .patching.layers import attention_modules, tokens_of_queries
@@ -117,7 +117,7 @@ def attend(
     with without_autocast(query):
         weights = softmax_or_zero(call.masked_rows(scores_of(None, call, rows), rows), call.sinks).to(value.dtype)
         output = weights @ expand_heads(value[:, :, : call.key.shape[2]], query.shape[1])
-    return output.transpose(1, 2).contiguous(), weights if module.config.base._attn_implementation == "eager" else None
+    return output.transpose(1, 2).contiguous(), weights if implementation_of(module) == "eager" else None
 
 
 def scores_of(scorer: Any, call: Call, rows: torch.Tensor, keys: torch.Tensor | None = None) -> torch.Tensor:

@@ -60,6 +60,12 @@ def is_neural(module: nn.Module) -> bool:
     return isinstance(getattr(module, "config", None), NeuralConfigView)
 
 
+def implementation_of(module: Any) -> str:
+    """The attention implementation that a module with a `NeuralConfigView` is to have: eager where its config says nothing, as
+    modules without a model take it."""
+    return module.config.base._attn_implementation or "eager"
+
+
 def neural_modules(model: nn.Module) -> dict[str, Any]:
     """The attention modules of a model that have a scorer, by name."""
     return {name: module for name, module in model.named_modules() if is_neural(module)}
@@ -223,7 +229,7 @@ def neural_attention_forward(
             raise ValueError(f"Neural Attention cannot honour {feature} (`{name}`), which this model's attention asks for.")
     check_whole_sequence()
     share_heads(module, query.shape[1])
-    implementation = module.config.base._attn_implementation or "eager"  # takes it as modules without a model do
+    implementation = implementation_of(module)
     if cache is not None:
         key, value = update_pages(cache, module, key, value, kwargs)
     elif implementation.startswith("paged") and "write_index" not in kwargs:  # finds the cache updated by modules from 5.24 on

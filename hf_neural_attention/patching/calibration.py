@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.functional import kl_div, log_softmax
 from tqdm.auto import tqdm
 
-from ..introspection import Call, call_of, left_as_it_was, moved, neural_layers, observed, unwrap
+from ..introspection import Call, call_of, left_as_it_was, moved, neural_layers, observed, once, place_of, unwrap
 from ..models.neural_attention_names import forget_names
 from ..models.neural_attention_reference import key_features, reference_scores
 from .errors import PatchError
@@ -83,7 +83,7 @@ def calibrate(
 
     Raises:
         PatchError: if the model has no neural layer, a layer has mode `"residual"` (it computes the dot product already) or
-            is compact (it has no queries and keys), or the batches do not reach a layer.
+            is compact (it has no queries and keys), or the batches do not reach a layer. All scorers are what they were then.
         ValueError: if there is no data, it is a single batch, or a number is out of range.
     """
     for name, number in (("steps", steps), ("max_batches", max_batches), ("learning_rate", learning_rate)):
@@ -92,7 +92,7 @@ def calibrate(
     check_unsharded(model)
     check_weights_together(model, "calibrated")
     base = unwrap(model)
-    layers: dict[str, Any] = {name: module for name, module, _ in neural_layers(base)}
+    layers = once({name: module for name, module, _ in neural_layers(base)})
     if not layers:
         raise PatchError(f'This {type(base).__name__} has no neural layer; `patch(model, mode="replace")` first.')
     check_whole(base, "calibrated")
@@ -111,11 +111,18 @@ def calibrate(
     if not batches:
         raise ValueError("`data` has no batches; `calibrate` needs at least one dict of arguments for the model's forward.")
     report = []
+    kept = {module: copy.deepcopy(module.scorer.state_dict()) for module in layers.values()}
     with left_as_it_was(base) as device, tqdm(total=len(layers) * steps, desc="calibrating", disable=not progress) as bar:
         batches = moved(batches, device)
-        for name, module in layers.items():
-            bar.set_postfix_str(name)
-            report.append(calibrate_layer(name, module, capture(base, name, module, batches), steps, learning_rate, bar))
+        try:
+            for name, module in layers.items():
+                bar.set_postfix_str(name)
+                calls = capture(base, name, module, batches)
+                report.append(calibrate_layer(name, module, calls, steps, learning_rate, bar))
+        except BaseException:
+            for module, state in kept.items():
+                module.scorer.load_state_dict(state)
+            raise
     forget_names(model)
     return CalibrationReport(report)
 
@@ -152,7 +159,8 @@ def calibrate_layer(name: str, module: Any, calls: list[Call], steps: int, learn
         scorer.linear3.bias.requires_grad_(any(call.sinks is not None for call in calls))
     before = mean_divergence(scorer, held_out)
     fit(scorer, fitted, steps, learning_rate, bar)
-    after = mean_divergence(scorer, held_out)
+    # measures what the model will have, in its own dtype
+    after = mean_divergence(copy.deepcopy(scorer).to(place_of(module.scorer)[1]).float(), held_out)
     if after < before:
         module.scorer.load_state_dict(scorer.state_dict())
     uniform = mean_divergence(None, held_out)

@@ -15,6 +15,7 @@ from ..introspection import (
     is_sharded,
     left_as_it_was,
     neural_layers,
+    once,
     patched_modules,
     unwrap,
 )
@@ -84,8 +85,7 @@ def compact(model: ModelT, *, example_inputs: Mapping[str, Any] | None = None, d
     classes = {base.compact_attention_class.stock_class(): base.compact_attention_class} if own else COMPACT_CLASSES
     layers = patched_modules(model)
     # takes a module once that has several places
-    first_names = {module: name for name, module in reversed(layers.items())}
-    others = {name: module for name, module in layers.items() if first_names[module] == name and not takes(classes, module)}
+    others = {name: module for name, module in once(layers).items() if not takes(classes, module)}
     traces, runs = trace(model, others, example_inputs) if others else ({}, [])
     check_traces({name: found for name, found in traces.items() if isinstance(found, Refusal)})
     before = size_of(model, example_inputs=example_inputs) if dry_run else None
@@ -219,7 +219,6 @@ def plan_of(
     backends = explain(model)
     undo()
     # counts the scorer of a module once that has several places
-    scorers = dict.fromkeys(module.scorer for module in layers.values())
-    numbers, size = count(parameter for scorer in scorers for parameter in scorer.parameters())
+    numbers, size = count(parameter for module in once(layers).values() for parameter in module.scorer.parameters())
     stock = ModelSize(before.num_parameters - numbers, before.num_bytes - size, before.cache_bytes_per_token)
     return CompactPlan(status, stock, before, after, backends)

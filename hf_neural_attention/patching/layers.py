@@ -147,7 +147,8 @@ def tokens_of_queries(name: str, module: nn.Module, inputs: Mapping[str, Any]) -
     that to the mask, but that of cross-attention says nothing of queries: there, it is what the inputs say of the decoder."""
     if not is_cross_attention(name, module):
         return None
-    mask = inputs.get("decoder_attention_mask")
+    is_decoder_alone = "encoder_hidden_states" in inputs
+    mask = inputs.get("attention_mask" if is_decoder_alone else "decoder_attention_mask")
     return torch.ones(1, 1) if mask is None or mask.dim() != 2 else mask
 
 

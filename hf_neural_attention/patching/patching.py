@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ..diagnostics import Explanation, explain_layer
-from ..introspection import compact_layers, is_born_neural, is_sharded, neural_layers, patched_modules, place_of
+from ..introspection import compact_layers, is_born_neural, is_sharded, neural_layers, once, patched_modules, place_of
 from ..models.configuration_neural_attention import HiddenDims, is_positive_int, is_shape
 from ..models.neural_attention_interface import (
     NeuralConfigView,
@@ -135,6 +135,8 @@ def attach_scorers(model: nn.Module, scorers: Mapping[str, NeuralScorer]) -> Non
         scorer.to(*place_of(module, model)).train(module.training)
     for name, scorer in scorers.items():
         attach_scorer(model.get_submodule(name), scorer)
+        for module in scorer.modules():  # lets `init_weights`, should it run again as of a part of a larger model, leave it
+            module._is_hf_initialized = True  # type: ignore[assignment]
     hook_model(model)
     for part in neural_parts(model):
         vars(part)[NAMES_BEFORE] = names_of(part)
@@ -170,7 +172,7 @@ def unpatch(model: ModelT) -> ModelT:
     check_whole(model, "unpatched")
     parts = neural_parts(model)
     forget_names(model)
-    for module in layers.values():
+    for module in once(layers).values():
         detach_scorer(module)
     unhook_model(model)
     restore_names(model, parts)

@@ -18,7 +18,7 @@ from transformers.utils import CONFIG_NAME
 
 import hf_neural_attention
 
-from ..introspection import compact_layers, patched_modules
+from ..introspection import compact_layers, once, patched_modules
 from ..models.configuration_neural_attention import FORMAT_VERSION
 from ..models.configuration_neural_patched import PATCHED_TYPE, RECORD, PatchError, check_version
 from ..models.modeling_neural_attention import HUB_OPTIONS, ScoredAttentionMixin, check_known_implementation
@@ -112,9 +112,29 @@ def adjust_implementation(model: Any, attn_implementation: str | None, *args: An
     return type(model)._check_and_adjust_attn_implementation(model, attn_implementation, *args, **kwargs)
 
 
+def ties_of(model: Any, all_submodels: bool = False) -> dict[str, str]:
+    """`PreTrainedModel.get_expanded_tied_weights_keys` of a patched model: which parameters are one. Scorers, and what packed
+    layers have, belong to no other layer, also where a family shares the rest of its attention among layers (Zamba)."""
+    hidden: list[tuple[nn.Module, str, nn.Module]] = []
+    for attention in once(patched_modules(model)).values():
+        scorer = attention.scorer
+        names = ["scorer", *(getattr(scorer, each) for each in ("query_layer", "key_layer") if hasattr(scorer, each))]
+        for name in names:
+            parent, _, child = name.rpartition(".")
+            hidden.append((attention.get_submodule(parent), child, attention.get_submodule(name)))
+    try:
+        for parent, child, _ in hidden:
+            setattr(parent, child, None)  # keeps the place among its siblings
+        return type(model).get_expanded_tied_weights_keys(model, all_submodels)
+    finally:
+        for parent, child, module in hidden:
+            setattr(parent, child, module)
+
+
 # Holds attributes of our own classes that say what they do not support, which patched instances get
 UNSUPPORTED = {name: value for name, value in vars(ScoredAttentionMixin).items() if value is False}
 ADJUSTING = "_check_and_adjust_attn_implementation"
+TYING = "get_expanded_tied_weights_keys"
 
 
 def hook_model(model: nn.Module) -> None:
@@ -128,12 +148,13 @@ def hook_model(model: nn.Module) -> None:
                 vars(each)["save_pretrained"] = partial(save_patched, each, own)
             vars(each).update(UNSUPPORTED)
             vars(each)[ADJUSTING] = partial(adjust_implementation, each)
+            vars(each)[TYING] = partial(ties_of, each)
 
 
 def unhook_model(model: nn.Module) -> None:
     for module in model.modules():
         if getattr(vars(module).get(ADJUSTING), "func", None) is adjust_implementation:
-            for name in (ADJUSTING, *UNSUPPORTED):
+            for name in (ADJUSTING, TYING, *UNSUPPORTED):
                 vars(module).pop(name, None)
         hook: Any = vars(module).get("save_pretrained")
         if getattr(hook, "func", None) is save_patched:

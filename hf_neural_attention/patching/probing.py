@@ -20,7 +20,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 from transformers import PreTrainedModel
 
-from ..introspection import left_as_it_was, observed, unwrap
+from ..introspection import left_as_it_was, moved, observed, unwrap
+from ..models.neural_attention_interface import implementation_of
 from ..models.neural_attention_zero3 import gathered, whole_shape
 from .attention_arguments import takes_what_is_known
 from .example_inputs import attention_inputs, possible_inputs
@@ -66,7 +67,7 @@ def recording(model: nn.Module, calls: Mapping[str, list[AttentionCall]]) -> Ite
         _, num_heads, num_queries, _ = query.shape
         num_heads = getattr(getattr(module, "scorer", None), "num_query_heads", num_heads)  # exceeds what packed layers give
         # returns weights only where the implementation does, since models use them only there
-        returns_weights = module.config.base._attn_implementation == "eager"
+        returns_weights = implementation_of(module) == "eager"
         weights = query.new_zeros(batch, num_heads, num_queries, key.shape[2]) if returns_weights else None
         return value.new_zeros(batch, num_queries, num_heads, value.shape[-1]), weights
 
@@ -104,7 +105,8 @@ def probe(
     )
     if has_weights and failures and not all(calls.values()):
         with left_as_it_was(model) as device, gathered(model.parameters()):
-            failures = run_parts(model, names, nullcontext(), device, example_inputs)
+            inputs = None if example_inputs is None else moved(dict(example_inputs), device)
+            failures = run_parts(model, names, nullcontext(), device, inputs)
     said = in_words(failures)
     if type(model).__name__ not in failures:
         said.insert(0, "Its own run passed without them.")

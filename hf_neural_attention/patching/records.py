@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from transformers.utils import CONFIG_NAME
 
 from .. import __version__
-from ..introspection import is_born_neural, patched_modules, unwrap
+from ..introspection import is_born_neural, once, patched_modules, unwrap
 from ..models.configuration_neural_patched import FORMAT_VERSION
 from ..models.neural_attention_names import origin_of
 from ..models.neural_attention_packing import PackedScorer
@@ -39,7 +39,7 @@ def record_of(model: nn.Module, base_revision: str | None = None) -> dict[str, A
         raise PatchError(
             f"{type(base).__name__} has its neural layers by its class and config, not by `patch`; `save_pretrained` saves it."
         )
-    layers = patched_modules(base)
+    layers = once(patched_modules(base))
     if not layers:
         raise PatchError(f"This {type(base).__name__} is not patched; there is nothing to save.")
     folded_from = next(filter(None, (getattr(module.scorer, "folded_from", None) for module in layers.values())), None)

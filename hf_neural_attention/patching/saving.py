@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.utils import cached_file
 
-from ..introspection import patched_modules, unwrap
+from ..introspection import once, patched_modules, unwrap
 from ..models.configuration_neural_patched import check_version
 from ..models.modeling_neural_patched import name_in
 from ..models.neural_attention_names import origin_of
@@ -69,11 +69,12 @@ def save_patch(
         is_main_process = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
     check_whole(unwrap(model), "saved as a patch for a stock model (`save_pretrained` saves all of it)")
     record = record_of(model, base_revision)
-    for name, module in patched_modules(unwrap(model)).items():
+    modules = once(patched_modules(unwrap(model)))
+    for name, module in modules.items():
         check_plain(name, module.scorer)
     if state_dict is not None and not is_main_process:
         return  # stops here, since a gathered `state_dict` is empty on the other processes
-    scorers = {name: module.scorer for name, module in patched_modules(unwrap(model)).items()}
+    scorers = {name: module.scorer for name, module in modules.items()}
     apart = [parameter for scorer in scorers.values() for parameter in scorer.parameters()] if state_dict is None else []
     with gathered(apart):
         weights = {

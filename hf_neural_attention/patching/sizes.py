@@ -67,7 +67,8 @@ def cache_bytes(model: nn.Module, calls: Calls | None, example_inputs: Mapping[s
 def caches(name: str, module: Any) -> bool:
     """Whether an attention module puts keys of the tokens themselves into a cache, and no encoder's."""
     numbered = isinstance(getattr(module, "layer_idx", None), int)
-    return numbered and getattr(module, "is_causal", True) and not is_cross_attention(name, module)
+    reads_others = getattr(module, "is_kv_shared_layer", False)  # as of Gemma 3n, where some layers use another one's keys
+    return numbered and not reads_others and getattr(module, "is_causal", True) and not is_cross_attention(name, module)
 
 
 def stock_twin(model: Any) -> nn.Module:

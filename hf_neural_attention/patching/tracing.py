@@ -92,8 +92,11 @@ def run_until_reached(
 
 
 def run(part: nn.Module, inputs: Mapping[str, Any]) -> None:
-    """With the same random numbers each time."""
-    torch.manual_seed(0)
+    """With the same random numbers each time; the seeds are `left_as_it_was`'s, which leaves those of other devices alone."""
+    torch.default_generator.manual_seed(0)
+    for device in {parameter.device for parameter in part.parameters() if parameter.is_cuda}:
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(0)
     with quiet():
         part(**inputs)
 
