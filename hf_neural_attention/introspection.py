@@ -3,7 +3,7 @@ were."""
 
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -98,7 +98,7 @@ def patched_modules(model: nn.Module) -> dict[str, Any]:
     return {re.sub(WRAPPERS, "", name): module for name, module, _ in neural_layers(model) if is_neural(module)}
 
 
-def once(modules: Mapping[str, Any]) -> dict[str, Any]:
+def once(modules: dict[str, Any]) -> dict[str, Any]:
     """Each of some modules once, by the first of its names."""
     first = {module: name for name, module in reversed(modules.items())}
     return {name: module for name, module in modules.items() if first[module] == name}

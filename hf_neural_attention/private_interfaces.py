@@ -146,6 +146,12 @@ PRIVATE_INTERFACES = (
     ),
     PrivateInterface("_C", "torch:_C", "Where that is.", TORCH),
     PrivateInterface(
+        "_current_level",
+        "torch.autograd.forward_ad:_current_level",
+        "Says whether forward-mode derivatives are taken outside `torch.func`. `unpack_dual` says it of a tensor alone.",
+        TORCH,
+    ),
+    PrivateInterface(
         "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
         "transformers.models.auto.modeling_auto:MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
         "`Trainer` looks up here whether to shift labels that it smooths, and serving what a model is for. Neither sees what "

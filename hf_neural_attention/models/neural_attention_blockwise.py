@@ -168,7 +168,7 @@ def softmax_keys(scores: torch.Tensor, attn_mask: torch.Tensor | None, sinks: to
     With `sinks`, `[heads]`, the last column of the result is their weights, of one key more than there are scores.
     """
     if sinks is not None:
-        return torch.cat((scores, sinks.view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)), dim=-1).softmax(dim=-1)
+        scores = torch.cat((scores, sinks.view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)), dim=-1)
     probabilities = scores.softmax(dim=-1)
     if attn_mask is None:
         return probabilities

@@ -1,6 +1,7 @@
 """What a scorer starts with: the paper's initialisation, and one that no draw leaves dead."""
 
 import math
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +13,10 @@ from .neural_attention_reference import ScorerWeights, first_layer_of_key, first
 # Sets the standard deviation of the scores that "mirrored" starts with, on unit-normal queries and keys: what the scaled
 # dot product has there
 INITIAL_SCORE_STD = 1.0
+
+# Overrides defaults, also those of DeepSpeed, whose `zero.Init` casts what torch makes: a QR decomposition needs float32, and
+# not every device has float64
+IN_FLOAT32: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
 
 
 def draw_weights(
@@ -32,7 +37,7 @@ def paper_weights(head_dim: int, proj_dim: int, first: int, second: int) -> Scor
     """
 
     def uniform(*shape: int, fan_in: int) -> torch.Tensor:
-        return (torch.rand(shape) * 2 - 1) / math.sqrt(fan_in)
+        return (torch.rand(shape, **IN_FLOAT32) * 2 - 1) / math.sqrt(fan_in)
 
     sizes = (head_dim, proj_dim), (head_dim, proj_dim), (2 * proj_dim, first), (first, second), (second, 1)
     return ScorerWeights(
@@ -72,24 +77,21 @@ def mirrored_weights(head_dim: int, proj_dim: int, first: int, second: int) -> S
       arc-cosine kernel of order 1): no sample is needed.
     - biases: zero. `linear2`'s therefore gets a zero gradient at the very start, as it moves all scores of a row together.
     """
-    # overrides defaults, also those of DeepSpeed, whose `zero.Init` casts what torch makes: a QR decomposition needs float32,
-    # and not every device has float64
-    where: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
-    q_weight, k_weight = (nn.init.orthogonal_(torch.empty(proj_dim, head_dim, **where).float()) for _ in range(2))
-    halves = torch.randn(2, (first + 1) // 2, proj_dim, **where).float()
+    q_weight, k_weight = (nn.init.orthogonal_(torch.empty(proj_dim, head_dim, **IN_FLOAT32).float()) for _ in range(2))
+    halves = torch.randn(2, (first + 1) // 2, proj_dim, **IN_FLOAT32).float()
     halves = halves / halves.norm(dim=-1, keepdim=True) / math.sqrt(2)
     directions = torch.cat(tuple(halves), dim=-1)
     weight1 = torch.stack((directions, -directions), dim=1).flatten(0, 1)[:first]
-    weight2 = torch.rand(second, first, **where) + 0.1
+    weight2 = torch.rand(second, first, **IN_FLOAT32) + 0.1
     weight2 = weight2 / weight2.norm(dim=-1, keepdim=True)
-    weight3 = torch.randn(1, second, **where).float()
+    weight3 = torch.randn(1, second, **IN_FLOAT32).float()
     if first == 1:
         weight3 = weight3.abs()  # avoids that equal units of linear2 cancel
 
     mixed = torch.cat((weight1[:, :proj_dim] @ q_weight, weight1[:, proj_dim:] @ k_weight), dim=-1)
     coefficients = (weight3 @ weight2).squeeze(0)
     weight3 = weight3 * (INITIAL_SCORE_STD / relu_sum_std(coefficients, mixed @ mixed.T))
-    zeros = torch.zeros
+    zeros = partial(torch.zeros, **IN_FLOAT32)
     return ScorerWeights(
         q_weight, zeros(proj_dim), k_weight, zeros(proj_dim), weight1, zeros(first), weight2, zeros(second), weight3, zeros(1)
     )  # fmt: skip

@@ -48,11 +48,14 @@ def check_name(name: str, source: str, backends: Iterable[str]) -> str:
 
 
 def only_plain_operators() -> bool:
-    """Whether a graph is exported, or a transform of `torch.func` runs (`jvp`, `grad`, `vmap`): neither knows what to do with
-    operators that have a backward of their own. Forward-mode derivatives would come out as zero."""
+    """Whether a graph is exported, a transform of `torch.func` runs (`jvp`, `grad`, `vmap`), or forward-mode derivatives are
+    taken: none of these knows what to do with operators that have a backward of their own. Forward-mode derivatives would come
+    out as zero."""
     if torch.compiler.is_exporting() or torch.jit.is_tracing():
         return True
-    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
 
 
 def run_reference(

@@ -198,7 +198,7 @@ def softmax_or_zero(scores: torch.Tensor, sinks: torch.Tensor | None = None) -> 
     """
     if sinks is not None:
         column = sinks.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
-        return torch.cat((scores, column), dim=-1).softmax(dim=-1)[..., :-1]
+        return softmax_or_zero(torch.cat((scores, column), dim=-1))[..., :-1]
     empty = (scores == float("-inf")).all(dim=-1, keepdim=True)
     return scores.masked_fill(empty, 0.0).softmax(dim=-1).masked_fill(empty, 0.0)
 

@@ -363,5 +363,6 @@ def effective_weights(layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
     inputs = torch.eye(base.in_features, device=stored.device, dtype=dtype)
     if stored.dim() > 1:
         inputs = inputs.expand(len(stored), -1, -1)
-    bias = layer(torch.zeros_like(inputs[..., :1, :]))
-    return (layer(inputs) - bias).mT.contiguous(), bias.squeeze(-2)
+    with without_autocast(stored):  # keeps the difference from being one of rounded numbers
+        bias = layer(torch.zeros_like(inputs[..., :1, :]))
+        return (layer(inputs) - bias).mT.contiguous(), bias.squeeze(-2)

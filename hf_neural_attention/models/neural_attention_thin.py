@@ -9,6 +9,7 @@ network itself is worth. It runs through PyTorch's `scaled_dot_product_attention
 import torch
 from torch.nn.functional import pad, scaled_dot_product_attention
 
+from .neural_attention_blockwise import without_autocast
 from .neural_attention_masking import causal_pairs, mask_scores
 from .neural_attention_reference import ScorerWeights, expand_heads, key_features, query_features
 
@@ -31,32 +32,34 @@ def thin_attention(
         Output `[B, H, Tq, Dv]`, in the query's dtype (the value's, if queries come projected).
     """
     dtype = value.dtype if queries_projected else query.dtype
-    num_heads = query.shape[1]
-    if weights.per_head and not keys_projected:
-        key = expand_heads(key, num_heads)
-    computed = torch.promote_types(dtype, torch.float32)
-    weights = weights.to(computed)
-    u = query_features(query.to(computed), weights, queries_projected)
-    w = expand_heads(key_features(key.to(computed), weights, keys_projected), num_heads)
-    value = expand_heads(value.to(computed), num_heads)
-    if sinks is not None:
-        return attend_with_sinks(u, w, value, sinks, attn_mask, is_causal).to(dtype)
-    if attn_mask is None:
-        output = scaled_dot_product_attention(u, w, value, is_causal=is_causal)
-        return output.to(dtype)
-    if is_causal:
-        causal = causal_pairs(range(u.shape[2]), w.shape[2], u.device)
-        is_bool = attn_mask.dtype == torch.bool
-        attn_mask = attn_mask & causal if is_bool else attn_mask.masked_fill(~causal, float("-inf"))
-    if attn_mask.dtype == torch.bool:
-        empty = ~attn_mask.any(-1, keepdim=True)
-        attn_mask = attn_mask | empty
-    else:
-        empty = (attn_mask == float("-inf")).all(-1, keepdim=True)
-        attn_mask = attn_mask.to(computed).masked_fill(empty, 0.0)
-    # lets queries with nothing to attend to see everything, and takes that out again: zeros, with zero gradients
-    output = scaled_dot_product_attention(u, w, value, attn_mask=attn_mask)
-    return output.masked_fill(empty, 0.0).to(dtype)
+    with without_autocast(query):
+        num_heads = query.shape[1]
+        if weights.per_head and not keys_projected:
+            key = expand_heads(key, num_heads)
+        computed = torch.promote_types(dtype, torch.float32)
+        weights = weights.to(computed)
+        u = query_features(query.to(computed), weights, queries_projected)
+        w = expand_heads(key_features(key.to(computed), weights, keys_projected), num_heads)
+        value = expand_heads(value.to(computed), num_heads)
+        if sinks is not None:
+            return attend_with_sinks(u, w, value, sinks, attn_mask, is_causal).to(dtype)
+        if attn_mask is None:
+            output = scaled_dot_product_attention(u, w, value, is_causal=is_causal)
+            return output.to(dtype)
+        if is_causal:
+            causal = causal_pairs(range(u.shape[2]), w.shape[2], u.device)
+            is_bool = attn_mask.dtype == torch.bool
+            attn_mask = attn_mask & causal if is_bool else attn_mask.masked_fill(~causal, float("-inf"))
+        if attn_mask.dtype == torch.bool:
+            empty = ~attn_mask.any(-1, keepdim=True)
+            attn_mask = attn_mask | empty
+        else:
+            attn_mask = attn_mask.to(computed)
+            empty = (attn_mask == float("-inf")).all(-1, keepdim=True)
+            attn_mask = attn_mask.masked_fill(empty, 0.0)
+        # lets queries with nothing to attend to see everything, and takes that out again: zeros, with zero gradients
+        output = scaled_dot_product_attention(u, w, value, attn_mask=attn_mask)
+        return output.masked_fill(empty, 0.0).to(dtype)
 
 
 def attend_with_sinks(
@@ -73,7 +76,9 @@ def attend_with_sinks(
     """
     scale = u.shape[-1] ** -0.5
     batch, _, num_queries, _ = u.shape
-    of_sinks = (sinks.to(u.dtype) / scale).view(1, -1, 1, 1).expand(batch, -1, 1, 1)
+    # keeps a sink of -inf from leaving rows without keys with nothing
+    sinks = sinks.to(u.dtype).clamp_min(torch.finfo(u.dtype).min * scale)
+    of_sinks = (sinks / scale).view(1, -1, 1, 1).expand(batch, -1, 1, 1)
     u = pad(u, (0, 1), value=1.0)
     w = torch.cat((pad(w, (0, 1)), pad(of_sinks, (w.shape[-1], 0))), dim=2)
     value = pad(value, (0, 0, 0, 1))

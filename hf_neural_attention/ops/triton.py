@@ -251,6 +251,8 @@ def run_backward(
     if arguments.sinks is not None:
         largest, total_weight = statistics
         weight = torch.exp(arguments.sinks[:, None] - largest - total_weight.log())
+        # takes a sink for nothing in a row without keys, where it is too low to weigh anything by itself
+        weight = weight.masked_fill(total_weight == 0, 0.0)
         gradients["sinks"].copy_(gradient_of_sinks(weight, grad_output, output))
     if full_mask is not None:
         gradients["attn_mask"].copy_(full_mask.sum_to_size(gradients["attn_mask"].shape))

@@ -136,7 +136,7 @@ def attach_scorers(model: nn.Module, scorers: Mapping[str, NeuralScorer]) -> Non
     for name, scorer in scorers.items():
         attach_scorer(model.get_submodule(name), scorer)
         for module in scorer.modules():  # lets `init_weights`, should it run again as of a part of a larger model, leave it
-            module._is_hf_initialized = True  # type: ignore[assignment]
+            module._is_hf_initialized = True
     hook_model(model)
     for part in neural_parts(model):
         vars(part)[NAMES_BEFORE] = names_of(part)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch.nn.functional import layer_norm, relu
-from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
+from transformers import AutoModel, AutoModelForCausalLM, DynamicCache, StaticCache
 
 from hf_neural_attention import (
     NeuralCache,
@@ -206,6 +206,21 @@ def test_a_new_model_draws_its_first_layer(family: Family, init: str):
     norms = weight.norm(dim=-1)
     expected = {"mirrored": 1 / math.sqrt(2), "paper": 0.3}[init]
     assert abs(norms.mean().item() / expected - 1) < (0.3 if init == "mirrored" else 0.6)
+
+
+@pytest.mark.parametrize("init", ("mirrored", "paper"))
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16, torch.float64), ids=str)
+@both_families
+def test_a_new_model_in_another_dtype(family: Family, dtype: torch.dtype, init: str):
+    """Starts with the same numbers, rounded; in float64 with others, since stock layers before draw more there."""
+    config = family.config(neural_layers="all", neural_compact=True, neural_hidden_dims=[4, 2], neural_init=init)
+    models = []
+    for each in (torch.float32, dtype):
+        torch.manual_seed(0)
+        models.append(AutoModel.from_config(config, dtype=each))
+    scorer = "layers.1.attention.scorer" if family is VIT else "h.1.attn.scorer"
+    for expected, found in zip(*(model.get_submodule(scorer).parameters() for model in models), strict=True):
+        assert found.dtype == dtype and torch.equal(found, (found.float() if dtype == torch.float64 else expected).to(dtype))
 
 
 @every_model

@@ -232,6 +232,16 @@ def test_construction_in_other_default_dtypes(dtype: torch.dtype, init: str):
     assert scorer.linear1.weight.abs().max() > 0
 
 
+def test_an_adapter_that_starts_at_zero_changes_nothing_under_autocast():
+    from peft import LoraConfig, inject_adapter_in_model
+
+    scorer, inputs = NeuralScorer(16, 4), torch.randn(3, 1, 2, 7, 16)
+    scorer.q_proj.bias.data.fill_(5.0)
+    adapted = inject_adapter_in_model(LoraConfig(r=2, target_modules=["q_proj"]), copy.deepcopy(scorer))
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(adapted(*inputs)[0], scorer(*inputs)[0])
+
+
 def test_reset_leaves_loaded_weights():
     scorer = NeuralScorer(16)
     before = copy.deepcopy(scorer.state_dict())

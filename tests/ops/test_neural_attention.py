@@ -115,6 +115,31 @@ def test_empty_rows_are_zero_with_zero_gradients(mask: str, case: Case, backend:
 
 
 @every_backend
+@pytest.mark.parametrize("case", [Case(), Case(mode="residual", per_head=True)], ids=str)
+def test_sinks_that_weigh_nothing(case: Case, backend: str):
+    """Also in rows without keys, where they are all that there is."""
+    tensors, scorer = replace(case, mask="bool", mask_shape=(2, 1, 7, 7)).draw()
+    tensors["attn_mask"][0, 0, 3] = False
+    plain = run_with_gradients(neural_attention, tensors, scorer, torch.float64, **case.options, backend=backend)
+    for sink in (-torch.inf, -1e4):
+        with_sinks = tensors | {"sinks": torch.full((case.heads,), sink, dtype=torch.float64)}
+        results = run_with_gradients(neural_attention, with_sinks, scorer, torch.float64, **case.options, backend=backend)
+        assert not results.pop("sinks").any()
+        for name, result in plain.items():
+            torch.testing.assert_close(results[name], result, msg=name)
+
+
+@every_backend
+@pytest.mark.parametrize("queries", [1, 20])
+def test_a_nan_in_a_mask_comes_out(queries: int, backend: str):
+    tensors, scorer = Case(queries=queries, keys=20, mask="float", mask_shape=(queries, 20)).draw()
+    tensors["attn_mask"] = torch.zeros(queries, 20, dtype=torch.float64)
+    tensors["attn_mask"][0, 3] = torch.nan
+    output = neural_attention(**tensors, scorer=scorer, backend=backend)
+    assert output[:, :, 0].isnan().all() and output[:, :, 1:].isfinite().all()
+
+
+@every_backend
 @pytest.mark.parametrize("case", [Case(keys=0), Case(keys=0, mode="residual", per_head=True, is_causal=True)], ids=str)
 def test_without_keys_the_output_is_zero(case: Case, backend: str):
     tensors, scorer = case.draw()

@@ -92,6 +92,32 @@ def test_sinks(mask: str, is_causal: bool):
 
 
 @pytest.mark.parametrize("backend", (None, "reference"))
+def test_a_sink_of_minus_infinity_weighs_nothing(backend: str | None):
+    scorer, inputs = make_scorer(), [tensor.requires_grad_() for tensor in tensors()]
+    mask = torch.ones(QUERIES, KEYS, dtype=torch.bool)
+    mask[1] = False
+    results = []
+    for sinks in (None, torch.full((HEADS,), -torch.inf, dtype=inputs[0].dtype)):
+        output = neural_attention(*inputs, scorer, attn_mask=mask, sinks=sinks, backend=backend)
+        results.append((output, *torch.autograd.grad(output.square().sum(), inputs)))
+    assert not results[1][0][:, :, 1].any() and all(torch.allclose(*pair) for pair in zip(*results, strict=True))
+
+
+def test_it_computes_in_float32_under_autocast():
+    scorer, inputs = make_scorer().float(), [tensor.float() for tensor in tensors()]
+    expected = neural_attention(*inputs, scorer)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(neural_attention(*inputs, scorer), expected)
+
+
+def test_masks_of_numbers_that_float32_has_not():
+    scorer, inputs = make_scorer().float(), [tensor.float() for tensor in tensors()]
+    mask = torch.zeros(QUERIES, KEYS, dtype=torch.float64)
+    mask[1] = torch.finfo(torch.float64).min
+    assert not neural_attention(*inputs, scorer, attn_mask=mask)[:, :, 1].any()
+
+
+@pytest.mark.parametrize("backend", (None, "reference"))
 @pytest.mark.parametrize("mask", ("none", "bool", "float"))
 def test_gradients(mask: str, backend: str | None):
     scorer = make_scorer()

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 from hf_neural_attention import neural_attention
 from hf_neural_attention.models import neural_attention_backends
@@ -35,6 +36,21 @@ def test_transforms_of_torch_func(case: Case, backend: str):
         assert_equals_oracle({"query": ours}, {"query": exact})
     batch = [tensor[:, None] for tensor in inputs]
     assert_equals_oracle({"output": torch.func.vmap(attend)(*batch)[:, 0]}, {"output": attend(*inputs)})
+
+
+@every_backend
+def test_forward_mode_outside_torch_func(backend: str):
+    """Of a frozen scorer too, whose operators would leave the derivative out without a word."""
+    tensors, scorer = Case().draw()
+    query, key, value = tensors.values()
+    tangent = torch.randn_like(value)
+    for trainable in (False, True):
+        scorer.requires_grad_(trainable)
+        with forward_ad.dual_level():
+            moved = neural_attention(query, key, forward_ad.make_dual(value, tangent), scorer, backend=backend)
+            found = forward_ad.unpack_dual(moved).tangent
+        # compares with the output of the tangent, in which attention is linear
+        torch.testing.assert_close(found, neural_attention(query, key, tangent, scorer, backend=backend))
 
 
 def test_models_own_backends_under_torch_func():

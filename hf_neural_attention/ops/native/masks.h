@@ -1,6 +1,7 @@
 // Reads the attention mask as numbers to add to scores.
 #pragma once
 
+#include <cmath>
 #include <limits>
 
 #include "tensors.h"
@@ -25,14 +26,16 @@ static Coverage read_mask(const Tensor& mask, const char* row, int64_t first_key
   read_row(mask, row + first_key * mask.strides[3] * mask.element_size(), n, out);
   const int64_t padded = round_up(n, LANES);
   for (int64_t j = n; j < padded; j++) out[j] = -std::numeric_limits<Real>::infinity();
-  Vec most = splat(NEVER), size = Vec{};
+  Vec most = splat(NEVER), size = Vec{}, poison = Vec{};
   for (int64_t j = 0; j < padded; j += LANES) {
     Vec bias = load(out + j);
     bias = bias < splat(-std::numeric_limits<Real>::max()) ? splat(NEVER) : larger(splat(FLOOR), bias * Real(LOG2_E));
     store(out + j, bias);
     most = larger(most, bias);
     size = larger(size, bias * bias);
+    poison += bias * Real(0);
   }
+  if (std::isnan(sum_lanes(poison))) return SOME;  // has a NaN, which the comparisons above pass over
   if (max_lanes(most) <= NEVER / 2) return NOTHING;
   return padded == n && max_lanes(size) == 0 ? EVERYTHING : SOME;
 }

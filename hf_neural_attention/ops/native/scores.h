@@ -65,8 +65,9 @@ INLINE void second_layer(const PairNetwork& net, const QueryRow& row, int64_t r0
   }
 }
 
-// Adds the mask's bias to a score, or chooses NEVER where a pair does not count, so that a NaN in its key goes no further
-INLINE Vec masked(Vec score, Vec bias) { return bias > splat(NEVER / 2) ? score + bias : splat(NEVER); }
+// Adds the mask's bias to a score, or chooses NEVER where a pair does not count, so that a NaN in its key goes no further. A NaN
+// in the bias does
+INLINE Vec masked(Vec score, Vec bias) { return bias <= splat(NEVER / 2) ? splat(NEVER) : score + bias; }
 
 // Takes the pivot off at the end: a sum that starts from it is rounded otherwise for every pivot that a row has had, which
 // far from zero is much. Most rows keep the one that they start with, zero.
