@@ -209,7 +209,7 @@ def check_outputs(model: nn.Module, runs: list[Run], expected: Mapping[str, list
 def plan_of(
     model: nn.Module,
     before: ModelSize,
-    layers: Mapping[str, Any],
+    layers: dict[str, Any],
     example_inputs: Mapping[str, Any] | None,
     undo: Callable[[], None],
 ) -> CompactPlan:
