@@ -94,6 +94,8 @@ def test_the_first_layer_of_the_paper():
     assert "has over 0.99 of the weight in {} of the rows; after training, in {}.".format(*shares) in text
     assert f"With unit embeddings the spread is {first_layer(unit, 'start', 'spread'):.2f}, and no row is saturated." in text
     assert first_layer(unit, "start", "saturated") < 0.0005
+    spread, saturated = (first_layer(f"{authors}, spread 1", "end", figure) for figure in ("spread", "saturated"))
+    assert f"first layer ends at {spread:.0f}, and {100 * saturated:.0f} % of its rows are saturated" in text
     for arm in ("neural, authors' embeddings", "neural, unit embeddings"):
         assert first_layer(arm, "start", "spread") < 0.03 and first_layer(arm, "end", "spread") < 0.055
         assert {f"{first_layer(arm, when, 'entropy'):.2f}" for when in ("start", "end")} == {"4.58"}

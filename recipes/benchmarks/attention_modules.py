@@ -37,7 +37,15 @@ def build_module(name: str, length: int) -> nn.Module:
     set_seed(0)
     classes = GPT2[Arm.DOT if name == STOCK else Arm.NEURAL]
     config = classes.config(
-        n_layer=1, n_positions=length, attn_pdrop=0.0, resid_pdrop=0.0, attn_implementation="sdpa", **MODULES[name]
+        n_layer=1,
+        n_positions=length,
+        vocab_size=1,  # saves a second that embeddings would take, of which nothing is measured
+        bos_token_id=0,
+        eos_token_id=0,
+        attn_pdrop=0.0,
+        resid_pdrop=0.0,
+        attn_implementation="sdpa",
+        **MODULES[name],
     )
     model: Any = classes.model(config)
     return model.base_model.h[0].attn

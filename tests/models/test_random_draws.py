@@ -61,7 +61,7 @@ def test_missing_scorers_are_drawn(family: Family, draws: list[Any], tmp_path: P
     assert len(draws) == 1
 
 
-@pytest.mark.parametrize("per_head", (False, True))
+@pytest.mark.parametrize("per_head", (False, pytest.param(True, marks=pytest.mark.slow)))
 def test_patched_models_draw_nothing_and_may_fork(per_head: bool, draws: list[Any], tmp_path: Path):
     patch(FAMILIES["llama"].model(), "all", proj_dim=16, per_head=per_head).save_pretrained(tmp_path)
     draws.clear()

@@ -351,9 +351,10 @@ print(peak() - before)
     ("heads", "most"),
     [
         (1, 16384**2),  # allows fewer bytes than a bool for every pair of one head
-        pytest.param(12, 2**30, marks=pytest.mark.slow),
+        (12, 2**30),
     ],
 )
+@pytest.mark.slow
 def test_memory_of_forward_and_backward_grows_with_the_length_alone(heads: int, most: int):
     assert int(run_python("-c", MEMORY, str(heads))) < most
 

@@ -77,6 +77,7 @@ def test_cpu_description():
         assert "sse2" in native_build.cpu_description()
 
 
+@pytest.mark.slow
 def test_processes_that_start_together(build: Build):
     build.write_compiler("sleep 1", f'exec {COMPILER} "$@"')
     processes = [build.start() for _ in range(3)]

@@ -93,6 +93,7 @@ def compile_ahead_of_time(folder: Path, *flags: str) -> list[dict]:
     return results
 
 
+@pytest.mark.slow
 def test_kernels_compile_ahead_of_time(tmp_path: Path):
     results = compile_ahead_of_time(tmp_path, "--targets", "sm_90", "--dtypes", "bf16", "--modes", "replace", "--sizes", "0")
     assert len(results) == 3
