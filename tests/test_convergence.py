@@ -85,7 +85,7 @@ def cases() -> Iterator[Any]:
         yield pytest.param(name, mode, backend, marks=pytest.mark.slow if is_slow else ())
 
 
-@pytest.mark.parametrize(("name", "mode", "backend"), cases())
+@pytest.mark.parametrize(("name", "mode", "backend"), list(cases()))
 def test_training_follows_the_curve_of_the_reference(name: str, mode: str, backend: str):
     assert_follows(name, mode, backend, "cpu")
 
