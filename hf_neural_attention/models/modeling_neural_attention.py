@@ -174,6 +174,11 @@ def attach_scorers(model: Any, attentions: list[str]) -> None:
             f"{type(model).__name__} got a {type(config).__name__}, which says nothing of neural layers; expected a "
             f"Neural{type(config).__name__}: `Neural{type(config).__name__}(**config.to_diff_dict(), neural_layers=...)`."
         )
+    if config.neural_compact and not hasattr(model, "compact_attention_class"):
+        raise ValueError(
+            f"`neural_compact` is True, and {type(model).__name__} has no compact attention: its queries and keys are more than "
+            "a projection makes of them. Leave `neural_compact` out."
+        )
     for index in config.neural_layer_indices:
         attention = model.get_submodule(attentions[index])
         if config.neural_compact:

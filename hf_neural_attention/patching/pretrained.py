@@ -62,7 +62,7 @@ def neural_fields(record: dict[str, Any]) -> dict[str, Any] | None:
     stock_type, layers = record["base_model"]["model_type"], record["layers"]
     neural_type = next((neural for neural, stock in FAMILIES.items() if stock == stock_type), None)
     architecture = f"Neural{record['base_model']['class']}"
-    if neural_type is None or architecture not in hf_neural_attention.__all__:
+    if neural_type is None or stock_type not in COUNTED_LAYERS or architecture not in hf_neural_attention.__all__:
         return None
     matches = [re.fullmatch(COUNTED_LAYERS[stock_type], name) for name in layers]
     settings = [{**each, "per_head": each["num_heads"] is not None} for each in layers.values()]

@@ -321,6 +321,15 @@ def test_a_cache_that_has_no_room_says_so_itself():
         run(model, **GPT2.inputs(labels=False), **{CACHE: Full()})
 
 
+def test_a_family_without_compact_attention_says_so(monkeypatch):
+    """As one with rotary positions, which somebody may add."""
+    for parent in NeuralGPT2LMHeadModel.__mro__:
+        if "compact_attention_class" in vars(parent):
+            monkeypatch.delattr(parent, "compact_attention_class")
+    with pytest.raises(ValueError, match="has no compact attention"):
+        GPT2.neural(neural_layers="all", neural_compact=True)
+
+
 def test_scorer_errors():
     with pytest.raises(ValueError, match=r"`hidden_dims\[1\]` is 0"):
         CompactScorer((2, 0))
