@@ -1,6 +1,7 @@
 """`export_to_hub`: a model as a folder, or a repository on the Hub, that anyone can load."""
 
 import json
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -13,22 +14,25 @@ from huggingface_hub import EvalResult, ModelCardData
 from torch import nn
 from transformers import CONFIG_MAPPING, PreTrainedModel
 from transformers.dynamic_module_utils import get_relative_import_files
-from transformers.utils import CONFIG_NAME
+from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME
 
 import hf_neural_attention
 
 from .introspection import compact_layers, is_born_neural, unwrap
 from .models.configuration_neural_patched import RECORD, PatchedConfig
 from .models.modeling_neural_patched import PREFIX, PatchedModelMixin
+from .models.neural_attention_names import origin_of
 from .patching.errors import PatchError
 from .patching.pretrained import neural_fields
-from .patching.records import check_without_adapters, record_of
+from .patching.records import check_without_adapters, is_repository, record_of
 from .patching.sizes import SIZE_TITLES, size_of, stock_twin
 from .registration import FAMILIES, MODELS_OF_AUTO_CLASSES
 from .uploading import upload
 
 
 MODELS = Path(__file__).parent / "models"
+# Matches files that hold weights, or say where they are
+WEIGHT_FILES = re.compile(r"(pytorch_)?model[.\w-]*\.(safetensors|bin)(\.index\.json)?")
 
 CITATION = """@article{digiugno2025neural,
   title   = {Neural Attention: A Novel Mechanism for Enhanced Expressive Power in Transformer Models},
@@ -55,7 +59,7 @@ def export_to_hub(
     remote_code: bool = True,
     results: Mapping[str, float] | str | Path | None = None,
     dataset: str | None = None,
-    license: str = "apache-2.0",
+    license: str | None = None,
     description: str = "",
     push_to_hub: bool = False,
     repo_id: str | None = None,
@@ -77,12 +81,15 @@ def export_to_hub(
     Args:
         model (`nn.Module`): A `NeuralGPT2*` or `NeuralViT*` model, or one of any family whose layers `patch` has made neural.
             The card of a compact one says what it was folded from, and its size beside that of the stock model.
-        save_directory (`str` or `Path`): Is made if it is not there; files of the same names are replaced.
+        save_directory (`str` or `Path`): Is made if it is not there; files of the same names are replaced, and weights of
+            another export removed. What else is there stays, and is not uploaded.
         tokenizer_or_processor (*optional*): With `save_pretrained`.
         remote_code (`bool`): Put the model's code beside it, for those without this package. Default: True.
         results (`dict`, or path of a JSON file of the recipes, *optional*): Figures for the card, by name.
-        dataset, license, description: for the card.
-        push_to_hub (`bool`): Upload the folder. Default: False.
+        dataset, description: for the card.
+        license (`str`, *optional*): For the card, which says none by default: that of a checkpoint is not ours to give. Where
+            the model was made of one on the Hub, the card names that as its base.
+        push_to_hub (`bool`): Upload what was written. Default: False.
         repo_id, token, private, commit_message: for the upload. Default of `repo_id`: the folder's name.
 
     Returns:
@@ -98,6 +105,7 @@ def export_to_hub(
     architecture = exported_class(base)
     figures = read_results(results)
     folder = Path(save_directory)
+    check_no_adapters(folder)
     title = repo_id or folder.resolve().name
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{title.split('/')[-1]}.") as name:
@@ -121,12 +129,18 @@ def export_to_hub(
                 figures,
                 dataset,
                 license,
+                origin_of(base),
                 description,
                 remote_code,
                 compact_section(base) if compact_layers(base) else "",
-            )
+            ),
+            encoding="utf-8",
         )
         folder.mkdir(exist_ok=True)
+        exported = [path.name for path in draft.iterdir()]
+        for path in folder.iterdir():
+            if WEIGHT_FILES.fullmatch(path.name) and path.name not in exported:
+                path.unlink()  # would be loaded in place of the new ones
         # moves the config last, since a folder without it is no model
         for path in sorted(draft.iterdir(), key=lambda path: path.name == CONFIG_NAME):
             if path.is_dir():  # holds a tokenizer's further chat templates
@@ -134,8 +148,18 @@ def export_to_hub(
             else:
                 path.replace(folder / path.name)
     if push_to_hub:
-        upload(folder, title, token, private, commit_message)
+        patterns = [each for name in exported for each in (name, f"{name}/**")]
+        upload(folder, title, token, private, commit_message, allow_patterns=patterns)
     return folder
+
+
+def check_no_adapters(folder: Path) -> None:
+    """Raises a PatchError if a folder holds adapters, which the Auto classes would put into any model that is there."""
+    if (folder / ADAPTER_CONFIG_NAME).exists():
+        raise PatchError(
+            f"{folder} holds adapters ({ADAPTER_CONFIG_NAME}), which would be loaded into the exported model. Export it to "
+            "another folder, or remove them. Nothing was written."
+        )
 
 
 def exported_class(model: Any) -> str:
@@ -190,12 +214,13 @@ def add_code(folder: Path, auto_map: dict[str, str]) -> None:
     for file in sorted(files):
         shutil.copy(file, folder / file.name)
     path = folder / CONFIG_NAME
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"auto_map": auto_map}, indent=2, sort_keys=True) + "\n")
+    content = json.loads(path.read_text(encoding="utf-8")) | {"auto_map": auto_map}
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def add_code_of_saved(folder: Path) -> None:
     """`add_code` for a model that `save_pretrained` has written; nothing for a stock one, or one whose class is nobody's."""
-    config = json.loads((folder / CONFIG_NAME).read_text())
+    config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
     architecture = (config.get("architectures") or [""])[0]
     if architecture in hf_neural_attention.__all__:
         add_code(folder, auto_classes(config["model_type"], architecture))
@@ -223,7 +248,7 @@ def read_results(results: Mapping[str, float] | str | Path | None) -> dict[str, 
     if results is None:
         return {}
     if isinstance(results, str | Path):
-        results = json.loads(Path(results).read_text())
+        results = json.loads(Path(results).read_text(encoding="utf-8"))
     metrics = results.get("metrics", results) if isinstance(results, Mapping) else None
     if not isinstance(metrics, Mapping):
         raise ValueError("`results` must hold numbers by name, or a recipe's results.json with `metrics`.")
@@ -274,7 +299,8 @@ def card(
     pipeline: str | None,
     figures: dict[str, float],
     dataset: str | None,
-    license: str,
+    license: str | None,
+    origin: str,
     description: str,
     remote_code: bool,
     on_compact_form: str = "",
@@ -297,6 +323,7 @@ def card(
     ]
     metadata = ModelCardData(
         license=license,
+        base_model=origin if is_repository(origin) else None,
         library_name="transformers",
         pipeline_tag=pipeline,
         tags=["neural-attention", "hf_neural_attention"],

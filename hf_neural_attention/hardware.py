@@ -17,7 +17,7 @@ INSTRUCTION_SETS = (
 def processor() -> str:
     """Name of the CPU, its cores, and those of its instruction sets that matter for speed."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return platform.processor() or platform.machine()
     facts = {name.strip(): text.strip() for name, _, text in (line.partition(":") for line in reversed(lines))}

@@ -296,10 +296,10 @@ def main() -> None:
     print(text)
     if arguments.output:
         record = {"command": command_line(), "environment": {"triton": version("triton")}, "results": results}
-        write_json(Path(arguments.output).with_suffix(".json"), record)
+        write_json(Path(f"{arguments.output}.json"), record)
         card = INSTRUCTIONS_CARD if arguments.instructions else RESOURCES_CARD
         words = {"command": record["command"], "triton": version("triton"), "table": text}
-        Path(arguments.output).with_suffix(".md").write_text(card.format(**words))
+        Path(f"{arguments.output}.md").write_text(card.format(**words), encoding="utf-8")
 
 
 if __name__ == "__main__":

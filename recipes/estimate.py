@@ -202,7 +202,7 @@ def main() -> None:
     print(text)
     if arguments.output is not None:
         write_json(Path(f"{arguments.output}.json"), record)
-        Path(f"{arguments.output}.md").write_text(text)
+        Path(f"{arguments.output}.md").write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

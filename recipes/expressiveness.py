@@ -178,8 +178,8 @@ def main() -> None:
     if arguments.output is not None:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         where = environment()
-        write_json(arguments.output.with_suffix(".json"), {"command": command_line(), "environment": where, "rows": rows})
-        draw(rows, arguments.output.with_suffix(".png"))
+        write_json(Path(f"{arguments.output}.json"), {"command": command_line(), "environment": where, "rows": rows})
+        draw(rows, Path(f"{arguments.output}.png"))
         explanation = (__doc__ or "").split("\n\n", 2)[2].strip()
         text = (
             f"# What a dot product cannot score\n\n{explanation}\n\n{table(rows)}\n\n"
@@ -187,7 +187,7 @@ def main() -> None:
             f"In brackets: parameters. The best of {RESTARTS} starts, {STEPS} steps each, on a grid of {GRID} x {GRID}. By "
             f"`{command_line()}`, torch {where['torch']}, {where['cpu']}.\n"
         )
-        arguments.output.with_suffix(".md").write_text(text)
+        Path(f"{arguments.output}.md").write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -199,7 +199,7 @@ def main() -> None:
         parser.error(
             f"--tests {arguments.tests} has no folder `models`: it must be the folder `tests` of Transformers' source."
         )
-    path = arguments.output.with_suffix(".json") if arguments.output else None
+    path = Path(f"{arguments.output}.json") if arguments.output else None
     kept = path is not None and path.exists() and (arguments.families or arguments.resume)
     results = json.loads(path.read_text(encoding="utf-8"))["families"] if path and kept else {}
     done = {name for name, result in results.items() if result.get("reason") != DIED} if arguments.resume else set()
@@ -216,7 +216,7 @@ def main() -> None:
         if path:  # writes each time, so that a run that is stopped can go on with the other families
             record["families"] = dict(sorted(results.items()))
             write_json(path, record)
-            path.with_suffix(".md").write_text(markdown(record), encoding="utf-8")
+            Path(f"{arguments.output}.md").write_text(markdown(record), encoding="utf-8")
     print(Counter(result["status"] for result in results.values()))
 
 

@@ -43,13 +43,13 @@ def draw_maps(maps: tuple[torch.Tensor, ...], tokens: list[str]) -> Figure:
     return figure
 
 
-def draw_maps_over(maps: tuple[torch.Tensor, ...], image: PIL.Image.Image) -> Figure:
+def draw_maps_over(maps: tuple[torch.Tensor, ...], image: PIL.Image.Image, grid: tuple[int, int] | None) -> Figure:
     """What the class token attends to: a row per head, a column per layer."""
     shape = (maps[0].shape[1], len(maps))
     figure = Figure(figsize=(1.8 * shape[1], 2.0 * shape[0]), layout="constrained")
     axes = figure.subplots(*shape, squeeze=False)
     for (head, layer), axis in np.ndenumerate(axes):
-        over = analysis.attention_over_image(maps[layer][0, head], (image.height, image.width))
+        over = analysis.attention_over_image(maps[layer][0, head], (image.height, image.width), grid=grid)
         analysis.draw_attention_over_image(over, image, axis, f"layer {layer}, head {head}")
     return figure
 
@@ -106,6 +106,7 @@ def main() -> None:
     arguments = parser.parse_args()
     make_folder_of("--output", arguments.output)
     tokens: list[str] = []
+    grid: tuple[int, int] | None = None
     try:
         model: Any = from_pretrained(arguments.model).eval()
         if arguments.image is None:
@@ -113,12 +114,15 @@ def main() -> None:
             tokens = tokens_of(inputs["input_ids"][0], arguments.model, getattr(model.config, "max_position_embeddings", None))
         else:
             image = open_image(arguments.image)
-            inputs = dict(AutoImageProcessor.from_pretrained(arguments.model, backend="pil")(image, return_tensors="pt"))
+            processor = AutoImageProcessor.from_pretrained(arguments.model, backend="pil")
+            inputs = dict(processor(image, return_tensors="pt"))
+            image = analysis.as_seen(image, inputs["pixel_values"][0], processor)
+            grid = analysis.patch_grid(model.config, inputs["pixel_values"])
         health = analysis.scorer_health(model, **inputs)
         print(health)
         maps = analysis.attention_maps(model, **inputs)
         pictures = {
-            "attention": draw_maps(maps, tokens) if image is None else draw_maps_over(maps, image),
+            "attention": draw_maps(maps, tokens) if image is None else draw_maps_over(maps, image, grid),
             "surface": draw_surfaces(model, inputs, arguments.head),
             "health": draw_health(health),
         }

@@ -59,13 +59,13 @@ def main() -> None:
     print(table)
     if arguments.output:
         record = {"command": command_line(), "environment": environment(), "results": results}
-        write_json(Path(arguments.output).with_suffix(".json"), record)
+        write_json(Path(f"{arguments.output}.json"), record)
         text = (
             f"# How scorers start\n\n{arguments.seeds} seeds, head_dim {arguments.head_dim}, all pairs of {arguments.length} "
             f"unit-normal queries and keys. Measured by `{record['command']}`.\n\n{table}\n\nThe scaled dot product has "
             "standard deviation 1 on these inputs.\n"
         )
-        Path(arguments.output).with_suffix(".md").write_text(text)
+        Path(f"{arguments.output}.md").write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -224,11 +224,6 @@ def main() -> None:
     build, data = (image_data if is_image else text_data)(checkpoint, arguments, training)
     folder = Path(training.output_dir)
 
-    def show(model: PreTrainedModel, where: Path | None) -> str:
-        if patch_status(model) and not neural.neural_compact:  # of a compact model, no patch can be told apart
-            save_patch(model, folder / Arm.NEURAL / "patch", is_main_process=where is not None)
-        return data.show(model, where)
-
     def build_arm(arm: Arm) -> PreTrainedModel:
         return build_model(arm, build, neural, folder, training.seed)
 
@@ -236,10 +231,10 @@ def main() -> None:
         model = build_arm(arm)
         return compact(model) if arm.is_neural and neural.neural_compact else model
 
-    experiment = dataclasses.replace(data, show=show).experiment(build_arm, training, neural, checkpoint, arguments)
+    experiment = data.experiment(build_arm, training, neural, checkpoint, arguments)
     if training.should_save:
         claim_folder(folder, experiment.settings)
-    stages: dict[str, Any] = json.loads((folder / STAGES).read_text()) if (folder / STAGES).exists() else {}
+    stages: dict[str, Any] = json.loads((folder / STAGES).read_text(encoding="utf-8")) if (folder / STAGES).exists() else {}
     if Arm.NEURAL in neural.arms:
         try:
             if neural.neural_compact:  # says what speaks against it before anything is fitted
@@ -255,7 +250,7 @@ def main() -> None:
             table = stages_table(stages, results, data.task)
             notes = f"{table}\n\n{notes}"
             print(f"\n{table}")
-        data.task.notes = notes
+        data.task.notes, data.task.checkpoint = notes, name
         if config.model_type not in ("gpt2", "vit"):
             data.task.neural_loading = lambda where: f'model = hf_neural_attention.from_pretrained("{where}")'
 

@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
@@ -87,7 +88,9 @@ def main() -> None:
     settings = {"float32": None, "int8": BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=kept)}
     rows: list[dict[str, Any]] = []
     for name, quantization in settings.items():
-        options = {} if quantization is None else {"quantization_config": quantization, "device_map": "auto"}
+        options: dict[str, Any] = {"dtype": torch.float32}  # whatever the checkpoint is stored in
+        if quantization is not None:
+            options |= {"quantization_config": quantization, "device_map": "auto"}
         model = load(arguments.model_name_or_path, **options)
         figures = perplexity(
             model,
@@ -112,7 +115,8 @@ def main() -> None:
         Path(f"{arguments.card}.md").write_text(
             "# Weights in int8\n\n"
             f"{table}\n\nBy `{record['command']}` on {where['cpu']}, torch {where['torch']}, "
-            f"transformers {where['transformers']}, with bitsandbytes. Embeddings and the tied head stay in float32.\n"
+            f"transformers {where['transformers']}, with bitsandbytes. Embeddings and the tied head stay in float32.\n",
+            encoding="utf-8",
         )
 
 

@@ -134,9 +134,10 @@ def run(study: Study, arm: str, seed: int, launcher: list[str], folder: Path, re
     command = [*launcher, str(SCRIPTS / study.recipe), *words, *as_flags({"seed": seed, "output_dir": output})]
     if subprocess.run(command, check=False).returncode:
         raise SystemExit(f"The run of {arm!r} with seed {seed} failed: {shlex.join(command)}\nRun the study again to go on.")
-    finished = json.loads((output / study.attention(arm) / RESULTS).read_text())
-    where = json.loads((output / "comparison.json").read_text())["environment"]  # reads that of the run's own processes
-    asked = settings_of_run(json.loads((output / "run.json").read_text())) | {"processes": where["processes"]}
+    finished = json.loads((output / study.attention(arm) / RESULTS).read_text(encoding="utf-8"))
+    comparison = json.loads((output / "comparison.json").read_text(encoding="utf-8"))
+    where = comparison["environment"]  # reads that of the run's own processes
+    asked = settings_of_run(json.loads((output / "run.json").read_text(encoding="utf-8"))) | {"processes": where["processes"]}
     record = {"study": study.name, "arm": arm, "seed": seed, "settings": study.settings(arm)}
     record |= {**finished, "run": asked, "environment": where}
     results.mkdir(parents=True, exist_ok=True)

@@ -143,12 +143,39 @@ def test_what_is_in_the_folder(tmp_path: Path):
     assert config["auto_map"]["AutoModelForCausalLM"] == "modeling_neural_gpt2.NeuralGPT2LMHeadModel"
     assert config["auto_map"]["AutoConfig"] == "configuration_neural_gpt2.NeuralGPT2Config"
     card = (folder / "README.md").read_text()
-    for text in ("pipeline_tag: text-generation", "license: apache-2.0", "| test_perplexity | 12.5 |", "Tiny.", "2502.17206"):
+    assert "license:" not in card and "base_model:" not in card
+    for text in ("pipeline_tag: text-generation", "| test_perplexity | 12.5 |", "Tiny.", "2502.17206"):
         assert text in card, card
     assert "trust_remote_code" in card
-    bare = export_to_hub(model, tmp_path / "bare", remote_code=False)
+    model.config.name_or_path = model.name_or_path = "somebody/base"
+    bare = export_to_hub(model, tmp_path / "bare", remote_code=False, license="mit")
+    assert {"license: mit", "base_model: somebody/base"} <= set((bare / "README.md").read_text().splitlines())
     assert not list(bare.glob("*.py")) and "auto_map" not in json.loads((bare / "config.json").read_text())
     assert "trust_remote_code" not in (bare / "README.md").read_text()
+
+
+def test_what_others_left_in_the_folder(tmp_path: Path, monkeypatch):
+    """Weights that would be loaded in place of the new ones go; adapters are refused; the rest stays, and is not uploaded."""
+    model, sent = make("gpt2")[0], []
+    monkeypatch.setattr(
+        "hf_neural_attention.export.upload", lambda *arguments, **options: sent.append(options["allow_patterns"])
+    )
+    folder = tmp_path / "model"
+    (folder / "checkpoint-2").mkdir(parents=True)
+    stale = ("model-00001-of-00002.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
+    for name in (*stale, "training_args.bin", "notes.txt", "checkpoint-2/model.safetensors"):
+        (folder / name).write_text("old")
+    export_to_hub(model, folder, push_to_hub=True)
+    names = {path.name for path in folder.iterdir()}
+    assert names >= {"training_args.bin", "notes.txt", "checkpoint-2", "model.safetensors"} and not names & {*stale}
+    assert not {"training_args.bin", "notes.txt", "checkpoint-2"} & {*sent[0]} and {"model.safetensors", "README.md"} < {
+        *sent[0]
+    }
+    (folder / "adapter_config.json").write_text("{}")
+    before = (folder / "README.md").read_bytes()
+    with pytest.raises(PatchError, match=r"holds adapters \(adapter_config.json\)"):
+        export_to_hub(model, folder, description="new")
+    assert (folder / "README.md").read_bytes() == before
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """What the files around the code say agrees with the code and with each other."""
 
+import ast
 import os
 import re
 import subprocess
@@ -136,3 +137,15 @@ def test_no_path_of_a_machine():
             continue
         found += [f"{name}:{number}: {line}" for number, line in enumerate(lines, 1) if MACHINE_PATH.search(line)]
     assert not found, "\n".join(found)
+
+
+def test_text_files_have_one_encoding_everywhere():
+    """Not that of whoever runs the code, which on Windows cannot hold what a model writes."""
+    found = []
+    for path in [path for folder in ("hf_neural_attention", "recipes", "docs") for path in (ROOT / folder).rglob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            called = node.func.attr if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) else None
+            is_text = called == "write_text" or (called == "read_text" and not node.args)
+            if is_text and not any(keyword.arg == "encoding" for keyword in node.keywords):
+                found.append(f"{path.relative_to(ROOT)}:{node.lineno}")
+    assert not found

@@ -38,3 +38,26 @@ def to_rgb(image: Any) -> Any:
         image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
+
+
+def as_seen(image: Any, pixel_values: Any, processor: Any) -> Any:
+    """What a model sees of an image: the image itself, but for processors that cut its middle out (DeiT's, DINOv2's).
+
+    Args:
+        image (`PIL.Image.Image`): Of mode RGB.
+        pixel_values (`torch.Tensor`): `[3, height, width]`, what the processor makes of it.
+        processor: an image processor of Transformers.
+
+    Returns:
+        `PIL.Image.Image` of mode RGB, as large as `pixel_values` where it is cut.
+    """
+    if not getattr(processor, "do_center_crop", None):
+        return image
+    from PIL import Image
+
+    values = pixel_values.detach().float().cpu().numpy().transpose(1, 2, 0)
+    if getattr(processor, "do_normalize", None):
+        values = values * np.asarray(processor.image_std) + np.asarray(processor.image_mean)
+    if getattr(processor, "do_rescale", None):
+        values = values / processor.rescale_factor
+    return Image.fromarray(values.round().clip(0, 255).astype(np.uint8))

@@ -73,25 +73,43 @@ def dot_product_weights(scorer: Any, call: Call) -> torch.Tensor | None:
         return softmax_or_zero(call.masked_rows(scores_of(None, call, rows), rows), call.sinks)
 
 
-def attention_over_image(weights: torch.Tensor, image_size: tuple[int, int], query: int = 0) -> torch.Tensor:
+def patch_grid(config: Any, pixel_values: torch.Tensor) -> tuple[int, int] | None:
+    """Rows and columns of the patches that a model cuts `pixel_values` `[..., height, width]` into; None if its config has no
+    `patch_size`."""
+    size = getattr(config, "patch_size", None)
+    if not isinstance(size, int | tuple | list):
+        return None
+    rows, columns = (size, size) if isinstance(size, int) else size
+    return pixel_values.shape[-2] // rows, pixel_values.shape[-1] // columns
+
+
+def attention_over_image(
+    weights: torch.Tensor, image_size: tuple[int, int], query: int = 0, grid: tuple[int, int] | None = None
+) -> torch.Tensor:
     """Where in a picture one query of a ViT looks: its weights on the patches, as large as the picture.
 
     Args:
-        weights: `[heads, tokens, tokens]` or `[tokens, tokens]`, of one image, the first token being the class.
+        weights: `[heads, tokens, tokens]` or `[tokens, tokens]`, of one image, special tokens coming first.
         image_size: height and width in pixels.
         query: index of the token that looks; 0 is the class token.
+        grid: rows and columns of patches (`patch_grid`); tokens before the last `rows * columns` are special ones, of which
+            DeiT has two. Default: one class token and a square.
 
     Returns:
         `[heads, height, width]` or `[height, width]`: each patch's weight on all its pixels.
 
     Raises:
-        ValueError: if the patches make no square.
+        ValueError: if the patches make no square, or are fewer than the grid has.
     """
-    patches = weights[..., query, 1:]
-    side = round(patches.shape[-1] ** 0.5)
-    if side * side != patches.shape[-1]:
-        raise ValueError(f"{patches.shape[-1]} patches make no square; expected one class token and a square of patches.")
-    grid = patches.unflatten(-1, (side, side)).float()
-    flat = grid.reshape(-1, 1, side, side)
-    large = torch.nn.functional.interpolate(flat, size=image_size, mode="nearest")
-    return large.reshape(*grid.shape[:-2], *image_size)
+    tokens = weights.shape[-1]
+    if grid is None:
+        side = round((tokens - 1) ** 0.5)
+        if side * side != tokens - 1:
+            raise ValueError(f"{tokens - 1} patches make no square; expected one class token and a square of patches.")
+        grid = side, side
+    rows, columns = grid
+    if not 0 < rows * columns <= tokens:
+        raise ValueError(f"There are {tokens} tokens, of which {rows} x {columns} cannot be patches.")
+    patches = weights[..., query, tokens - rows * columns :].unflatten(-1, (rows, columns)).float()
+    large = torch.nn.functional.interpolate(patches.reshape(-1, 1, rows, columns), size=image_size, mode="nearest")
+    return large.reshape(*patches.shape[:-2], *image_size)

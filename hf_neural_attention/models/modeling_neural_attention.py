@@ -176,8 +176,8 @@ def attach_scorers(model: Any, attentions: list[str]) -> None:
         )
     if config.neural_compact and not hasattr(model, "compact_attention_class"):
         raise ValueError(
-            f"`neural_compact` is True, and {type(model).__name__} has no compact attention: its queries and keys are more than "
-            "a projection makes of them. Leave `neural_compact` out."
+            f"`neural_compact` is True, and {type(model).__name__} has no compact attention: its queries and keys are more "
+            "than a projection makes of them. Leave `neural_compact` out."
         )
     for index in config.neural_layer_indices:
         attention = model.get_submodule(attentions[index])

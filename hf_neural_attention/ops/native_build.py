@@ -88,7 +88,7 @@ def find_compiler() -> list[str]:
 def cpu_description() -> str:
     """What `-march=native` depends on."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n\n")[0].splitlines()
         wanted = ("model name", "flags", "Features", "CPU part", "CPU implementer")
         return "\n".join(line for line in lines if line.startswith(wanted))
     except OSError:
@@ -154,7 +154,7 @@ def compile_library(compiler: list[str], dtype: torch.dtype, target: Path) -> No
                     break
                 problems.append(problem)
             if problem is None:
-                checksum_file(target).write_text(checksum(linked))
+                checksum_file(target).write_text(checksum(linked), encoding="utf-8")
                 os.replace(linked, target)
                 return
             problems.append(problem)
@@ -189,7 +189,7 @@ def checksum_file(library: Path) -> Path:
 def is_compiled(library: Path) -> bool:
     """Whether it lies there, whole."""
     try:
-        return checksum_file(library).read_text(errors="replace") == checksum(library)
+        return checksum_file(library).read_text(errors="replace", encoding="utf-8") == checksum(library)
     except OSError:
         return False
 

@@ -48,13 +48,13 @@ class ConfigToSave(NeuralConfigView):
     def save_pretrained(self, save_directory: Any, **kwargs) -> None:
         self.base.save_pretrained(save_directory, **kwargs)
         path = Path(save_directory) / CONFIG_NAME
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
         content |= neural_fields(self.record) or {
             "model_type": PATCHED_TYPE,
             "architectures": [f"{PREFIX}{self.record['base_model']['class']}"],
             RECORD: self.record,
         }
-        path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+        path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def neural_fields(record: dict[str, Any]) -> dict[str, Any] | None:

@@ -90,14 +90,14 @@ def save_patch(
     folder.mkdir(parents=True, exist_ok=True)
     # replaces each file in one step, so that a killed process leaves the old one or the new one
     save_file(weights, folder / f"{WEIGHTS}.draft", metadata={"format": "pt"})
-    (folder / f"{RECORD}.draft").write_text(json.dumps(record, indent=2) + "\n")
+    (folder / f"{RECORD}.draft").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     for file in (WEIGHTS, RECORD):
         (folder / f"{file}.draft").replace(folder / file)
     if not (folder / "README.md").exists():
-        (folder / "README.md").write_text(card_of(record, repo_id or folder.name))
+        (folder / "README.md").write_text(card_of(record, repo_id or folder.resolve().name), encoding="utf-8")
     if push_to_hub:
         files = [WEIGHTS, RECORD, "README.md"]
-        upload(folder, repo_id or folder.name, token, private, commit_message, allow_patterns=files)
+        upload(folder, repo_id or folder.resolve().name, token, private, commit_message, allow_patterns=files)
 
 
 def weights_of(scorers: Mapping[str, Any]) -> dict[str, torch.Tensor]:
@@ -187,7 +187,7 @@ def read_patch(where: str, revision: str | None, token: str | bool | None) -> tu
     """Record and weights of a patch, from a folder or the Hub."""
     files = [str(cached_file(where, name, revision=revision, token=token)) for name in (RECORD, WEIGHTS)]
     try:
-        record = json.loads(Path(files[0]).read_text())
+        record = json.loads(Path(files[0]).read_text(encoding="utf-8"))
         weights = load_file(files[1])
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise PatchError(f"{RECORD} in {where} is damaged: {error}. Save or download the patch again.") from None

@@ -149,11 +149,11 @@ def write_files(output: str, record: dict[str, Any], card: str, axes: list[str])
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = record["rows"]
     write_json(path.with_name(f"{path.name}.json"), record)
-    with path.with_name(f"{path.name}.csv").open("w", newline="") as file:
+    with path.with_name(f"{path.name}.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
     if "length" in axes:
         draw_lengths(rows, axes, path.with_name(f"{path.name}.png"))
         card += f"\n![Time and memory against the length]({path.name}.png)\n"
-    path.with_name(f"{path.name}.md").write_text(card)
+    path.with_name(f"{path.name}.md").write_text(card, encoding="utf-8")

@@ -85,10 +85,14 @@ def over_image(look: Look, drawn: list[tuple[torch.Tensor | None, str]]) -> Figu
         if weights is None:
             say(axis, title)
             continue
-        over = analysis.attention_over_image(weights, (image.height, image.width))
+        over = analysis.attention_over_image(weights, (image.height, image.width), grid=grid_of(look))
         analysis.draw_attention_over_image(over, image, axis)
         axis.set_title(title, **TITLE)
     return figure
+
+
+def grid_of(look: Look) -> tuple[int, int] | None:
+    return analysis.patch_grid(look.opened.model.config, look.example.inputs["pixel_values"])
 
 
 def say(axis: Any, text: str) -> None:
@@ -117,7 +121,7 @@ def draw_small(look: Look, layer: int, head: int, axis: Any) -> None:
         axis.set_xticks([])
         axis.set_yticks([])
     else:
-        over = analysis.attention_over_image(weights, (image.height, image.width))
+        over = analysis.attention_over_image(weights, (image.height, image.width), grid=grid_of(look))
         analysis.draw_attention_over_image(over, image, axis)
 
 

@@ -225,7 +225,7 @@ def read_image(opened: Opened, path: str | Path | None) -> Example:
 def of_image(opened: Opened, image: PIL.Image.Image) -> Example:
     """The example that an image in RGB is for this model."""
     inputs = dict(opened.reader(image, return_tensors="pt"))
-    shown = image.copy()
+    shown = analysis.as_seen(image, inputs["pixel_values"][0], opened.reader).copy()
     shown.thumbnail((SHOWN_SIDE, SHOWN_SIDE))
     return Example(inputs, image=image, shown=shown)
 

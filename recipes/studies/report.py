@@ -37,8 +37,8 @@ def report(study: Study, folder: Path) -> str:
     found, costs = load_results(study, folder), load_costs(folder)
     rows = summarize(study, found, costs)
     text = markdown(study, found, rows, costs["environment"])
-    (folder / "report.md").write_text(text)
-    with (folder / "report.csv").open("w", newline="") as file:
+    (folder / "report.md").write_text(text, encoding="utf-8")
+    with (folder / "report.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
@@ -49,7 +49,7 @@ def report(study: Study, folder: Path) -> str:
     if study.shapes:
         draw_shapes(study, found, rows, folder / "shapes.png")
     if (card := best_card(study, found, rows)) is not None:
-        (folder / f"{CARD}.md").write_text(card)
+        (folder / f"{CARD}.md").write_text(card, encoding="utf-8")
     return text
 
 

@@ -37,7 +37,7 @@ def load_results(study: Study, folder: Path) -> Results:
         path = folder / file_name(arm, seed)
         if not path.exists():
             continue
-        record = json.loads(path.read_text())
+        record = json.loads(path.read_text(encoding="utf-8"))
         if record["settings"] != study.settings(arm):
             raise SystemExit(
                 f"{path} is of a run with {record['settings']}; the study file now asks for {study.settings(arm)}. Restore "
@@ -71,7 +71,11 @@ def adopt_runs(study: Study, others: list[Path], folder: Path) -> list[str]:
     """
     adopted = []
     for other in others:
-        records = [record for path in sorted(other.glob("*.json")) if "seed" in (record := json.loads(path.read_text()))]
+        records = [
+            record
+            for path in sorted(other.glob("*.json"))
+            if "seed" in (record := json.loads(path.read_text(encoding="utf-8")))
+        ]
         if not records:
             raise SystemExit(f"{other} has no finished run of a study.")
         for arm, seed in study.runs():

@@ -57,7 +57,7 @@ class Study:
     def load(cls, path: Path) -> "Study":
         """Raises SystemExit if the file is not there, or lacks or has what a study has not."""
         try:
-            study = cls(**{"name": path.stem, "flags": {}, **yaml.safe_load(path.read_text())})
+            study = cls(**{"name": path.stem, "flags": {}, **yaml.safe_load(path.read_text(encoding="utf-8"))})
         except (OSError, yaml.YAMLError, TypeError) as error:
             raise SystemExit(f"{path} is no study: {error}") from None
         if (fault := study.fault()) is not None:
@@ -147,7 +147,7 @@ def file_name(arm: str, seed: int) -> str:
 def load_costs(results: Path) -> dict[str, Any]:
     """What `study.py` has measured of a step of each arm; empty if it has not."""
     path = results / COSTS
-    return json.loads(path.read_text()) if path.exists() else {}
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 def is_timed(study: Study, costs: dict[str, Any]) -> bool:

@@ -19,7 +19,8 @@ def parse_arguments(*types: Any, words: list[str] | None = None, description: st
     Raises:
         SystemExit: with what is wrong, if the file is missing or malformed, or an argument does not exist or is not valid.
     """
-    parser = HfArgumentParser(list(types), description=description)
+    # takes no abbreviations, of which a secret's would not be known for one when the command is written down
+    parser = HfArgumentParser(list(types), description=description, allow_abbrev=False)
     try:
         return parser.parse_args_into_dataclasses(flags_of(words), look_for_args_file=False)
     except ValueError as error:  # comes also from `TrainingArguments` whose values do not fit together
@@ -28,7 +29,7 @@ def parse_arguments(*types: Any, words: list[str] | None = None, description: st
 
 def unknown_words(types: tuple[Any, ...], words: list[str]) -> list[str]:
     """What `parse_arguments` would not know of these words. A value that is none exits at once, as there."""
-    return HfArgumentParser(list(types)).parse_known_args(flags_of(words))[1]
+    return HfArgumentParser(list(types), allow_abbrev=False).parse_known_args(flags_of(words))[1]
 
 
 def value_of_flag(name: str) -> str | None:
@@ -48,7 +49,7 @@ def flags_of(words: list[str] | None) -> list[str]:
 
 def flags_of_file(path: Path) -> list[str]:
     try:
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise SystemExit(f"Cannot read the configuration {path}: {error.strerror}.") from None
     try:

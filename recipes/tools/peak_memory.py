@@ -54,13 +54,13 @@ def reset_high_water_mark() -> int:
     psutil.heap_trim()  # gives back what is free inside the process, which would hide what is taken next
     if not CLEAR.exists():
         return high_water_mark()
-    CLEAR.write_text("5")
+    CLEAR.write_text("5", encoding="utf-8")
     return psutil.Process().memory_info().rss
 
 
 def high_water_mark() -> int:
     """The most that this process has held, in bytes: since `reset_high_water_mark`, or, but on Linux, in its whole life."""
-    if match := re.search(r"^VmHWM:\s+(\d+) kB$", STATUS.read_text() if STATUS.exists() else "", re.MULTILINE):
+    if match := re.search(r"^VmHWM:\s+(\d+) kB$", STATUS.read_text(encoding="utf-8") if STATUS.exists() else "", re.MULTILINE):
         return int(match[1]) * 1024
     if sys.platform == "win32":
         return psutil.Process().memory_info().peak_wset

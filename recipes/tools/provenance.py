@@ -46,7 +46,15 @@ def command_line() -> str:
     words = list(sys.argv)
     if (script := Path(words[0])).is_absolute() and script.is_relative_to(ROOT):
         words[0] = script.relative_to(ROOT).as_posix()
-    for index, word in enumerate(words):
-        if word.startswith("--hub_token"):
-            words[index : index + (1 if "=" in word else 2)] = ["--hub_token", "..."]
-    return shlex.join(["python", *words])
+    shown, is_secret = [], False
+    for word in words:
+        flag, has_value, _ = word.partition("=")
+        if is_secret:
+            shown.append("...")
+            is_secret = False
+        elif flag.startswith("--") and flag.endswith("token"):  # either spelling, `--hub-token` and `--hub_token`
+            shown += [flag, "..."] if has_value else [flag]
+            is_secret = not has_value
+        else:
+            shown.append(word)
+    return shlex.join(["python", *shown])

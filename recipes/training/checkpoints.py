@@ -56,7 +56,7 @@ def what_is_damaged(checkpoint: Path) -> str | None:
     for path in sorted(checkpoint.rglob("*")):
         try:
             if path.suffix == ".json":
-                json.loads(path.read_text())
+                json.loads(path.read_text(encoding="utf-8"))
             elif path.suffix == ".safetensors":
                 with safe_open(path, framework="pt"):
                     pass

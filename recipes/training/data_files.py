@@ -2,6 +2,7 @@
 
 import csv
 import re
+from glob import escape
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -87,7 +88,7 @@ def read(files: list[Path]) -> Dataset:
     if builder == "csv":
         for file in files:
             check_csv(file)
-    return load_dataset(builder, data_files=list(map(str, files)), split="train", **options.get(builder, {}))
+    return load_dataset(builder, data_files=[escape(str(file)) for file in files], split="train", **options.get(builder, {}))
 
 
 def check_csv(file: Path) -> None:

@@ -97,7 +97,7 @@ def load_splits(arguments: ImageArguments) -> DatasetDict:
     if path.is_dir():
         files = files_of_splits(path, (".parquet",), arguments.dataset_config_name)
         splits = read_files(files) if files else read_image_folder(path)
-    elif path.exists() or name.startswith((".", "/")) or path.suffix:
+    elif path.exists() or name.startswith((".", "/")) or path.suffix in (".parquet", ".zip"):
         raise SystemExit(f"{name} is no folder. Expected a folder with train.parquet, or with train/CLASS/*.png.")
     else:
         splits = load_hub_dataset(name, arguments.dataset_config_name)

@@ -30,4 +30,4 @@ def publish(folder: Path, arms: Iterable[Arm], training: TrainingArguments) -> N
             upload(folder / arm, name, training.hub_token, private, message, ignore_patterns=LEFT_OUT)
         except RuntimeError as error:
             raise SystemExit(f"{error}") from None
-        print(f"Uploaded: {name}, {json.loads((folder / arm / RESULTS).read_text())['steps']} steps")
+        print(f"Uploaded: {name}, {json.loads((folder / arm / RESULTS).read_text(encoding='utf-8'))['steps']} steps")

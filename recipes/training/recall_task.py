@@ -169,7 +169,7 @@ def show_questions(model: PreTrainedModel, folder: Path | None, data: Dataset) -
     _, found, answers = next(guesses(model, data.select([0]), 1))
     sample = f"Of the questions of the first test sequence, it answers {int((found == answers).sum())} of {len(answers)}."
     if folder is not None:
-        (folder / "sample.txt").write_text(sample + "\n")
+        (folder / "sample.txt").write_text(sample + "\n", encoding="utf-8")
     return sample
 
 

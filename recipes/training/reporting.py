@@ -10,6 +10,7 @@ import yaml
 from matplotlib.figure import Figure
 
 from hf_neural_attention.export import CITATION
+from hf_neural_attention.patching.records import is_repository
 from tools.json_files import write_json
 from tools.markdown import markdown_table
 from tools.provenance import command_line, environment
@@ -44,6 +45,7 @@ class Task:
     neural_loading: Callable[[str], str] | None = None  # where it is not that of the stock model
     picture: str = "Training and evaluation loss"  # what the card's picture shows
     step: str = "forward and backward"  # what of a step was timed
+    checkpoint: str | None = None  # that was trained on, if it was not from scratch
 
 
 def comparison_table(results: Results, task: Task) -> str:
@@ -129,20 +131,20 @@ def report(results: Results, task: Task, folder: Path, card: str | None = None, 
     """Prints the table, writes it with a picture, and writes a model card into each arm's folder, and to `card`."""
     table = comparison_table(results, task)
     print(f"\n{table}\n\n{verdict(results, task)}\n")
-    (folder / "comparison.md").write_text(f"{table}\n\n{verdict(results, task)}\n")
+    (folder / "comparison.md").write_text(f"{table}\n\n{verdict(results, task)}\n", encoding="utf-8")
     draw_comparison(results, folder / "comparison.png")
     record = {"command": command_line(), "environment": environment(), "note": note or "", "results": results}
     write_json(folder / "comparison.json", record)
     for arm in results:
         shutil.copy(folder / "comparison.png", folder / arm / "comparison.png")
-        (folder / arm / "README.md").write_text(card_text(record, task, arm, "comparison.png"))
+        (folder / arm / "README.md").write_text(card_text(record, task, arm, "comparison.png"), encoding="utf-8")
     print(f"Models: {', '.join(str(folder / arm) for arm in results)}. Table and picture: {folder / 'comparison.md'}, .png")
     if card is not None:
         Path(card).parent.mkdir(parents=True, exist_ok=True)
         write_json(Path(f"{card}.json"), record)
         shutil.copy(folder / "comparison.png", f"{card}.png")
         arm = list(results)[-1]
-        Path(f"{card}.md").write_text(card_text(record, task, arm, Path(f"{card}.png").name))
+        Path(f"{card}.md").write_text(card_text(record, task, arm, Path(f"{card}.png").name), encoding="utf-8")
         print(f"Model card: {card}.md")
 
 
@@ -156,7 +158,9 @@ def card_text(record: dict[str, Any], task: Task, arm: Arm, picture: str) -> str
     results = {Arm(name): each for name, each in record["results"].items()}
     result = results[arm]
     metadata = {
-        "license": "apache-2.0",
+        # leaves the license of a checkpoint to whoever gave it
+        **({"license": "apache-2.0"} if task.checkpoint is None else {}),
+        **({"base_model": task.checkpoint} if is_repository(task.checkpoint) else {}),
         "library_name": "transformers",
         "pipeline_tag": task.pipeline_tag,
         "tags": ["neural-attention"] if arm.is_neural else [],

@@ -53,7 +53,7 @@ def claim_folder(folder: Path, settings: dict[str, Any]) -> None:
     record = folder / "run.json"
     begun = any(any(folder.glob(pattern)) for pattern in ("*/checkpoint-*", f"*/{RESULTS}", STAGES))
     if record.exists() and begun:
-        earlier = json.loads(record.read_text())
+        earlier = json.loads(record.read_text(encoding="utf-8"))
         names = sorted({*settings, *earlier} - FREE_ARGUMENTS)
         different = [name for name in names if settings.get(name) != earlier.get(name)]
         if different:

@@ -83,7 +83,7 @@ def run_arm(experiment: Experiment, arm: Arm) -> dict[str, Any]:
     check_all_see(folder, f"finished: {is_finished}, checkpoint: {checkpoint and Path(checkpoint).name}")
     if is_finished:
         say(f"{arm}: finished before, see {folder / RESULTS}")
-        return json.loads((folder / RESULTS).read_text())
+        return json.loads((folder / RESULTS).read_text(encoding="utf-8"))
     set_seed(experiment.training.seed)
     try:
         model = experiment.initial_model(arm)

@@ -71,7 +71,7 @@ def load_text(arguments: TextArguments) -> DatasetDict:
     path = Path(name)
     if path.exists():
         splits = read_files(text_files(path, arguments.dataset_config_name))
-    elif name.startswith((".", os.sep)) or path.suffix:
+    elif name.startswith((".", os.sep)) or path.suffix in SUFFIXES:
         raise SystemExit(f"There is no file or folder {name}.")
     else:
         splits = load_hub_dataset(name, arguments.dataset_config_name)

@@ -112,7 +112,7 @@ def generate_sample(model: Any, folder: Path | None, tokenizer: PreTrainedTokeni
     output = model.generate(inputs=ids, attention_mask=torch.ones_like(ids), max_new_tokens=length, **options)
     sample = str(tokenizer.decode(output[0], skip_special_tokens=True))
     if folder is not None:
-        (folder / "sample.txt").write_text(sample + "\n")
+        (folder / "sample.txt").write_text(sample + "\n", encoding="utf-8")
         print(f"\nSample: {sample}\n")
     quoted = "\n".join(f"> {line}" for line in sample.splitlines())
     return f"A sample (top-k 50, temperature 0.8) after the prompt `{prompt.strip()}`:\n\n{quoted}"

@@ -7,7 +7,15 @@ from typing import Any
 import matplotlib
 import pytest
 import torch
-from transformers import T5EncoderModel, Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers import (
+    DeiTConfig,
+    GPT2Config,
+    T5EncoderModel,
+    Trainer,
+    TrainerCallback,
+    TrainerState,
+    TrainingArguments,
+)
 
 from hf_neural_attention import NeuralScorer, analysis, patch
 from tests.helpers.comparing import assert_same_state
@@ -91,6 +99,13 @@ def test_attention_over_an_image():
     assert torch.equal(analysis.attention_over_image(weights[3], (4, 4), query=5), weights[3, 5, 1:].view(4, 4))
     with pytest.raises(ValueError, match="make no square"):
         analysis.attention_over_image(torch.rand(16, 16), (8, 8))
+    # two special tokens before two rows of three patches
+    weights = torch.rand(8, 8)
+    assert torch.equal(analysis.attention_over_image(weights, (2, 3), grid=(2, 3)), weights[0, 2:].view(2, 3))
+    with pytest.raises(ValueError, match="8 tokens, of which 3 x 3 cannot be patches"):
+        analysis.attention_over_image(weights, (3, 3), grid=(3, 3))
+    assert analysis.patch_grid(DeiTConfig(patch_size=4), torch.zeros(1, 3, 8, 12)) == (2, 3)
+    assert analysis.patch_grid(GPT2Config(), torch.zeros(1, 3, 8, 12)) is None
 
 
 @pytest.mark.parametrize("num_heads", (None, 3))

@@ -5,8 +5,9 @@ import io
 import numpy as np
 import pytest
 from PIL import Image as PIL
+from transformers import DeiTImageProcessorPil
 
-from hf_neural_attention.analysis import to_rgb
+from hf_neural_attention.analysis import as_seen, to_rgb
 from hf_neural_attention.analysis.image_modes import SIXTEEN_BITS
 
 
@@ -92,3 +93,12 @@ def test_images_stand_upright(kind, dtype):
     image.save(buffer, kind, exif=exif)
     upright = np.asarray(to_rgb(PIL.open(buffer)))
     assert upright[:, 0].min() > 240 and upright[:, -1].max() < 15
+
+
+@pytest.mark.parametrize("crops", (False, True))
+def test_what_a_model_sees_of_an_image(crops: bool):
+    image = PIL.fromarray(np.random.default_rng(0).integers(0, 256, (12, 16, 3), dtype=np.uint8))
+    processor = DeiTImageProcessorPil(do_resize=False, do_center_crop=crops, crop_size={"height": 8, "width": 8})
+    seen = as_seen(image, processor(image, return_tensors="pt")["pixel_values"][0], processor)
+    expected = np.asarray(image)[2:10, 4:12] if crops else np.asarray(image)
+    assert np.array_equal(np.asarray(seen), expected)

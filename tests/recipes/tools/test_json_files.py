@@ -12,7 +12,7 @@ def test_json_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     file = tmp_path / "results.json"
     write_json(file, {"a": 1})
 
-    def fail(self, text):
+    def fail(self, text, **options):
         raise OSError("disk full")
 
     monkeypatch.setattr(Path, "write_text", fail)

@@ -5,15 +5,24 @@ import subprocess
 import sys
 
 import pytest
+from transformers import TrainingArguments
 
 from tools import provenance
+from tools.command_lines import parse_arguments
 from tools.provenance import ROOT, command_line, commit
 
 
-@pytest.mark.parametrize("secret", [["--hub_token", "hf_secret"], ["--hub_token=hf_secret"]])
-def test_commands_keep_no_secret(monkeypatch, secret):
+@pytest.mark.parametrize("flag", ["--hub_token", "--hub-token", "--push_to_hub_token"])
+@pytest.mark.parametrize("equals", [False, True])
+def test_commands_keep_no_secret(monkeypatch, flag: str, equals: bool):
+    secret = [f"{flag}=hf_secret"] if equals else [flag, "hf_secret"]
     monkeypatch.setattr(sys, "argv", ["recipe.py", *secret, "--tokenizer_name", "a b"])
-    assert command_line() == "python recipe.py --hub_token ... --tokenizer_name 'a b'"
+    assert command_line() == f"python recipe.py {flag} ... --tokenizer_name 'a b'"
+
+
+def test_a_secret_has_no_abbreviation():
+    with pytest.raises(SystemExit, match="hub_tok"):
+        parse_arguments(TrainingArguments, words=["--output_dir", "a", "--use_cpu", "True", "--hub_tok", "hf_secret"])
 
 
 def test_a_recipe_is_named_from_the_root_of_the_repository(monkeypatch):

@@ -96,3 +96,9 @@ def test_splits_have_columns_of_their_own_and_the_parts_of_one_must_fit(tmp_path
 def test_words_of_a_table_that_stand_for_nothing_elsewhere_are_kept(tmp_path):
     (tmp_path / "train.csv").write_text("text,note\nNA,x\nnull,\n,y\nNone,z\n")
     assert read_files({"train": [tmp_path / "train.csv"]})["train"]["text"][:] == ["NA", "null", "", "None"]
+
+
+def test_brackets_in_a_name_are_no_pattern(tmp_path: Path):
+    (tmp_path / "file[1].txt").write_text("right\n")
+    (tmp_path / "file1.txt").write_text("wrong\n")
+    assert read_files({"train": [tmp_path / "file[1].txt"]})["train"]["text"][:] == ["right\n"]

@@ -60,3 +60,11 @@ def test_what_goes_wrong_is_said_plainly(monkeypatch, error, message):
 def test_without_a_network_the_real_library_ends_there_too():
     with pytest.raises(SystemExit, match="give --dataset_name a local folder"):
         load_text(TextArguments(dataset_name="nobody/has-this-data-set"))
+
+
+def test_splits_have_one_name_and_names_may_have_dots(monkeypatch):
+    texts = Dataset.from_dict({"text": ["one", "two"]})
+    asked = serve(monkeypatch, DatasetDict(train=texts, dev=texts, testing=texts))
+    assert set(hub_datasets.load_hub_dataset("somebody/set", None)) == {"train", "validation", "test"}
+    splits = load_text(TextArguments(dataset_name="somebody/set-1.0"))
+    assert asked[-1] == ("somebody/set-1.0", None) and splits["validation"].num_rows == 2
