@@ -56,6 +56,7 @@ print("done")
     assert run_python(code) == "done"
 
 
+@pytest.mark.slow
 def test_everything_is_registered_without_a_network_and_again_without_harm():
     code = f"""
 import importlib, socket

@@ -314,6 +314,7 @@ print(count() - before)
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="counts threads in Linux' way")
+@pytest.mark.slow
 def test_threads_are_as_many_as_torch_has_and_the_same_ones():
     assert run_python("-c", THREADS, OMP_NUM_THREADS="1").split() == ["0", "1", "3", "3"]
 

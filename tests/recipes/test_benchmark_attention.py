@@ -134,6 +134,7 @@ def test_masks_reach_the_scores():
         assert not any(torch.allclose(output, other) for other in outputs[:index])
 
 
+@pytest.mark.slow
 def test_memory_grows_with_the_pairs_or_with_the_tokens():
     def growth(provider: str) -> float:
         small, large = (peak_bytes(Entry(provider, Case(length=length, heads=1, phase="both"))) for length in (1024, 2048))

@@ -52,6 +52,7 @@ def test_steps_fit_and_can_be_parsed(monkeypatch: pytest.MonkeyPatch):
         assert arguments.device == "cuda" and len(list(benchmark_attention.plan(arguments))) >= 6
 
 
+@pytest.mark.slow
 def test_tests_for_gpus_are_found():
     option, module, *words = benchmark_gpu.plan(Path())[0].words
     assert (option, module) == ("-m", "pytest")
@@ -59,6 +60,7 @@ def test_tests_for_gpus_are_found():
     assert all(name in found for name in benchmark_gpu.GPU_TESTS) and "test_gpu_dropout_and_repeated_runs" in found
 
 
+@pytest.mark.slow
 def test_an_environment_is_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch):
     if not torch.cuda.is_available():
         assert benchmark_gpu.reason_against(Path(sys.executable)) == "torch sees no GPU"

@@ -89,6 +89,7 @@ def test_trainer(hub: Hub, tmp_path: Path):
     assert "model.safetensors" in hub.repositories["somebody/trained"]
 
 
+@pytest.mark.slow
 def test_patched_models_bring_their_code(tmp_path: Path, monkeypatch):
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 9, "intermediate_size": 16}
     sent = []

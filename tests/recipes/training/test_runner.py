@@ -190,10 +190,8 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(tmp_path):
     assert one.config.use_cache  # checks that it is on again: Trainer had switched it off
 
 
-SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("dot", "neural")]
-
-
-@pytest.mark.parametrize("kind", (*SLOW, "patched"))
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ("dot", "neural", "patched"))
 def test_an_interrupted_run_of_a_vit_too(tmp_path, kind):
     # trains a ViT, whose checkpoints name weights as old versions did, unless told not to
     sizes = {"image_size": 8, "patch_size": 4, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
