@@ -96,7 +96,27 @@ def test_the_first_layer_of_the_paper():
     assert first_layer(unit, "start", "saturated") < 0.0005
     spread, saturated = (first_layer(f"{authors}, spread 1", "end", figure) for figure in ("spread", "saturated"))
     assert f"first layer ends at {spread:.0f}, and {100 * saturated:.0f} % of its rows are saturated" in text
-    for arm in ("neural, authors' embeddings", "neural, unit embeddings"):
-        assert first_layer(arm, "start", "spread") < 0.03 and first_layer(arm, "end", "spread") < 0.055
-        assert {f"{first_layer(arm, when, 'entropy'):.2f}" for when in ("start", "end")} == {"4.58"}
-    assert f"{first_layer(unit, 'start', 'uniform_entropy'):.2f}" == "4.58"
+    neural = [f"neural, {size} embeddings" for size in ("authors'", "unit")]
+    most = [
+        max(each["score_statistics"][when][0]["spread"] for arm in neural for each in found[arm].values())
+        for when in ("start", "end")
+    ]
+    assert "start with a spread of {:.2f} at most, and end with one of {:.2f} at most".format(*most) in text
+    entropies = [first_layer(arm, "end", "entropy") for arm in neural]
+    assert "{:.2f} nats with the authors' embeddings, and {:.2f} with unit embeddings".format(*entropies) in text
+    assert f"{first_layer(unit, 'start', 'uniform_entropy'):.2f}" == f"{entropies[1]:.2f}"
+    dead = [each["scorer_health"]["end"][0]["dead"] for each in found[neural[1]].values()]
+    assert sorted(dead) == [0, 1] and "In one of the two runs with unit embeddings its scorer is dead." in text
+
+
+def test_the_start_at_other_rates():
+    text = " ".join((ROOT / "docs/what-gains-are-made-of.md").read_text().split())
+    rates = ("twice", "four times")
+    worth = [
+        float(mean("spread-images", f"dot, spread 1, {rate} the rate")) - float(mean("spread-images", f"dot, {rate} the rate"))
+        for rate in rates
+    ]
+    assert "worth {:+.1f} points at twice the rate, and {:+.1f} at four times".format(*worth) in text
+    stock, started = (float(mean("spread-images", arm)) for arm in ("dot", "dot, spread 1"))
+    assert all(float(mean("spread-images", f"dot, {rate} the rate")) < stock for rate in rates)
+    assert all(float(mean("spread-images", f"dot, spread 1, {rate} the rate")) < started for rate in rates)
