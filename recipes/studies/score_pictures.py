@@ -35,13 +35,13 @@ def draw_first_layer(study: Study, found: Results, path: Path) -> None:
     figure = Figure(figsize=(15, 4.5), layout="constrained")
     axes = figure.subplots(1, len(PANELS))
     for axis, (figure_name, title) in zip(axes, PANELS.items(), strict=True):
-        for number, (arm, runs) in enumerate(found.items()):
-            curves = [curve for run in runs.values() if (curve := points(run, figure_name))]
-            if curves:
-                steps = sorted(set.intersection(*(set(curve) for curve in curves)))
-                means = [statistics.mean(curve[step] for curve in curves) for step in steps]
-                style = "-" if study.attention(arm).is_neural else "--"
-                axis.plot(steps, means, style, label=arm, color=f"C{number % 10}")
+        # counts what is drawn, so that no two of a few lines have one colour
+        drawn = {arm: [curve for run in runs.values() if (curve := points(run, figure_name))] for arm, runs in found.items()}
+        for number, (arm, curves) in enumerate((arm, curves) for arm, curves in drawn.items() if curves):
+            steps = sorted(set.intersection(*(set(curve) for curve in curves)))
+            means = [statistics.mean(curve[step] for curve in curves) for step in steps]
+            style = "-" if study.attention(arm).is_neural else "--"
+            axis.plot(steps, means, style, label=arm, color=f"C{number % 10}")
         axis.set(title=title, xlabel="step", xscale="symlog", xlim=(0, None))
         axis.grid(alpha=0.3)
         if figure_name == "gradient":
