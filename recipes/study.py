@@ -2,6 +2,7 @@
 
     python recipes/study.py recipes/studies/text-small.yaml --results model_cards/studies/text
     python recipes/study.py recipes/studies/text-small.yaml --results model_cards/studies/text --report_only
+    python recipes/study.py STUDY --results FOLDER --report_only --pages docs/results.md
     python recipes/study.py STUDY --launcher "accelerate launch --config_file CONFIG"
 
 A study is a YAML file:
@@ -25,7 +26,8 @@ A study is a YAML file:
 
 First, a step of each arm is timed, in one process and by turns (`costs.json`); let the machine be quiet meanwhile. Each
 finished run leaves a small JSON file in the results' folder, named by arm and seed, and is not run again; seeds and arms that
-are added later are run then. The report (Markdown, CSV, PNG) is made of these files alone.
+are added later are run then. The report (Markdown, CSV, PNG) is made of these files alone, and so are the study's tables in
+--pages (`studies/page_tables.py` says how a page asks for one).
 
 A grid may be shared out by --arms and --seeds, each run to one process. For runs that span several machines, start the same
 command on each, with a launcher for it and folders that all see.
@@ -44,8 +46,9 @@ from typing import Any
 
 import torch
 
+from studies.page_tables import has_tables, with_new_tables
 from studies.report import report
-from studies.results import adopt_runs
+from studies.results import adopt_runs, load_results
 from studies.study_file import COSTS, SAME_TIME, SCRIPTS, Study, file_name, is_timed, load_costs
 from tools.command_lines import as_flags, unknown_words
 from tools.json_files import write_json
@@ -150,6 +153,28 @@ def settings_of_run(settings: dict[str, Any]) -> dict[str, Any]:
     return settings | {name: Path(value).name for name, value in folders.items()}
 
 
+def read_page(page: Path) -> str:
+    """Raises SystemExit if it cannot be read, before anything is run."""
+    try:
+        return page.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SystemExit(f"--pages {page}: {error}") from None
+
+
+def write_tables(pages: dict[Path, str], study: Study, results: Path) -> None:
+    """Writes the study's tables in all pages, or in none.
+
+    Raises:
+        SystemExit: if no page has one, or see `with_new_tables`.
+    """
+    if not any(has_tables(text, study) for text in pages.values()):
+        raise SystemExit(f"No table of {study.name} is in {', '.join(map(str, pages))}: see recipes/studies/page_tables.py.")
+    found, costs = load_results(study, results), load_costs(results)
+    texts = {page: with_new_tables(text, study, found, costs) for page, text in pages.items()}
+    for page, text in texts.items():
+        page.write_text(text, encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
@@ -167,6 +192,9 @@ def main() -> None:
         help="Results of other studies, whose runs are copied where they are the same.",
     )
     parser.add_argument("--report_only", action="store_true", help="Run nothing.")
+    parser.add_argument(
+        "--pages", type=Path, nargs="+", default=[], help="Documents whose tables of this study are written anew."
+    )
     parser.add_argument("--time_only", action="store_true", help="Time a step of each arm, and run nothing.")
     parser.add_argument("--arms", nargs="+", help="Run these alone. Default: all of the study.")
     parser.add_argument("--seeds", nargs="+", type=int, help="Run these alone. Default: all of the study.")
@@ -176,6 +204,7 @@ def main() -> None:
     for name, given, known in (("arms", arguments.arms, study.arms), ("seeds", arguments.seeds, study.seeds)):
         if unknown := set(given or ()) - set(known):
             raise SystemExit(f"--{name} {' '.join(map(str, unknown))}: the study has {', '.join(map(str, known))}.")
+    pages = {page: read_page(page) for page in arguments.pages}
     if adopted := adopt_runs(study, arguments.adopt, results):
         print(f"adopted: {', '.join(adopted)}", flush=True)
     if arguments.time_only:  # does nothing else, since it may be one of several processes
@@ -193,6 +222,8 @@ def main() -> None:
                 run(study, arm, seed, launcher, arguments.runs, results, more)
                 report(study, results)
     print(report(study, results))
+    if pages:
+        write_tables(pages, study, results)
 
 
 if __name__ == "__main__":

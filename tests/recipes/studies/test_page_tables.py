@@ -1,0 +1,78 @@
+"""A study's tables in the documents."""
+
+import sys
+
+import pytest
+
+import study as script
+from studies.page_tables import has_tables, with_new_tables
+from studies.report import summary
+from studies.results import load_results, summarize
+from tests.helpers.study_records import costs_of, make_study, write_results
+
+
+HEAD = """| n | seeds | m | difference to `dot` | 95 % interval | |
+| --- | --- | --- | --- | --- | --- |
+"""
+PAGE = f"""Text before.
+
+{HEAD}| first layer |
+| dot | 9 | old |
+
+Text between, and a table of another study:
+
+{HEAD.replace("n |", "other |", 1)}| first layer | as it was |
+
+<!-- summary of n -->
+
+| old | table |
+| --- | --- |
+
+Text after.
+"""
+
+
+def test_tables_are_written_anew_and_all_else_stays(tmp_path):
+    study = make_study()
+    write_results(study, tmp_path, {"dot": [10.0, 11.0], "first layer": [8.0, 9.0], "longer": [7.0]})
+    found, costs = load_results(study, tmp_path), costs_of(study)
+    page = with_new_tables(PAGE, study, found, costs)
+    rows = "| first layer | 2 | 8.50 | -2.00 | -2.00 to -2.00 | better |\n| dot | 2 | 10.50 |  |  |  |\n"
+    expected = PAGE.replace("| first layer |\n| dot | 9 | old |\n", rows)
+    expected = expected.replace("| old | table |\n| --- | --- |", summary(study, found, summarize(study, found, costs)))
+    assert page == expected and "| longer | 7.00 |" in page
+    assert with_new_tables(page, study, found, costs) == page
+    assert has_tables(PAGE, study) and not has_tables(PAGE, make_study(name="t"))
+
+
+def test_a_table_asks_for_its_first_figures(tmp_path):
+    """A page may have the line of a summary before there is one."""
+    study = make_study()
+    write_results(study, tmp_path, {"dot": [1.0], "first layer": [2.0]})
+    page = with_new_tables("<!-- summary of n -->\n\nText after.\n", study, load_results(study, tmp_path), costs_of(study))
+    assert page.startswith("<!-- summary of n -->\n\n| Digits |") and page.endswith(" |\n\nText after.\n")
+
+
+@pytest.mark.parametrize("arm", ("second layer", "unfinished"))
+@pytest.mark.parametrize("old, new", (("| dot | 9 | old |", "| {} |"), ("`dot`", "`{}`")))
+def test_an_arm_that_has_not_run_is_refused_and_no_page_changed(arm, old, new, tmp_path, monkeypatch):
+    study = make_study()
+    write_results(study, tmp_path, {"dot": [1.0], "first layer": [2.0]})
+    (tmp_path / "good.md").write_text(PAGE)
+    (tmp_path / "bad.md").write_text(page := PAGE.replace(old, new.format(arm), 1))
+    pages = {path: path.read_text() for path in (tmp_path / "good.md", tmp_path / "bad.md")}
+    with pytest.raises(SystemExit, match=f"A table of n names '{arm}', of which no run is finished."):
+        script.write_tables(pages, study, tmp_path)
+    assert (tmp_path / "good.md").read_text() == PAGE and (tmp_path / "bad.md").read_text() == page
+    with pytest.raises(SystemExit, match=r"No table of n is in .*other\.md: see recipes/studies/page_tables\.py"):
+        script.write_tables({tmp_path / "other.md": "Text."}, study, tmp_path)
+
+
+def test_a_page_that_is_not_there_is_refused_before_anything_runs(tmp_path, monkeypatch):
+    study = make_study(config="configs/cifar10-small.yaml")
+    monkeypatch.setattr(script.Study, "load", lambda path: study)
+    monkeypatch.setattr(script, "check_words", lambda *_: pytest.fail("went on"))
+    words = ["study.py", "n.yaml", "--results", str(tmp_path / "r"), "--pages", str(tmp_path / "no.md")]
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(SystemExit, match=r"--pages .*no\.md: .*No such file"):
+        script.main()
