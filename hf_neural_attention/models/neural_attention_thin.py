@@ -3,7 +3,7 @@
     q' = q_proj(q)    k' = k_proj(k)    s = q' . k' / sqrt(p)        p numbers each
 
 What a network would read is all that this score knows, and nothing but the network is missing: the control that says what the
-network itself is worth. It runs through PyTorch's `scaled_dot_product_attention`, which is fused on every device.
+network itself is worth. It runs through PyTorch's `scaled_dot_product_attention`, in sizes that its fused kernels take.
 """
 
 import torch
@@ -44,7 +44,7 @@ def thin_attention(
         if sinks is not None:
             return attend_with_sinks(u, w, value, sinks, attn_mask, is_causal).to(dtype)
         if attn_mask is None:
-            output = scaled_dot_product_attention(u, w, value, is_causal=is_causal)
+            output = fused_attention(u, w, value, is_causal=is_causal)
             return output.to(dtype)
         if is_causal:
             causal = causal_pairs(range(u.shape[2]), w.shape[2], u.device)
@@ -58,7 +58,7 @@ def thin_attention(
             empty = (attn_mask == float("-inf")).all(-1, keepdim=True)
             attn_mask = attn_mask.masked_fill(empty, 0.0)
         # lets queries with nothing to attend to see everything, and takes that out again: zeros, with zero gradients
-        output = scaled_dot_product_attention(u, w, value, attn_mask=attn_mask)
+        output = fused_attention(u, w, value, attn_mask=attn_mask)
         return output.masked_fill(empty, 0.0).to(dtype)
 
 
@@ -85,4 +85,26 @@ def attend_with_sinks(
     num_keys = w.shape[2] - 1
     causal = causal_pairs(range(num_queries), num_keys, u.device) if is_causal else None
     mask = mask_scores(u.new_zeros(1, 1, num_queries, num_keys), attn_mask, causal)
-    return scaled_dot_product_attention(u, w, value, attn_mask=pad(mask, (0, 1)), scale=scale)
+    return fused_attention(u, w, value, attn_mask=pad(mask, (0, 1)), scale=scale)
+
+
+def fused_attention(
+    u: torch.Tensor,
+    w: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    attn_mask: torch.Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+) -> torch.Tensor:
+    """`scaled_dot_product_attention`, with zeros after the few numbers of queries and keys: PyTorch's fused kernels take no
+    other number than the values have on a CPU, and multiples of eight on GPUs. Else it computes all scores in memory."""
+    size, of_values = u.shape[-1], value.shape[-1]
+    wide = max(size, of_values) if u.device.type == "cpu" else -(-size // 8) * 8
+    if wide != size:
+        u, w = (pad(each, (0, wide - size)) for each in (u, w))
+    if u.device.type == "cpu" and wide != of_values:
+        value = pad(value, (0, wide - of_values))
+    scale = size**-0.5 if scale is None else scale
+    output = scaled_dot_product_attention(u, w, value, attn_mask=attn_mask, is_causal=is_causal, scale=scale)
+    return output[..., :of_values]

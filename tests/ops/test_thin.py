@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hf_neural_attention import CompactScorer, NeuralScorer, explain, neural_attention, use_backend
 from hf_neural_attention.models.neural_attention_scorer import PerHeadLinear
@@ -145,6 +146,23 @@ def test_dtypes(dtype: torch.dtype):
     expected = neural_attention(*(each.double() for each in inputs), make_scorer().to(dtype).double())
     output = neural_attention(*inputs, scorer)
     assert output.dtype == dtype and torch.allclose(output.double(), expected, atol=1e-6 if dtype == torch.float32 else 0.02)
+
+
+@pytest.mark.parametrize("numbers", (3, 6, 8), ids=lambda numbers: f"{numbers} numbers, values of 6")
+@pytest.mark.parametrize(("mask", "has_sinks"), (("none", False), ("bool", False), ("float", False), ("none", True)))
+def test_a_fused_kernel_computes_it(numbers: int, mask: str, has_sinks: bool):
+    """Queries and keys of another size than the values would be scored in memory, at the square of the length."""
+    scorer = NeuralScorer(HEAD_DIM, numbers, mode="thin")
+    inputs = [each.float().requires_grad_() for each in tensors()]
+    given = masks(mask)
+    settings = {"attn_mask": given if given is None or given.dtype == torch.bool else given.float()}
+    settings |= {"sinks": torch.zeros(HEADS)} if has_sinks else {}
+    with sdpa_kernel(SDPBackend.MATH):
+        expected = neural_attention(*inputs, scorer, **settings)
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):  # raises an error where that kernel would refuse
+        output = neural_attention(*inputs, scorer, **settings)
+    output.sum().backward()
+    assert torch.allclose(output, expected, atol=1e-6)
 
 
 def test_scores_start_with_a_spread_of_one_on_unit_normal_queries_and_keys():
