@@ -19,7 +19,7 @@ from .models.neural_attention_backends import BACKENDS
 from .models.neural_attention_pytorch import Inputs
 from .models.neural_attention_scorer import NeuralScorer
 from .ops.choice import ENVIRONMENT_VARIABLE, asked_backend
-from .ops.native_build import BuildError, cache_folder, find_compiler, is_compiled, library_name
+from .ops.native_build import BuildError, cache_folder, find_compiler, has_one_thread, is_compiled, library_name
 
 
 PACKAGES = ("torch", "transformers", "triton", "accelerate", "datasets", "peft", "safetensors", "filelock")
@@ -62,7 +62,8 @@ def native_kernel() -> dict[str, str]:
         found["compiler"] = ", ".join([" ".join(compiler), *said[:1]])
         for dtype in (torch.float32, torch.float64):
             exists = is_compiled(cache_folder() / library_name(compiler, dtype))
-            found[str(dtype)] = "compiled" if exists else "not compiled yet"
+            threads = ", without OpenMP: one thread" if exists and has_one_thread(dtype) else ""
+            found[str(dtype)] = f"compiled{threads}" if exists else "not compiled yet"
     except BuildError as error:
         found["not to be had"] = str(error)
     return found

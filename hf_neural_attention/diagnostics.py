@@ -9,10 +9,11 @@ from torch import nn
 
 from .introspection import hooks_of, is_compiled, neural_layers, place_of
 from .models.neural_attention_backends import AUTO, BACKENDS, check_devices, choose_backend
-from .models.neural_attention_functional import check_arguments
+from .models.neural_attention_functional import check_arguments, check_score_options
 from .models.neural_attention_pytorch import Inputs
 from .models.neural_attention_scorer import is_quantised
-from .ops import asked_backend
+from .ops.choice import Asked, asked_backend
+from .ops.native_build import ONE_THREAD, has_one_thread
 
 
 LAYERS = ("q_proj", "k_proj", "linear1", "linear2", "linear3")
@@ -57,6 +58,8 @@ def explain(
     scale: float | None = None,
     *,
     backend: str | None = None,
+    sinks: torch.Tensor | None = None,
+    softcap: float | None = None,
     keys_projected: bool = False,
     queries_projected: bool = False,
 ) -> Explanation:
@@ -78,7 +81,7 @@ def explain(
         ValueError: if the model has no neural layer, the arguments of a call do not fit, or there is no such backend.
     """
     if isinstance(model_or_query, nn.Module):
-        if any(argument is not None for argument in (key, value, scorer, attn_mask)):
+        if any(argument is not None for argument in (key, value, scorer, attn_mask, sinks, softcap)):
             raise TypeError("`explain` takes a model alone, or the arguments of `neural_attention`; it got a model and more.")
         layers = [explain_layer(name, parent, found, backend) for name, parent, found in neural_layers(model_or_query)]
         if not layers:
@@ -96,19 +99,22 @@ def explain(
     weights = scorer.weights()
     projected = (keys_projected, queries_projected) if weights.has_first_layer else (True, True)
     check_arguments(model_or_query, key, value, weights, attn_mask, dropout_p, scorer.mode, *projected)
-    check_devices(model_or_query, key=key, value=value, attn_mask=attn_mask)
+    check_score_options(model_or_query.shape[1], sinks, softcap)
+    check_devices(model_or_query, key=key, value=value, attn_mask=attn_mask, sinks=sinks)
     head_dim = max(model_or_query.shape[-1], value.shape[-1])
     inputs = Inputs(model_or_query.device.type, model_or_query.dtype, head_dim)
-    return Explanation([explain_choice("inputs", scorer, inputs, backend)])
+    return Explanation([explain_choice("inputs", scorer, inputs, backend, dropout_p)])
 
 
 def explain_layer(name: str, attention: nn.Module, scorer: Any, backend: str | None) -> LayerBackend:
     """Of one layer of a model: as `neural_attention_forward` runs it."""
     device, dtype = place_of(attention)
-    inputs = Inputs(device.type, dtype, scorer.head_dim)
+    # asks for the values' size as well, which compact scorers do not know
+    inputs = Inputs(device.type, dtype, max(scorer.head_dim, getattr(attention, "head_dim", 0) or 0))
     # looks behind the view, since the model's own config says in which form weights and masks are wanted
     config = getattr(getattr(attention, "config", None), "base", None)
-    if getattr(config, "_attn_implementation", None) == "eager" and not lacks_weights(scorer, inputs):
+    is_eager = config is not None and (getattr(config, "_attn_implementation", None) or "eager") == "eager"
+    if is_eager and not lacks_weights(scorer, inputs):
         asked_backend(backend)  # raises for an unknown name, which is an error under every implementation
         reason = (
             'attn_implementation="eager" returns the attention weights, which only the reference holds: '
@@ -118,16 +124,14 @@ def explain_layer(name: str, attention: nn.Module, scorer: Any, backend: str | N
     return explain_choice(name, scorer, inputs, backend)
 
 
-def explain_choice(name: str, scorer: Any, inputs: Inputs, backend: str | None) -> LayerBackend:
+def explain_choice(name: str, scorer: Any, inputs: Inputs, backend: str | None, dropout_p: float = 0.0) -> LayerBackend:
     asked = asked_backend(backend)
     notes = notes_on(scorer, inputs)
     if lacks_weights(scorer, inputs):
         reason = f"the scorer's weights are on the meta device, without numbers, and the tokens on {inputs.device_type!r}"
         return LayerBackend(name, None, False, reason, notes)
     if scorer.mode == "thin":
-        name_of_backend = "reference" if asked.name == "reference" else "sdpa"
-        why = f"{asked.source} asks for {asked.name!r}" if name_of_backend == "reference" else None
-        return LayerBackend(name, name_of_backend, why is None, why, (*notes, 'mode="thin": a dot product, through SDPA'))
+        return explain_thin(name, asked, dropout_p, notes)
     # finds models from the Hub whose code was imported where this package was missing, and so brings copies of two backends
     if not backends_of(scorer).keys() >= BACKENDS.keys():
         reason = f"its code, {type(scorer).__module__}, does not use this package's backends but copies of two"
@@ -137,6 +141,8 @@ def explain_choice(name: str, scorer: Any, inputs: Inputs, backend: str | None) 
     except ValueError as error:
         reason = str(error) if asked.name == AUTO else f"{asked.source} asks for {asked.name!r}: {error}"
         return LayerBackend(name, None, False, reason, notes)
+    if choice.name == "native" and has_one_thread(torch.promote_types(inputs.dtype, torch.float32)):
+        notes = (*notes, ONE_THREAD)
     is_fused, why_not = BACKENDS[choice.name].is_fused, None
     if not is_fused and asked.name != AUTO:
         best = choose_backend(AUTO, inputs).name
@@ -145,6 +151,17 @@ def explain_choice(name: str, scorer: Any, inputs: Inputs, backend: str | None) 
     elif not is_fused:
         why_not = "; ".join(f"{candidate}: {why}" for candidate, why in choice.reasons.items())
     return LayerBackend(name, choice.name, is_fused, why_not, notes)
+
+
+def explain_thin(name: str, asked: Asked, dropout_p: float, notes: tuple[str, ...]) -> LayerBackend:
+    """Of a dot product of few numbers, which torch's own attention computes, whatever backend is chosen but one."""
+    kind = 'mode="thin": a dot product, through SDPA, but with dropout through the reference, which keeps all scores in memory'
+    if asked.name not in (AUTO, "reference"):
+        kind = f"{kind}; {asked.source} asks for {asked.name!r}, of which it takes no notice"
+    why = f"{asked.source} asks for {asked.name!r}" if asked.name == "reference" else None
+    if dropout_p > 0:
+        why = why or "with dropout the reference runs, which drops the pairs that every backend drops for a seed"
+    return LayerBackend(name, "sdpa" if why is None else "reference", why is None, why, (*notes, kind))
 
 
 def layers_of(scorer: Any) -> dict[str, Any]:

@@ -72,6 +72,39 @@ def assert_near(actual: torch.Tensor, expected: torch.Tensor) -> None:
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
 
 
+def test_thin_scorers():
+    query, scorer = torch.zeros(1, 2, 5, 8), NeuralScorer(8, 3, mode="thin")
+
+    def said(**arguments) -> Any:
+        (layer,) = explain(query, query, query, scorer, **arguments)
+        return layer
+
+    kind = 'mode="thin": a dot product, through SDPA, but with dropout through the reference, which keeps all scores in memory'
+    assert said()[1:] == ("sdpa", True, None, (kind,))
+    dropped = said(dropout_p=0.1)
+    assert dropped[1:3] == ("reference", False) and "drops the pairs that every backend drops" in dropped.reason
+    assert said(backend="reference").reason == "the argument `backend` asks for 'reference'"
+    note = f"{kind}; the argument `backend` asks for 'native', of which it takes no notice"
+    assert said(backend="native")[1:] == ("sdpa", True, None, (note,))
+
+
+def test_sinks_and_caps_are_arguments_of_a_call():
+    query, scorer = torch.zeros(1, 2, 5, 8), NeuralScorer(8, 2, mode="residual")
+    assert names(explain(query, query, query, scorer, sinks=torch.zeros(2), softcap=30.0)) == ["native"]
+    with pytest.raises(ValueError, match=r"`sinks` has shape \(3,\)"):
+        explain(query, query, query, scorer, sinks=torch.zeros(3))
+    with pytest.raises(TypeError, match="it got a model and more"):
+        explain(gpt2(), softcap=30.0)
+
+
+def test_a_module_without_a_model_runs_as_eager():
+    model = gpt2()
+    attention = model.transformer.h[0].attn
+    attention.config.base._attn_implementation = None
+    (layer,) = explain(nn.Sequential(attention))
+    assert layer.backend == "reference" and 'attn_implementation="eager"' in layer.reason
+
+
 @torch.no_grad()
 def logits(model: Any) -> torch.Tensor:
     return model(input_ids=IDS).logits

@@ -23,7 +23,8 @@ def attention_maps(model: Any, **inputs: Any) -> tuple[torch.Tensor, ...]:
         inputs: for its forward.
 
     Returns:
-        Per layer `[batch, heads, queries, keys]`, rows that sum to one (to zero where a query may see nothing).
+        Per layer `[batch, heads, queries, keys]`, rows that sum to one. In neural layers, a query that may see
+        nothing has a row of zeros; where there are attention sinks, rows sum to less than one.
 
     Raises:
         ValueError: if the model gives no attention weights.

@@ -97,8 +97,8 @@ class BlockwiseArguments(NamedTuple):
     softcap: float | None
 
     def blocks(self) -> Iterator[Block]:
-        batch, num_heads, num_queries, width = self.u.shape
-        num_keys = self.w.shape[2]
+        batch, num_heads, num_queries, first = self.u.shape
+        num_keys, width = self.w.shape[2], max(first, self.weight2.shape[-2])
         return cut_into_blocks(batch, num_heads, num_queries, num_keys, width, self.is_causal) if num_keys else iter(())
 
     def layers_of(self, block: Block) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -85,7 +85,10 @@ class ProjectedKeys(CacheLayerMixin):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Stores new keys `[B, Hkv, T, D]`, projected, and values `[B, Hkv, T, Dv]`, and returns all of both, the keys
         projected."""
-        return super().update(self.project(key_states), value_states, *args, **kwargs)  # type: ignore[safe-super]
+        keys, values = super().update(self.project(key_states), value_states, *args, **kwargs)  # type: ignore[safe-super]
+        if not torch.compiler.is_compiling():
+            keys.key_source = self.source  # lets a layer of another model notice
+        return keys, values
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         # projects for `early_initialization`; `update` has done it, which the size tells: cached layers have `h1 < head_dim`
@@ -180,7 +183,7 @@ class NeuralCache(Cache):
 
     Args:
         model (`PreTrainedModel`): The model that the cache is for, which it refers to and does not copy. Another model must
-            not use it: `generate` refuses that, a bare forward cannot tell.
+            not use it: its neural layers refuse that, but for compiled ones, which cannot tell.
         max_cache_len (`int`, *optional*): Makes a cache of fixed size, for this many tokens, as `torch.compile` wants it.
             Default: None, a cache that grows.
         offloading (`bool`): Keep the cache on the CPU but for the layer at work, as `DynamicCache` and `StaticCache` do. It
@@ -212,7 +215,8 @@ class NeuralCache(Cache):
         layers = list(stock.layers)
         dtype = getattr(model, "dtype", torch.float32)
         # leaves keys whole where layers reuse those of another, since they would get them as that one's scorer sees them
-        if not getattr(config.get_text_config(decoder=True), "kv_sharing_modes", None):
+        shares_keys = any(getattr(config.get_text_config(decoder=True), "kv_sharing_modes", None) or ())
+        if not shares_keys:
             for index, attention in neural_attentions(model).items():
                 if saves_memory(attention, dtype):
                     layers[index] = project_layer(layers[index], attention)
@@ -221,6 +225,11 @@ class NeuralCache(Cache):
             raise ValueError(
                 f"NeuralCache is not for this {type(model).__name__}, which is compact: its layers hand every cache keys that "
                 "are projected already, `hidden_dims[0]` numbers of a key and head. Use a DynamicCache or a StaticCache."
+            )
+        if shares_keys:
+            raise ValueError(
+                f"NeuralCache is not for this {type(model).__name__}: some of its layers reuse keys of others, and would get "
+                "them as another scorer sees them. Use a DynamicCache or a StaticCache."
             )
         if saves_nothing:
             raise ValueError(

@@ -271,7 +271,12 @@ def fold_attention(attention: Any, compact_class: type) -> Any:
         module._is_hf_initialized = True
     for hook in recording_hooks(attention):
         compact.register_forward_hook(hook)
-    return compact.train(attention.training)
+    # leaves parts alone that both modules have, since somebody may have set one of them by itself
+    shared = set(attention.modules())
+    for module in compact.modules():
+        if module not in shared:
+            module.training = attention.training
+    return compact
 
 
 def take_settings(compact: Any, attention: Any) -> None:

@@ -8,6 +8,7 @@ import torch
 
 from .neural_attention_backends import asks_for_reference, check_devices, run_backend
 from .neural_attention_masking import draw_dropout_seed
+from .neural_attention_pytorch import transform_runs
 from .neural_attention_reference import ScorerWeights, reference_attention
 from .neural_attention_thin import thin_attention
 
@@ -64,8 +65,8 @@ def scorer_attention(
     literal = need_weights
     if weights.is_thin and not literal:
         check_devices(query, key=key, value=value, attn_mask=attn_mask, sinks=sinks, **weights._asdict())
-        # drops what every backend drops for a seed, which torch's own attention would not
-        literal = asks_for_reference(backend) or arguments["dropout_seed"] is not None
+        # drops what every backend drops for a seed, which torch's own attention would not; nor has that forward derivatives
+        literal = asks_for_reference(backend) or arguments["dropout_seed"] is not None or transform_runs()
     if literal:
         output, attention = reference_attention(query, key, value, weights, **arguments)
         return output, attention if need_weights else None

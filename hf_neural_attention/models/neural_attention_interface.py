@@ -217,9 +217,9 @@ def neural_attention_forward(
         Output `[B, Tq, H, Dv]`, and the attention weights `[B, H, Tq, Tk]` if the model's implementation is "eager".
 
     Raises:
-        ValueError: if the module has no scorer, an argument asks for what a score network cannot do, several processes share
-            the sequence, or the model has been set to an implementation with masks of another kind, or to one of pages that it
-            did not get.
+        ValueError: if the module has no scorer, the keys come from the NeuralCache of another model, an argument asks for what
+            a score network cannot do, several processes share the sequence, or the model has been set to an implementation
+            with masks of another kind, or to one of pages that it did not get.
     """
     # ignores the class of its config, since of several copies of this file, each from a model on the Hub, the last serves all
     if not hasattr(module, "scorer"):
@@ -236,6 +236,12 @@ def neural_attention_forward(
         raise ValueError(
             f"`attn_implementation={implementation!r}` is for continuous batching (`generate_batch`), whose cache and mask "
             "this forward did not get. `model.set_attn_implementation` changes it."
+        )
+    source = getattr(key, "key_source", None)  # of a NeuralCache
+    if source is not None and source.attention is not module:
+        raise ValueError(
+            f"This {type(module).__name__} got keys from a NeuralCache made for another model, which holds keys as that "
+            "one's scorers see them. Make one with `NeuralCache(model)`."
         )
     query, key, value = share_batch(query, key, value)
     mask, causal, num_keys = mask_of_call(module, implementation, query, key, attention_mask, is_causal, position_bias)

@@ -48,13 +48,14 @@ def check_name(name: str, source: str, backends: Iterable[str]) -> str:
 
 
 def only_plain_operators() -> bool:
-    """Whether a graph is exported, a transform of `torch.func` runs (`jvp`, `grad`, `vmap`), or forward-mode derivatives are
-    taken: none of these knows what to do with operators that have a backward of their own. Forward-mode derivatives would come
-    out as zero."""
-    if torch.compiler.is_exporting() or torch.jit.is_tracing():
-        return True
-    if torch.compiler.is_compiling():
-        return False
+    """Whether a graph is exported, or a transform runs (`transform_runs`): none of these knows what to do with operators that
+    have a backward of their own. Forward-mode derivatives would come out as zero."""
+    return torch.compiler.is_exporting() or torch.jit.is_tracing() or transform_runs()
+
+
+@torch.compiler.assume_constant_result  # asks while code is compiled too, which guards what is asked for by itself
+def transform_runs() -> bool:
+    """Whether a transform of `torch.func` runs (`jvp`, `grad`, `vmap`), or forward-mode derivatives are taken."""
     return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
 
 

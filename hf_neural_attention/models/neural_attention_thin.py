@@ -97,14 +97,12 @@ def fused_attention(
     is_causal: bool = False,
     scale: float | None = None,
 ) -> torch.Tensor:
-    """`scaled_dot_product_attention`, with zeros after the few numbers of queries and keys: PyTorch's fused kernels take no
-    other number than the values have on a CPU, and multiples of eight on GPUs. Else it computes all scores in memory."""
+    """`scaled_dot_product_attention`, with zeros that make queries, keys and values equally wide: PyTorch's fused kernels for
+    CPUs take no others, and those for GPUs multiples of eight. Else all scores would be in memory, as they still are where a
+    float mask wants its gradient."""
     size, of_values = u.shape[-1], value.shape[-1]
-    wide = max(size, of_values) if u.device.type == "cpu" else -(-size // 8) * 8
-    if wide != size:
-        u, w = (pad(each, (0, wide - size)) for each in (u, w))
-    if u.device.type == "cpu" and wide != of_values:
-        value = pad(value, (0, wide - of_values))
+    wide = max(size, of_values) if u.device.type == "cpu" else -(-max(size, of_values) // 8) * 8
     scale = size**-0.5 if scale is None else scale
+    u, w, value = (each if each.shape[-1] == wide else pad(each, (0, wide - each.shape[-1])) for each in (u, w, value))
     output = scaled_dot_product_attention(u, w, value, attn_mask=attn_mask, is_causal=is_causal, scale=scale)
     return output[..., :of_values]

@@ -35,6 +35,8 @@ FLAGS = ("-std=c++17", "-O3", "-fPIC", "-ffp-contract=fast", "-fno-math-errno", 
 ARCHITECTURE_FLAGS = (("-march=native",), ("-mcpu=native",), ())
 OPENMP_FLAGS = (("-fopenmp",), ("-Xpreprocessor", "-fopenmp"), ())
 TIME_LIMIT = 300  # seconds
+ONE_THREAD = "The native kernel was compiled without OpenMP, which the compiler lacks, and uses one thread alone"
+INSTALL_OPENMP = "install OpenMP for it (`apt install libomp-dev`, `brew install libomp`), or set CXX to one that has it"
 INSTALL = (
     "install a C++ compiler (Debian, Ubuntu: `apt install g++`; Fedora: `dnf install gcc-c++`; macOS: `xcode-select "
     "--install`; conda: `conda install gxx`) or set CXX to the path of one"
@@ -233,4 +235,12 @@ def load_library(dtype: torch.dtype) -> ctypes.CDLL | BuildError:
             "are damaged, or of several versions. Install hf_neural_attention again and delete "
             f"{path}, which is then compiled anew"
         )
+    if not library.has_threads():
+        logger.warning("%s: to change that, %s, and delete %s.", ONE_THREAD, INSTALL_OPENMP, path)
     return library
+
+
+def has_one_thread(dtype: torch.dtype) -> bool:
+    """Whether the kernel that is there knows no threads. It must be loaded."""
+    library = load_library(dtype)
+    return not isinstance(library, BuildError) and not library.has_threads()

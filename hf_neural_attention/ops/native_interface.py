@@ -22,7 +22,13 @@ Pointer = ctypes.c_void_p
 ELEMENT_TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3, torch.bool: 4}
 
 # Says what the functions of a library return
-FUNCTIONS = {"describe_interface": ctypes.c_char_p, "working_memory": Int, "forward": None, "backward": None}
+FUNCTIONS = {
+    "describe_interface": ctypes.c_char_p,
+    "has_threads": Int,
+    "working_memory": Int,
+    "forward": None,
+    "backward": None,
+}
 
 TOKENS = ("query", "key", "value")
 PARAMETERS = ("query_weight", "query_bias", "key_weight", "key_bias", "weight2", "bias2", "weight3")

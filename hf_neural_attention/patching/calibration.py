@@ -32,7 +32,8 @@ ROWS_OF_AN_EVALUATION = 64
 
 
 class CalibratedLayer(NamedTuple):
-    """What calibration did to one layer. Divergences are in nats per attention row, over batches that were not fitted."""
+    """What calibration did to one layer. Divergences are in nats per attention row, over batches that were not fitted,
+    or over the one batch that there is."""
 
     layer: str
     kl_before: float

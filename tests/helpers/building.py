@@ -32,6 +32,11 @@ const char* describe_interface() {{
   return R"({float32})";
 #endif
 }}
+#ifdef _OPENMP
+long has_threads() {{ return 1; }}
+#else
+long has_threads() {{ return 0; }}
+#endif
 long table[100000] = {{7}};
 long working_memory(const void*) {{ return table[0]; }}
 void forward() {{}}

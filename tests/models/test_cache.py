@@ -301,6 +301,16 @@ def test_models_for_which_it_would_do_nothing(length: int | None, make):
         NeuralCache(model, length)
 
 
+def test_models_whose_layers_may_share_keys():
+    """Gemma 3n and 4 have a list of who shares them, also where nobody does."""
+    model = neural(**ALL)
+    model.config.kv_sharing_modes = [None] * 3
+    assert type(NeuralCache(model).layers[2]) is type(NeuralCache(neural(**ALL)).layers[2])
+    model.config.kv_sharing_modes = [None, None, "shared"]
+    with pytest.raises(ValueError, match="some of its layers reuse keys of others"):
+        NeuralCache(model)
+
+
 def test_settings_that_do_not_fit():
     model, inputs = neural(**ALL), prompt()
     with pytest.raises(TypeError, match="not a NeuralGPT2Config"):
@@ -364,7 +374,11 @@ def test_caches_of_other_models():
     with pytest.raises(ValueError, match="got keys of size 16, but the layer that it was made for has keys of size 8"):
         run(neural(n_head=2, **ALL), **inputs, cache=NeuralCache(model))
     with pytest.raises(ValueError, match="made for a model of 3 layers; it was given to one with a layer 3"):
-        run(neural(n_layer=4, **ALL), **inputs, cache=NeuralCache(model))
+        NeuralCache(model).update(*torch.zeros(2, 1, 4, 1, 8), 3)
+    # and where they do not, as between copies
+    twin = copy.deepcopy(model)
+    with pytest.raises(ValueError, match="got keys from a NeuralCache made for another model"):
+        run(twin, **inputs, cache=NeuralCache(model))
     cache = NeuralCache(model)
     detach_scorer(model.transformer.h[1].attn)
     with pytest.raises(ValueError, match="has lost its scorer"):

@@ -38,6 +38,20 @@ def test_blocks_cover_every_pair_once_and_are_small(sizes: tuple, width: int, is
     assert (covered >= needed).all()
 
 
+def test_the_wider_hidden_layer_bounds_a_block(monkeypatch: pytest.MonkeyPatch):
+    widths = []
+
+    def cut(batch: int, heads: int, queries: int, keys: int, width: int, is_causal: bool):
+        widths.append(width)
+        return cut_into_blocks(batch, heads, queries, keys, width, is_causal)
+
+    cut_into_blocks = blockwise.cut_into_blocks
+    monkeypatch.setattr(blockwise, "cut_into_blocks", cut)
+    for hidden_dims in ((4, 2), (2, 64)):
+        neural_attention(*torch.zeros(3, 1, 1, 5, 8), NeuralScorer(8, 2, hidden_dims), backend="blockwise")
+    assert {*widths} == {4, 64}
+
+
 @pytest.mark.parametrize("per_head", [False, True])
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_results_do_not_depend_on_the_blocks(per_head: bool, is_causal: bool, monkeypatch: pytest.MonkeyPatch):

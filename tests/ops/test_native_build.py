@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from hf_neural_attention import NeuralScorer, neural_attention
+from hf_neural_attention import NeuralScorer, explain, neural_attention
 from hf_neural_attention.ops import native_build
-from hf_neural_attention.ops.native_build import cache_folder, library_name, load_library
+from hf_neural_attention.ops.native_build import ONE_THREAD, cache_folder, has_one_thread, library_name, load_library
 from tests.helpers.building import COMPILER, VARIABLES, Build, messages, needs_compiler
 
 
@@ -252,10 +252,21 @@ def test_compiler_with_arguments(build: Build, monkeypatch: pytest.MonkeyPatch):
     assert call.startswith("-DFIRST -DSECOND=a b -std") and call.index("-O3") < call.index("-O0 -DTHIRD")
 
 
-def test_flags_that_the_compiler_does_not_know_are_left_out(build: Build):
+def test_flags_that_the_compiler_does_not_know_are_left_out(build: Build, caplog: pytest.LogCaptureFixture):
     build.write_compiler('case "$*" in *march*|*mcpu*|*fopenmp*) exit 1;; esac', f'exec {COMPILER} "$@"')
     assert load() == 7
     assert len(build.compilations()) == 9
+    (said,) = [each for each in messages(caplog) if "OpenMP" in each]
+    assert said.startswith(f"{ONE_THREAD}: to change that, install OpenMP") and said.endswith(".so.")
+    (layer,) = explain(*torch.zeros(3, 1, 1, 2, 8), NeuralScorer(8), backend="native")
+    assert layer.is_fused and layer.notes == (ONE_THREAD,)
+
+
+def test_a_kernel_with_threads_says_nothing_of_them(build: Build, caplog: pytest.LogCaptureFixture):
+    assert load() == 7 and not has_one_thread(torch.float32)
+    assert not any("OpenMP" in each for each in messages(caplog))
+    (layer,) = explain(*torch.zeros(3, 1, 1, 2, 8), NeuralScorer(8), backend="native")
+    assert layer.notes == ()
 
 
 @pytest.mark.parametrize(

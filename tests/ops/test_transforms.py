@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.autograd import forward_ad
 
-from hf_neural_attention import neural_attention
+from hf_neural_attention import NeuralScorer, neural_attention
 from hf_neural_attention.models import neural_attention_backends
 from tests.helpers.numerics import CPU_BACKENDS, assert_equals_oracle, literal_attention
 from tests.helpers.operation_cases import Case
@@ -36,6 +36,37 @@ def test_transforms_of_torch_func(case: Case, backend: str):
         assert_equals_oracle({"query": ours}, {"query": exact})
     batch = [tensor[:, None] for tensor in inputs]
     assert_equals_oracle({"output": torch.func.vmap(attend)(*batch)[:, 0]}, {"output": attend(*inputs)})
+
+
+@every_backend
+@pytest.mark.parametrize("trainable", (False, True))
+def test_forward_mode_in_compiled_code(trainable: bool, backend: str):
+    """A frozen scorer's operators would leave the derivative out without a word."""
+    tensors, scorer = Case().draw()
+    scorer.requires_grad_(trainable)
+    query, key, value = tensors.values()
+    tangent = torch.randn_like(query)
+
+    def derivative(query: torch.Tensor, tangent: torch.Tensor) -> torch.Tensor:
+        return torch.func.jvp(lambda each: neural_attention(each, key, value, scorer, backend=backend), (query,), (tangent,))[
+            1
+        ]
+
+    expected = derivative(query, tangent)
+    assert expected.abs().max() > 0
+    torch._dynamo.reset()
+    torch.testing.assert_close(torch.compile(derivative, backend="eager")(query, tangent), expected)
+
+
+@pytest.mark.parametrize("mode", ("thin", "replace"))
+def test_forward_mode_of_every_mode(mode: str):
+    scorer = NeuralScorer(8, 3, mode=mode).double()
+    query, key, value = torch.randn(3, 2, 2, 5, 8, dtype=torch.float64)
+
+    def attend(value: torch.Tensor) -> torch.Tensor:
+        return neural_attention(query, key, value, scorer, is_causal=True)
+
+    torch.testing.assert_close(torch.func.jvp(attend, (value,), (value,))[1], attend(value))
 
 
 @every_backend

@@ -252,6 +252,21 @@ def test_dry_run_says_what_compact_then_does(family: Family):
     assert ("no cache" in text) == (family is BERT)
 
 
+def test_dry_run_leaves_the_mode_of_every_module():
+    """A module whose dropout somebody has switched off by itself, and one whose dropout alone is on."""
+    model = neural(GPT2).train()
+    first, second = (block.attn for block in model.transformer.h[:2])
+    first.attn_dropout.eval()
+    second.eval().resid_dropout.train()
+    before = [module.training for module in model.modules()]
+    compact(model, dry_run=True)
+    assert [module.training for module in model.modules()] == before
+    compact(model)
+    first, second = (block.attn for block in model.transformer.h[:2])
+    assert first.training and first.scorer.training and not first.attn_dropout.training
+    assert not second.training and not second.scorer.training and second.resid_dropout.training
+
+
 def test_status_is_plain_data():
     first, *_ = json.loads(json.dumps([layer._asdict() for layer in patch_status(compact(neural(GPT2)))]))
     assert first == {

@@ -235,6 +235,10 @@ def test_neural_cache(family: Family, implementation: str):
     tokens = model.generate(**inputs, **arguments, **{CACHE: cache})
     assert torch.equal(tokens, model.generate(**inputs, **arguments, use_cache=False))
     assert len(tokens[:, -6:].unique()) > 6
+    another = copy.deepcopy(model)
+    cache = EncoderDecoderCache(NeuralCache(model), DynamicCache(config=model.config)) if family is T5 else NeuralCache(model)
+    with pytest.raises(ValueError, match="got keys from a NeuralCache made for another model"):
+        another.generate(**inputs, **arguments, **{CACHE: cache})
 
 
 def test_saving_keeps_the_stock_weights_and_ties(tmp_path):

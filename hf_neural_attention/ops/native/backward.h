@@ -184,7 +184,7 @@ class Backward {
     const int64_t first = block * BACKWARD_QUERIES, count = query_blocks.count(block);
     const int64_t seen = problem.is_causal ? std::min(n, first + count - key) : n, columns = round_up(seen, LANES);
     if (seen <= 0) return;
-    const bool one_mask = problem.mask.data && problem.mask.strides[2] == 0;
+    const bool one_mask = problem.mask.data && (problem.mask.strides[2] == 0 || problem.queries == 1);
     Coverage coverage = EVERYTHING;
     if (one_mask) coverage = read_mask(problem.mask, problem.mask.at(b, head, 0), key, n, memory.mask);
     if (coverage == NOTHING) return;

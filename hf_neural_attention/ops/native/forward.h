@@ -226,7 +226,7 @@ class Forward {
 
   void tile(Memory& memory, const PairNetwork& net, int64_t b, int64_t head, int64_t first, int64_t count, int64_t key, int64_t n) const {
     const int64_t kv_head = head / (problem.heads / problem.kv_heads);
-    const bool one_mask = problem.mask.data && problem.mask.strides[2] == 0;
+    const bool one_mask = problem.mask.data && (problem.mask.strides[2] == 0 || problem.queries == 1);
     Coverage coverage = EVERYTHING;
     if (one_mask) coverage = read_mask(problem.mask, problem.mask.at(b, head, 0), key, n, memory.mask);
     if (coverage == NOTHING) return;

@@ -20,6 +20,15 @@ const char* describe_interface() {
   return description.text;
 }
 
+// Says whether the pragmas for threads were understood
+int64_t has_threads() {
+#ifdef _OPENMP
+  return 1;
+#else
+  return 0;
+#endif
+}
+
 // Returns how many numbers (of Real) the forward pass wants as working memory
 int64_t working_memory(const Problem* problem) { return feature_numbers(*problem); }
 
