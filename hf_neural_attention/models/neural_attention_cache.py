@@ -87,7 +87,7 @@ class ProjectedKeys(CacheLayerMixin):
         projected."""
         keys, values = super().update(self.project(key_states), value_states, *args, **kwargs)  # type: ignore[safe-super]
         if not torch.compiler.is_compiling():
-            keys.key_source = self.source  # lets a layer of another model notice
+            vars(keys)["key_source"] = self.source  # lets a layer of another model notice
         return keys, values
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
