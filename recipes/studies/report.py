@@ -64,8 +64,9 @@ def markdown(study: Study, found: Results, rows: list[dict[str, Any]], where: di
         f"{study.dataset}; `{study.recipe}` with `{study.config}` and `{study.flags}`; figure: `{study.metric}` "
         f"({'lower' if study.lower_is_better else 'higher'} is better). {study.note}".strip(),
         f"Differences are to `{study.baseline}` with the same seed, data order and dropout rate. Neural models copy the "
-        f"initial weights of `{study.baseline}` for all that both have; a wider dot-product model draws its own. Intervals "
-        "are of 95 %, by Student's t over seeds: of twenty arms without any effect, one is called better or worse on average.",
+        "initial weights of the dot product with the same settings for all that both have; models of other settings draw "
+        "their own. Intervals are of 95 %, by Student's t over seeds. From three seeds on, a word says what they show: of "
+        "twenty arms without any effect, one is called better or worse on average.",
         figures(study, rows),
         f"Best by `{study.choose_by}`: **{best['arm']}** ({chosen.value(best[study.choose_by])}{chosen.unit}); its "
         f"`{study.metric}` is {form.value(best['mean'])}{form.unit}.",

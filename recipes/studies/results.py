@@ -24,6 +24,8 @@ OF_THE_MACHINE = {
     "use_cpu",
 }
 
+FEWEST_PAIRS = 3  # for a verdict: of two, an interval says as much of their luck as of the arms
+
 Results = dict[str, dict[int, dict[str, Any]]]  # by arm and seed, of the runs that are finished
 
 
@@ -138,16 +140,16 @@ def interval(pairs: list[float]) -> tuple[float, float] | None:
     return mean - half, mean + half
 
 
-def difference(study: Study, found: Results, arm: str, base: str) -> dict[str, float | None]:
-    """The mean of the paired differences and its interval."""
+def difference(study: Study, found: Results, arm: str, base: str) -> dict[str, Any]:
+    """The mean of the paired differences, its interval, and of how many pairs they are."""
     pairs = differences(study, found, arm, base) if arm != base else []
     low, high = interval(pairs) or (None, None)
-    return {"difference": statistics.mean(pairs) if pairs else None, "low": low, "high": high}
+    return {"difference": statistics.mean(pairs) if pairs else None, "low": low, "high": high, "pairs": len(pairs)}
 
 
 def verdict(study: Study, row: dict[str, Any]) -> str:
-    """In a word, of a row or a `difference`; none without an interval."""
-    if row["low"] is None:
+    """In a word, of a row or a `difference`; none of fewer than three pairs."""
+    if row["low"] is None or row["pairs"] < FEWEST_PAIRS:
         return ""
     if row["low"] <= 0 <= row["high"]:
         return "no difference shown"

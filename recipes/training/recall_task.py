@@ -187,7 +187,8 @@ def describe_task(arguments: RecallArguments) -> Task:
         notes=(
             f"Sequences of {arguments.sequence_length} tokens: {arguments.num_pairs} pairs of {arguments.num_keys} keys and "
             f"{arguments.num_values} values, and as many questions among noise. Trained on {arguments.num_train:,}, tested on "
-            f"{arguments.num_eval:,} others. A guess at random among values is right in 1 of {arguments.num_values}."
+            f"{arguments.num_eval:,} others. A guess at one of the values in the sequence is right in at least 1 of "
+            f"{arguments.num_pairs}."
         ),
     )
 

@@ -34,13 +34,13 @@ Text after.
 
 def test_tables_are_written_anew_and_all_else_stays(tmp_path):
     study = make_study()
-    write_results(study, tmp_path, {"dot": [10.0, 11.0], "first layer": [8.0, 9.0], "longer": [7.0]})
+    write_results(study, tmp_path, {"dot": [9.0, 10.0, 11.0], "first layer": [7.0, 8.0, 9.0], "longer": [6.0]})
     found, costs = load_results(study, tmp_path), costs_of(study)
     page = with_new_tables(PAGE, study, found, costs)
-    rows = "| first layer | 2 | 8.50 | -2.00 | -2.00 to -2.00 | better |\n| dot | 2 | 10.50 |  |  |  |\n"
+    rows = "| first layer | 3 | 8.00 | -2.00 | -2.00 to -2.00 | better |\n| dot | 3 | 10.00 |  |  |  |\n"
     expected = PAGE.replace("| first layer |\n| dot | 9 | old |\n", rows)
     expected = expected.replace("| old | table |\n| --- | --- |", summary(study, found, summarize(study, found, costs)))
-    assert page == expected and "| longer | 7.00 |" in page
+    assert page == expected and "| longer | 6.00 |" in page
     assert with_new_tables(page, study, found, costs) == page
     assert has_tables(PAGE, study) and not has_tables(PAGE, make_study(name="t"))
 

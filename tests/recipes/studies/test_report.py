@@ -23,6 +23,7 @@ def test_figures_by_hand(tmp_path):
     assert (row["low"], row["high"]) == pytest.approx((-0.5 - 4.303 * 0.1 / 3**0.5, -0.5 + 4.303 * 0.1 / 3**0.5), abs=1e-3)
     assert verdict(study, row) == "better" and verdict(make_study(lower_is_better=False), row) == "worse"
     assert verdict(study, {**row, "high": 0.1}) == "no difference shown" and verdict(study, rows["dot"]) == ""
+    assert row["pairs"] == 3 and verdict(study, {**row, "pairs": 2}) == ""
     assert row["seconds_per_step"] == 3.0 and row["relative_time"] == 1.5 and "unfinished" not in rows
     assert row["relative_training_time"] == 1.5
     assert (row["v"], row["w"]) == (pytest.approx(2.5), 7.0) and rows["dot"]["scorers"] == 0
