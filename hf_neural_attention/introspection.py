@@ -15,7 +15,14 @@ from torch.utils._pytree import tree_map_only
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import sdpa_mask
 
-from .models.neural_attention_interface import NeuralConfigView, implementation_of, is_neural, mask_of_call, share_batch
+from .models.neural_attention_interface import (
+    SUPPORTED_IMPLEMENTATIONS,
+    NeuralConfigView,
+    implementation_of,
+    is_neural,
+    mask_of_call,
+    share_batch,
+)
 from .models.neural_attention_masking import mask_scores
 from .models.neural_attention_reference import cap, expand_heads
 from .models.neural_attention_scorer import is_compact
@@ -143,6 +150,21 @@ def left_as_it_was(model: nn.Module) -> Iterator[torch.device]:
     finally:
         for module, training in modes.items():
             module.training = training
+
+
+@contextmanager
+def looked_at(model: nn.Module) -> Iterator[None]:
+    """A model whose attention functions can be looked at: parts set to kernels that want masks of a form of their own (flash,
+    flex) run under "sdpa" meanwhile."""
+    before = [(part, part.config._attn_implementation) for part in pretrained_parts(model)]
+    other = [each for each in before if each[1] is not None and each[1] not in SUPPORTED_IMPLEMENTATIONS]
+    try:
+        for part, _ in other:
+            part.set_attn_implementation("sdpa")
+        yield
+    finally:
+        for part, implementation in other:
+            part.set_attn_implementation(implementation)
 
 
 def moved(inputs: Any, device: torch.device) -> Any:

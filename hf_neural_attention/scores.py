@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from .introspection import Call, call_of, left_as_it_was, moved, observed, unwrap
+from .introspection import Call, call_of, left_as_it_was, looked_at, moved, observed, unwrap
 from .models.neural_attention_blockwise import without_autocast
 from .models.neural_attention_interface import UNSUPPORTED_ARGUMENTS, implementation_of, neural_attention_forward
 from .models.neural_attention_reference import expand_heads, key_features, reference_scores, softmax_or_zero
@@ -53,7 +53,9 @@ def score_statistics(model: Any, **inputs: Any) -> ScoreStatistics:
         inputs: for its forward; a few examples of what it is trained on.
 
     Returns:
-        `ScoreStatistics`: of each layer that the forward reaches (its first call), cross-attention included.
+        `ScoreStatistics`: of each layer that the forward reaches, cross-attention included; of one that calls its attention
+        function several times (window by window, say), of the first call. Pairs that a family masks with another number than
+        the lowest of the dtype, as Swin does between its windows, count as seen.
 
     Raises:
         ValueError: if no attention module of the model can be looked at, the inputs reach none, or a layer asks for what
@@ -95,7 +97,7 @@ def watch_layers(
             seen[module] = look(module, call)
         return attend(module, *args, **kwargs)
 
-    with left_as_it_was(base) as device, observed(modules.values(), look_and_go_on):
+    with left_as_it_was(base) as device, looked_at(base), observed(modules.values(), look_and_go_on):
         model(**moved(dict(inputs), device))
     if not seen:
         raise ValueError(f"These inputs reach none of these layers of this {type(base).__name__}.")
@@ -113,11 +115,22 @@ def attend(
         if kwargs.get(name) is not None:
             raise ValueError(f"Scores cannot be looked at under {feature} (`{name}`), which this model's attention asks for.")
     call = call_of(module, query, key, value, *args, **kwargs)
-    rows = torch.arange(query.shape[2], device=query.device)
+    values = expand_heads(value[:, :, : call.key.shape[2]], query.shape[1])
+    outputs, maps, is_eager = [], [], implementation_of(module) == "eager"
     with without_autocast(query):
-        weights = softmax_or_zero(call.masked_rows(scores_of(None, call, rows), rows), call.sinks).to(value.dtype)
-        output = weights @ expand_heads(value[:, :, : call.key.shape[2]], query.shape[1])
-    return output.transpose(1, 2).contiguous(), weights if implementation_of(module) == "eager" else None
+        for rows in blocks_of_rows(call):
+            weights = softmax_or_zero(call.masked_rows(scores_of(None, call, rows), rows), call.sinks).to(value.dtype)
+            outputs.append(weights @ values)
+            if is_eager:
+                maps.append(weights)
+    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), torch.cat(maps, dim=2) if is_eager else None
+
+
+def blocks_of_rows(call: Call, numbers_of_pair: int = 1) -> tuple[torch.Tensor, ...]:
+    """Places of so many queries that what is computed of them at once stays small."""
+    batch, heads, num_queries, _ = call.query.shape
+    numbers = batch * heads * call.key.shape[2] * numbers_of_pair
+    return torch.arange(num_queries, device=call.query.device).split(max(1, NUMBERS_AT_ONCE // max(1, numbers)))
 
 
 def scores_of(scorer: Any, call: Call, rows: torch.Tensor, keys: torch.Tensor | None = None) -> torch.Tensor:
@@ -139,14 +152,12 @@ def scores_of(scorer: Any, call: Call, rows: torch.Tensor, keys: torch.Tensor | 
 def statistics_of_layer(module: Any, call: Call) -> LayerScores:
     """Some queries at a time."""
     scorer: Any = getattr(module, "scorer", None)
-    batch, heads, num_queries, _ = call.query.shape
-    numbers, keys = batch * heads * call.key.shape[2], None
+    keys = None
     with without_autocast(call.query):
         if scorer is not None:
             keys = key_features(call.key, scorer.weights().to(torch.float32))
-            numbers *= keys.shape[-1]
         figures = RowFigures(call.sinks)
-        for rows in torch.arange(num_queries, device=call.query.device).split(max(1, NUMBERS_AT_ONCE // numbers)):
+        for rows in blocks_of_rows(call, 1 if keys is None else keys.shape[-1]):
             scores = scores_of(scorer, call, rows, keys)
             figures.add(scores, call.masked_rows(scores, rows))
     return LayerScores("", "dot product" if scorer is None else scorer.mode, *figures.results())

@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from tools.command_lines import at_least, parse_arguments
-from training.argument_checks import check_halving, check_training
+from training.argument_checks import check_halving, check_starts, check_training
 from training.arms import Arm
 from training.checkpoints import load_checkpoint_config
 from training.data_checks import check_sizes, fit_labels, load_classifier, load_processor, names_of
@@ -151,6 +151,7 @@ def load_experiment(words: list[str] | None = None) -> tuple[Experiment, Task, N
     check_training(training, neural, MEASURES)
     check_halving(training, model.halve_learning_rate_after)
     check_one_source(model.model_name_or_path, model)
+    check_starts(model.model_name_or_path, neural)
     halving = model.halve_learning_rate_after
     callbacks: list[TrainerCallback] = [HalveLearningRate(halving)] if halving else []
     images = fit(model, image, neural, load_images(image, training.seed))

@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from tools.command_lines import at_least, parse_arguments
-from training.argument_checks import check_training
+from training.argument_checks import check_starts, check_training
 from training.arms import Arm
 from training.checkpoints import load_checkpoint_config
 from training.data_checks import check_positions, check_tokens
@@ -120,6 +120,7 @@ def load_experiment(words: list[str] | None = None) -> tuple[Experiment, Task, N
     model, text, neural, training = parse_arguments(*ARGUMENTS, words=words, description=__doc__)
     check_training(training, neural, MEASURES)
     check_one_source(model.model_name_or_path, model)
+    check_starts(model.model_name_or_path, neural)
     splits = load_text(text)
     tokenizer = load_tokenizer(text, model.model_name_or_path, splits)
     tokenizer.model_max_length = check_fit(model, text, neural, tokenizer)

@@ -282,17 +282,18 @@ def test_bars_of_the_compact_form():
         [f"{bar['least_seconds'] / seconds:.0%}" for seconds in (bar["seconds"], bar["bound"] * bar["over_seconds"])]
         for bar in found[:4]
     )
-    assert f"it took 5.8: {narrow[0]} of that rate. Its aim asks for {narrow[1]}.".replace("%", " %") in SPEED
+    said = f"It took 5.8 ms, which is {narrow[0]} of that rate, and its aim asks for {narrow[1]}."
+    assert said.replace("%", " %") in " ".join(SPEED.split())
     reached, asked = zip(wide, narrow_both, wide_both, strict=True)
-    others = "The other three reach {}, {} and {}, and their aims ask for {}, {} and {}.".format(*reached, *asked)
-    assert others.replace("%", " %") in SPEED
+    others = "The other three rows reach {}, {} and {}, where their aims ask for {}, {} and {}.".format(*reached, *asked)
+    assert others.replace("%", " %") in " ".join(SPEED.split())
     steps = [next(bar for bar in found if f"dropout {rate}" in bar["what"]) for rate in ("0.0", "0.1")]
     assert [f"{bar['seconds']:.1f}" for bar in steps] == ["5.3", "5.3"] and "as long as without (5.3 s)" in SPEED
     assert f"{steps[1]['over_seconds'] / steps[0]['over_seconds']:.1f}" == "1.5" and "takes 1.5 times as long with" in SPEED
     by_bytes = [bytes_of(110_708_604, 38_016, tokens) / bytes_of(124_439_808, 73_728, tokens) for tokens in (1024, 4096)]
     assert "compact would take {:.2f} of stock after 1,024 tokens, and {:.2f} after 4,096".format(*by_bytes) in SPEED
     of_sdpa = found[1]["least_seconds"] / instructions_per_pair((2, 1), 64, "forward") * 138 / found[1]["over_seconds"]
-    assert f"SDPA's two products are 138 instructions of a pair, and it reaches {of_sdpa:.0%}.".replace("%", " %") in SPEED
+    assert f"SDPA, with 138 instructions of a pair, reaches {of_sdpa:.0%}.".replace("%", " %") in " ".join(SPEED.split())
     assert row("number of parameters", measured["GPT-2 124M compact, parameters"], "0.88") in README
     assert row("time of a training step without dropout", step, vit) in README
     assert row("time of a training step, dropout 0.1", dropout, "not measured") in README

@@ -8,9 +8,17 @@ import matplotlib
 import pytest
 import torch
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, ViTConfig, ViTForImageClassification
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    OlmoConfig,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
-from hf_neural_attention import NeuralViTConfig, NeuralViTForImageClassification, analysis, patch, start_scores
+from hf_neural_attention import NeuralViTConfig, NeuralViTForImageClassification, analysis, patch, scores, start_scores
 from hf_neural_attention.models.neural_attention_initialization import mirrored_weights, relu_sum_spread
 from hf_neural_attention.models.neural_attention_reference import first_layer_of_key, first_layer_of_query
 from tests.helpers.comparing import assert_same_state
@@ -188,9 +196,76 @@ def test_trained_models_are_refused_unless_it_is_allowed():
     assert spreads(model, images()) == pytest.approx([1.0, 1.0], rel=0.01)
 
 
+def test_signs_of_training():
+    """Also where gains stay equal, as rounding may keep them, and where no norm has any."""
+    model = stock_vit()
+    model.vit.layers[1].layernorm_after.bias.data[0] = 1e-3
+    refused(model, "seems to be trained: the biases of 'vit.layers.1.layernorm_after' differ", images())
+    olmo, inputs = tiny_causal(OlmoConfig), text()
+    olmo.config._name_or_path = olmo.name_or_path = "some/olmo"
+    refused(olmo, "seems to be trained: it was loaded from 'some/olmo', and no norm of it has gains", inputs)
+    start_scores(tiny_causal(OlmoConfig), inputs)
+
+
+def text() -> dict[str, torch.Tensor]:
+    return {"input_ids": torch.randint(3, 99, (4, 16), generator=torch.Generator().manual_seed(1))}
+
+
+def tiny_causal(config_class: Any, **fields: Any) -> Any:
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
+    return AutoModelForCausalLM.from_config(config_class(**sizes, vocab_size=99, pad_token_id=0, **fields)).eval()
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+def test_models_with_rotary_embeddings_start_in_half_precision(dtype: torch.dtype):
+    for _ in range(3):
+        model = tiny_causal(LlamaConfig, num_key_value_heads=2).to(dtype)
+        start_scores(model, text())
+        assert spreads(model, text()) == pytest.approx([1.0] * 3, rel=0.02)
+
+
+def test_queries_that_are_clipped_in_place():
+    model = tiny_causal(OlmoConfig, clip_qkv=1e3)
+    start_scores(model, text())
+    assert spreads(model, text()) == pytest.approx([1.0] * 3, rel=0.01)
+    refused(tiny_causal(OlmoConfig, clip_qkv=1e-3), "do not grow as the weights that make them", text())
+
+
+def test_modules_that_attend_several_times_in_one_forward_are_refused():
+    """As those of images that come in chunks, of which the first alone would be looked at."""
+    model = stock_vit()
+    attention = model.vit.layers[1].attention
+    once = attention.forward
+    attention.forward = lambda *given, **more: [once(*given, **more) for _ in range(2)][1]
+    with pytest.raises(ValueError, match=r"'vit\.layers\.1\.attention': it calls its attention function several times"):
+        start_scores(model, images())
+
+
+def test_models_set_to_kernels_with_masks_of_their_own_are_looked_at():
+    model, expected = stock_vit(), spreads(stock_vit(), images())
+    model.set_attn_implementation("flex_attention")
+    assert spreads(model, images()) == pytest.approx(expected, rel=1e-4)
+    start_scores(model, images())
+    assert model.config._attn_implementation == "flex_attention"
+    assert spreads(model, images()) == pytest.approx([1.0, 1.0], rel=0.01)
+
+
+@pytest.mark.parametrize("implementation", ("sdpa", "eager"))
+def test_few_rows_at_a_time(implementation: str, monkeypatch: pytest.MonkeyPatch):
+    """So that no layer that is looked at holds all its scores."""
+    model, inputs = FAMILIES["llama"].model(implementation), FAMILIES["llama"].inputs()
+    expected = analysis.score_statistics(model, **inputs)
+    monkeypatch.setattr(scores, "NUMBERS_AT_ONCE", 100)
+    for layer, whole in zip(analysis.score_statistics(model, **inputs), expected, strict=True):
+        assert layer[2:] == pytest.approx(whole[2:], rel=1e-4)
+
+
 def test_what_cannot_be_started_is_said_and_nothing_changes():
     refused(stock_vit(), "`spread` is -1", spread=-1)
     refused(stock_vit(), "`spread` is nan", spread=math.nan)
+    one_token = {"input_ids": torch.full((2, 1), 5)}
+    refused(tiny_causal(LlamaConfig), "no query of these inputs may see two keys or more: give longer", one_token)
     refused(neural_vit(neural_init="paper"), 'only scorers that start "mirrored" have a closed form; give `inputs`')
     dead = neural_vit()
     dead.vit.layers[1].attention.scorer.linear2.bias.data.fill_(-1e4)

@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 
 
 class WatchingCallback(TrainerCallback):
-    """Adds figures to what `Trainer` logs.
+    """Adds figures to what `Trainer` logs of training (not to what evaluations return, of which a search takes its objective).
 
     `Trainer` calls the callbacks of `report_to` (TensorBoard, W&B ...) before those that it is given: they do not see these
     figures, which are in its history and on the console. To have them reported as well, put the callback first:
@@ -24,7 +24,7 @@ class WatchingCallback(TrainerCallback):
 
     Args:
         inputs (`dict`): Arguments for the model's forward: a few examples, always the same.
-        every (`int`): Look at each so many-th log. Default: 1.
+        every (`int`): Look at each so many-th log of training. Default: 1.
     """
 
     def __init__(self, inputs: Mapping[str, Any], every: int = 1):
@@ -36,8 +36,10 @@ class WatchingCallback(TrainerCallback):
         raise NotImplementedError
 
     def on_log(self, args, state, control, model=None, logs=None, **kwargs):
+        if model is None or "loss" not in (logs or {}):  # passes over evaluations and the end of training
+            return
         self.logs += 1
-        if model is None or logs is None or (self.logs - 1) % self.every:
+        if (self.logs - 1) % self.every:
             return
         figures = self.look(model)
         logs.update(figures)  # shows them to the callbacks that come after

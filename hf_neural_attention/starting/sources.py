@@ -136,7 +136,7 @@ class Sources:
                 return None
             leaf = output.detach().requires_grad_()
             self.made[module].append((name, layer, args[0].detach(), args[0], leaf))
-            return leaf
+            return leaf.clone()  # may be changed in place, as by families that clip it
 
         return hook
 
@@ -174,16 +174,21 @@ class Sources:
 
 
 def derivatives(states: torch.Tensor, leaves: list[torch.Tensor]) -> tuple[list[torch.Tensor], float | None]:
-    """Of a random sum of some states by the outputs of layers, and of how many degrees the sum is in them (Euler's theorem);
-    None if it does not depend on them."""
+    """Of a random sum of some states by the outputs of layers, and of how many degrees the states are in them (Euler's
+    theorem); None if they do not depend on them."""
     if not states.requires_grad:
         return [torch.zeros_like(leaf) for leaf in leaves], None
     generator = torch.Generator().manual_seed(0)
     direction = torch.randn(states.shape, generator=generator).to(states)
-    total = (states * direction).sum()
-    found = torch.autograd.grad(total, leaves, retain_graph=True, allow_unused=True)
-    gradients = [torch.zeros_like(leaf) if each is None else each for each, leaf in zip(found, leaves, strict=True)]
-    if not total.abs() > 0:
-        return gradients, None
-    reached = sum((gradient * leaf).sum().item() for gradient, leaf in zip(gradients, leaves, strict=True))
-    return gradients, reached / total.item()
+
+    def gradients_along(direction: torch.Tensor) -> list[torch.Tensor]:
+        found = torch.autograd.grad(states, leaves, direction, retain_graph=True, allow_unused=True)
+        return [torch.zeros_like(leaf) if each is None else each for each, leaf in zip(found, leaves, strict=True)]
+
+    # takes the degree along the states themselves, since a sum of squares bears the rounding of half precision
+    total = states.detach().double().square().sum().item()
+    if not total > 0:
+        return gradients_along(direction), None
+    along = gradients_along(states.detach())
+    reached = sum((gradient.double() * leaf.double()).sum().item() for gradient, leaf in zip(along, leaves, strict=True))
+    return gradients_along(direction), reached / total

@@ -2,14 +2,14 @@
 
 import math
 from collections.abc import Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from ..introspection import call_of, left_as_it_was, moved, observed, unwrap
+from ..introspection import call_of, left_as_it_was, looked_at, moved, observed, unwrap
 from ..patching.layers import attention_modules, listed, tokens_of_queries
 from ..patching.patching import check_unsharded, check_weights_together
 from ..patching.reports import table
@@ -93,8 +93,9 @@ def start_scores(
         spread (`float`): Default: 1.0, that of the dot product of unit-normal queries and keys. Zero is for controls, and for
             dot products alone: query and key weights of zero get no gradient from each other, so attention is uniform and
             stays so, however long the model is trained. For a start that is almost uniform and learns, take 0.01.
-        allow_trained (`bool`): Change a model also if it seems trained. A model seems trained if the gains of one of its norms
-            differ: they start equal, and training changes them at once. Default: False.
+        allow_trained (`bool`): Change a model also if it seems trained. A model seems trained if gains or biases of one of its
+            norms differ: they start equal, and training changes them at once, but for gains in pure bfloat16, which may stay
+            equal. Where no norm has any, a model seems trained that was loaded by a name. Default: False.
 
     Returns:
         `ScoreStart`: for each attention layer what was multiplied and the spread before and after; printing it shows a table.
@@ -111,11 +112,10 @@ def start_scores(
     modules = attention_modules(base)
     if any(parameter.is_meta for parameter in base.parameters()):
         raise ValueError(f"This {type(base).__name__} has weights without numbers (on the meta device, or offloaded).")
-    if not allow_trained and (name := trained_norm(base)) is not None:
+    if not allow_trained and (sign := sign_of_training(base)) is not None:
         raise ValueError(
-            f"This {type(base).__name__} seems to be trained: the gains of {name!r} differ, which start equal. Other scores "
-            "would undo what it has learned. To change it all the same, say `allow_trained=True`; to fit new scorers to a "
-            "checkpoint, use `calibrate`."
+            f"This {type(base).__name__} seems to be trained: {sign}. Other scores would undo what it has learned. To change "
+            "it all the same, say `allow_trained=True`; to fit new scorers to a checkpoint, use `calibrate`."
         )
     with restored_after_errors(base):
         before, factors = survey(base, modules, inputs, spread)
@@ -132,10 +132,15 @@ def start_scores(
     return report
 
 
-def trained_norm(model: nn.Module) -> str | None:
-    """The name of a norm whose gains differ."""
-    norms = ((name, module) for name, module in model.named_modules() if is_norm(module))
-    return next((name for name, norm in norms if norm.weight.min() != norm.weight.max()), None)
+def sign_of_training(model: nn.Module) -> str | None:
+    """What shows that a model has been trained, in words."""
+    norms = {name: module for name, module in model.named_modules() if is_norm(module)}
+    for name, norm in norms.items():
+        for kind, numbers in (("gains", norm.weight), ("biases", getattr(norm, "bias", None))):
+            if numbers is not None and numbers.min() != numbers.max():
+                return f"the {kind} of {name!r} differ, which start equal"
+    name = getattr(model, "name_or_path", "")
+    return f"it was loaded from {name!r}, and no norm of it has gains that would show more" if name and not norms else None
 
 
 def changed_in(plan: Plan) -> str:
@@ -167,9 +172,13 @@ def survey(
     sources = Sources(model, dict(modules))
     plans: dict[Any, Plan | str] = {}
     factors: dict[Any, float] = {}
+    pending: set[Any] = set()  # modules whose forward has not called its attention function yet
     names = {module: name for name, module in modules.items()}
 
     def look(module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if module in plans and module not in pending:
+            plans[module] = "it calls its attention function several times in one forward, of different tokens"
+        pending.discard(module)
         if module not in plans:
             found = sources.of(module, query, key, value)
             query, key, value = query.detach(), key.detach(), value.detach()
@@ -192,7 +201,14 @@ def survey(
         with torch.no_grad():
             return attend(module, query, key, value, *args, **kwargs)
 
-    with left_as_it_was(model) as device, sources.noted(), observed(modules.values(), look):
+    with ExitStack() as stack:
+        device = stack.enter_context(left_as_it_was(model))
+        stack.enter_context(looked_at(model))
+        stack.enter_context(sources.noted())
+        stack.enter_context(observed(modules.values(), look))
+        for module in modules.values():
+            hook = module.register_forward_pre_hook(lambda module, args: pending.add(module))
+            stack.callback(hook.remove)
         if inputs is not None:
             model(**moved(dict(inputs), device))
             failures = ""
@@ -255,6 +271,8 @@ def plan_of(
         spread = spread_in_closed_form(module, of_query, of_key, query.shape[-1], call.scaling, factors)  # type: ignore[arg-type]
     if isinstance(spread, str):
         return spread
+    if math.isnan(spread):
+        return "no query of these inputs may see two keys or more: give longer `inputs`"
     if not 0 < spread < math.inf:
         why = "its scorer may be dead, draw another (`scorer.reset_parameters()`)" if scorer else "its weights may be zero"
         return f"its scores have a spread of {spread}, which no factor changes; {why}"

@@ -103,10 +103,19 @@ def markdown(study: Study, found: Results, rows: list[dict[str, Any]], where: di
             else ""
         ),
         costs_table(study, rows),
+        f"The runs are of {commits(found)}.",
         "Settings:",
         "\n".join(f"- {arm}: `{fields}`" for arm, fields in study.arms.items()),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def commits(found: Results) -> str:
+    """Which code the runs were made with."""
+    known = {each["environment"].get("commit") for runs in found.values() for each in runs.values()}
+    named = [f"`{commit}`" for commit in sorted(known - {None})]
+    words = [f"commit{'s' if len(named) > 1 else ''} {', '.join(named)}"] if named else []
+    return " and ".join([*words, *(["commits that were not recorded"] if None in known else [])])
 
 
 def figures(study: Study, rows: list[dict[str, Any]]) -> str:

@@ -64,6 +64,16 @@ def check_training(training: TrainingArguments, neural: NeuralArguments, measure
             )
 
 
+def check_starts(checkpoint: str | None, neural: NeuralArguments) -> None:
+    """Raises SystemExit if the scores of a checkpoint are to start anew, which would undo what it has learned."""
+    asked = "--score_spread" if neural.score_spread is not None else f"--attention {neural.attention}"
+    if checkpoint is not None and (neural.score_spread is not None or Arm.DOT_STARTED in neural.arms):
+        raise SystemExit(
+            f"{asked} with --model_name_or_path: a checkpoint's scores have been trained, and do not start. Leave one of them "
+            "out (--attention both, neural or dot starts no scores)."
+        )
+
+
 def check_processes(training: TrainingArguments) -> None:
     """Raises SystemExit if accelerate takes each of several processes for the only one. All of them would save and report."""
     started = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1

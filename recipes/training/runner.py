@@ -63,6 +63,9 @@ def run(experiment: Experiment, arms: tuple[Arm, ...]) -> Results:
         raise SystemExit("--resume_from_checkpoint: a run resumes from its last checkpoint by itself, for each arm.")
     if training.should_save:
         claim_folder(experiment.folder, experiment.settings)
+    for arm in arms[1:]:  # lets scores that cannot be started be known before the first arm is trained
+        if experiment.spread_of(arm) is not None and not (experiment.folder / arm / RESULTS).exists():
+            initial_model(experiment, arm)
     try:
         results = {arm: run_arm(experiment, arm) for arm in arms}
     except OSError as error:  # catches a full disk, for instance
@@ -84,11 +87,7 @@ def run_arm(experiment: Experiment, arm: Arm) -> dict[str, Any]:
     if is_finished:
         say(f"{arm}: finished before, see {folder / RESULTS}")
         return json.loads((folder / RESULTS).read_text(encoding="utf-8"))
-    set_seed(experiment.training.seed)
-    try:
-        model = experiment.initial_model(arm)
-    except (ValueError, StrictDataclassError) as error:
-        raise SystemExit(f"The {arm} model cannot be built: {error}") from None
+    model = initial_model(experiment, arm)
     parameters = {name: parameter.numel() for name, parameter in model.named_parameters()}  # counts before they are sharded
     size = size_of(model)
     use_cache = getattr(model.config, "use_cache", None)
@@ -132,6 +131,15 @@ def run_arm(experiment: Experiment, arm: Arm) -> dict[str, Any]:
     if trainer.args.should_save:
         write_json(folder / RESULTS, results)
     return results
+
+
+def initial_model(experiment: Experiment, arm: Arm) -> Any:
+    """Raises SystemExit with the reason if it cannot be built, or its scores not be started."""
+    set_seed(experiment.training.seed)
+    try:
+        return experiment.initial_model(arm)
+    except (ValueError, StrictDataclassError) as error:
+        raise SystemExit(f"The {arm} model cannot be built: {error}") from None
 
 
 class StepClock(TrainerCallback, ExportableState):

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.trainer_utils import IntervalStrategy
 
 from hf_neural_attention.analysis import ScoreCallback
 from hf_neural_attention.introspection import unwrap
@@ -23,11 +24,14 @@ class WatchScores(ScoreCallback):
     def __init__(self, inputs: Any, every: int = 1):
         super().__init__(inputs, every)
         self.shares: dict[str, float] = {}  # layer -> of the norm of the whole gradient, which clipping leaves as it is
+        self.step = 0  # that they are of
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         step = state.global_step + 1
-        if step > 1 and step % max(1, state.logging_steps):
+        is_rare = args.logging_strategy == IntervalStrategy.STEPS  # knows of no other strategy which steps are logged
+        if is_rare and step > 1 and step % max(1, state.logging_steps):
             return
+        self.step = step
         base = unwrap(model)
         whole = norm_of(parameter.grad for parameter in base.parameters() if parameter.grad is not None)
         self.shares = {}
@@ -39,7 +43,7 @@ class WatchScores(ScoreCallback):
         before = set(logs or ())
         super().on_log(args, state, control, model=model, logs=logs, **kwargs)
         layers = {name.split("/")[1] for name in set(logs or ()) - before if name.startswith("scores/")}
-        if logs is None or "grad_norm" not in logs:
+        if logs is None or "grad_norm" not in logs or state.global_step != self.step:
             return
         figures = {
             f"scores/{name}/{GRADIENT}": share * float(logs["grad_norm"])

@@ -243,6 +243,8 @@ def test_the_callback_logs_scores_of_any_layer(tmp_path):
     spreads = [[entry[f"scores/transformer.h.{i}.attn/spread"] for i in range(3)] for entry in (logged[0], logged[2])]
     assert spreads[0][2] == 0.0 < spreads[0][0] != spreads[1][0]
     assert_same_state(trainer.model, train_watched(tmp_path).model)
+    # keeps them out of what an evaluation returns, of which a search takes the sum where nothing else is measured
+    assert {*trainer.evaluate(trainer.train_dataset)} & names == set()
     stock = GPT2.stock()
     (layer, *_), figures = analysis.score_statistics(stock, **inputs), analysis.ScoreCallback(inputs).look(stock)
     assert figures["scores/transformer.h.0.attn/saturated"] == layer.saturated and len(figures) == 9
@@ -272,7 +274,7 @@ def test_the_callback_warns_again_when_more_heads_die(caplog):
     for heads in (0, 1, 1, 3):
         with torch.no_grad():
             bias[:heads] = -1e4
-        callback.on_log(None, state, None, model=model, logs={})
+        callback.on_log(None, state, None, model=model, logs={"loss": 1.0})
     assert len(caplog.records) == 2
     assert "1 of the 4 scorers of transformer.h.0.attn seems dead" in caplog.text and "3 of the 4 scorers" in caplog.text
 

@@ -31,7 +31,17 @@ def test_figures_by_hand(tmp_path):
     assert "| first layer | 3 | 1.500 | 1.054 | -0.500 | -0.748 to -0.252 | better | 2.500 | 7.000 |" in text
     assert "Best by `v`: **first layer** (2.500); its `m` is 1.500." in text
     assert "| 3.000 | 1.50 (1.40 to 1.60) | 1.50 | 1 | 3 of 24 | 6 of 24 | 0.50 |" in text
-    assert "Neural arms beside every" not in text
+    assert "Neural arms beside every" not in text and "The runs are of commits that were not recorded." in text
+
+
+def test_a_report_names_the_code_of_its_runs(tmp_path):
+    study = make_study()
+    write_results(study, tmp_path, {"dot": [1.0, 2.0, 3.0]})
+    for seed, commit in enumerate(("b2+", "a1", None)):
+        path = tmp_path / file_name("dot", seed)
+        record = json.loads(path.read_text())
+        path.write_text(json.dumps(record | {"environment": record["environment"] | {"commit": commit}}))
+    assert "The runs are of commits `a1`, `b2+` and commits that were not recorded." in report(study, tmp_path)
 
 
 def test_error_against_cost(tmp_path):

@@ -10,7 +10,7 @@ from image_classification import ModelArguments as ImageModelArguments
 from language_modeling import ModelArguments as TextModelArguments
 from patch_and_finetune import CheckpointArguments
 from training import image_task, text_task
-from training.argument_checks import check_halving, check_training
+from training.argument_checks import check_halving, check_starts, check_training
 from training.image_task import AccuracyOfBatches
 from training.images import ImageArguments
 from training.neural_arguments import NeuralArguments
@@ -46,6 +46,14 @@ def test_those_that_are_honoured(tmp_path):
         check_training(given, NeuralArguments(), text_task.MEASURES)
     with pytest.raises(SystemExit, match=r"--scorer_learning_rate is -0\.1; expected at least 0"):
         check_training(arguments(tmp_path), NeuralArguments(scorer_learning_rate=-0.1), text_task.MEASURES)
+
+
+@pytest.mark.parametrize("given", ({"attention": "all"}, {"attention": "dot_started"}, {"score_spread": 1.0}), ids=str)
+def test_scores_of_checkpoints_do_not_start(given: dict[str, Any]):
+    check_starts(None, NeuralArguments(**given))
+    check_starts("some/checkpoint", NeuralArguments())
+    with pytest.raises(SystemExit, match="with --model_name_or_path: a checkpoint's scores have been trained"):
+        check_starts("some/checkpoint", NeuralArguments(**given))
 
 
 def test_a_schedule_that_follows_what_is_measured_cannot_be_halved(tmp_path):

@@ -169,6 +169,20 @@ def test_one_dot_product_starts_with_a_spread_of_one_by_itself(tmp_path):
     assert not results[Arm.DOT]["score_start"] and not results[Arm.NEURAL]["score_start"]
 
 
+def test_scores_that_cannot_be_started_are_known_before_anything_is_trained(tmp_path, monkeypatch):
+    experiment = make_experiment(tmp_path, Killed(1))
+    build = experiment.initial_model
+
+    def initial_model(arm):
+        if arm is Arm.DOT_STARTED:
+            raise ValueError("its queries are clipped")
+        return build(arm)
+
+    monkeypatch.setattr(experiment, "initial_model", initial_model)
+    with pytest.raises(SystemExit, match="The dot_started model cannot be built: its queries are clipped"):
+        run(experiment, (Arm.DOT, Arm.DOT_STARTED))
+
+
 def test_uniform_attention_stays_uniform_for_dot_products_and_is_refused_for_networks(tmp_path):
     experiment = make_experiment(tmp_path)
     experiment.score_spread = 0.0

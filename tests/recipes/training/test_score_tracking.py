@@ -35,6 +35,15 @@ def test_gradients_of_queries_and_keys(kind: str, tmp_path: Any):
         assert 0 < entry[f"scores/{layer}/gradient"] < entry["grad_norm"]
 
 
+def test_gradients_are_those_of_the_step_that_is_logged(tmp_path: Any):
+    name, found = "scores/transformer.h.0.attn/gradient", []
+    for settings in ({"logging_strategy": "epoch", "max_steps": -1, "num_train_epochs": 2}, {"logging_steps": 2}):
+        torch.manual_seed(0)
+        history = watched(tmp_path, GPT2.stock(), logging_first_step=False, **settings).state.log_history
+        found.append({entry["step"]: entry[name] for entry in history if name in entry})
+    assert found[0].keys() == {2, 4} and found[0] == pytest.approx(found[1])
+
+
 def test_the_norm_is_that_before_clipping(tmp_path: Any):
     found = []
     for most in (0.01, 1e9):
