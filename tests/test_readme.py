@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import AutoPeftModelForCausalLM
 from PIL import Image
 from transformers import GPT2Config, GPT2LMHeadModel, GPT2Tokenizer, ViTImageProcessorPil
 
@@ -18,6 +19,8 @@ from hf_neural_attention import (
     NeuralViTConfig,
     NeuralViTForImageClassification,
     analysis,
+    from_pretrained,
+    patch_status,
 )
 from tests.helpers.documents import python_blocks
 from tests.helpers.versions import CACHE
@@ -80,7 +83,8 @@ def check(page: str, heading: str, scope: dict, printed: str) -> None:
             assert any("scorer" in name for name, _ in scope["model"].named_parameters())
         case "patching", "How do I use peft with it?":
             trained = [name for name, each in scope["model"].named_parameters() if each.requires_grad and "scorer" in name]
-            assert trained and Path("runs/patch/neural_patch.json").exists()
+            loaded = (AutoPeftModelForCausalLM.from_pretrained("runs/adapter"), from_pretrained("runs/merged"))
+            assert trained and all(map(patch_status, loaded))
         case "compact-form", _:
             assert "would be compact" in printed and scope["model"].transformer.h[1].attn.c_attn.nf < 3 * 32
         case "README", "Train a model":

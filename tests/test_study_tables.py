@@ -2,10 +2,12 @@
 
 import statistics
 from pathlib import Path
+from typing import Any
 
 import pytest
+from scipy.stats import t as student
 
-from studies.number_format import form_of
+from studies.number_format import Form, form_of
 from studies.page_tables import has_tables, with_new_tables
 from studies.results import difference, load_results, summarize
 from studies.study_file import Study, load_costs
@@ -13,7 +15,9 @@ from studies.study_file import Study, load_costs
 
 ROOT = Path(__file__).parents[1]
 STUDIES = ROOT / "model_cards/studies"
+AUTHORS = "authors' embeddings"
 TEXT_ARMS = [f"{arm}, {size} embeddings" for size in ("authors'", "unit") for arm in ("dot", "neural")]
+IMAGE_ARMS = ("dot", "dot, spread 1", "network 16", "network 16, spread 1")
 PAGES = {page.name: page.read_text() for page in sorted(ROOT.glob("docs/*.md"))}
 TABLES = [
     pytest.param(name, path, id=f"{name}: {path.stem}")
@@ -36,30 +40,48 @@ def mean(study: str, arm: str) -> str:
     return f"{factor * statistics.mean(each['metrics'][metric] for each in found.values()):.2f}"
 
 
+def change_of(study: str, arm: str, base: str) -> tuple[Form, dict[str, Any]]:
+    loaded = Study.load(ROOT / f"recipes/studies/{study}.yaml")
+    found = load_results(loaded, STUDIES / study)
+    form = form_of(loaded, summarize(loaded, found, load_costs(STUDIES / study)), loaded.metric)
+    return form, difference(loaded, found, arm, base)
+
+
 def in_points(arm: str, base: str) -> str:
-    study = Study.load(ROOT / "recipes/studies/spread-images.yaml")
-    found = load_results(study, STUDIES / study.name)
-    change = difference(study, found, arm, base)
-    assert {*found[arm]} == {*found[base]}, "means are of the seeds that the difference is of"
-    form = form_of(study, summarize(study, found, load_costs(STUDIES / study.name)), study.metric)
+    form, change = change_of("spread-images", arm, base)
+    assert change["pairs"] == 3, "means are of the seeds that the difference is of"
     return f"{form.signed(change['difference'])} points, 95 % interval: {form.bounds(change)}"
+
+
+def in_words(study: str, arm: str, base: str) -> str:
+    """As the pages say a difference."""
+    form, change = change_of(study, arm, base)
+    interval = f"95 % interval: {form.bounds(change)}"
+    more = {1: "one seed", 2: f"two seeds, {interval}"}.get(change["pairs"], interval)
+    return f"{form.signed(change['difference'])} {'points' if form.unit else 'in perplexity'} ({more})"
 
 
 def test_the_verdict_of_the_readme():
     text = " ".join((ROOT / "README.md").read_text().split())
-    stock, started, both = (mean("spread-images", arm) for arm in ("dot", "dot, spread 1", "network 16, spread 1"))
-    assert f"Accuracy on CIFAR-10 is {stock} % with the stock dot product, {started} % with a dot product that" in text
-    assert f"and {both} % with Neural Attention that starts likewise." in text
+    stock, started, own, both = (mean("spread-images", arm) for arm in IMAGE_ARMS)
+    assert (
+        f"accuracy is {stock} % with the stock dot product, {own} % with Neural Attention, and {started} % with a dot" in text
+    )
+    assert f"Neural Attention that starts likewise has {both} %: no difference is shown." in text
     dot, neural, dot_unit, neural_unit = (mean("paper-architecture-text", arm) for arm in TEXT_ARMS)
     assert f"perplexity is {dot} with the dot product and {neural} with Neural Attention." in text
-    assert f"With embeddings of unit size, it is {dot_unit} and {neural_unit}." in text
+    assert f"in place of the authors' large ones, it is {dot_unit} and {neural_unit}." in text
+    compact, stock = (mean("compact-text", arm) for arm in ("compact 16 to 2", "dot"))
+    assert f"a small GPT-2 on WikiText-2 has a perplexity of {compact}, compared with {stock}." in text
+    _, change = change_of("compact-images", "compact 16 to 2, spread 1", "dot, spread 1")
+    assert change["low"] < 0 < change["high"] and "With 16 numbers, no loss of accuracy is shown on images" in text
+    worth = in_words("spread-images-longer", "dot, spread 1", "dot")
+    assert f"The better start of the dot product is worth {worth} there." in text
 
 
 def test_the_verdict_of_the_results():
     text = " ".join((ROOT / "docs/results.md").read_text().split())
-    stock, started, own, both = (
-        mean("spread-images", arm) for arm in ("dot", "dot, spread 1", "network 16", "network 16, spread 1")
-    )
+    stock, started, own, both = (mean("spread-images", arm) for arm in IMAGE_ARMS)
     to_stock, to_started = in_points("dot, spread 1", "dot"), in_points("network 16, spread 1", "dot, spread 1")
     assert f"reaches {started} % accuracy, compared with {stock} % for the stock one (difference: {to_stock})." in text
     assert f"Neural Attention reaches {own} % with its own start, and {both} % with that one" in text
@@ -95,7 +117,64 @@ def test_the_first_layer_of_the_paper():
     assert "{:.2f} nats with the authors' embeddings, and {:.2f} with unit embeddings".format(*entropies) in text
     assert f"{first_layer(unit, 'start', 'uniform_entropy'):.2f}" == f"{entropies[1]:.2f}"
     dead = [each["scorer_health"]["end"][0]["dead"] for each in found[neural[1]].values()]
-    assert sorted(dead) == [0, 1] and "In one of the two runs with unit embeddings its scorer is dead." in text
+    assert sorted(dead) == [0, 0, 1] and "In one of the three runs with unit embeddings its scorer is dead." in text
+
+
+def test_differences_in_the_text_of_the_page():
+    text = " ".join(PAGES["what-gains-are-made-of.md"].split())
+    images, paper = "spread-images", "paper-architecture-text"
+    longer = "spread-images-longer"
+    start, unit_start = "dot, spread 1", "unit embeddings, spread 1"
+    for said, study, arm, base in (
+        ("start with a spread of one gains {} over the stock one", images, start, "dot"),
+        ("The network of our first studies gains {}.", images, "network 16", "dot"),
+        ("that starts better, this network's difference is {}.", images, "network 16", start),
+        ("Started alike, no difference is shown: {}.", images, "network 16, spread 1", start),
+        ("After three epochs it is worth {} to the dot product.", longer, start, "dot"),
+        ("differs from the network, which starts with its own, by {}.", longer, start, "network 16"),
+        ("a dot product that starts so differs from the stock one by {}.", images, "dot, spread 0.14", "dot"),
+        ("To the dot product, that is worth {} over the stock one", images, "dot, larger weights", "dot"),
+        ("whose scores start with a spread of one, it is {}.", images, "dot, larger weights", start),
+        ("its difference to the dot product is {}.", paper, f"neural, {AUTHORS}", f"dot, {AUTHORS}"),
+        ("which ends the saturation, it is {}.", paper, "neural, normalised embeddings", "dot, normalised embeddings"),
+        ("With embeddings of unit size, it is {}.", paper, "neural, unit embeddings", "dot, unit embeddings"),
+        (
+            "To the dot product, that is worth {}, and the network's lead is gone",
+            paper,
+            "dot, normalised embeddings",
+            f"dot, {AUTHORS}",
+        ),
+        ("to a dot product that starts likewise is {}.", paper, f"neural mirrored, {unit_start}", f"dot, {unit_start}"),
+        ("to a dot product that starts alike is {} on images.", "compact-images", "compact 16 to 2, spread 1", start),
+        ("10 % fewer parameters than stock, it is {}, of 89.1.", "compact-text", "compact 16 to 2", "dot"),
+    ):
+        assert said.format(in_words(study, arm, base)) in text, said
+    assert mean("compact-text", "dot")[:4] == "89.1"
+    # counts what few seeds show from how much a difference varies
+    low, high = (change_of(images, "network 16, spread 1", start)[1][end] for end in ("low", "high"))
+    deviation = 100 * (high - low) / 2 * 3**0.5 / student.ppf(0.975, 2)
+    assert f"vary by {deviation:.1f} points from seed to seed" in text
+    shown = {seeds: student.ppf(0.975, seeds - 1) * deviation / seeds**0.5 for seeds in (3, 5, 14)}
+    assert [round(each) for each in shown.values()] == [4, 2, 1]
+
+
+def test_sizes_of_compact_models():
+    for study, arms, share in (
+        ("compact-images", ("compact 16 to 2, spread 1", "dot, spread 1"), "On images it has 12 % fewer parameters"),
+        ("compact-text", ("compact 16 to 2", "dot"), "the compact form has 10 % fewer parameters"),
+    ):
+        found = load_results(Study.load(ROOT / f"recipes/studies/{study}.yaml"), STUDIES / study)
+        compact, stock = (next(iter(found[arm].values()))["parameters"] for arm in arms)
+        assert share in " ".join(PAGES["what-gains-are-made-of.md"].split())
+        assert f"{1 - compact / stock:.0%}".replace("%", " %") in share
+
+
+def test_weights_of_a_usual_size():
+    found = load_results(Study.load(ROOT / "recipes/studies/spread-images.yaml"), STUDIES / "spread-images")
+    runs = found["dot, larger weights"].values()
+    spreads = [layer["spread"] for each in runs for layer in each["score_statistics"]["start"]]
+    said = f"start with spreads of {min(spreads):.1f} to {max(spreads):.1f} by themselves"
+    assert said in " ".join(PAGES["what-gains-are-made-of.md"].split())
 
 
 def test_the_start_at_other_rates():
