@@ -41,7 +41,7 @@ def draw_first_layer(study: Study, found: Results, path: Path) -> None:
             steps = sorted(set.intersection(*(set(curve) for curve in curves)))
             means = [statistics.mean(curve[step] for curve in curves) for step in steps]
             style = "-" if study.attention(arm).is_neural else "--"
-            axis.plot(steps, means, style, label=arm, color=f"C{number % 10}")
+            axis.plot(steps, means, style, label=arm, color=f"C{number % 10}", linewidth=1.5 + 1.5 * (number // 10))
         axis.set(title=title, xlabel="step", xscale="symlog", xlim=(0, None))
         axis.grid(alpha=0.3)
         if figure_name == "gradient":
