@@ -156,15 +156,23 @@ def left_as_it_was(model: nn.Module) -> Iterator[torch.device]:
 def looked_at(model: nn.Module) -> Iterator[None]:
     """A model whose attention functions can be looked at: parts set to kernels that want masks of a form of their own (flash,
     flex) run under "sdpa" meanwhile."""
+    with implementations_restored(model):
+        for part in pretrained_parts(model):
+            if part.config._attn_implementation not in (None, *SUPPORTED_IMPLEMENTATIONS):
+                part.set_attn_implementation("sdpa")
+        yield
+
+
+@contextmanager
+def implementations_restored(model: nn.Module) -> Iterator[None]:
+    """Every part gets back the attention implementation that it had."""
     before = [(part, part.config._attn_implementation) for part in pretrained_parts(model)]
-    other = [each for each in before if each[1] is not None and each[1] not in SUPPORTED_IMPLEMENTATIONS]
     try:
-        for part, _ in other:
-            part.set_attn_implementation("sdpa")
         yield
     finally:
-        for part, implementation in other:
-            part.set_attn_implementation(implementation)
+        for part, implementation in before:
+            if part.config._attn_implementation != implementation:
+                part.set_attn_implementation(implementation)
 
 
 def moved(inputs: Any, device: torch.device) -> Any:

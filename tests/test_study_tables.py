@@ -49,7 +49,8 @@ def change_of(study: str, arm: str, base: str) -> tuple[Form, dict[str, Any]]:
 
 def in_points(arm: str, base: str) -> str:
     form, change = change_of("spread-images", arm, base)
-    assert change["pairs"] == 3, "means are of the seeds that the difference is of"
+    found = load_results(Study.load(ROOT / "recipes/studies/spread-images.yaml"), STUDIES / "spread-images")
+    assert {*found[arm]} == {*found[base]}, "means are of the seeds that the difference is of"
     return f"{form.signed(change['difference'])} points, 95 % interval: {form.bounds(change)}"
 
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from ..introspection import Call, left_as_it_was, moved, pretrained_parts, unwrap, use_eager
+from ..introspection import Call, implementations_restored, left_as_it_was, moved, unwrap, use_eager
 from ..models.neural_attention_blockwise import without_autocast
 from ..models.neural_attention_reference import softmax_or_zero
 from ..models.neural_attention_scorer import is_compact
@@ -30,15 +30,9 @@ def attention_maps(model: Any, **inputs: Any) -> tuple[torch.Tensor, ...]:
         ValueError: if the model gives no attention weights.
     """
     base: Any = unwrap(model)
-    before = [(part, part.config._attn_implementation) for part in pretrained_parts(base)]
-    with left_as_it_was(base) as device:
-        inputs = moved(inputs, device)
-        try:
-            use_eager(base)
-            outputs = base(**inputs, output_attentions=True)
-        finally:
-            for part, implementation in before:
-                part.set_attn_implementation(implementation)
+    with left_as_it_was(base) as device, implementations_restored(base):
+        use_eager(base)
+        outputs = base(**moved(inputs, device), output_attentions=True)
     found = outputs.get("attentions")
     if not found or any(weights is None for weights in found):
         raise ValueError(f"This {type(base).__name__} gives no attention weights of one stack of layers (`attentions`).")

@@ -11,7 +11,6 @@ The other has all arms that have run (`report.summary`), and stands below a line
 """
 
 import re
-import statistics
 from typing import Any
 
 from studies.number_format import form_of
@@ -47,21 +46,22 @@ def with_new_tables(page: str, study: Study, found: Results, costs: dict[str, An
     rows = summarize(study, found, costs)
     form = form_of(study, rows, study.metric)
 
-    def runs_of(arm: str) -> dict[int, dict[str, Any]]:
-        if not found.get(arm):
-            raise SystemExit(f"A table of {study.name} names {arm!r}, of which no run is finished.")
-        return found[arm]
+    by_arm = {row["arm"]: row for row in rows}
 
-    def row(arm: str, base: str) -> str:
-        runs, change = runs_of(arm), difference(study, found, arm, base)
-        mean = statistics.mean(each["metrics"][study.metric] for each in runs.values())
-        own = [arm, str(len(runs)), form.value(mean)]
+    def row_of(arm: str) -> dict[str, Any]:
+        if arm not in by_arm:
+            raise SystemExit(f"A table of {study.name} names {arm!r}, of which no run is finished.")
+        return by_arm[arm]
+
+    def line(arm: str, base: str) -> str:
+        row, change = row_of(arm), difference(study, found, arm, base)
+        own = [arm, str(row["seeds"]), form.value(row["mean"])]
         return table_row([*own, form.signed(change["difference"]), form.bounds(change), verdict(study, change)])
 
     def chosen_arms(match: re.Match[str]) -> str:
-        runs_of(match["base"])
-        arms = [line.split("|")[1].strip() for line in match["rows"].splitlines()]
-        return match["head"] + "".join(f"{row(arm, match['base'])}\n" for arm in arms)
+        row_of(match["base"])
+        arms = [each.split("|")[1].strip() for each in match["rows"].splitlines()]
+        return match["head"] + "".join(f"{line(arm, match['base'])}\n" for arm in arms)
 
     of_chosen, of_all = patterns(study)
     page = of_chosen.sub(chosen_arms, page)
