@@ -39,7 +39,7 @@ from tools.json_files import write_json
 from tools.markdown import markdown_table
 from tools.messages import say
 from training import image_task, text_task
-from training.argument_checks import check_training
+from training.argument_checks import check_starts, check_training
 from training.arms import Arm
 from training.data_checks import check_positions, check_sizes, check_tokens, fit_labels, load_classifier, load_processor
 from training.experiment import Experiment
@@ -216,11 +216,7 @@ def main() -> None:
         description=__doc__,
     )
     check_training(training, neural, (image_task if is_image else text_task).MEASURES)
-    if Arm.DOT_STARTED in neural.arms:
-        raise SystemExit(
-            f"--attention {neural.attention}: a checkpoint's scores have been trained, and do not start. Expected neural, dot "
-            "or both."
-        )
+    check_starts(checkpoint.model_name_or_path, neural)
     build, data = (image_data if is_image else text_data)(checkpoint, arguments, training)
     folder = Path(training.output_dir)
 

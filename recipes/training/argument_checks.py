@@ -69,8 +69,8 @@ def check_starts(checkpoint: str | None, neural: NeuralArguments) -> None:
     asked = "--score_spread" if neural.score_spread is not None else f"--attention {neural.attention}"
     if checkpoint is not None and (neural.score_spread is not None or Arm.DOT_STARTED in neural.arms):
         raise SystemExit(
-            f"{asked} with --model_name_or_path: a checkpoint's scores have been trained, and do not start. Leave one of them "
-            "out (--attention both, neural or dot starts no scores)."
+            f"{asked} with --model_name_or_path: a checkpoint's scores have been trained, and do not start. Take "
+            "--attention both, neural or dot, without --score_spread."
         )
 
 
