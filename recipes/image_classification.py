@@ -24,7 +24,7 @@ from transformers import (
 from tools.command_lines import at_least, parse_arguments
 from training.argument_checks import check_halving, check_starts, check_training
 from training.arms import Arm
-from training.checkpoints import load_checkpoint_config
+from training.checkpoints import is_neural, load_checkpoint_config
 from training.data_checks import check_sizes, fit_labels, load_classifier, load_processor, names_of
 from training.experiment import Experiment
 from training.image_task import MEASURES, prepare
@@ -165,7 +165,9 @@ def load_experiment(words: list[str] | None = None) -> tuple[Experiment, Task, N
         some = build(neural.arms[0])
     data = prepare(image, images, make_processor(model, image), training, callbacks)
     data.task.notes += f" {family_note(some)}"
-    return data.experiment(build, training, neural, model, image), data.task, neural
+    data.task.checkpoint = model.model_name_or_path
+    is_shared = not is_neural(model.model_name_or_path, VIT)
+    return data.experiment(build, training, neural, model, image, is_shared=is_shared), data.task, neural
 
 
 def main() -> None:

@@ -21,7 +21,7 @@ from transformers import (
 from tools.command_lines import at_least, parse_arguments
 from training.argument_checks import check_starts, check_training
 from training.arms import Arm
-from training.checkpoints import load_checkpoint_config
+from training.checkpoints import is_neural, load_checkpoint_config
 from training.data_checks import check_positions, check_tokens
 from training.experiment import Experiment
 from training.model_families import GPT2
@@ -134,7 +134,9 @@ def load_experiment(words: list[str] | None = None) -> tuple[Experiment, Task, N
         some = build(neural.arms[0])
     data = prepare(text, splits, tokenizer, model.prompt, training.seed)
     fit_to(data, some, f"A model of type {some.config.model_type}")
-    return data.experiment(build, training, neural, model, text), data.task, neural
+    data.task.checkpoint = model.model_name_or_path
+    is_shared = not is_neural(model.model_name_or_path, GPT2)
+    return data.experiment(build, training, neural, model, text, is_shared=is_shared), data.task, neural
 
 
 def main() -> None:

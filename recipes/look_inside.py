@@ -23,6 +23,7 @@ from transformers import AutoImageProcessor, AutoTokenizer
 
 from hf_neural_attention import analysis, from_pretrained
 from tools.command_lines import make_folder_of
+from training import paper_models  # noqa: F401, registers the recipes' own models
 from training.data_files import in_one_line
 from training.pixel_values import UNREADABLE
 

@@ -23,6 +23,7 @@ from tools.command_lines import at_least, make_folder_of, parse_arguments
 from tools.json_files import write_json
 from tools.markdown import markdown_table
 from tools.provenance import command_line, environment
+from training import paper_models  # noqa: F401, registers the recipes' own models
 from training.data_checks import check_positions, check_tokens
 from training.data_files import in_one_line
 from training.perplexity import perplexity

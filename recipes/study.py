@@ -209,6 +209,8 @@ def main() -> None:
         print(f"adopted: {', '.join(adopted)}", flush=True)
     if arguments.time_only:  # does nothing else, since it may be one of several processes
         return time_arms(study, results, more)
+    if arguments.report_only and more:
+        raise SystemExit(f"--report_only runs nothing, for which {shlex.join(more)} would be: leave that out.")
     if not arguments.report_only:
         check_words(study, more)
         if not is_timed(study, load_costs(results)):

@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from studies.number_format import form_of
-from studies.results import Results, best_row, counterpart, difference, rows_with, verdict
+from studies.number_format import Form, form_of
+from studies.results import Results, all_else, best_row, counterpart, difference, rows_with, verdict
 from studies.study_file import RECIPES, Study
 from training import recall_task
 from training.arms import Arm
@@ -16,7 +16,7 @@ def best_card(study: Study, found: Results, rows: list[dict[str, Any]]) -> str |
     neural = rows_with(study, rows, Arm.NEURAL)
     if not neural:
         return None
-    recipe, row, form = RECIPES[study.recipe], best_row(study, neural), form_of(study, rows, study.metric)
+    recipe, row, form = RECIPES[study.recipe], best_row(study, found, neural), form_of(study, rows, study.metric)
     runs, base = found[row["arm"]], counterpart(study, rows, row["arm"])
     seed = (min if study.lower_is_better else max)(runs, key=lambda seed: runs[seed]["metrics"][study.choose_by])
     results = {Arm.NEURAL: runs[seed] | {"seconds_in_turn": row["seconds_per_step"]}}
@@ -27,11 +27,7 @@ def best_card(study: Study, found: Results, rows: list[dict[str, Any]]) -> str |
         results = {Arm.DOT: found[base["arm"]][seed] | {"seconds_in_turn": seconds}, **results}
         beside = verdict(study, difference(study, found, row["arm"], base["arm"])) or "too few seeds to compare"
         words += f", beside *{base['arm']}* of that seed (over all seeds: {beside})"
-    others = "; ".join(
-        f"*{each['arm']}* {form.value(each['mean'])}, to which it is "
-        f"{form.with_bounds(difference(study, found, row['arm'], each['arm']))}"
-        for each in rows_with(study, rows, Arm.DOT)
-    )
+    others = "; ".join(beside_in_words(study, found, form, row, each) for each in rows_with(study, rows, Arm.DOT))
     task = Task(
         name=recipe.TASK,
         pipeline_tag=recipe.PIPELINE_TAG,
@@ -48,6 +44,7 @@ def best_card(study: Study, found: Results, rows: list[dict[str, Any]]) -> str |
         ).strip(),
         picture="Training loss of the study's arms, as difference to the dot product",
         step="whole",
+        is_shared=base is not None and all_else(study, row["arm"]) == all_else(study, base["arm"]),
     )
     asked = runs[seed]["run"]
     more = f"{' --dataset_name DATA' if recipe is not recall_task else ''}{' --use_cpu True' if asked.get('use_cpu') else ''}"
@@ -58,3 +55,10 @@ def best_card(study: Study, found: Results, rows: list[dict[str, Any]]) -> str |
         "results": results,
     }
     return card_text(record, task, Arm.NEURAL, "curves.png")
+
+
+def beside_in_words(study: Study, found: Results, form: Form, row: dict[str, Any], other: dict[str, Any]) -> str:
+    """A dot-product arm's figure and the difference to it, with the number of pairs where seeds have none."""
+    change = difference(study, found, row["arm"], other["arm"])
+    pairs = "" if change["pairs"] == row["seeds"] == other["seeds"] else f", of {change['pairs']} seed(s) that both have"
+    return f"*{other['arm']}* {form.value(other['mean'])}, to which it is {form.with_bounds(change)}{pairs}"

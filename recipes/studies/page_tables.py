@@ -15,7 +15,7 @@ from typing import Any
 
 from studies.number_format import form_of
 from studies.report import summary
-from studies.results import Results, difference, summarize, verdict
+from studies.results import Results, difference, seeds_and_pairs, summarize, verdict
 from studies.study_file import Study
 from tools.markdown import table_row
 
@@ -55,7 +55,7 @@ def with_new_tables(page: str, study: Study, found: Results, costs: dict[str, An
 
     def line(arm: str, base: str) -> str:
         row, change = row_of(arm), difference(study, found, arm, base)
-        own = [arm, str(row["seeds"]), form.value(row["mean"])]
+        own = [arm, seeds_and_pairs(row["seeds"], change), form.value(row["mean"])]
         return table_row([*own, form.signed(change["difference"]), form.bounds(change), verdict(study, change)])
 
     def chosen_arms(match: re.Match[str]) -> str:

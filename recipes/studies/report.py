@@ -14,6 +14,7 @@ from studies.results import (
     difference,
     load_results,
     rows_with,
+    seeds_and_pairs,
     summarize,
     verdict,
 )
@@ -58,7 +59,11 @@ def markdown(study: Study, found: Results, rows: list[dict[str, Any]], where: di
     Args:
         where: the machine and the versions that steps were timed with.
     """
-    best, form, chosen = best_row(study, rows), form_of(study, rows, study.metric), form_of(study, rows, study.choose_by)
+    best, form, chosen = (
+        best_row(study, found, rows),
+        form_of(study, rows, study.metric),
+        form_of(study, rows, study.choose_by),
+    )
     parts = [
         f"# Study: {study.name}",
         f"{study.dataset}; `{study.recipe}` with `{study.config}` and `{study.flags}`; figure: `{study.metric}` "
@@ -68,8 +73,9 @@ def markdown(study: Study, found: Results, rows: list[dict[str, Any]], where: di
         "their own. Intervals are of 95 %, by Student's t over seeds. From three seeds on, a word says what they show: of "
         "twenty arms without any effect, one is called better or worse on average.",
         figures(study, rows),
-        f"Best by `{study.choose_by}`: **{best['arm']}** ({chosen.value(best[study.choose_by])}{chosen.unit}); its "
-        f"`{study.metric}` is {form.value(best['mean'])}{form.unit}.",
+        f"Best by `{study.choose_by}`, of the arms with as many seeds as any other or with all of theirs: "
+        f"**{best['arm']}** ({chosen.value(best[study.choose_by])}{chosen.unit}); its `{study.metric}` is "
+        f"{form.value(best['mean'])}{form.unit}.",
         "![Differences to the dot product](report.png)",
         "![Training loss, as difference to the dot product](curves.png)",
     ]
@@ -86,7 +92,8 @@ def markdown(study: Study, found: Results, rows: list[dict[str, Any]], where: di
         )
     if len(rows_with(study, rows, Arm.DOT)) > 1:
         parts += [
-            "Neural arms beside every dot-product arm: difference and interval, in bold where that holds no zero.",
+            "Neural arms beside every dot-product arm: difference and interval, in bold where that is of three pairs or more "
+            "and holds no zero.",
             beside_all(study, found, rows),
         ]
     parts += [
@@ -126,7 +133,7 @@ def figures(study: Study, rows: list[dict[str, Any]]) -> str:
         [
             [
                 row["arm"],
-                str(row["seeds"]),
+                seeds_and_pairs(row["seeds"], row),
                 form.value(row["mean"]),
                 "" if row["std"] is None else form.value(row["std"]),
                 form.signed(row["difference"]),
@@ -186,7 +193,7 @@ def costs_table(study: Study, rows: list[dict[str, Any]]) -> str:
 
 def summary(study: Study, found: Results, rows: list[dict[str, Any]]) -> str:
     """The short table, for a README: beside what an arm is `compared_with`, and beside the best dot-product arm."""
-    best, form = best_row(study, rows_with(study, rows, Arm.DOT))["arm"], form_of(study, rows, study.metric)
+    best, form = best_row(study, found, rows_with(study, rows, Arm.DOT))["arm"], form_of(study, rows, study.metric)
     others = [best] if best != study.baseline else []
     bases = {arm: base for arms in compared_with(study, rows).values() for arm, base in arms.items()}
     header = [study.dataset, form.label, "difference (95 %)", ""]

@@ -1,6 +1,7 @@
 """What the runs of a study have come to: their records, and each arm's mean, spread and differences."""
 
 import json
+import math
 import statistics
 from pathlib import Path
 from typing import Any
@@ -117,15 +118,27 @@ def check_alike(records: list[tuple[str, dict[str, Any]]]) -> None:
 
 
 def is_same(had: Any, asked: Any) -> bool:
-    """Whether a run had what was asked for, which words of a command line may stand for (`["0"]` for `[0]`)."""
+    """Whether a run had what was asked for, which words of a command line may stand for: `["0"]` for `[0]`, `["none"]` for an
+    empty list, and 0.001 for "1e-3", which YAML takes for a word."""
     pairs = [value if isinstance(value, list) else [value] for value in (had, asked)]
-    return len(pairs[0]) == len(pairs[1]) and all(a == b or str(a) == str(b) for a, b in zip(*pairs, strict=True))
+    if len(pairs[0]) != len(pairs[1]):
+        return asked == [] and had == ["none"]
+    return all(a == b or str(a) == str(b) or as_number(a) == as_number(b) for a, b in zip(*pairs, strict=True))
 
 
-def differences(study: Study, found: Results, arm: str, base: str) -> list[float]:
-    """Of an arm's figure to that of another with the same seed, where both are finished."""
+def as_number(value: Any) -> float:
+    """NaN, which equals nothing, for what is none."""
+    try:
+        return math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        return math.nan
+
+
+def differences(study: Study, found: Results, arm: str, base: str, metric: str | None = None) -> list[float]:
+    """Of an arm's figure (`study.metric`) to that of another with the same seed, where both are finished."""
+    metric = metric or study.metric
     return [
-        each["metrics"][study.metric] - found[base][seed]["metrics"][study.metric]
+        each["metrics"][metric] - found[base][seed]["metrics"][metric]
         for seed, each in found[arm].items()
         if seed in found[base]
     ]
@@ -145,6 +158,11 @@ def difference(study: Study, found: Results, arm: str, base: str) -> dict[str, A
     pairs = differences(study, found, arm, base) if arm != base else []
     low, high = interval(pairs) or (None, None)
     return {"difference": statistics.mean(pairs) if pairs else None, "low": low, "high": high, "pairs": len(pairs)}
+
+
+def seeds_and_pairs(seeds: int, change: dict[str, Any]) -> str:
+    """How many runs an arm has, and of how many a `difference` is where these are fewer."""
+    return str(seeds) if change["pairs"] in (0, seeds) else f"{seeds} ({change['pairs']} in pairs)"
 
 
 def verdict(study: Study, row: dict[str, Any]) -> str:
@@ -224,29 +242,37 @@ def mean_of(runs: dict[int, dict[str, Any]], metric: str) -> float:
     return statistics.mean(each["metrics"][metric] for each in runs.values())
 
 
-def best_row(study: Study, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """By `choose_by`, of the arms with as many seeds as any other, or with all that the study asks of them."""
+def best_row(study: Study, found: Results, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """By `choose_by`, of the arms with as many seeds as any other, or with all that the study asks of them. Each counts with
+    the baseline's mean and its paired difference to that, since arms of fewer seeds would win by the luck of these."""
     most = max(row["seeds"] for row in rows)
     complete = [row for row in rows if row["seeds"] in (most, len(study.seeds_of(row["arm"])))]
-    return (min if study.lower_is_better else max)(complete, key=lambda row: row[study.choose_by])
+    base = found[study.baseline]
+
+    def figure(row: dict[str, Any]) -> float:
+        pairs = differences(study, found, row["arm"], study.baseline, study.choose_by)
+        return mean_of(base, study.choose_by) + statistics.mean(pairs) if pairs else row[study.choose_by]
+
+    return (min if study.lower_is_better else max)(complete, key=figure)
 
 
 def counterpart(study: Study, rows: list[dict[str, Any]], arm: str) -> dict[str, Any] | None:
     """The row of the dot-product arm that a neural one names (`beside`), or else of that which differs from it in its
     attention alone, if there is one."""
-
-    def all_else(name: str) -> dict[str, Any]:
-        return {
-            key: value
-            for key, value in study.settings(name).items()
-            if key != "attention" and not key.startswith(("neural_", "scorer_"))
-        }
-
     named = study.arms[arm].get(BESIDE)
     candidates = rows_with(study, rows, Arm.DOT)
     if named is not None:
         return next((row for row in candidates if row["arm"] == named), None)
-    return next((row for row in candidates if all_else(row["arm"]) == all_else(arm)), None)
+    return next((row for row in candidates if all_else(study, row["arm"]) == all_else(study, arm)), None)
+
+
+def all_else(study: Study, arm: str) -> dict[str, Any]:
+    """What an arm asks for beside its attention."""
+    return {
+        key: value
+        for key, value in study.settings(arm).items()
+        if key != "attention" and not key.startswith(("neural_", "scorer_"))
+    }
 
 
 def rows_with(study: Study, rows: list[dict[str, Any]], attention: Arm) -> list[dict[str, Any]]:
@@ -257,12 +283,12 @@ def rows_with(study: Study, rows: list[dict[str, Any]], attention: Arm) -> list[
 def compared_with(study: Study, rows: list[dict[str, Any]]) -> dict[str, dict[str, str]]:
     """By panel of a picture: arms, and the arm that each is compared with. Neural ones are beside the dot product with all
     else equal: what learning rates and the like do would hide the difference."""
-    neural = {}
-    for row in rows_with(study, rows, Arm.NEURAL):
-        twin = counterpart(study, rows, row["arm"])
-        neural[row["arm"]] = study.baseline if twin is None else twin["arm"]
+    twins = {row["arm"]: counterpart(study, rows, row["arm"]) for row in rows_with(study, rows, Arm.NEURAL)}
+    neural = {arm: study.baseline if twin is None else twin["arm"] for arm, twin in twins.items()}
+    are_twins = all(twin is not None and all_else(study, arm) == all_else(study, twin["arm"]) for arm, twin in twins.items())
     dots = [row["arm"] for row in rows_with(study, rows, Arm.DOT)]
     bases = {arm: study.arms[arm].get(BESIDE, study.baseline) for arm in dots if arm != study.baseline}
     dot = {arm: base for arm, base in bases.items() if base in dots}
-    panels = {"neural, less the dot product with all else equal": neural, f"dot product, less {study.baseline}": dot}
+    all_equal = f"with all else equal{'' if are_twins else ', where there is one'}"
+    panels = {f"neural, less the dot product {all_equal}": neural, f"dot product, less {study.baseline}": dot}
     return {title: arms for title, arms in panels.items() if arms}

@@ -45,20 +45,25 @@ def cost_of(settings: dict[str, Any], size: int) -> dict[str, float]:
     return {"pair": pair, "key": 4 * first}
 
 
-def error_of(study: Study, rows: list[dict[str, Any]], row: dict[str, Any]) -> float:
+def error_of(study: Study, base: float, row: dict[str, Any]) -> float:
     """An arm's error where its paired difference puts it beside the baseline: arms have other seeds while a study runs."""
-    (base,) = [each["mean"] for each in rows if each["arm"] == study.baseline]
-    mean = base + (row["difference"] or 0.0)
+    mean = base + (0.0 if row["arm"] == study.baseline else row["difference"])
     return mean if study.lower_is_better else 1 - mean
 
 
 def draw_shapes(study: Study, found: Results, rows: list[dict[str, Any]], path: Path) -> None:
-    """A panel for each cost, with the arms that no other one beats in both joined by a line (the Pareto front)."""
+    """A panel for each cost, with the arms that no other one beats in both joined by a line (the Pareto front). Arms without a
+    seed of the baseline's have no place yet, and there is no picture without the baseline."""
+    base = next((row["mean"] for row in rows if row["arm"] == study.baseline), None)
+    if base is None:
+        return
     figure, form = Figure(figsize=(15, 5), layout="constrained"), form_of(study, rows, study.metric)
     places = []
     for row in rows:
+        if row["difference"] is None and row["arm"] != study.baseline:
+            continue
         size = head_dim(next(iter(found[row["arm"]].values()))["run"])
-        places.append({"arm": row["arm"], "error": form.factor * error_of(study, rows, row), "step": row["relative_time"]})
+        places.append({"arm": row["arm"], "error": form.factor * error_of(study, base, row), "step": row["relative_time"]})
         places[-1] |= cost_of(study.settings(row["arm"]), size)
     for axis, (cost, title) in zip(figure.subplots(1, len(PANELS), sharey=True), PANELS.items(), strict=True):
         for place in places:

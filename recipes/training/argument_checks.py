@@ -40,6 +40,11 @@ def check_training(training: TrainingArguments, neural: NeuralArguments, measure
         raise SystemExit(
             f"--label_names {' '.join(training.label_names)}: the recipes' examples have theirs in `labels` alone."
         )
+    if training.save_only_model:
+        raise SystemExit(
+            "--save_only_model: a run resumes from its last checkpoint by itself, for which it needs the optimiser's state. "
+            "Leave it out; --save_total_limit 1 keeps a single checkpoint."
+        )
     if neural.score_spread == 0 and Arm.NEURAL in neural.arms and neural.layers() != []:
         raise SystemExit(
             "--score_spread 0 is attention without scores, a floor: networks would not stay there. Add --attention dot."

@@ -35,6 +35,11 @@ def load_checkpoint_config(name: str, family: ModelFamily, neural: NeuralArgumen
     return config
 
 
+def is_neural(name: str | None, family: ModelFamily) -> bool:
+    """Whether there is a checkpoint, and it has Neural Attention already."""
+    return name is not None and AutoConfig.from_pretrained(name).model_type != family[Arm.DOT].config.model_type
+
+
 def last_whole_checkpoint(folder: Path, say: Callable[[str], None] = print) -> str | None:
     """The last of a run's checkpoints that is not damaged, or None; says what is wrong with those that are.
 

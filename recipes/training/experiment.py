@@ -37,6 +37,8 @@ class Experiment:
         score_spread: that the attention scores of every arm start with; None leaves them to the arm (`Arm.score_spread`).
         score_starts: what that has changed in each arm's model.
         watch_scores: record the scores of every layer while training, each so many logs.
+        is_shared: neural models take the weights that they share with the stock one from that; those of a neural checkpoint
+            have their own.
     """
 
     training: TrainingArguments
@@ -49,6 +51,7 @@ class Experiment:
     score_spread: float | None = None
     score_starts: dict[Arm, ScoreStart] = field(default_factory=dict)
     watch_scores: int | None = None
+    is_shared: bool = True
 
     @property
     def folder(self) -> Path:
@@ -66,13 +69,13 @@ class Experiment:
         )
 
     def initial_model(self, arm: Arm) -> PreTrainedModel:
-        """The arm's model; a neural one takes all weights that it shares with the stock one from that.
+        """The arm's model; a neural one takes all weights that it shares with the stock one from that (`is_shared`).
 
         Raises:
             ValueError: if scores are to start otherwise, and cannot.
         """
         model = self.build_model(arm)
-        if arm.is_neural:
+        if arm.is_neural and self.is_shared:
             set_seed(self.training.seed)
             share_weights(model, self.build_model(Arm.DOT))
         spread = self.spread_of(arm)

@@ -57,7 +57,7 @@ def prepare(
             "compute_metrics": AccuracyOfBatches(),
             "callbacks": [CountEpochs(training_images), *callbacks],
         },
-        task=describe_task(images, image),
+        task=describe_task(images, image, training),
     )
 
 
@@ -74,8 +74,9 @@ class AccuracyOfBatches:
 
 
 def final_figures(trainer: Trainer, datasets: dict[str, Dataset]) -> dict[str, float]:
-    """Loss and accuracy of the trained model on each held-out split."""
+    """Loss and accuracy of the trained model on each held-out split; the loss is that of the true labels."""
     figures: dict[str, float] = {}
+    trainer.label_smoother = None  # or the loss of an evaluation would be that of smoothed ones
     for split in ("validation", "test"):
         scores = trainer.evaluate(datasets[split], metric_key_prefix=split)
         figures |= {f"{split}_{name}": scores[f"{split}_{name}"] for name in ("loss", "accuracy")}
@@ -111,8 +112,11 @@ def draw_predictions(
     return summary
 
 
-def describe_task(images: LabelledImages, image: ImageArguments) -> Task:
+def describe_task(images: LabelledImages, image: ImageArguments, training: TrainingArguments) -> Task:
     """What cards and tables say beside the figures."""
+    chosen = "The last model is evaluated, none was chosen by its accuracy."
+    if training.load_best_model_at_end:
+        chosen = f"Of the checkpoints, the best on validation images is evaluated (`{training.metric_for_best_model}`)."
     counts = ", ".join(f"{split} {data.num_rows:,}" for split, data in images.splits.items())
 
     name = "scikit-learn digits" if image.dataset_name == EMBEDDED else image.dataset_name
@@ -125,10 +129,7 @@ def describe_task(images: LabelledImages, image: ImageArguments) -> Task:
         is_accuracy=True,
         metrics=ACCURACY_AND_LOSS,
         loading=how_to_load,
-        notes=(
-            f"Images: {counts}; {len(images.labels)} classes. Augmentation `{image.augmentation}`. The last model is "
-            "evaluated, none was chosen by its accuracy."
-        ),
+        notes=(f"Images: {counts}; {len(images.labels)} classes. Augmentation `{image.augmentation}`. {chosen}"),
     )
 
 

@@ -28,7 +28,7 @@ def perplexity(
     """Perplexity over windows of `window` tokens that start every `stride` tokens.
 
     `stride == window` is the cheap way: each window starts from nothing. A smaller stride is the fair way: after the first
-    window, only the last `stride` tokens of each are scored, so that every token has at least `window - stride` tokens of
+    window, only the last `stride` tokens of each are scored, so that each of these has at least `window - stride` tokens of
     context. Every token but the first (of each window, in the cheap way) is predicted once.
 
     Args:

@@ -30,15 +30,22 @@ class PreparedData:
         training: TrainingArguments,
         neural: NeuralArguments,
         *others: Any,
+        is_shared: bool = True,
     ) -> Experiment:
         """Models trained on it.
 
         Args:
             others: dataclasses of further arguments, recorded with the run.
+            is_shared: see `Experiment`.
 
         Raises:
-            SystemExit: if the only batch is one that is dropped.
+            SystemExit: if the only batch is one that is dropped, or labels are to be smoothed by a loss that does not.
         """
+        if training.label_smoothing_factor and "compute_loss_func" in self.trainer_arguments:
+            raise SystemExit(
+                "--label_smoothing_factor: models of this family get the next token's loss from the recipe, which smooths no "
+                "labels. Leave it out, or train GPT-2, whose own loss `Trainer` smooths."
+            )
         examples, step = len(self.trainer_arguments["train_dataset"]), training.train_batch_size * training.world_size
         if training.dataloader_drop_last and examples < step:
             raise SystemExit(
@@ -54,4 +61,5 @@ class PreparedData:
             scorer_settings=neural.scorer_settings(),
             score_spread=neural.score_spread,
             watch_scores=neural.watch_scores,
+            is_shared=is_shared,
         )

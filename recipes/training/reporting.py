@@ -46,6 +46,7 @@ class Task:
     picture: str = "Training and evaluation loss"  # what the card's picture shows
     step: str = "forward and backward"  # what of a step was timed
     checkpoint: str | None = None  # that was trained on, if it was not from scratch
+    is_shared: bool = True  # arms have the same initial weights of all that they share
 
 
 def comparison_table(results: Results, task: Task) -> str:
@@ -171,11 +172,14 @@ def card_text(record: dict[str, Any], task: Task, arm: Arm, picture: str) -> str
     fairness = ""
     if len(results) > 1:
         which = "Both" if len(results) == 2 else "All"
-        fairness = f"{which} models had the same seed, data order, dropout rate and initial weights of all that they share."
-    if Arm.DOT_STARTED in results:
-        fairness += " Where scores start with a spread of one, query and key weights are larger by a factor a layer."
+        weights = " and initial weights of all that they share" if task.is_shared else ""
+        fairness = f"{which} models had the same seed, data order{',' if weights else ' and'} dropout rate{weights}."
+    if any(each.get("score_spread") is not None for each in results.values()):
+        fairness += " Where scores start with a given spread, what makes them has been scaled for that, by a factor a layer."
     loading = (arm.is_neural and task.neural_loading) or task.loading
     package = "import hf_neural_attention  # makes the model type known to the Auto classes\n" if arm.is_neural else ""
+    if str(result["config"].get("model_type")).startswith("paper_"):
+        package += "import training.paper_models  # is in recipes/ of its repository, from where this is to be run\n"
     return f"""---
 {yaml.safe_dump(metadata, sort_keys=False).strip()}
 ---

@@ -1,4 +1,4 @@
-"""A `Trainer` whose scorers may have a learning rate and a weight decay of their own."""
+"""A `Trainer` whose scorers may have a learning rate and a weight decay of their own, and that never goes beyond its end."""
 
 from typing import Any
 
@@ -19,6 +19,12 @@ class ScorerTrainer(Trainer):
     ):
         self.scorer_settings = {"lr": scorer_learning_rate, "weight_decay": scorer_weight_decay}
         super().__init__(*args, **kwargs)
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
+        """No more batches after the last step: resumed from its last checkpoint, `Trainer` would train one step too many."""
+        if self.state.global_step >= self.state.max_steps:
+            return [], None
+        return super().get_batch_samples(epoch_iterator, num_batches, device)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         exists = self.optimizer is not None

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, defa
 
 from tools.messages import say
 from training.causal_models import loss_of_the_next_token, predicts_the_next_token
+from training.data_files import in_one_line
 from training.new_models import family_note
 from training.perplexity import perplexity
 from training.prepared_data import PreparedData
@@ -109,7 +110,10 @@ def generate_sample(model: Any, folder: Path | None, tokenizer: PreTrainedTokeni
     )
     options = {"do_sample": True, "top_k": 50, "temperature": 0.8, "pad_token_id": tokenizer.eos_token_id or 0}
     length = min(SAMPLE_TOKENS, positions - ids.shape[1])
-    output = model.generate(inputs=ids, attention_mask=torch.ones_like(ids), max_new_tokens=length, **options)
+    try:
+        output = model.generate(inputs=ids, attention_mask=torch.ones_like(ids), max_new_tokens=length, **options)
+    except RuntimeError as error:  # keeps the figures of a model that has diverged, of whose scores none can be drawn
+        return f"It generates no text: {in_one_line(error)}"
     sample = str(tokenizer.decode(output[0], skip_special_tokens=True))
     if folder is not None:
         (folder / "sample.txt").write_text(sample + "\n", encoding="utf-8")
@@ -144,9 +148,9 @@ def describe_task(text: TextArguments, texts: dict[str, TokenizedText], tokenize
         notes=(
             f"Tokens ({len(tokenizer):,} in the vocabulary): {counts}. "
             + (f"Evaluated are the first {text.max_eval_tokens:,} of a split. " if text.max_eval_tokens else "")
-            + f"With a stride, each token is predicted from at least "
+            + f"With a stride, each token after the first window is predicted from at least "
             f"{text.block_size - stride} tokens before it; in whole windows, from whatever its window holds. Perplexity per "
-            "word counts words between white space and one end per line."
+            "word counts words between white space, and an end per line where the tokenizer keeps line ends."
         ),
     )
 

@@ -11,7 +11,7 @@ from training.experiment import Experiment
 
 
 def training_step(experiment: Experiment, arm: Arm, whole: bool = False, fewest_calls: int = 1) -> Runner:
-    """A step of what an arm trains, over the same batch each time.
+    """A step of what an arm trains, over the same batch each time, as often as gradients are accumulated.
 
     Args:
         whole: with clipping and the optimiser; otherwise forward and backward alone.
@@ -23,10 +23,11 @@ def training_step(experiment: Experiment, arm: Arm, whole: bool = False, fewest_
     optimizer = trainer.create_optimizer() if whole else None
     batch = send_to_device(experiment.first_batch("train_dataset", training.per_device_train_batch_size), training.device)
 
-    def step(_: Any) -> None:
-        with trainer.accelerator.autocast():
-            loss = model(**batch).loss
-        loss.backward()
+    def step(_inputs: Any) -> None:
+        for _ in range(training.gradient_accumulation_steps):
+            with trainer.accelerator.autocast():
+                loss = model(**batch).loss
+            loss.backward()
         if optimizer is not None:
             if training.max_grad_norm:
                 torch.nn.utils.clip_grad_norm_(model.parameters(), training.max_grad_norm)

@@ -3,6 +3,8 @@
 import json
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, pipeline
 
 import hf_neural_attention
@@ -83,6 +85,12 @@ def test_a_compact_arm_is_trained_from_scratch_and_from_a_stock_checkpoint(train
         assert "| bytes of a stock cache per token | 256 | 192 | 0.750 |" in (tmp_path / "card.md").read_text()
         model = AutoModelForCausalLM.from_pretrained(tmp_path / f"run{len(more)}/neural")
         assert model.config.neural_compact and len(neural["scorer_health"]["end"]) == 2
+    # goes on from a compact model, which shares no weights with a stock one
+    further = ("--model_name_or_path", tmp_path / "run0/neural", "--attention", "neural", "--learning_rate", 0.0)
+    run_in(tmp_path, "language_modeling.py", *TINY, *further, "--output_dir", "further")
+    states = [load_file(tmp_path / name / "neural/model.safetensors") for name in ("run0", "further")]
+    assert states[0].keys() == states[1].keys() and all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    assert "license:" not in (tmp_path / "further/neural/README.md").read_text()  # is for whoever made the checkpoint to say
 
 
 @pytest.mark.slow
@@ -112,8 +120,11 @@ def test_a_prompt_longer_than_the_model_is_cut(tmp_path, capsys):
     arguments = TextArguments(vocab_size=300)
     tokenizer = load_tokenizer(arguments, None, load_text(arguments))
     config = GPT2Config(vocab_size=300, n_embd=16, n_layer=1, n_head=2, n_positions=16, bos_token_id=0, eos_token_id=0)
-    generate_sample(GPT2LMHeadModel(config).eval(), tmp_path, tokenizer, "a very long prompt " * 20, seed=0)
+    model = GPT2LMHeadModel(config).eval()
+    generate_sample(model, tmp_path, tokenizer, "a very long prompt " * 20, seed=0)
     assert (tmp_path / "sample.txt").read_text().startswith("a very")
+    torch.nn.init.constant_(model.transformer.ln_f.weight, torch.nan)  # has diverged, and its figures are to be kept
+    assert generate_sample(model, tmp_path, tokenizer, "a prompt", seed=0).startswith("It generates no text: probability")
 
 
 def test_a_neural_checkpoint_keeps_its_fields_and_starts_no_dot_product(tmp_path):

@@ -83,6 +83,10 @@ def test_both_arms_of_a_family(recipe: str, model_type: str, overrides: str, nam
     assert type(loaded) is type(dot) and len(patch_status(loaded)) == 2
     # trains a decoder of an encoder-decoder to predict tokens, not to repeat them
     assert ("compute_loss_func" in experiment.trainer_arguments) == (model_type == "marian")
+    if model_type == "marian":  # whose loss is the recipe's, which smooths nothing
+        smoothing = ("--label_smoothing_factor", 0.1)
+        with pytest.raises(SystemExit, match="--label_smoothing_factor: models of this family get the next token's loss"):
+            load(recipe, tmp_path / "run", "--model_type", model_type, "--config_overrides", overrides, *smoothing)
 
 
 def test_the_recipes_own_families_keep_their_classes(tmp_path: Path):

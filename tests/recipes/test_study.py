@@ -126,6 +126,8 @@ def test_a_study_runs(tmp_path):
     before = (tmp_path / "results/report.md").read_text()
     run_in(tmp_path, "study.py", "s.yaml", "--results", "results", "--report_only")
     assert (tmp_path / "results/report.md").read_text() == before
+    said = run_in(tmp_path, "study.py", "s.yaml", "--results", "results", "--report_only", "--page", "a.md", fails=True)
+    assert "--report_only runs nothing, for which --page a.md would be" in said
     # refuses to compare runs of one process with one of two
     path = tmp_path / "results" / file_name("neural 2", 0)
     record = json.loads(path.read_text())

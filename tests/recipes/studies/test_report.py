@@ -29,7 +29,7 @@ def test_figures_by_hand(tmp_path):
     assert (row["v"], row["w"]) == (pytest.approx(2.5), 7.0) and rows["dot"]["scorers"] == 0
     assert (row["scorers"], row["dead_at_start"], row["dead_at_end"], row["score_std"]) == (24, 3, 6, 0.5)
     assert "| first layer | 3 | 1.500 | 1.054 | -0.500 | -0.748 to -0.252 | better | 2.500 | 7.000 |" in text
-    assert "Best by `v`: **first layer** (2.500); its `m` is 1.500." in text
+    assert ": **first layer** (2.500); its `m` is 1.500." in text
     assert "| 3.000 | 1.50 (1.40 to 1.60) | 1.50 | 1 | 3 of 24 | 6 of 24 | 0.50 |" in text
     assert "Neural arms beside every" not in text and "The runs are of commits that were not recorded." in text
 
@@ -68,7 +68,27 @@ def test_arms_with_few_seeds_stand_where_their_differences_put_them():
     rows = [{"arm": "dot", "mean": 0.4, "difference": None}, {"arm": "first layer", "mean": 0.1, "difference": -0.1}]
     for lower_is_better, errors in ((True, (0.4, 0.3)), (False, (0.6, 0.7))):
         study.lower_is_better = lower_is_better
-        assert tuple(error_of(study, rows, row) for row in rows) == pytest.approx(errors)
+        assert tuple(error_of(study, 0.4, row) for row in rows) == pytest.approx(errors)
+
+
+def test_arms_beside_no_baseline_have_no_place_yet(tmp_path, monkeypatch):
+    drawn: list[str] = []
+    arms = {"dot": {"attention": "dot"}, "first layer": {"attention": "neural"}, "longer": {"attention": "dot"}}
+    study = make_study(shapes=True, arms=arms)
+    monkeypatch.setattr("matplotlib.axes.Axes.annotate", lambda axis, text, *_, **__: drawn.append(text))
+
+    def write(figures):
+        write_results(study, tmp_path, figures)
+        for path in tmp_path.glob("*-*.json"):
+            change_run(path, hidden_size=128, num_attention_heads=2, max_steps=10)
+
+    write({"first layer": [0.3], "longer": [0.2]})
+    report(study, tmp_path)
+    assert not (tmp_path / "shapes.png").exists()
+    write({"dot": [0.4], "first layer": [0.3, 0.3], "longer": [0.2]})
+    (tmp_path / "first-layer-0.json").unlink()
+    report(study, tmp_path)
+    assert set(drawn) == {"dot", "longer"}
 
 
 def test_scores_that_were_watched_are_drawn(tmp_path):
@@ -135,7 +155,8 @@ def test_the_best_neural_run_stands_beside_the_dot_product_with_all_else_equal(t
         assert "*dot* 2.000, to which it is -0.500" in card
         found = load_results(study, folder)
         rows = summarize(study, found, costs_of(study))
-        assert compared_with(study, rows)["neural, less the dot product with all else equal"] == {
+        where = "" if given is twin else ", where there is one"
+        assert compared_with(study, rows)[f"neural, less the dot product with all else equal{where}"] == {
             "first layer": "longer" if given is twin else "dot"
         }
         assert ("| first layer | 1.500 | -0.500 (-2.870 to +1.870) |" in summary(study, found, rows)) == (given is twin)
@@ -203,13 +224,31 @@ def test_runs_of_arms_that_leave_a_setting_to_the_recipe_have_it_alike(tmp_path)
 
 def test_words_of_a_command_line_are_what_was_asked_for():
     assert is_same(["0", "2"], [0, 2]) and is_same(["all"], "all") and is_same(0.0, 0) and is_same([16, 2], [16, 2])
+    assert is_same(0.001, "1e-3") and is_same(["none"], []) and not is_same(True, "1.0") and not is_same("none", [])
     assert not is_same(["0"], [1]) and not is_same(["0"], [0, 1]) and not is_same(None, 0) and not is_same(0.1, 1)
 
 
 def test_an_arm_with_fewer_seeds_is_not_the_best(tmp_path):
     study = make_study()
     write_results(study, tmp_path, {"dot": [1.0, 2.0], "first layer": [0.5]})
-    assert "Best by `v`: **dot**" in report(study, tmp_path)
+    text = report(study, tmp_path)
+    assert "Best by `v`, of the arms with as many seeds as any other or with all of theirs: **dot**" in text
+
+
+def test_the_best_arm_is_not_so_by_the_luck_of_its_seeds(tmp_path):
+    arms = {"dot": {"attention": "dot"}, "first layer": {"attention": "neural", "seeds": 2}}
+    study = make_study(arms=arms, choose_by="m", also=[])
+    write_results(study, tmp_path, {"dot": [1.0, 2.0, 9.0], "first layer": [1.1, 2.1]})
+    text = report(study, tmp_path)
+    assert "theirs: **dot** (4.000)" in text and "| first layer | 2 | 1.600 |" in text
+    card = (tmp_path / f"{CARD}.md").read_text()
+    assert "*dot* 4.000, to which it is +0.100 (+0.100 to +0.100), of 2 seed(s) that both have" in card
+
+
+def test_arms_say_of_how_many_pairs_a_difference_is(tmp_path):
+    study = make_study()
+    write_results(study, tmp_path, {"dot": [1.0, 2.0], "first layer": [0.5, 1.0, 9.0]})
+    assert "| first layer | 3 (2 in pairs) | 3.500 |" in report(study, tmp_path)
 
 
 def test_pairs_are_of_the_same_seed(tmp_path):

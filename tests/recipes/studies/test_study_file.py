@@ -42,7 +42,8 @@ def test_the_best_arm_has_as_many_seeds_as_any_or_as_it_shall():
     arms = {"dot": {"attention": "dot"}, "b": {"attention": "dot", "seeds": 2}, "c": {"attention": "dot"}}
     study = make_study(seeds=[3, 4, 5], arms=arms, choose_by="m", lower_is_better=True)
     rows = [{"arm": arm, "seeds": seeds, "m": value} for arm, seeds, value in (("dot", 3, 3.0), ("b", 2, 2.0), ("c", 2, 1.0))]
-    assert best_row(study, rows)["arm"] == "b"
+    found = {row["arm"]: {seed: {"metrics": {"m": row["m"]}} for seed in range(row["seeds"])} for row in rows}
+    assert best_row(study, found, rows)["arm"] == "b"
 
 
 def test_arms_may_name_what_they_stand_beside():

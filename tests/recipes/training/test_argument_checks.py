@@ -30,6 +30,7 @@ def arguments(tmp_path: Any, **given: Any) -> TrainingArguments:
         ({"per_device_train_batch_size": 0}, "--per_device_train_batch_size is 0; expected at least 1"),
         ({"per_device_eval_batch_size": 0}, "--per_device_eval_batch_size is 0"),
         ({"gradient_accumulation_steps": 0}, "--gradient_accumulation_steps is 0"),
+        ({"save_only_model": True}, "--save_only_model: a run resumes from its last checkpoint by itself"),
         ({"learning_rate": float("nan")}, "--learning_rate is nan; expected at least 0"),
     ),
 )

@@ -4,9 +4,17 @@ import pickle
 
 import pytest
 from datasets import ClassLabel, Dataset, Features, Image, Value
-from transformers import ViTImageProcessorPil
+from transformers import (
+    Trainer,
+    TrainingArguments,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessorPil,
+    default_data_collator,
+)
 
 from tests.helpers.pictures import random_pictures
+from training.image_task import AccuracyOfBatches, final_figures
 from training.images import ImageArguments, load_images
 from training.pixel_values import make_pixels, with_pixels
 
@@ -95,3 +103,19 @@ def test_pixels_are_what_the_model_takes(tmp_path):
     assert -1.0 <= batch["pixel_values"].min() < batch["pixel_values"].max() <= 1.0
     assert batch["labels"] == images.splits["train"]["label"][:3]
     pickle.dumps(make_pixels)  # pickles it, as it travels to data loader workers that are spawned
+
+
+def test_the_final_loss_is_that_of_true_labels(tmp_path):
+    labelled = load_images(ImageArguments(max_train_samples=20), seed=0)
+    processor = ViTImageProcessorPil(size={"height": 8, "width": 8})
+    data = {split: with_pixels(labelled.splits["test"].select(range(8)), processor, 8) for split in ("validation", "test")}
+    sizes = {"image_size": 8, "patch_size": 4, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = ViTForImageClassification(ViTConfig(**sizes, num_labels=10)).eval()
+    losses = []
+    for smoothing in (0.0, 0.5):
+        training = TrainingArguments(
+            str(tmp_path), label_smoothing_factor=smoothing, remove_unused_columns=False, report_to="none", use_cpu=True
+        )
+        trainer = Trainer(model, training, data_collator=default_data_collator, compute_metrics=AccuracyOfBatches())
+        losses.append(final_figures(trainer, data)["test_loss"])
+    assert losses[0] == losses[1]

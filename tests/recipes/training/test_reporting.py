@@ -134,6 +134,20 @@ def test_cards_carry_metadata_figures_command_and_versions():
     assert "import hf_neural_attention" not in card_text(record, task(), Arm.DOT, "picture.png")
 
 
+def test_cards_say_in_what_models_are_alike():
+    record = {"command": "a", "note": "", "environment": dict.fromkeys(("cpu", "gpu", "processes", "threads"), 1)}
+    record["environment"] |= dict.fromkeys(("python", "torch", "transformers"), 1)
+    record["results"] = results()
+    assert "data order, dropout rate and initial weights of all that" in card_text(record, task(), Arm.NEURAL, "a.png")
+    card = card_text(record, task(is_shared=False), Arm.NEURAL, "a.png")
+    assert "data order and dropout rate.\n" in card and "training.paper_models" not in card
+    record["results"][Arm.DOT] |= {"score_spread": 1.0}
+    record["results"][Arm.NEURAL]["config"] = {"model_type": "paper_decoder"}
+    card = card_text(record, task(), Arm.NEURAL, "a.png")
+    assert "Where scores start with a given spread, what makes them has been scaled for that" in card
+    assert "import training.paper_models  # is in recipes/ of its repository" in card
+
+
 def test_a_report_leaves_pictures_cards_and_the_json_they_come_from(tmp_path, capsys):
     for arm in (Arm.DOT, Arm.NEURAL):
         (tmp_path / "run" / arm).mkdir(parents=True)

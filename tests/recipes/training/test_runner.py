@@ -20,6 +20,7 @@ from training.run_folder import check_all_see, claim_folder, settings_of
 from training.runner import StepClock, run
 from training.text import cut_into_blocks
 from training.text_task import collate as collate_blocks
+from training.timed_steps import training_step
 
 
 SIZES = {"vocab_size": 50, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 8, "bos_token_id": 1, "eos_token_id": 2}
@@ -144,6 +145,22 @@ def test_both_arms_start_from_the_same_weights_and_see_the_same_data(tmp_path):
     assert start["dead"] == 0 and start["score_std"] != end["score_std"]
 
 
+def test_a_timed_step_accumulates_gradients_as_training_does(tmp_path):
+    experiment = make_experiment(tmp_path)
+    experiment.training.gradient_accumulation_steps = 3
+    calls = []
+    build = experiment.build_model
+
+    def counted(arm):
+        model = build(arm)
+        model.register_forward_hook(lambda *_: calls.append(arm))
+        return model
+
+    experiment.build_model = counted
+    training_step(experiment, Arm.DOT, whole=True).run(None)
+    assert calls == [Arm.DOT] * 3
+
+
 def test_scores_of_both_arms_start_with_the_spread_that_is_asked_for(tmp_path):
     experiment = make_experiment(tmp_path)
     experiment.training.max_steps = 1  # looks at the start alone
@@ -202,6 +219,24 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), two.state_dict().values(), strict=True))
     assert parts["steps"] == 20 and parts["train_seconds"] > 0
     assert one.config.use_cache  # checks that it is on again: Trainer had switched it off
+
+
+def test_a_run_that_is_killed_after_its_last_step_trains_no_further(tmp_path):
+    def experiment(evaluate):
+        made = make_experiment(tmp_path)
+        made.training.max_steps, made.training.lr_scheduler_type = 8, "constant"  # ends within an epoch, at a full rate
+        made.evaluate = evaluate
+        return made
+
+    def killed(trainer):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(experiment(killed), (Arm.DOT,))
+    before = load_file(tmp_path / "dot/model.safetensors")
+    result = run(experiment(lambda trainer: {"figure": 1.0}), (Arm.DOT,))[Arm.DOT]
+    after = load_file(tmp_path / "dot/model.safetensors")
+    assert result["steps"] == 8 and all(torch.equal(before[name], after[name]) for name in before)
 
 
 @pytest.mark.slow
