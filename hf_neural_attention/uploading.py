@@ -1,9 +1,11 @@
 """Uploads a folder to the Hub."""
 
+import shlex
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi
+from huggingface_hub.utils import filter_repo_objects
 
 
 def upload(
@@ -22,7 +24,18 @@ def upload(
         repo = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         api.upload_folder(repo_id=repo, folder_path=folder, commit_message=commit_message, **options)
     except Exception as error:
+        command = command_for(folder, repo_id, private, options.get("allow_patterns"), options.get("ignore_patterns"))
         raise RuntimeError(
-            f"The upload to {repo_id} failed: {error}. {folder} is complete; go on with `hf upload {repo_id} {folder}`, or "
-            "try this again."
+            f"The upload to {repo_id} failed: {error}. {folder} is complete; go on with `{command}`, or try this again."
         ) from error
+
+
+def command_for(folder: Path, repo_id: str, private: bool | None, allowed: Any, ignored: Any) -> str:
+    """A command line that uploads the same files, to a repository that is private if it was to be."""
+    files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    chosen = list(filter_repo_objects(files, allow_patterns=allowed, ignore_patterns=ignored))
+    words = ["hf", "upload", repo_id, str(folder), *(["--private"] if private else [])]
+    if chosen != files:  # names the top of each path, since folders go as a whole
+        tops = sorted({f"{Path(name).parts[0]}/**" if len(Path(name).parts) > 1 else name for name in chosen})
+        words += [word for top in tops for word in ("--include", top)]
+    return shlex.join(words)

@@ -13,7 +13,15 @@ import pytest
 import torch
 import yaml
 from huggingface_hub.errors import StrictDataclassError
-from transformers import GPT2Config, GPT2LMHeadModel, GPT2Tokenizer, LlamaConfig, LlamaForCausalLM, ViTImageProcessorPil
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPT2Tokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    ViTImageProcessorPil,
+)
 
 from hf_neural_attention import (
     NeuralGPT2Config,
@@ -138,6 +146,10 @@ def test_what_is_in_the_folder(tmp_path: Path):
     assert names >= {"model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "README.md"}
     assert {name for name in names if name.endswith(".py")} >= {"modeling_neural_gpt2.py", "neural_attention_scorer.py"}
     assert not any(name.endswith((".bin", ".pt", ".pkl")) for name in names) and list(tmp_path.iterdir()) == [folder]
+    assert "auto_map" in json.loads((folder / "config.json").read_text())
+    loaded = AutoModelForCausalLM.from_pretrained(folder)  # by the package, whose code is not saved
+    loaded.save_pretrained(tmp_path / "again")
+    assert "auto_map" not in json.loads((tmp_path / "again/config.json").read_text())
     config = json.loads((folder / "config.json").read_text())
     assert config["neural_format_version"] == 1 and config["architectures"] == ["NeuralGPT2LMHeadModel"]
     assert config["auto_map"]["AutoModelForCausalLM"] == "modeling_neural_gpt2.NeuralGPT2LMHeadModel"
@@ -301,7 +313,7 @@ def test_a_hub_gives_back_what_it_was_sent(tmp_path: Path):
         environment = hub.environment(tmp_path) | {"PYTHONPATH": str(ROOT)}
         hub.fails_at = 507
         said = script(EXPORT, tmp_path, **environment)
-        assert "507" in said and "hf upload somebody/tiny model" in said and not hub.repositories["somebody/tiny"]
+        assert "507" in said and "hf upload somebody/tiny model`" in said and not hub.repositories["somebody/tiny"]
         assert (tmp_path / "model" / "model.safetensors").exists()
         hub.fails_at = None
         assert script(EXPORT, tmp_path, **environment).strip() == ""
@@ -309,3 +321,20 @@ def test_a_hub_gives_back_what_it_was_sent(tmp_path: Path):
         for code in (SAVE, WITHOUT, UNTRUSTED, PIPELINE["gpt2"]):
             code = code.format(name="somebody/tiny", auto=AUTO["gpt2"], inputs=INPUTS["gpt2"])
             script(code, tmp_path, **environment)
+
+
+def test_the_advice_after_a_failed_upload_sends_nothing_more_and_stays_private(tmp_path: Path, monkeypatch):
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise OSError("no network")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", fail)
+    (tmp_path / "checkpoint-2").mkdir()
+    for name in ("training_args.bin", "checkpoint-2/model.safetensors", "notes.txt"):
+        (tmp_path / name).write_text("mine")
+    model, tokenizer = make("gpt2")
+    with pytest.raises(RuntimeError, match="no network") as caught:
+        export_to_hub(model, tmp_path, tokenizer, push_to_hub=True, repo_id="somebody/tiny", private=True)
+    command = str(caught.value).split("`")[1]
+    assert command.startswith(f"hf upload somebody/tiny {tmp_path} --private --include ")
+    assert "model.safetensors" in command and "config.json" in command
+    assert not any(name in command for name in ("training_args", "checkpoint-2", "notes", "*"))

@@ -44,8 +44,14 @@ class PatchedConfigMixin:
     In memory its `model_type` is the stock one, by which clients look up what is right for the family.
     """
 
+    model_type: str
+
     def to_dict(self) -> dict[str, Any]:
-        return super().to_dict() | {"model_type": PATCHED_TYPE}  # type: ignore[misc]
+        return super().to_dict() | {"model_type": self.model_type}  # type: ignore[misc]
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        # is what gets into config.json
+        return super().to_diff_dict() | {"model_type": PATCHED_TYPE}  # type: ignore[misc]
 
 
 class PatchedConfig(PreTrainedConfig):

@@ -2,6 +2,7 @@
 which cache `generate` prepares."""
 
 import copy
+from os import PathLike
 from typing import Any
 
 from torch import nn
@@ -21,6 +22,12 @@ from .neural_attention_zero3 import is_shared_out
 # Lists arguments of `from_pretrained` that say where a config comes from
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
+# Lists arguments of `from_pretrained` that share a model among processes
+SHARING_OPTIONS = ("device_mesh", "distributed_config", "tp_plan", "tp_size")
+
+# Lists arguments of `from_pretrained` that its config must not take
+MODEL_OPTIONS = ("dtype", "torch_dtype", "quantization_config", *SHARING_OPTIONS)
+
 
 class ScoredAttentionMixin:
     """Comes before a stock class among the bases of one with scorers: it says which implementations of attention can run, and
@@ -30,6 +37,11 @@ class ScoredAttentionMixin:
     _supports_flash_attn = False
     _supports_flex_attn = False
     _supports_context_parallel = False
+
+    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
+        # Says False, since for models outside `transformers.` the stock method skips modules without direct parameters, and so
+        # the scaled initialisation of GPT-2's c_proj. That guards code that writes parameters in place, which ours never does.
+        super()._initialize_weights(module, is_custom_code=False)
 
     def _init_weights(self, module: nn.Module) -> None:
         # runs after the scorer's own layers, and so overrides what the stock rule (std 0.02) did to them
@@ -66,6 +78,8 @@ class NeuralPreTrainedModelMixin(ScoredAttentionMixin):
         Raises:
             ValueError: if the checkpoint cannot be folded, with the reason; or if it is compact and `neural_compact` is False.
         """
+        if isinstance(given := kwargs.get("config"), str | PathLike):
+            kwargs |= read_config(cls.config_class, given, kwargs)
         name, has_config = pretrained_model_name_or_path, isinstance(kwargs.get("config"), PreTrainedConfig)
         wanted = getattr(kwargs["config"], "neural_compact", None) if has_config else kwargs.get("neural_compact")
         stored = stored_config(name, kwargs) if has_config or wanted is False else None
@@ -83,6 +97,8 @@ class NeuralPreTrainedModelMixin(ScoredAttentionMixin):
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         read = vars(model.config).pop(STORED, None)
         stored = read if stored is None else stored
+        if not is_from_hub(cls):
+            vars(model.config).pop("auto_map", None)  # names code that this model does not run, and that is not saved with it
         if folds and not model.config.neural_compact:
             fold_own_model(model)
         if (
@@ -94,11 +110,6 @@ class NeuralPreTrainedModelMixin(ScoredAttentionMixin):
         return loaded
 
     compact_attention_class: type[CompactAttentionMixin]
-
-    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
-        # Says False, since for models outside `transformers.` the stock method skips modules without direct parameters, and so
-        # the scaled initialisation of GPT-2's c_proj. That guards code that writes parameters in place, which ours never does.
-        super()._initialize_weights(module, is_custom_code=False)
 
     # Overrides two methods, as stock models with caches of their own do, since `generate` checks the name of a cache while it
     # puts its settings together, and makes the cache when it knows the length.
@@ -132,6 +143,27 @@ class NeuralPreTrainedModelMixin(ScoredAttentionMixin):
         given = getattr(given, "self_attention_cache", given)
         if hasattr(given, "check_model"):
             given.check_model(self)
+
+
+def is_from_hub(model_class: type) -> bool:
+    """Whether its code came with a checkpoint, and so is saved with its models."""
+    return model_class.__module__.startswith("transformers_modules.")
+
+
+def read_config(config_class: Any, place: str | PathLike, arguments: dict[str, Any]) -> dict[str, Any]:
+    """The config of another place than the weights', with the fields that are among the arguments of `from_pretrained`. These
+    are taken out of the arguments.
+
+    Returns:
+        The config, as `config`.
+    """
+    fields = {name: arguments[name] for name in arguments if name not in ("config", *HUB_OPTIONS, *MODEL_OPTIONS)}
+    where = {name: arguments[name] for name in HUB_OPTIONS if name in arguments}
+    config, unused = config_class.from_pretrained(place, return_unused_kwargs=True, **fields, **where)
+    for name in fields:
+        if name not in unused:
+            del arguments[name]
+    return {"config": config}
 
 
 def stored_config(name: Any, arguments: dict[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from .configuration_neural_patched import RECORD, PatchedConfig, PatchError, check_version, patched_config_class
-from .modeling_neural_attention import HUB_OPTIONS, ScoredAttentionMixin
+from .modeling_neural_attention import HUB_OPTIONS, MODEL_OPTIONS, SHARING_OPTIONS, ScoredAttentionMixin, is_from_hub
 from .modeling_neural_gpt2 import CompactGPT2Attention
 from .modeling_neural_vit import CompactViTAttention
 from .neural_attention_initialization import needs_weights
@@ -24,12 +24,6 @@ from .neural_attention_scorer import NeuralScorer
 COMPACT_CLASSES: dict[type, type] = {each.stock_class(): each for each in (CompactGPT2Attention, CompactViTAttention)}
 
 PREFIX = "Patched"
-
-# Lists arguments of `from_pretrained` that share a model among processes
-SHARING_OPTIONS = ("device_mesh", "distributed_config", "tp_plan", "tp_size")
-
-# Lists arguments of `from_pretrained` that its config must not take
-MODEL_OPTIONS = ("dtype", "torch_dtype", "quantization_config", *SHARING_OPTIONS)
 
 
 def name_in(model: Any, name: str) -> str:
@@ -150,12 +144,15 @@ class PatchedModelMixin(ScoredAttentionMixin):
         stock = stock_config(config, where)
         model, info = load_patched(cls.stock_class, record, where, stock, *args, **kwargs)
         model = cls.finish(model, record)
+        if is_from_hub(cls) and hasattr(config, "auto_map"):  # keeps saying where its code is, which is saved with it
+            model.config.auto_map = config.auto_map
         return (model, info) if with_info else model
 
     @classmethod
     def finish(cls, model: Any, record: dict[str, Any]) -> Any:
         """Makes a loaded model one of this class, which saves what it records."""
-        model.__class__ = cls
+        if type(model) is cls.stock_class:  # skips a model that FSDP has given a class of its own
+            model.__class__ = cls  # type: ignore[assignment]
         setattr(model.config, RECORD, record)
         model.config.__class__ = cls.config_class  # type: ignore[attr-defined]
         return model

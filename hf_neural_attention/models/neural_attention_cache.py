@@ -203,6 +203,10 @@ class NeuralCache(Cache):
     ```
     """
 
+    def __new__(cls, model: nn.Module | None = None, max_cache_len: int | None = None, **kwargs: Any) -> Any:
+        # leaves the arguments out where a copy is made
+        return super().__new__(GrowingNeuralCache if cls is NeuralCache and max_cache_len is None else cls)
+
     def __init__(self, model: nn.Module, max_cache_len: int | None = None, *, offloading: bool = False):
         if not isinstance(model, nn.Module) or not hasattr(model, "config"):
             raise TypeError(
@@ -237,7 +241,8 @@ class NeuralCache(Cache):
                 'the whole key (layers with the dot product, of mode "residual", or with scorers as wide as a key need all of '
                 "it). Use a DynamicCache or a StaticCache."
             )
-        super().__init__(
+        Cache.__init__(
+            self,
             layers=layers,
             offloading=offloading,
             offload_only_non_sliding=max_cache_len is not None,  # keeps the stock classes' defaults
@@ -287,6 +292,11 @@ class NeuralCache(Cache):
                 f"`{method}` is not there for caches of fixed size, with stock models neither. Use `NeuralCache(model)` "
                 "without `max_cache_len`."
             )
+
+
+class GrowingNeuralCache(NeuralCache, DynamicCache):
+    """A `NeuralCache` without a fixed size. It is a `DynamicCache`, since caches of encoder-decoders ask for one before they
+    take tokens back or repeat them."""
 
 
 def cache_nbytes(cache: Cache) -> int:

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 from transformers import Cache
-from transformers.cache_utils import QuantizedLayer
+from transformers.cache_utils import QuantizedLayer, StaticLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .neural_attention_initialization import CompactWeights, draw_compact_weights, is_loaded, needs_weights
@@ -126,6 +126,7 @@ class CompactAttentionMixin:
                 their numbers, or one with the keys of another model in it.
         """
         index: Any = getattr(self, "layer_idx", None)
+        make_room(cache, index, w, value)
         try:
             return cache.update(w, value, index)
         except (AssertionError, RuntimeError, ValueError) as error:
@@ -155,6 +156,16 @@ class CompactAttentionMixin:
         function = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
         output, weights = function(self, u, w, value, attention_mask, **kwargs)
         return output.flatten(-2), weights
+
+
+def make_room(cache: Cache, index: Any, w: torch.Tensor, value: torch.Tensor) -> None:
+    """Lets a layer of fixed size have room for a compact layer's keys where it was made, still empty, for those of the config:
+    `generate` does so for prompts in chunks, and `torch.export` for all."""
+    layer: Any = cache.layers[index] if isinstance(index, int) and index < len(cache.layers) else None
+    if not isinstance(layer, StaticLayer) or layer.keys is None or layer.keys.shape[1::2] == w.shape[1::2]:
+        return
+    if int(layer.cumulative_length) == 0:
+        layer.lazy_initialization(w[:, :, :0], value[:, :, :0])
 
 
 def in_float64(tensor: torch.Tensor) -> torch.Tensor:

@@ -35,8 +35,10 @@ def stand_in(config: Any) -> None:
     auto_map = getattr(config, "auto_map", None) or {}
     named: dict[str, Any] = {}
     for architecture in getattr(config, "architectures", None) or []:
-        for auto, place in auto_map.items():
-            if place.split(".")[-1] == architecture and hasattr(transformers, auto):
+        for auto, places in auto_map.items():
+            places = [places] if isinstance(places, str) else places  # has a slow and a fast one for tokenizers
+            names = {place.split(".")[-1] for place in places if place}
+            if architecture in names and hasattr(transformers, auto):
                 named.setdefault(architecture, getattr(transformers, auto))
     if named:
         make_findable(named, replace=False)

@@ -167,25 +167,24 @@ def unpatch(model: ModelT) -> ModelT:
             "Load its checkpoint into the stock class for a model without them."
         )
     layers = patched_modules(model)
-    if not layers:
+    named = [part for part in model.modules() if NAMES_BEFORE in vars(part)]
+    if not layers and not named:  # takes what is left where all layers were taken off a part by itself
         raise PatchError(f"This {type(model).__name__} is not patched; there is nothing to take off.")
     check_whole(model, "unpatched")
-    parts = neural_parts(model)
-    forget_names(model)
+    if not named:  # was loaded as a patched one, of which there is no stock one by that name
+        forget_names(model)
     for module in once(layers).values():
         detach_scorer(module)
     unhook_model(model)
-    restore_names(model, parts)
+    restore_names(model, named)
     return model
 
 
 def restore_names(model: nn.Module, parts: list[Any]) -> None:
     """Gives parts of an unpatched model the names that they had before `patch`."""
-    if not all(NAMES_BEFORE in vars(part) for part in parts):
-        return  # leaves one that was loaded as a patched one, of which there is no stock one by that name
     for part in parts:
         part.name_or_path, part.config.name_or_path = vars(part).pop(NAMES_BEFORE)
-    for config in adapter_configs(model):
+    for config in adapter_configs(model) if parts else []:
         config.base_model_name_or_path = (config.base_model_name_or_path or "").removesuffix(CHANGED) or None
 
 

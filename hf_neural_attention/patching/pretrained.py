@@ -49,6 +49,7 @@ class ConfigToSave(NeuralConfigView):
         self.base.save_pretrained(save_directory, **kwargs)
         path = Path(save_directory) / CONFIG_NAME
         content = json.loads(path.read_text(encoding="utf-8"))
+        content.pop("auto_map", None)  # names code that makes the stock model, if there is any
         content |= neural_fields(self.record) or {
             "model_type": PATCHED_TYPE,
             "architectures": [f"{PREFIX}{self.record['base_model']['class']}"],

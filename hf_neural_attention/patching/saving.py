@@ -17,6 +17,7 @@ from ..introspection import once, patched_modules, unwrap
 from ..models.configuration_neural_patched import check_version
 from ..models.modeling_neural_patched import name_in
 from ..models.neural_attention_names import origin_of
+from ..models.neural_attention_parallel import is_distributed
 from ..models.neural_attention_scorer import NeuralScorer
 from ..models.neural_attention_zero3 import gathered
 from ..uploading import upload
@@ -66,7 +67,7 @@ def save_patch(
         RuntimeError: if the upload fails; the folder is whole then, and the message says how to go on.
     """
     if is_main_process is None:
-        is_main_process = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+        is_main_process = not is_distributed() or torch.distributed.get_rank() == 0
     check_whole(unwrap(model), "saved as a patch for a stock model (`save_pretrained` saves all of it)")
     record = record_of(model, base_revision)
     modules = once(patched_modules(unwrap(model)))

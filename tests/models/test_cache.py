@@ -340,7 +340,7 @@ def test_the_choice_holds_for_one_call():
     def cache_of(**arguments) -> Any:
         return getattr(model.generate(**inputs, max_new_tokens=2, return_dict_in_generate=True, **arguments), CACHE)
 
-    assert type(cache_of(cache_implementation="neural")) is NeuralCache
+    assert isinstance(cache_of(cache_implementation="neural"), NeuralCache)
     fixed = cache_of(cache_implementation="neural_static", max_cache_len=30)
     assert type(fixed) is NeuralCache and fixed.get_max_length() == 30
     assert type(cache_of(cache_implementation="static")) is StaticCache
@@ -352,7 +352,7 @@ def test_the_choice_holds_for_one_call():
         return getattr(model.generate(**inputs, generation_config=settings, **arguments), CACHE)
 
     assert type(cache_by()) is StaticCache
-    assert type(cache_by(cache_implementation="neural")) is NeuralCache
+    assert isinstance(cache_by(cache_implementation="neural"), NeuralCache)
     assert cache_by(cache_implementation="neural").get_max_length() == -1
     assert cache_by(cache_implementation="neural_static").get_max_length() == 30  # keeps the length of the longest call
     # changes what the model prefers when a call does not choose

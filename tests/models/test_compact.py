@@ -24,6 +24,7 @@ from hf_neural_attention.models.modeling_neural_attention import fold_own_model
 from hf_neural_attention.models.neural_attention_cache import cache_nbytes
 from hf_neural_attention.models.neural_attention_initialization import draw_compact_weights
 from hf_neural_attention.models.neural_attention_scorer import CompactScorer
+from tests.helpers import generating
 from tests.helpers.comparing import assert_near, assert_same_state, backward, run
 from tests.helpers.neural_models import (
     GPT2,
@@ -307,6 +308,15 @@ def test_stock_caches_hold_what_the_scorer_sees(static: bool):
     assert sizes[0] / sizes[1] == (2 + 16) / (16 + 16)
     with pytest.raises(ValueError, match="which is compact: its layers hand every cache"):
         NeuralCache(model)
+
+
+def test_a_prompt_in_chunks_fills_a_static_cache():
+    """`generate` then gives its layers room ahead of time, for keys of the size that the config says."""
+    model = generating.neural(neural_layers="all", neural_compact=True, neural_hidden_dims=[2, 1])
+    inputs = generating.prompt()
+    expected = generating.generate(model, inputs)
+    chunked = generating.generate(model, inputs, cache_implementation="static", prefill_chunk_size=4)
+    assert torch.equal(chunked, expected)
 
 
 def test_a_cache_that_has_no_room_says_so_itself():

@@ -305,6 +305,10 @@ def test_a_config_asks_for_the_compact_form_as_the_argument_does(family: Family,
     configs = [family.config(**asked), model_class.config_class.from_pretrained(tmp_path, **asked)]
     ways = [lambda: model_class.from_pretrained(tmp_path, **asked)]
     ways += [lambda config=config: model_class.from_pretrained(tmp_path, config=config) for config in configs]
+    configs[0].save_pretrained(tmp_path / "elsewhere")
+    family.config(**fields).save_pretrained(tmp_path / "whole")
+    for place, more in ((tmp_path / "elsewhere", {}), (str(tmp_path / "whole"), {"neural_compact": True})):
+        ways.append(lambda place=place, more=more: model_class.from_pretrained(tmp_path, config=place, **more))
     if stored == "whole":
         auto_class = transformers.AutoModelForCausalLM if family is GPT2 else transformers.AutoModelForImageClassification
         ways.append(lambda: auto_class.from_pretrained(tmp_path, neural_compact=True))

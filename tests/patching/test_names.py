@@ -30,6 +30,7 @@ from hf_neural_attention import (
     unpatch,
 )
 from hf_neural_attention.models.neural_attention_names import origin_of
+from hf_neural_attention.patching import PatchError
 from tests.helpers.stock_models import FAMILIES
 
 
@@ -85,6 +86,21 @@ def test_names_come_back_after_a_with_block(stock):
     with patched(model):
         assert str(stock) not in names(model)
     assert set(names(model)) == {str(stock)}
+
+
+def test_names_come_back_at_whichever_level_a_model_is_unpatched(stock):
+    model = load(stock)
+    patch(model.base_model)
+    unpatch(model)
+    assert set(names(model)) == {str(stock)}
+    before = model._supports_flash_attn
+    patch(model)
+    unpatch(model.base_model)
+    assert str(stock) not in names(model)[:1]
+    unpatch(model)  # takes what is left
+    assert set(names(model)) == {str(stock)} and model._supports_flash_attn == before
+    with pytest.raises(PatchError, match="is not patched"):
+        unpatch(model)
 
 
 def test_other_models_keep_their_names(stock):

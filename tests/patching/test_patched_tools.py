@@ -10,7 +10,14 @@ import pytest
 import torch
 from packaging.version import Version
 from torch import nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    DynamicCache,
+    EncoderDecoderCache,
+    Trainer,
+    TrainingArguments,
+)
 from transformers.integrations.peft import MIN_PEFT_VERSION
 
 from hf_neural_attention import NeuralCache, compact, from_pretrained, patch, patch_status, save_patch, unpatch
@@ -224,8 +231,6 @@ def test_lora(family: Family, patch_first: bool):
 @pytest.mark.parametrize("family", (LLAMA, MISTRAL, T5), ids=lambda family: family.model_type)
 @eager_and_sdpa
 def test_neural_cache(family: Family, implementation: str):
-    from transformers import DynamicCache, EncoderDecoderCache
-
     model = neural(family, implementation, mode="replace", proj_dim=2)
     inputs = {name: tensor for name, tensor in family.inputs().items() if name != "decoder_input_ids"}
     arguments = {"max_new_tokens": 6, "do_sample": False, "no_repeat_ngram_size": 1}
@@ -383,3 +388,13 @@ def test_adapters_of_transformers_own(family: Family, mode: str, modules_to_save
     again = from_pretrained(tmp_path / "base")
     again.load_adapter(tmp_path / "adapter")
     assert_near(run(again, **family.inputs()), run(model, **family.inputs()))
+
+
+def test_assisted_decoding_of_an_encoder_decoder_with_a_neural_cache():
+    model = patch(T5.model(), "all", mode="replace")
+    ids = T5.inputs()["input_ids"]
+    arguments = {"max_new_tokens": 8, "do_sample": False, "prompt_lookup_num_tokens": 3}
+    expected = model.generate(ids[:1], **arguments)
+    cache = EncoderDecoderCache(NeuralCache(model), DynamicCache(config=model.config))
+    assert torch.equal(model.generate(ids[:1], **arguments, **{CACHE: cache}), expected)
+    assert cache.self_attention_cache.nbytes > 0

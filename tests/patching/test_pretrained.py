@@ -109,12 +109,30 @@ def test_auto_classes_take_arguments_and_parts_of_a_model(tmp_path: Path):
     base = AutoModel.from_pretrained(folder)
     assert type(base) is LlamaModel and len(patch_status(base)) == 3
     assert torch.equal(run(base, **inputs), run(model.model, **inputs))
+    assert config.to_dict()["model_type"] == "llama" and config.to_diff_dict()["model_type"] != "llama"
     drawn = AutoModelForCausalLM.from_config(config)
     assert type(drawn) is LlamaForCausalLM and type(drawn.config) is LlamaConfig and len(patch_status(drawn)) == 3
     again = AutoModelForCausalLM.from_pretrained(saved(drawn, tmp_path / "second"))
     assert torch.equal(run(again, **inputs), run(drawn.eval(), **inputs))
     assert type(AutoModelForCausalLM.from_config(LlamaConfig(**LLAMA.fields))) is LlamaForCausalLM
     assert not patch_status(AutoModelForCausalLM.from_config(LlamaConfig(**LLAMA.fields)))
+
+
+def test_new_models_of_a_config_start_as_stock_ones_do(tmp_path: Path):
+    """GPT-2 scales what ends on the residual stream, also where a model without a head is made of classes of its own."""
+    sizes = {"n_embd": 64, "n_layer": 2, "n_head": 4, "vocab_size": 99, "n_positions": 16}
+    model = patch(AutoModel.from_config(AutoConfig.for_model("gpt_bigcode", **sizes)), "all", mode="replace")
+    made = AutoModel.from_config(AutoConfig.from_pretrained(saved(model, tmp_path)))
+    assert len(patch_status(made)) == 2
+    stds = [layer.attn.c_proj.weight.std().item() for layer in made.h]
+    assert stds == pytest.approx([0.02 / 4**0.5] * 2, rel=0.1)
+
+
+def test_code_that_makes_the_stock_model_is_not_named_beside_the_patch(tmp_path: Path):
+    model = LLAMA.model()
+    model.config.auto_map = {"AutoModelForCausalLM": "somebody/other--modeling_other.OtherForCausalLM"}
+    folder = saved(patch(model), tmp_path)
+    assert "auto_map" not in json.loads((folder / "config.json").read_text()) and model.config.auto_map
 
 
 WITHOUT = """

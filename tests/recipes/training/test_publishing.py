@@ -35,6 +35,7 @@ sys.modules["hf_neural_attention"] = None
 from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained("neural", trust_remote_code=True)
 assert type(model).__name__ == "PatchedLlamaForCausalLM" and hasattr(model.model.layers[0].self_attn, "scorer")
+model.save_pretrained("again")
 """
 TRAINER = """
 from datasets import Dataset
@@ -101,6 +102,7 @@ def test_patched_models_bring_their_code(tmp_path: Path, monkeypatch):
     publish(tmp_path, [Arm.DOT, Arm.NEURAL], TrainingArguments(str(tmp_path), hub_model_id="somebody/llama"))
     assert sent == ["somebody/llama-dot", "somebody/llama-neural"] and not list((tmp_path / "dot").glob("*.py"))
     script(LOAD_PATCHED, tmp_path)
+    script(LOAD_PATCHED.replace('"neural", ', '"again", '), tmp_path)  # is what that has saved, code and all
 
 
 def test_models_of_classes_of_their_own_go_without_code(tmp_path: Path):
