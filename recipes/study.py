@@ -162,13 +162,14 @@ def read_page(page: Path) -> str:
 
 
 def write_tables(pages: dict[Path, str], study: Study, results: Path) -> None:
-    """Writes the study's tables in all pages, or in none.
+    """Writes the study's tables and figures in all pages, or in none.
 
     Raises:
         SystemExit: if no page has one, or see `with_new_tables`.
     """
     if not any(has_tables(text, study) for text in pages.values()):
-        raise SystemExit(f"No table of {study.name} is in {', '.join(map(str, pages))}: see recipes/studies/page_tables.py.")
+        names = ", ".join(map(str, pages))
+        raise SystemExit(f"No table or figure of {study.name} is in {names}: see recipes/studies/page_tables.py.")
     found, costs = load_results(study, results), load_costs(results)
     texts = {page: with_new_tables(text, study, found, costs) for page, text in pages.items()}
     for page, text in texts.items():
@@ -193,7 +194,7 @@ def main() -> None:
     )
     parser.add_argument("--report_only", action="store_true", help="Run nothing.")
     parser.add_argument(
-        "--pages", type=Path, nargs="+", default=[], help="Documents whose tables of this study are written anew."
+        "--pages", type=Path, nargs="+", default=[], help="Documents whose tables and figures of this study are written anew."
     )
     parser.add_argument("--time_only", action="store_true", help="Time a step of each arm, and run nothing.")
     parser.add_argument("--arms", nargs="+", help="Run these alone. Default: all of the study.")

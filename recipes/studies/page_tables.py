@@ -1,19 +1,25 @@
-"""A study's tables in the documents, written anew from its runs.
+"""A study's tables and figures in the documents, written anew from its runs.
 
-Two kinds are known. One names the study in its head, and the arm that the others are compared with. The page says by their
-names which arms stand in it; all other cells are filled in:
+Two kinds of tables are known. One names the study in its head, and the arm that the others are compared with. The page says
+by their names which arms stand in it; all other cells are filled in:
 
     | spread-images | seeds | test accuracy, % | difference to `dot` | 95 % interval | |
     | --- | --- | --- | --- | --- | --- |
     | dot, spread 1 |
 
 The other has all arms that have run (`report.summary`), and stands below a line `<!-- summary of spread-images -->`.
+
+In a sentence, a comment says what follows it: an arm's mean, or the difference to another arm with its interval. A new one
+is followed by a question mark. ` by FIGURE` asks for another one than the study's main figure (`by validation_accuracy`).
+
+    It is <!-- spread-images: dot, spread 1 less dot -->+4.45 points (95 % interval: +1.89 to +7.00), to
+    <!-- spread-images: dot, spread 1 -->?.
 """
 
 import re
 from typing import Any
 
-from studies.number_format import form_of
+from studies.number_format import Form, form_of
 from studies.report import summary
 from studies.results import Results, difference, seeds_and_pairs, summarize, verdict
 from studies.study_file import Study
@@ -25,23 +31,28 @@ ROWS = (
     r"(?P<rows>(?:\|.+\|\n)+)"
 )
 SUMMARY = r"^(?P<head><!-- summary of {name} -->\n)(?:\n(?:\|.+\|\n)+)?"
+FIGURE = (
+    r"(?P<head><!-- {name}: (?P<arm>(?:(?! less | by |-->).)+?)(?: less (?P<base>(?:(?! by |-->).)+?))?"
+    r"(?: by (?P<metric>\w+))? -->)"
+    r"(?:\?|[+-]\d+(?:\.\d+)?\s+(?:points|in\s+(?:perplexity|loss))\s+\([^)]*\)|\d+(?:\.\d+)?(?:\s+%)?)"
+)
 
 
 def has_tables(page: str, study: Study) -> bool:
     return any(pattern.search(page) for pattern in patterns(study))
 
 
-def patterns(study: Study) -> tuple[re.Pattern[str], re.Pattern[str]]:
-    """Of a table of chosen arms, and of one of all."""
-    rows, all_arms = (re.compile(pattern.format(name=re.escape(study.name)), re.MULTILINE) for pattern in (ROWS, SUMMARY))
-    return rows, all_arms
+def patterns(study: Study) -> list[re.Pattern[str]]:
+    """Of a table of chosen arms, of one of all, and of a figure in a sentence."""
+    return [re.compile(pattern.format(name=re.escape(study.name)), re.MULTILINE) for pattern in (ROWS, SUMMARY, FIGURE)]
 
 
 def with_new_tables(page: str, study: Study, found: Results, costs: dict[str, Any]) -> str:
-    """The text of a page, its tables of this study written anew.
+    """The text of a page, its tables and figures of this study written anew.
 
     Raises:
-        SystemExit: if a table names an arm that the study has not, or that has no finished run.
+        SystemExit: if a table or a figure names an arm that the study has not, or that has no finished run; or two arms that
+            have no seed in common.
     """
     rows = summarize(study, found, costs)
     form = form_of(study, rows, study.metric)
@@ -50,7 +61,7 @@ def with_new_tables(page: str, study: Study, found: Results, costs: dict[str, An
 
     def row_of(arm: str) -> dict[str, Any]:
         if arm not in by_arm:
-            raise SystemExit(f"A table of {study.name} names {arm!r}, of which no run is finished.")
+            raise SystemExit(f"A table or figure of {study.name} names {arm!r}, of which no run is finished.")
         return by_arm[arm]
 
     def line(arm: str, base: str) -> str:
@@ -63,6 +74,27 @@ def with_new_tables(page: str, study: Study, found: Results, costs: dict[str, An
         arms = [each.split("|")[1].strip() for each in match["rows"].splitlines()]
         return match["head"] + "".join(f"{line(arm, match['base'])}\n" for arm in arms)
 
-    of_chosen, of_all = patterns(study)
+    def figure(match: re.Match[str]) -> str:
+        row, metric = row_of(match["arm"]), match["metric"] or study.metric
+        if metric not in (study.metric, study.choose_by, *study.also):
+            raise SystemExit(f"A figure of {study.name} asks for {metric!r}, which is none that the study reports.")
+        own = form_of(study, rows, metric)
+        if match["base"] is None:
+            return f"{match['head']}{own.value(row['mean' if metric == study.metric else metric])}{own.unit}"
+        change = difference(study, found, match["arm"], row_of(match["base"])["arm"], metric)
+        if not change["pairs"]:
+            raise SystemExit(f"A figure of {study.name} compares {match['arm']!r} with {match['base']!r}: no seed has both.")
+        return match["head"] + in_words(own, change)
+
+    of_chosen, of_all, of_figures = patterns(study)
     page = of_chosen.sub(chosen_arms, page)
-    return of_all.sub(lambda match: f"{match['head']}\n{summary(study, found, rows)}\n", page)
+    page = of_all.sub(lambda match: f"{match['head']}\n{summary(study, found, rows)}\n", page)
+    return of_figures.sub(figure, page)
+
+
+def in_words(form: Form, change: dict[str, Any]) -> str:
+    """A difference as a sentence says it; of few pairs, with their number."""
+    interval = f"95 % interval: {form.bounds(change)}"
+    more = {1: "one seed", 2: f"two seeds, {interval}"}.get(change["pairs"], interval)
+    kind = "points" if form.unit else "in loss" if form.metric.endswith("loss") else "in perplexity"
+    return f"{form.signed(change['difference'])} {kind} ({more})"

@@ -153,9 +153,9 @@ def interval(pairs: list[float]) -> tuple[float, float] | None:
     return mean - half, mean + half
 
 
-def difference(study: Study, found: Results, arm: str, base: str) -> dict[str, Any]:
-    """The mean of the paired differences, its interval, and of how many pairs they are."""
-    pairs = differences(study, found, arm, base) if arm != base else []
+def difference(study: Study, found: Results, arm: str, base: str, metric: str | None = None) -> dict[str, Any]:
+    """The mean of the paired differences (of `study.metric`), its interval, and of how many pairs they are."""
+    pairs = differences(study, found, arm, base, metric) if arm != base else []
     low, high = interval(pairs) or (None, None)
     return {"difference": statistics.mean(pairs) if pairs else None, "low": low, "high": high, "pairs": len(pairs)}
 

@@ -1,4 +1,4 @@
-"""A study's tables in the documents."""
+"""A study's tables and figures in the documents."""
 
 import sys
 
@@ -53,18 +53,53 @@ def test_a_table_asks_for_its_first_figures(tmp_path):
     assert page.startswith("<!-- summary of n -->\n\n| Digits |") and page.endswith(" |\n\nText after.\n")
 
 
+def test_figures_in_sentences_are_written_anew(tmp_path):
+    study = make_study()
+    write_results(study, tmp_path, {"dot": [9.0, 10.0, 11.0], "first layer": [7.0, 8.5, 9.0], "longer": [6.0]})
+    page = (
+        "It is <!-- n: first layer less dot -->?, to <!-- n: dot -->?. One seed: <!-- n: longer less first layer -->-9.00 in\n"
+        "perplexity (two seeds,\n95 % interval: old). <!-- other: a less b -->+1.00 points (one seed) and "
+        "<!-- n: first layer -->9.1 stay (as they are)."
+    )
+    found, costs = load_results(study, tmp_path), costs_of(study)
+    new = with_new_tables(page, study, found, costs)
+    assert new == (
+        "It is <!-- n: first layer less dot -->-1.83 in perplexity (95 % interval: -2.55 to -1.12), to <!-- n: dot -->10.00. "
+        "One seed: <!-- n: longer less first layer -->-1.00 in perplexity (one seed). <!-- other: a less b -->+1.00 points "
+        "(one seed) and <!-- n: first layer -->8.17 stay (as they are)."
+    )
+    assert with_new_tables(new, study, found, costs) == new and has_tables(page, study)
+    by_others = "<!-- n: longer less dot by v -->? <!-- n: dot by w -->?"
+    expected = "<!-- n: longer less dot by v -->-3.00 in perplexity (one seed) <!-- n: dot by w -->7.000"
+    assert with_new_tables(by_others, study, found, costs) == expected
+    with pytest.raises(SystemExit, match="asks for 'x', which is none that the study reports"):
+        with_new_tables("<!-- n: dot by x -->?", study, found, costs)
+    write_results(study, tmp_path / "other", {"dot": [9.0, 10.0], "longer": [6.0]})
+    (tmp_path / "other/dot-0.json").unlink()
+    with pytest.raises(SystemExit, match="compares 'longer' with 'dot': no seed has both"):
+        with_new_tables("<!-- n: longer less dot -->?", study, load_results(study, tmp_path / "other"), costs)
+
+
 @pytest.mark.parametrize("arm", ("second layer", "unfinished"))
-@pytest.mark.parametrize("old, new", (("| dot | 9 | old |", "| {} |"), ("`dot`", "`{}`")))
+@pytest.mark.parametrize(
+    "old, new",
+    (
+        ("| dot | 9 | old |", "| {} |"),
+        ("`dot`", "`{}`"),
+        ("Text before.", "<!-- n: {} -->?"),
+        ("Text before.", "<!-- n: dot less {} -->?"),
+    ),
+)
 def test_an_arm_that_has_not_run_is_refused_and_no_page_changed(arm, old, new, tmp_path, monkeypatch):
     study = make_study()
     write_results(study, tmp_path, {"dot": [1.0], "first layer": [2.0]})
     (tmp_path / "good.md").write_text(PAGE)
     (tmp_path / "bad.md").write_text(page := PAGE.replace(old, new.format(arm), 1))
     pages = {path: path.read_text() for path in (tmp_path / "good.md", tmp_path / "bad.md")}
-    with pytest.raises(SystemExit, match=f"A table of n names '{arm}', of which no run is finished."):
+    with pytest.raises(SystemExit, match=f"A table or figure of n names '{arm}', of which no run is finished."):
         script.write_tables(pages, study, tmp_path)
     assert (tmp_path / "good.md").read_text() == PAGE and (tmp_path / "bad.md").read_text() == page
-    with pytest.raises(SystemExit, match=r"No table of n is in .*other\.md: see recipes/studies/page_tables\.py"):
+    with pytest.raises(SystemExit, match=r"No table or figure of n is in .*other\.md: see recipes/studies/page_tables\.py"):
         script.write_tables({tmp_path / "other.md": "Text."}, study, tmp_path)
 
 
