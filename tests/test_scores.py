@@ -179,6 +179,20 @@ def test_uniform_attention_stays_uniform():
         start_scores(neural_vit(), inputs, 0.0)
 
 
+@pytest.mark.parametrize("spread", (0.0, 1.5))
+def test_some_layers_alone(spread: float):
+    model, inputs = stock_vit(), images()
+    before = copy.deepcopy(model)
+    report = start_scores(model, inputs, spread, layers=[-1])
+    assert [layer.layer for layer in report] == ["vit.layers.1.attention"] and len(spreads(model, inputs)) == 2
+    assert spreads(model, inputs)[1] == pytest.approx(spread, rel=0.01)
+    assert_same_state(model.vit.layers[0], before.vit.layers[0])
+    start_scores(model, inputs, 2.0, layers=["vit.layers.0.attention"])
+    assert spreads(model, inputs)[0] == pytest.approx(2.0, rel=0.01)
+    refused(model, r"`layers` is \[2\], but 2 is no layer", inputs, layers=[2])
+    refused(model, "`layers` is empty", inputs, layers=[])
+
+
 def refused(model: Any, match: str, *arguments: Any, **more: Any) -> None:
     before = copy.deepcopy(model)
     with pytest.raises(ValueError, match=match):

@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from ..introspection import call_of, left_as_it_was, looked_at, moved, observed, unwrap
-from ..patching.layers import attention_modules, listed, tokens_of_queries
+from ..patching.layers import Layers, attention_modules, choose_layers, listed, tokens_of_queries
 from ..patching.patching import check_unsharded, check_weights_together
+from ..patching.probing import probe
 from ..patching.reports import table
 from ..patching.tracing import run_until_reached
 from ..scores import attend, statistics_of_layer
@@ -67,7 +68,12 @@ class Plan:
 
 
 def start_scores(
-    model: nn.Module, inputs: Mapping[str, Any] | None = None, spread: float = 1.0, *, allow_trained: bool = False
+    model: nn.Module,
+    inputs: Mapping[str, Any] | None = None,
+    spread: float = 1.0,
+    *,
+    layers: Layers | None = None,
+    allow_trained: bool = False,
 ) -> ScoreStart:
     """Scales weights of a new model, in place, so that the scores of each attention layer start with a given spread.
 
@@ -93,6 +99,8 @@ def start_scores(
         spread (`float`): Default: 1.0, that of the dot product of unit-normal queries and keys. Zero is for controls, and for
             dot products alone: query and key weights of zero get no gradient from each other, so attention is uniform and
             stays so, however long the model is trained. For a start that is almost uniform and learns, take 0.01.
+        layers (*optional*): Which attention layers, as `patch` takes them: indices, names, a predicate, or `"all"` that attend
+            to their own tokens. Default: every attention layer, cross-attention included.
         allow_trained (`bool`): Change a model also if it seems trained. A model seems trained if gains or biases of one of its
             norms differ: they start equal, and training changes them at once, but for gains in pure bfloat16, which may stay
             equal. Where no norm has any, a model seems trained that was loaded by a name. Default: False.
@@ -101,8 +109,8 @@ def start_scores(
         `ScoreStart`: for each attention layer what was multiplied and the spread before and after; printing it shows a table.
 
     Raises:
-        ValueError: if `spread` is negative or not finite; if the model seems trained; or if a layer's spread cannot be set,
-            with the reason. The model is then what it was.
+        ValueError: if `spread` is negative or not finite; if `layers` chooses none, or one that is not there (PatchError); if
+            the model seems trained; or if a layer's spread cannot be set, with the reason. The model is then what it was.
     """
     if not (isinstance(spread, int | float) and 0 <= spread < math.inf):
         raise ValueError(f"`spread` is {spread!r}; it must be a number of at least zero.")
@@ -117,6 +125,9 @@ def start_scores(
             f"This {type(base).__name__} seems to be trained: {sign}. Other scores would undo what it has learned. To change "
             "it all the same, say `allow_trained=True`; to fit new scorers to a checkpoint, use `calibrate`."
         )
+    if layers is not None:
+        calls, reasons = probe(base, modules, inputs)
+        modules = {name: modules[name] for name in choose_layers(layers, modules, calls, reasons)}
     with restored_after_errors(base):
         before, factors = survey(base, modules, inputs, spread)
         # takes zero as it is, since weights of zero show no more what they make

@@ -26,6 +26,7 @@ OF_THE_SAME_STEP = {
     "max_steps",
     "neural_init",
     "score_spread",
+    "score_spread_layers",
     "scorer_learning_rate",
     "scorer_weight_decay",
 }

@@ -35,6 +35,7 @@ class Experiment:
         settings: every argument of the command line, for `run.json`.
         scorer_settings: what `ScorerTrainer` takes beside `Trainer`'s arguments.
         score_spread: that the attention scores of every arm start with; None leaves them to the arm (`Arm.score_spread`).
+        score_spread_layers: the layers of which that is true; None for all.
         score_starts: what that has changed in each arm's model.
         watch_scores: record the scores of every layer while training, each so many logs.
         is_shared: neural models take the weights that they share with the stock one from that; those of a neural checkpoint
@@ -49,6 +50,7 @@ class Experiment:
     settings: dict[str, Any]
     scorer_settings: dict[str, Any] = field(default_factory=dict)
     score_spread: float | None = None
+    score_spread_layers: list[int] | None = None
     score_starts: dict[Arm, ScoreStart] = field(default_factory=dict)
     watch_scores: int | None = None
     is_shared: bool = True
@@ -81,7 +83,7 @@ class Experiment:
         spread = self.spread_of(arm)
         if spread is not None:
             batch = self.first_batch("train_dataset", self.training.per_device_train_batch_size)
-            self.score_starts[arm] = start_scores(model, batch, spread)
+            self.score_starts[arm] = start_scores(model, batch, spread, layers=self.score_spread_layers)
         return model
 
     def spread_of(self, arm: Arm) -> float | None:

@@ -53,6 +53,9 @@ class NeuralArguments:
             "(dot product only). Default: what the models' own initialisation gives."
         },
     )
+    score_spread_layers: list[int] | None = field(
+        default=None, metadata={"help": "Indices of the layers that --score_spread is for, from the first. Default: all."}
+    )
     watch_scores: int | None = field(
         default=None,
         metadata={

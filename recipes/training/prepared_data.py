@@ -60,6 +60,7 @@ class PreparedData:
             settings=settings_of(*others, neural, training) | ({"train_tokens": self.fingerprint} if self.fingerprint else {}),
             scorer_settings=neural.scorer_settings(),
             score_spread=neural.score_spread,
+            score_spread_layers=neural.score_spread_layers,
             watch_scores=neural.watch_scores,
             is_shared=is_shared,
         )

@@ -49,6 +49,12 @@ def test_those_that_are_honoured(tmp_path):
         check_training(arguments(tmp_path), NeuralArguments(scorer_learning_rate=-0.1), text_task.MEASURES)
 
 
+def test_layers_of_no_spread(tmp_path):
+    check_training(arguments(tmp_path), NeuralArguments(score_spread=1.0, score_spread_layers=[0]), text_task.MEASURES)
+    with pytest.raises(SystemExit, match="--score_spread_layers says for which layers --score_spread is: give both"):
+        check_training(arguments(tmp_path), NeuralArguments(score_spread_layers=[0]), text_task.MEASURES)
+
+
 @pytest.mark.parametrize("given", ({"attention": "all"}, {"attention": "dot_started"}, {"score_spread": 1.0}), ids=str)
 def test_scores_of_checkpoints_do_not_start(given: dict[str, Any]):
     check_starts(None, NeuralArguments(**given))

@@ -176,6 +176,14 @@ def test_scores_of_both_arms_start_with_the_spread_that_is_asked_for(tmp_path):
         assert results[arm]["score_spread"] == 2.0
 
 
+def test_some_layers_alone_start_with_it(tmp_path):
+    experiment = make_experiment(tmp_path)
+    experiment.score_spread, experiment.score_spread_layers = 0.0, [0]
+    result = run(experiment, (Arm.DOT,))[Arm.DOT]
+    first, second = (layer["spread"] for layer in result["score_statistics"]["end"])
+    assert first == 0.0 < second and [layer["layer"] for layer in result["score_start"]] == ["transformer.h.0.attn"]
+
+
 def test_one_dot_product_starts_with_a_spread_of_one_by_itself(tmp_path):
     experiment = make_experiment(tmp_path)
     experiment.training.max_steps = 1
