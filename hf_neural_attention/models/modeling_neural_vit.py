@@ -4,6 +4,10 @@ with compact attention in these layers.
 Everything that the stock classes take, return and do holds here too; see their documentation.
 """
 
+import re
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import nn
 from transformers import ViTForImageClassification, ViTForMaskedImageModeling, ViTModel, ViTPreTrainedModel, initialization
@@ -55,6 +59,13 @@ class NeuralViTPreTrainedModel(NeuralPreTrainedModelMixin, ViTPreTrainedModel):
     compact_attention_class = CompactViTAttention
     config: NeuralViTConfig
 
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """As `nn.Module.load_state_dict`; also of a checkpoint's names, which are those of old versions: `Trainer` hands them
+        over as they are on disk when it resumes, or loads the best model at the end."""
+        if any(OLD_LAYERS in name for name in state_dict):
+            state_dict = {live_name(name): tensor for name, tensor in state_dict.items()}
+        return super().load_state_dict(state_dict, *args, **kwargs)
+
 
 class NeuralViTModel(NeuralViTPreTrainedModel, ViTModel):
     """`ViTModel` with Neural Attention.
@@ -96,6 +107,16 @@ DISK_TO_LIVE_NAMES = {
     "intermediate.dense": "mlp.fc1",
     "output.dense": "mlp.fc2",
 }
+OLD_LAYERS = "encoder.layer."
+
+
+def live_name(name: str) -> str:
+    """Of a parameter, by its name on disk."""
+    for source, target in DISK_TO_LIVE_NAMES.items():
+        name = re.sub(source, target, name)
+    return name
+
+
 register_checkpoint_conversion_mapping(
     "NeuralViTModel",
     [WeightRenaming(source, target) for source, target in DISK_TO_LIVE_NAMES.items()],

@@ -266,6 +266,22 @@ def test_trainer(family: Family, checkpointing: bool, tmp_path, fields: dict):
 
 
 @both_families
+@whole_and_compact
+def test_trainer_resumes_with_all_weights(family: Family, tmp_path, fields: dict):
+    """Also where a checkpoint names them otherwise than the model does, as a ViT's."""
+    arguments = TrainingArguments(
+        str(tmp_path), max_steps=2, save_steps=1, learning_rate=0.0, use_cpu=True, report_to="none", disable_tqdm=True
+    )
+    model, other = family.neural(**fields), family.neural(**fields)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.normal_()
+    Trainer(model, arguments, train_dataset=rows_of(family)).train()
+    Trainer(other, arguments, train_dataset=rows_of(family)).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert_same_state(other, model)
+
+
+@both_families
 @pytest.mark.parametrize("smoothing", (0.0, 0.2), ids=("labels as they are", "smoothed labels"))
 def test_trainer_takes_the_loss_as_it_takes_the_stock_model_s(family: Family, smoothing: float, tmp_path):
     """By the same count of tokens, over accumulated batches too, smoothed labels shifted: what is left to differ is the
