@@ -26,7 +26,7 @@ TABLES = [
 
 IMAGES, PAPER, TEXT, COMPACT = "spread-images", "paper-architecture-text", "spread-text", "compact-text"
 AUTHORS, UNIT, BEST_RATE = "authors' embeddings", "unit embeddings", "four times the rate"
-NOTHING, FEW = "no difference shown", ""  # of a verdict: there is none of fewer than three pairs
+NOTHING = "no difference shown"
 # Lists what the documents say in words: that an arm is so, compared with another
 SAID = (
     (IMAGES, "dot, spread 1", "dot", "better"),
@@ -42,7 +42,11 @@ SAID = (
     (PAPER, f"dot, {AUTHORS}, first layer uniform", f"dot, {AUTHORS}", "better"),
     (PAPER, f"neural, {UNIT}", f"dot, {UNIT}", "worse"),
     (PAPER, f"dot, {UNIT}", f"dot, {AUTHORS}", "better"),
+    (PAPER, f"neural, {AUTHORS}", f"dot, {AUTHORS}, first layer uniform", NOTHING),
+    (TEXT, f"uniform, {BEST_RATE}", f"dot, {BEST_RATE}", "worse"),
     (COMPACT, "compact 16 to 2", "dot", "worse"),
+    (COMPACT, f"compact 16 to 2, {BEST_RATE}", f"dot, {BEST_RATE}", NOTHING),
+    (COMPACT, f"compact, same time, {BEST_RATE}", f"dot, {BEST_RATE}", "better"),
 )
 
 
