@@ -289,6 +289,6 @@ def compared_with(study: Study, rows: list[dict[str, Any]]) -> dict[str, dict[st
     dots = [row["arm"] for row in rows_with(study, rows, Arm.DOT)]
     bases = {arm: study.arms[arm].get(BESIDE, study.baseline) for arm in dots if arm != study.baseline}
     dot = {arm: base for arm, base in bases.items() if base in dots}
-    all_equal = f"with all else equal{'' if are_twins else ', where there is one'}"
-    panels = {f"neural, less the dot product {all_equal}": neural, f"dot product, less {study.baseline}": dot}
+    title = "neural, less the dot product with all else equal" if are_twins else "neural, less its counterpart (dot product)"
+    panels = {title: neural, f"dot product, less {study.baseline}": dot}
     return {title: arms for title, arms in panels.items() if arms}

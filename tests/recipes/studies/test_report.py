@@ -155,10 +155,8 @@ def test_the_best_neural_run_stands_beside_the_dot_product_with_all_else_equal(t
         assert "*dot* 2.000, to which it is -0.500" in card
         found = load_results(study, folder)
         rows = summarize(study, found, costs_of(study))
-        where = "" if given is twin else ", where there is one"
-        assert compared_with(study, rows)[f"neural, less the dot product with all else equal{where}"] == {
-            "first layer": "longer" if given is twin else "dot"
-        }
+        title = "the dot product with all else equal" if given is twin else "its counterpart (dot product)"
+        assert compared_with(study, rows)[f"neural, less {title}"] == {"first layer": "longer" if given is twin else "dot"}
         assert ("| first layer | 1.500 | -0.500 (-2.870 to +1.870) |" in summary(study, found, rows)) == (given is twin)
 
 
