@@ -78,8 +78,10 @@ class NeuralPreTrainedModelMixin(ScoredAttentionMixin):
         Raises:
             ValueError: if the checkpoint cannot be folded, with the reason; or if it is compact and `neural_compact` is False.
         """
-        if isinstance(given := kwargs.get("config"), str | PathLike):
-            kwargs |= read_config(cls.config_class, given, kwargs)
+        if isinstance(kwargs.get("config"), str | PathLike):
+            content = content_of(kwargs.pop("config"), kwargs)
+            config, kwargs = split_config(content, kwargs, cls.config_class)
+            kwargs["config"] = config
         name, has_config = pretrained_model_name_or_path, isinstance(kwargs.get("config"), PreTrainedConfig)
         wanted = getattr(kwargs["config"], "neural_compact", None) if has_config else kwargs.get("neural_compact")
         stored = stored_config(name, kwargs) if has_config or wanted is False else None
@@ -150,20 +152,23 @@ def is_from_hub(model_class: type) -> bool:
     return model_class.__module__.startswith("transformers_modules.")
 
 
-def read_config(config_class: Any, place: str | PathLike, arguments: dict[str, Any]) -> dict[str, Any]:
-    """The config of another place than the weights', with the fields that are among the arguments of `from_pretrained`. These
-    are taken out of the arguments.
+def content_of(place: Any, arguments: dict[str, Any]) -> dict[str, Any]:
+    """The config.json of a folder or repository, which the arguments of `from_pretrained` say how to reach.
 
-    Returns:
-        The config, as `config`.
+    Raises:
+        OSError: if there is none.
     """
-    fields = {name: arguments[name] for name in arguments if name not in ("config", *HUB_OPTIONS, *MODEL_OPTIONS)}
-    where = {name: arguments[name] for name in HUB_OPTIONS if name in arguments}
-    config, unused = config_class.from_pretrained(place, return_unused_kwargs=True, **fields, **where)
-    for name in fields:
-        if name not in unused:
-            del arguments[name]
-    return {"config": config}
+    options = {name: arguments[name] for name in HUB_OPTIONS if name in arguments}
+    return PreTrainedConfig.get_config_dict(place, **options)[0]
+
+
+def split_config(content: dict[str, Any], arguments: dict[str, Any], config_class: Any) -> tuple[Any, dict[str, Any]]:
+    """The config that `from_pretrained` is asked for by these arguments, and those that are for the model."""
+    # keeps these from the config, which would take what is meant for the model
+    for_model = {name: arguments[name] for name in (*HUB_OPTIONS, *MODEL_OPTIONS) if name in arguments}
+    fields = {name: value for name, value in arguments.items() if name not in for_model}
+    config, unused = config_class.from_dict(content, return_unused_kwargs=True, **fields)
+    return config, for_model | unused
 
 
 def stored_config(name: Any, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -178,9 +183,8 @@ def stored_config(name: Any, arguments: dict[str, Any]) -> dict[str, Any]:
         return getattr(given, STORED)
     if name is None or "gguf_file" in arguments:
         return {}
-    options = {option: arguments[option] for option in HUB_OPTIONS if option in arguments}
     try:
-        return PreTrainedConfig.get_config_dict(name, **options)[0]
+        return content_of(name, arguments)
     except OSError:
         return {}
 

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from .configuration_neural_patched import RECORD, PatchedConfig, PatchError, check_version, patched_config_class
-from .modeling_neural_attention import HUB_OPTIONS, MODEL_OPTIONS, SHARING_OPTIONS, ScoredAttentionMixin, is_from_hub
+from .modeling_neural_attention import SHARING_OPTIONS, ScoredAttentionMixin, content_of, is_from_hub, split_config
 from .modeling_neural_gpt2 import CompactGPT2Attention
 from .modeling_neural_vit import CompactViTAttention
 from .neural_attention_initialization import needs_weights
@@ -135,9 +135,7 @@ class PatchedModelMixin(ScoredAttentionMixin):
         """
         with_info, where = kwargs.pop("output_loading_info", False), str(pretrained_model_name_or_path)
         if not isinstance(config, PreTrainedConfig):
-            options = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
-            content, _ = PreTrainedConfig.get_config_dict(where, **options)
-            config, kwargs = split_config(content, kwargs, PatchedConfig)
+            config, kwargs = split_config(content_of(where, kwargs), kwargs, PatchedConfig)
         record = getattr(config, RECORD, None)
         check_version(record, f"config.json of {where}")
         assert isinstance(record, dict)
@@ -161,15 +159,6 @@ class PatchedModelMixin(ScoredAttentionMixin):
         # keeps names as they are: the rules that restore old checkpoints' names would also take parts of a scorer for theirs
         kwargs.setdefault("save_original_format", False)
         return super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
-
-
-def split_config(content: dict[str, Any], arguments: dict[str, Any], config_class: Any) -> tuple[Any, dict[str, Any]]:
-    """The config that `from_pretrained` is asked for by these arguments, and those that are for the model."""
-    # keeps these from the config, which would take what is meant for the model
-    for_model = {name: arguments[name] for name in (*HUB_OPTIONS, *MODEL_OPTIONS) if name in arguments}
-    fields = {name: value for name, value in arguments.items() if name not in for_model}
-    config, unused = config_class.from_dict(content, return_unused_kwargs=True, **fields)
-    return config, for_model | unused
 
 
 def stock_config(config: Any, where: str) -> Any:

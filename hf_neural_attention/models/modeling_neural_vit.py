@@ -62,8 +62,9 @@ class NeuralViTPreTrainedModel(NeuralPreTrainedModelMixin, ViTPreTrainedModel):
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         """As `nn.Module.load_state_dict`; also of a checkpoint's names, which are those of old versions: `Trainer` hands them
         over as they are on disk when it resumes, or loads the best model at the end."""
-        if any(OLD_LAYERS in name for name in state_dict):
-            state_dict = {live_name(name): tensor for name, tensor in state_dict.items()}
+        renamed = {live_name(name): tensor for name, tensor in state_dict.items()}
+        if renamed.keys() != state_dict.keys():  # keeps what else an own one says (`_metadata`)
+            state_dict = renamed
         return super().load_state_dict(state_dict, *args, **kwargs)
 
 
@@ -107,7 +108,6 @@ DISK_TO_LIVE_NAMES = {
     "intermediate.dense": "mlp.fc1",
     "output.dense": "mlp.fc2",
 }
-OLD_LAYERS = "encoder.layer."
 
 
 def live_name(name: str) -> str:

@@ -132,7 +132,7 @@ class CompactAttentionMixin:
         except (AssertionError, RuntimeError, ValueError) as error:
             _, num_heads, _, size = w.shape
             numbers = num_heads * size
-            layer = cache.layers[index] if index < len(cache.layers) else None
+            layer = layer_of(cache, index)
             held = getattr(layer, "keys", None)
             holds_others = isinstance(held, torch.Tensor) and held.dim() == 4 and held.shape[1::2] != w.shape[1::2]
             if not holds_others and not isinstance(layer, QuantizedLayer):  # out of memory, or of room
@@ -158,10 +158,15 @@ class CompactAttentionMixin:
         return output.flatten(-2), weights
 
 
+def layer_of(cache: Cache, index: int) -> Any:
+    """A cache's layer; None where it has not grown as far."""
+    return cache.layers[index] if index < len(cache.layers) else None
+
+
 def make_room(cache: Cache, index: Any, w: torch.Tensor, value: torch.Tensor) -> None:
     """Lets a layer of fixed size have room for a compact layer's keys where it was made, still empty, for those of the config:
     `generate` does so for prompts in chunks, and `torch.export` for all."""
-    layer: Any = cache.layers[index] if isinstance(index, int) and index < len(cache.layers) else None
+    layer = layer_of(cache, index)
     if not isinstance(layer, StaticLayer) or layer.keys is None or layer.keys.shape[1::2] == w.shape[1::2]:
         return
     if int(layer.cumulative_length) == 0:

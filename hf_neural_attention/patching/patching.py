@@ -176,7 +176,8 @@ def unpatch(model: ModelT) -> ModelT:
     for module in once(layers).values():
         detach_scorer(module)
     unhook_model(model)
-    restore_names(model, named)
+    if named:
+        restore_names(model, named)
     return model
 
 
@@ -184,7 +185,7 @@ def restore_names(model: nn.Module, parts: list[Any]) -> None:
     """Gives parts of an unpatched model the names that they had before `patch`."""
     for part in parts:
         part.name_or_path, part.config.name_or_path = vars(part).pop(NAMES_BEFORE)
-    for config in adapter_configs(model) if parts else []:
+    for config in adapter_configs(model):
         config.base_model_name_or_path = (config.base_model_name_or_path or "").removesuffix(CHANGED) or None
 
 

@@ -21,8 +21,8 @@ import hf_neural_attention
 from ..introspection import compact_layers, once, patched_modules
 from ..models.configuration_neural_attention import FORMAT_VERSION
 from ..models.configuration_neural_patched import PATCHED_TYPE, RECORD, PatchError, check_version
-from ..models.modeling_neural_attention import HUB_OPTIONS, ScoredAttentionMixin, check_known_implementation
-from ..models.modeling_neural_patched import PREFIX, load_patched, split_config
+from ..models.modeling_neural_attention import ScoredAttentionMixin, check_known_implementation, content_of, split_config
+from ..models.modeling_neural_patched import PREFIX, load_patched
 from ..models.neural_attention_compact import cannot_unfold
 from ..models.neural_attention_interface import NeuralConfigView
 from ..registration import FAMILIES
@@ -187,8 +187,7 @@ def from_pretrained(pretrained_model_name_or_path: Any, *, model_class: Any = No
     """
     where, with_info = str(pretrained_model_name_or_path), kwargs.pop("output_loading_info", False)
     wanted = kwargs.pop("neural_compact", None)
-    options = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
-    content, _ = PreTrainedConfig.get_config_dict(pretrained_model_name_or_path, **options)
+    content = content_of(pretrained_model_name_or_path, kwargs)
     architecture = next(iter(content.get("architectures") or []), "")
     if content.get("model_type") in FAMILIES and architecture in hf_neural_attention.__all__:
         own = own_class(architecture, model_class, where)

@@ -195,4 +195,9 @@ def describe_task(arguments: RecallArguments) -> Task:
 
 def how_to_load(folder: str) -> str:
     """Code for cards."""
-    return f'from transformers import AutoModelForCausalLM\n\nmodel = AutoModelForCausalLM.from_pretrained("{folder}")'
+    return (
+        "import torch\n"
+        "from transformers import AutoModelForCausalLM\n\n"
+        f'model = AutoModelForCausalLM.from_pretrained("{folder}")\n'
+        "print(model(torch.arange(8)[None]).logits.argmax(-1))  # what it takes for the next token, at each place"
+    )

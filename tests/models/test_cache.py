@@ -10,6 +10,7 @@ from transformers import DynamicCache, EncoderDecoderCache, GenerationConfig, St
 
 from hf_neural_attention import NeuralCache, NeuralScorer
 from hf_neural_attention.models.neural_attention_cache import (
+    GrowingNeuralCache,
     ProjectedKeys,
     SlidingProjectedKeyLayer,
     StaticSlidingProjectedKeyLayer,
@@ -340,7 +341,7 @@ def test_the_choice_holds_for_one_call():
     def cache_of(**arguments) -> Any:
         return getattr(model.generate(**inputs, max_new_tokens=2, return_dict_in_generate=True, **arguments), CACHE)
 
-    assert isinstance(cache_of(cache_implementation="neural"), NeuralCache)
+    assert type(cache_of(cache_implementation="neural")) is GrowingNeuralCache
     fixed = cache_of(cache_implementation="neural_static", max_cache_len=30)
     assert type(fixed) is NeuralCache and fixed.get_max_length() == 30
     assert type(cache_of(cache_implementation="static")) is StaticCache
@@ -352,7 +353,7 @@ def test_the_choice_holds_for_one_call():
         return getattr(model.generate(**inputs, generation_config=settings, **arguments), CACHE)
 
     assert type(cache_by()) is StaticCache
-    assert isinstance(cache_by(cache_implementation="neural"), NeuralCache)
+    assert type(cache_by(cache_implementation="neural")) is GrowingNeuralCache
     assert cache_by(cache_implementation="neural").get_max_length() == -1
     assert cache_by(cache_implementation="neural_static").get_max_length() == 30  # keeps the length of the longest call
     # changes what the model prefers when a call does not choose
