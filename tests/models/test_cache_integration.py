@@ -304,11 +304,11 @@ assert type(model).__module__.startswith("transformers_modules.")
 ids, expected = torch.arange(3, 12)[None], torch.load("tokens.pt")
 CACHE = "{cache}"
 arguments = dict(max_new_tokens=8, do_sample=False, eos_token_id=None, return_dict_in_generate=True)
-for name in ("neural", "neural_static"):
+for name, kind in {{"neural": "GrowingNeuralCache", "neural_static": "NeuralCache"}}.items():
     output = model.generate(ids, cache_implementation=name, **arguments)
     assert torch.equal(output.sequences, expected)
     cache = getattr(output, CACHE)
-    assert type(cache).__name__ == "NeuralCache" and type(cache).__module__.startswith("transformers_modules.")
+    assert type(cache).__name__ == kind and type(cache).__module__.startswith("transformers_modules.")
     assert cache.layers[0].keys.shape[-1] == 2
 """
 
