@@ -61,7 +61,7 @@ gpu: ## Test the Triton kernels on a GPU and measure them, in 8 minutes; without
 
 # Lets old libraries call what others have deprecated since: there, and only there, deprecations are no errors
 test-oldest: BIN := .venv-oldest/bin
-test-oldest: .venv-oldest/installed
+test-oldest: .venv-oldest/installed ## Run the fast tests with the oldest versions of all libraries
 	$(TESTS) --allow-deprecations -m "not slow"
 	$(TESTS) --allow-deprecations -m slow $(VERSION_TESTS)
 
@@ -73,7 +73,7 @@ test-oldest: .venv-oldest/installed
 # Makes this environment anew, since what is newest changes by the day. torch is the pinned one: pip offers newer ones as CUDA
 # builds only
 test-newest: BIN := .venv-newest/bin
-test-newest:
+test-newest: ## Run the fast tests with the newest versions of all libraries
 	$(PYTHON) -m venv --clear .venv-newest
 	grep '^torch==' constraints.txt > .venv-newest/constraints.txt
 	$(BIN)/$(INSTALL) -c .venv-newest/constraints.txt -e '.[dev]'
@@ -110,7 +110,7 @@ types: $(STAMP) ## Check types
 
 # Silences by the variable a notice about the end of Material for MkDocs in 2027: what is printed then is a fault
 docs: $(STAMP) ## Build the documents as a site into site/, and check their links
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	@echo "Open site/index.html, or serve it with its search: $(PYTHON) -m http.server --directory site"
 
 build: $(STAMP) ## Build sdist and wheel into dist/

@@ -21,6 +21,7 @@ CONTENT = (
     "hf_neural_attention/ops/README.md",
     "model_cards/**/*.*",
     "recipes/README.md",
+    "recipes/demo/README.md",
 )
 
 

@@ -81,7 +81,9 @@ def explain(
         ValueError: if the model has no neural layer, the arguments of a call do not fit, or there is no such backend.
     """
     if isinstance(model_or_query, nn.Module):
-        if any(argument is not None for argument in (key, value, scorer, attn_mask, sinks, softcap)):
+        of_a_call = (key, value, scorer, attn_mask, scale, sinks, softcap)
+        flags = (dropout_p, is_causal, keys_projected, queries_projected)
+        if any(argument is not None for argument in of_a_call) or any(flags):
             raise TypeError("`explain` takes a model alone, or the arguments of `neural_attention`; it got a model and more.")
         layers = [explain_layer(name, parent, found, backend) for name, parent, found in neural_layers(model_or_query)]
         if not layers:
@@ -102,7 +104,8 @@ def explain(
     check_score_options(model_or_query.shape[1], sinks, softcap)
     check_devices(model_or_query, key=key, value=value, attn_mask=attn_mask, sinks=sinks)
     head_dim = max(model_or_query.shape[-1], value.shape[-1])
-    inputs = Inputs(model_or_query.device.type, model_or_query.dtype, head_dim)
+    device = model_or_query.device
+    inputs = Inputs(device.type, model_or_query.dtype, head_dim, device_index=device.index)
     return Explanation([explain_choice("inputs", scorer, inputs, backend, dropout_p)])
 
 
@@ -110,7 +113,8 @@ def explain_layer(name: str, attention: nn.Module, scorer: Any, backend: str | N
     """Of one layer of a model: as `neural_attention_forward` runs it."""
     device, dtype = place_of(attention)
     # asks for the values' size as well, which compact scorers do not know
-    inputs = Inputs(device.type, dtype, max(scorer.head_dim, getattr(attention, "head_dim", 0) or 0))
+    head_dim = max(scorer.head_dim, getattr(attention, "head_dim", 0) or 0)
+    inputs = Inputs(device.type, dtype, head_dim, device_index=device.index)
     # looks behind the view, since the model's own config says in which form weights and masks are wanted
     config = getattr(getattr(attention, "config", None), "base", None)
     is_eager = config is not None and (getattr(config, "_attn_implementation", None) or "eager") == "eager"

@@ -5,7 +5,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +76,7 @@ def export_to_hub(
     Auto class makes (`NeuralGPT2DoubleHeadsModel`) loads by its own class, or by `hf_neural_attention.from_pretrained`, as the
     card says.
 
-    Files are written beside the folder and moved into it at the end: an export that fails leaves what was there.
+    Files are written into a hidden folder in it and moved at the end: an export that fails leaves what was there.
 
     Args:
         model (`nn.Module`): A `NeuralGPT2*` or `NeuralViT*` model, or one of any family whose layers `patch` has made neural.
@@ -107,9 +107,8 @@ def export_to_hub(
     folder = Path(save_directory)
     check_no_adapters(folder)
     title = repo_id or folder.resolve().name
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{title.split('/')[-1]}.") as name:
-        draft = Path(name)
+    with made_or_left(folder), tempfile.TemporaryDirectory(dir=folder, prefix=".draft-") as name:
+        draft = Path(name)  # is inside, since files move without a copy on one disk alone, and a folder may be a disk
         with cache_switched_on(base):
             base.save_pretrained(draft)
         if tokenizer_or_processor is not None:
@@ -136,21 +135,34 @@ def export_to_hub(
             ),
             encoding="utf-8",
         )
-        folder.mkdir(exist_ok=True)
         exported = [path.name for path in draft.iterdir()]
-        for path in folder.iterdir():
-            if WEIGHT_FILES.fullmatch(path.name) and path.name not in exported:
-                path.unlink()  # would be loaded in place of the new ones
         # moves the config last, since a folder without it is no model
         for path in sorted(draft.iterdir(), key=lambda path: path.name == CONFIG_NAME):
             if path.is_dir():  # holds a tokenizer's further chat templates
                 shutil.copytree(path, folder / path.name, dirs_exist_ok=True)
             else:
                 path.replace(folder / path.name)
+        for path in folder.iterdir():
+            if WEIGHT_FILES.fullmatch(path.name) and path.name not in exported:
+                path.unlink()  # would be loaded in place of the new ones
     if push_to_hub:
         patterns = [each for name in exported for each in (name, f"{name}/**")]
         upload(folder, title, token, private, commit_message, allow_patterns=patterns)
     return folder
+
+
+@contextmanager
+def made_or_left(folder: Path) -> Iterator[None]:
+    """Makes a folder where there is none, and takes it away again after an error."""
+    made = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        if made:
+            with suppress(OSError):  # keeps what was moved into it before
+                folder.rmdir()
+        raise
 
 
 def check_no_adapters(folder: Path) -> None:

@@ -51,8 +51,8 @@ MODELS_OF_AUTO_CLASSES = {
 
 def register_auto_classes() -> None:
     """Registers configs, models, and the stock families' tokenizer and image processor. Doing it again changes nothing."""
-    for config in (NeuralGPT2Config, NeuralViTConfig):
-        AutoConfig.register(config.model_type, config, exist_ok=True)
+    for model in MODELS_OF_AUTO_CLASSES[AutoModel]:
+        AutoConfig.register(model.config_class.model_type, model.config_class, exist_ok=True)
     for auto, models in MODELS_OF_AUTO_CLASSES.items():
         for model in models:
             auto.register(model.config_class, model, exist_ok=True)

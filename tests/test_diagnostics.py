@@ -223,8 +223,9 @@ def test_errors():
         explain(GPT2LMHeadModel(GPT2Config(**SIZES)))
     with pytest.raises(TypeError, match="`model_or_query` is a str; expected a model or a query"):
         explain("gpt2")
-    with pytest.raises(TypeError, match="it got a model and more"):
-        explain(gpt2(), query)
+    for more in ((query,), (None, None, None, None, 0.1), (None, None, None, None, 0.0, True)):
+        with pytest.raises(TypeError, match="it got a model and more"):
+            explain(gpt2(), *more)
     with pytest.raises(TypeError, match="needs `key`, `value` and `scorer` beside a query"):
         explain(query, query, query)
     with pytest.raises(ValueError, match="`key` has shape"):

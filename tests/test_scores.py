@@ -256,6 +256,29 @@ def test_modules_that_attend_several_times_in_one_forward_are_refused():
         start_scores(model, images())
 
 
+class InTwoParts(nn.Module):
+    """Projects some tokens, then the others, as merged self- and cross-attention does."""
+
+    def __init__(self, linear: nn.Module):
+        super().__init__()
+        self.linear = linear
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        return torch.cat([self.linear(part) for part in (states[:, :3], states[:, 3:])], 1)
+
+
+@pytest.mark.parametrize("shared", (False, True))
+def test_layers_that_are_called_several_times_are_made_larger_once(shared: bool):
+    model = stock_vit()
+    for layer in model.vit.layers:
+        attention = layer.attention
+        attention.k_proj = attention.q_proj if shared else InTwoParts(attention.k_proj)
+    for inputs in (images(), None) if shared else (images(),):  # slices of what a norm hands on have no closed form
+        report = start_scores(model, inputs, 1.5)
+        assert [layer.changed for layer in report] == ["q_proj" if shared else "q_proj, k_proj.linear"] * 2
+        assert inputs is None or spreads(model, inputs) == pytest.approx([1.5] * 2, rel=0.01)
+
+
 def test_models_set_to_kernels_with_masks_of_their_own_are_looked_at():
     model, expected = stock_vit(), spreads(stock_vit(), images())
     model.set_attn_implementation("flex_attention")

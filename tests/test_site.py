@@ -13,13 +13,34 @@ pytest.importorskip("mkdocs", reason="MkDocs is part of the extra `docs`")
 ROOT = Path(__file__).parents[1]
 
 
+BREAKS_A_LINK = """
+def on_page_markdown(markdown, page, config, files):
+    return markdown + "\\n[gone](gone.md)\\n"
+"""
+
+
+def build(folder: Path, *options: str) -> subprocess.CompletedProcess:
+    """As `make docs` does: a strict build that is quiet as well misses its own warnings."""
+    [line] = re.findall(r"mkdocs (build.*)", (ROOT / "Makefile").read_text())
+    command = [sys.executable, "-m", "mkdocs", *line.split(), "--site-dir", str(folder), *options]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+
+
 @pytest.fixture(scope="module")
 def site(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("site")
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    done = build(folder)
     assert done.returncode == 0, done.stdout + done.stderr
     return folder
+
+
+def test_a_broken_link_is_an_error(tmp_path):
+    hook, config = tmp_path / "hook.py", tmp_path / "mkdocs.yml"
+    hook.write_text(BREAKS_A_LINK)
+    hooks = f"hooks: [{ROOT}/docs/hooks.py, {hook}]"
+    config.write_text(f"INHERIT: {ROOT}/mkdocs.yml\ndocs_dir: {ROOT}/docs\n{hooks}\nwatch: []\n")
+    done = build(tmp_path / "site", "--config-file", str(config))
+    assert done.returncode != 0 and "gone.md" in done.stderr
 
 
 def test_it_has_the_layout_of_the_repository(site):

@@ -78,9 +78,9 @@ class ScorerHealthCallback(WatchingCallback):
                 which = "The scorer" if layer.scorers == 1 else f"{layer.dead} of the {layer.scorers} scorers"
                 logger.warning(
                     "%s of %s %s dead: no unit of the last hidden layer is active for any pair of these inputs, so the "
-                    "network scores all keys alike and gets no gradient. Draw weights again (`scorer.reset_parameters()`, "
-                    'which draws those of all heads; with init "mirrored" none is dead at birth), use a larger `proj_dim`, or '
-                    "lower the learning rate.",
+                    "network scores all keys alike and gets no gradient. Draw weights again (`reset_parameters()` of the "
+                    "scorer, or of the attention module where it is compact, draws those of all heads; with init "
+                    '"mirrored" none is dead at birth), use a larger `proj_dim`, or lower the learning rate.',
                     which,
                     layer.layer,
                     "seem" if layer.dead > 1 else "seems",

@@ -46,14 +46,14 @@ class ScoredAttentionMixin:
     def _init_weights(self, module: nn.Module) -> None:
         # runs after the scorer's own layers, and so overrides what the stock rule (std 0.02) did to them
         if isinstance(module, NeuralScorer | PackedScorer):
-            module.reset_parameters()
+            module.fill()
             return
         if isinstance(module, CompactScorer) and is_shared_out(module):
             module.draw_ahead()
             return
         super()._init_weights(module)
         if isinstance(module, CompactAttentionMixin):  # draws the scorer's weights as well
-            module.reset_parameters()
+            module.fill()
 
     def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args, **kwargs) -> str:
         check_known_implementation(self, attn_implementation)

@@ -91,9 +91,9 @@ def check_devices(query: torch.Tensor, **others: torch.Tensor | None) -> None:
 
 
 @torch.compiler.assume_constant_result
-def choose_name(name: str | None, device_type: str, dtype: torch.dtype, head_dim: int) -> str:
+def choose_name(name: str | None, device_type: str, dtype: torch.dtype, head_dim: int, device_index: int | None = None) -> str:
     # makes the name a constant to torch.compile, which could not trace a compiler's run
-    return choose_backend(name, Inputs(device_type, dtype, head_dim)).name
+    return choose_backend(name, Inputs(device_type, dtype, head_dim, device_index=device_index)).name
 
 
 @torch.compiler.assume_constant_result
@@ -121,5 +121,5 @@ def run_backend(
     else:
         # makes sizes numbers also to torch.compile with dynamic shapes, which compiles anew for heads of other sizes
         head_dim = max(operator.index(query.shape[-1]), operator.index(value.shape[-1]))
-        chosen = choose_name(name, query.device.type, query.dtype, head_dim)
+        chosen = choose_name(name, query.device.type, query.dtype, head_dim, query.device.index)
     return BACKENDS[chosen].run(query, key, value, weights, **arguments)

@@ -21,9 +21,9 @@ from transformers import Cache
 from transformers.cache_utils import QuantizedLayer, StaticLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .neural_attention_initialization import CompactWeights, draw_compact_weights, is_loaded, needs_weights
+from .neural_attention_initialization import CompactWeights, draw_compact_weights, forget_loading, is_loaded, needs_weights
 from .neural_attention_interface import NeuralConfigView, is_neural, neural_modules
-from .neural_attention_reference import ScorerWeights, first_layer_of_key, first_layer_of_query
+from .neural_attention_reference import ScorerWeights, first_layer_of_key, first_layer_of_query, in_float64
 from .neural_attention_scorer import CompactScorer, is_compact
 from .neural_attention_zero3 import gathered, is_shared_out
 
@@ -86,7 +86,7 @@ class CompactAttentionMixin:
     @torch.no_grad()
     def write_weights(self, weights: CompactWeights) -> None:
         self.write_projections(weights)
-        self.scorer.reset_parameters(weights.of_pairs)
+        self.scorer.fill(weights.of_pairs)
 
     @torch.no_grad()
     def write_projections(self, weights: CompactWeights) -> None:
@@ -94,10 +94,15 @@ class CompactAttentionMixin:
         self.write_first_layer(query_weight.flatten(0, 1), query_bias.flatten(), key_weight.flatten(0, 1), key_bias.flatten())
 
     def reset_parameters(self) -> None:
-        """Draws new weights of what is not stock. Weights that `from_pretrained` has just loaded are left as they are."""
+        """Draws new weights of what is not stock, which fit each other: the projections to the first layer, and the scorer."""
+        forget_loading(self)  # type: ignore[arg-type]
+        self.fill()
+
+    def fill(self) -> None:
+        """Draws weights of what is not stock where `from_pretrained` has loaded none."""
         ahead = vars(self.scorer).pop("drawn_ahead", None)
         if not needs_weights(self):  # type: ignore[arg-type]
-            self.scorer.reset_parameters()
+            self.scorer.fill()
             return
         drawn = draw_compact_weights(
             self.scorer.init,
@@ -109,7 +114,7 @@ class CompactAttentionMixin:
             ahead,
         )
         if ahead is None:
-            self.scorer.reset_parameters(drawn.of_pairs)
+            self.scorer.fill(drawn.of_pairs)
         others = (child for child in self.children() if child is not self.scorer)  # type: ignore[attr-defined]
         with gathered(each for child in others for each in child.parameters() if not is_loaded(each)):
             self.write_projections(drawn)
@@ -173,10 +178,6 @@ def make_room(cache: Cache, index: Any, w: torch.Tensor, value: torch.Tensor) ->
         layer.lazy_initialization(w[:, :, :0], value[:, :, :0])
 
 
-def in_float64(tensor: torch.Tensor) -> torch.Tensor:
-    return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()
-
-
 def fold(
     weights: ScorerWeights,
     query: tuple[torch.Tensor, torch.Tensor | None],
@@ -192,7 +193,7 @@ def fold(
         query, key: weight `[H * D, d_model]`, or `[Hkv * D, d_model]` of keys, and bias or None.
         num_heads: `H`.
     """
-    weights = ScorerWeights(*(None if each is None else in_float64(each) for each in weights))  # type: ignore[arg-type]
+    weights = weights.in_float64()
 
     def by_head(layer: tuple[torch.Tensor, torch.Tensor | None]) -> tuple[torch.Tensor, torch.Tensor]:
         weight, bias = layer

@@ -8,7 +8,6 @@ import torch
 
 from .neural_attention_backends import asks_for_reference, check_devices, run_backend
 from .neural_attention_masking import draw_dropout_seed
-from .neural_attention_pytorch import transform_runs
 from .neural_attention_reference import ScorerWeights, reference_attention
 from .neural_attention_thin import thin_attention
 
@@ -65,16 +64,13 @@ def scorer_attention(
     literal = need_weights
     if weights.is_thin and not literal:
         check_devices(query, key=key, value=value, attn_mask=attn_mask, sinks=sinks, **weights._asdict())
-        # drops what every backend drops for a seed, which torch's own attention would not; nor has that forward derivatives
-        literal = asks_for_reference(backend) or arguments["dropout_seed"] is not None or transform_runs()
+        literal = asks_for_reference(backend)
     if literal:
         output, attention = reference_attention(query, key, value, weights, **arguments)
         return output, attention if need_weights else None
     if weights.is_thin:
-        projected = {"keys_projected": keys_projected, "queries_projected": queries_projected}
-        mask = arguments["attn_mask"]
-        output = thin_attention(query, key, value, weights, attn_mask=mask, is_causal=is_causal, sinks=sinks, **projected)
-        return output, None
+        del arguments["residual_scale"]
+        return thin_attention(query, key, value, weights, **{"queries_projected": queries_projected, **arguments}), None
     output = run_backend(backend, query, key, value, weights, **arguments)
     if weights.bias3.requires_grad:  # gives it a gradient if peft or others thaw it, since DDP stops at one of None
         output = output + 0.0 * weights.bias3.sum().to(output.dtype)

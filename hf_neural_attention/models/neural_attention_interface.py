@@ -79,8 +79,8 @@ def attach_scorer(attention: AttentionModule, scorer: Scorer) -> None:
     """
     if hasattr(attention, "scorer"):
         raise ValueError(f"This {type(attention).__name__} has a scorer already; detach it first.")
-    attention.scorer = scorer
-    attention.config = NeuralConfigView(attention.config)
+    view = NeuralConfigView(attention.config)
+    attention.scorer, attention.config = scorer, view
 
 
 def detach_scorer(attention: AttentionModule) -> Scorer:

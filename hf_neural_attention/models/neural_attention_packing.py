@@ -13,8 +13,9 @@ from torch import nn
 from transformers import Cache, EncoderDecoderCache
 from transformers.cache_utils import StaticLayer
 
-from .neural_attention_compact import fold, in_float64, place_like
+from .neural_attention_compact import fold, place_like
 from .neural_attention_initialization import draw_compact_weights, needs_weights
+from .neural_attention_reference import in_float64
 from .neural_attention_scorer import CompactScorer
 from .neural_attention_zero3 import is_apart
 
@@ -145,7 +146,7 @@ def pack(attention: Any, query: Source, key: Source, num_heads: int) -> PackedLa
             key_layer=key.layer,
         )
     place_like(packed.train(scorer.training), scorer)
-    packed.reset_parameters(folded.of_pairs)
+    packed.fill(folded.of_pairs)
     for module in packed.modules():  # lets `init_weights`, should it run again, leave them
         module._is_hf_initialized = True  # type: ignore[assignment]
 
@@ -192,7 +193,7 @@ def draw_packed(attention: Any, scorer: PackedScorer) -> PackedLayer:
     of_key = drawn
     if key.in_features != query.in_features:  # sees states of another width, as cross-attention may
         of_key = draw_compact_weights(scorer.init, key.in_features, *form, of_pairs=drawn.of_pairs)
-    scorer.reset_parameters(drawn.of_pairs)
+    scorer.fill(drawn.of_pairs)
     # takes the first query head's of each group that shares a key
     step = scorer.num_query_heads // scorer.num_key_heads
     size = scorer.stock_head_dim

@@ -22,6 +22,7 @@ class Inputs(NamedTuple):
     dtype: torch.dtype  # of the query
     head_dim: int = 0  # the larger one of a query's and a value's size
     exporting: bool = False  # only plain operators may appear: `torch.export`, ONNX, `torch.jit.trace`, `torch.func`
+    device_index: int | None = None  # as in `torch.device.index`; None: the current one
 
 
 class Backend(NamedTuple):

@@ -74,8 +74,16 @@ class ScorerWeights(NamedTuple):
             return self
         return ScorerWeights(*(None if tensor is None else tensor.to(dtype) for tensor in self))  # type: ignore[arg-type]
 
+    def in_float64(self) -> "ScorerWeights":
+        return ScorerWeights(*(None if tensor is None else in_float64(tensor) for tensor in self))  # type: ignore[arg-type]
+
     def without_first_layer(self) -> "ScorerWeights":
         return ScorerWeights(None, None, None, None, None, None, *self[6:])
+
+
+def in_float64(tensor: torch.Tensor) -> torch.Tensor:
+    """On the CPU where the device has no float64."""
+    return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()
 
 
 def apply_linear(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
@@ -242,7 +250,7 @@ def reference_attention(
     batch, _, num_queries, num_keys = scores.shape
     # calls tril, not causal_pairs, so that an exported graph keeps its lengths dynamic
     causal = torch.ones(num_queries, num_keys, dtype=torch.bool, device=scores.device).tril() if is_causal else None
-    probabilities = softmax_or_zero(mask_scores(scores, attn_mask, causal), sinks).to(query.dtype)
+    probabilities = softmax_or_zero(mask_scores(scores, attn_mask, causal), sinks)
     if dropout_seed is not None:
         probabilities = probabilities * dropout_multiplier(
             dropout_seed,
@@ -252,7 +260,8 @@ def reference_attention(
             num_heads=num_heads,
             rows=range(num_queries),
             num_columns=num_keys,
-            dtype=query.dtype,
+            dtype=probabilities.dtype,  # since half precision would round the factor, which is the same for all weights
         )
+    probabilities = probabilities.to(query.dtype)
     output = probabilities @ value.to(query.dtype)
     return output.to(dtype), probabilities  # undoes autocast, which gives the product a smaller dtype

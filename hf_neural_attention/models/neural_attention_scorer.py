@@ -11,7 +11,7 @@ from transformers import initialization
 from .configuration_neural_attention import INITIALIZATIONS, MODES, HiddenDims, resolve_sizes
 from .neural_attention_blockwise import without_autocast
 from .neural_attention_functional import scorer_attention
-from .neural_attention_initialization import draw_weights, is_loaded, needs_weights
+from .neural_attention_initialization import draw_weights, forget_loading, is_loaded, needs_weights
 from .neural_attention_parallel import weights_of_share
 from .neural_attention_reference import ScorerWeights, expand_heads, key_features, query_features
 from .neural_attention_zero3 import bring_in, check_together, gathered, is_hook_of_deepspeed, is_run_by_deepspeed
@@ -58,6 +58,16 @@ class Scorer(nn.Module):
     hidden_dims: tuple[int, int]
     head_dim: int  # size of the queries and keys that it takes
     mesh_of_heads: Any = None  # the processes that share the heads, if there are any (see `share_heads`)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draws new weights by `self.init`, for all heads."""
+        forget_loading(self)
+        self.fill()
+
+    def fill(self) -> None:
+        """Draws weights where `from_pretrained` has loaded none."""
+        raise NotImplementedError
 
     def write_weights(self, tensors: Iterable[torch.Tensor]) -> None:
         """Sets weights and biases of the layers that it has, in their order, but for those that are loaded already. Under
@@ -211,8 +221,7 @@ class NeuralScorer(Scorer):
         return self.q_proj, self.k_proj, self.linear1, self.linear2, self.linear3
 
     @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Draws new weights by `self.init`. Weights that `from_pretrained` has just loaded are left as they are."""
+    def fill(self) -> None:
         # freezes it here, since `from_pretrained` makes everything trainable, and DDP stops at a parameter without a gradient
         self.freeze_idle()
         if not needs_weights(self):
@@ -312,8 +321,14 @@ class CompactScorer(Scorer):
         return None, None, None, self.linear2, self.linear3
 
     @torch.no_grad()
-    def reset_parameters(self, drawn: ScorerWeights | None = None) -> None:
-        """Sets the weights to these, or to new ones by `self.init`. Those that `from_pretrained` has just loaded are left."""
+    def reset_parameters(self) -> None:
+        """Draws new weights by `self.init`, for all heads. They do not know of the first layer, which is not here:
+        `CompactAttentionMixin.reset_parameters` draws both, so that scores spread by one."""
+        super().reset_parameters()
+
+    @torch.no_grad()
+    def fill(self, drawn: ScorerWeights | None = None) -> None:
+        """Sets weights that `from_pretrained` has not loaded to these, or to new ones."""
         self.freeze_idle()
         if self.linear2 is None or self.linear3 is None or not needs_weights(self):
             return
@@ -329,7 +344,7 @@ class CompactScorer(Scorer):
         module cannot draw both, since Transformers brings in what it has itself, and its children, and no more."""
         if self.linear2 is not None:
             self.drawn_ahead = self.draw()
-            self.reset_parameters(self.drawn_ahead)
+            self.fill(self.drawn_ahead)
 
 
 def is_quantised(weight: torch.Tensor) -> bool:

@@ -10,8 +10,9 @@ import torch
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 from .neural_attention_blockwise import without_autocast
-from .neural_attention_masking import causal_pairs, mask_scores
-from .neural_attention_reference import ScorerWeights, expand_heads, key_features, query_features
+from .neural_attention_masking import mask_scores
+from .neural_attention_pytorch import transform_runs
+from .neural_attention_reference import ScorerWeights, expand_heads, key_features, query_features, reference_attention
 
 
 def thin_attention(
@@ -21,12 +22,17 @@ def thin_attention(
     weights: ScorerWeights,
     *,
     attn_mask: torch.Tensor | None,
+    dropout_p: float,
+    dropout_seed: torch.Tensor | None,
     is_causal: bool,
     sinks: torch.Tensor | None = None,
     keys_projected: bool,
     queries_projected: bool,
 ) -> torch.Tensor:
-    """The operation in mode `"thin"` without dropout; arguments are checked and described by `neural_attention`.
+    """The operation in mode `"thin"`; arguments are checked and described by `neural_attention`.
+
+    Computes in float32 (float64 for float64 inputs), whatever the dtype of the inputs, and under autocast too, as the
+    backends of networks do.
 
     Returns:
         Output `[B, H, Tq, Dv]`, in the query's dtype (the value's, if queries come projected).
@@ -34,20 +40,37 @@ def thin_attention(
     dtype = value.dtype if queries_projected else query.dtype
     with without_autocast(query):
         num_heads = query.shape[1]
-        if weights.per_head and not keys_projected:
-            key = expand_heads(key, num_heads)
         computed = torch.promote_types(dtype, torch.float32)
         weights = weights.to(computed)
-        u = query_features(query.to(computed), weights, queries_projected)
-        w = expand_heads(key_features(key.to(computed), weights, keys_projected), num_heads)
-        value = expand_heads(value.to(computed), num_heads)
+        query, key, value = query.to(computed), key.to(computed), value.to(computed)
+        # drops what every backend drops for a seed, which torch's own attention would not; nor has that forward derivatives
+        if dropout_seed is not None or transform_runs():
+            output, _ = reference_attention(
+                query,
+                key,
+                value,
+                weights,
+                attn_mask=attn_mask,
+                dropout_p=dropout_p,
+                dropout_seed=dropout_seed,
+                is_causal=is_causal,
+                sinks=sinks,
+                keys_projected=keys_projected,
+                queries_projected=queries_projected,
+            )
+            return output.to(dtype)
+        if weights.per_head and not keys_projected:
+            key = expand_heads(key, num_heads)
+        u = query_features(query, weights, queries_projected)
+        w = expand_heads(key_features(key, weights, keys_projected), num_heads)
+        value = expand_heads(value, num_heads)
         if sinks is not None:
             return attend_with_sinks(u, w, value, sinks, attn_mask, is_causal).to(dtype)
         if attn_mask is None:
             output = fused_attention(u, w, value, is_causal=is_causal)
             return output.to(dtype)
         if is_causal:
-            causal = causal_pairs(range(u.shape[2]), w.shape[2], u.device)
+            causal = lower_triangle(u, w)
             is_bool = attn_mask.dtype == torch.bool
             attn_mask = attn_mask & causal if is_bool else attn_mask.masked_fill(~causal, float("-inf"))
         if attn_mask.dtype == torch.bool:
@@ -83,9 +106,14 @@ def attend_with_sinks(
     w = torch.cat((pad(w, (0, 1)), pad(of_sinks, (w.shape[-1], 0))), dim=2)
     value = pad(value, (0, 0, 0, 1))
     num_keys = w.shape[2] - 1
-    causal = causal_pairs(range(num_queries), num_keys, u.device) if is_causal else None
+    causal = lower_triangle(u, w[:, :, :-1]) if is_causal else None
     mask = mask_scores(u.new_zeros(1, 1, num_queries, num_keys), attn_mask, causal)
     return fused_attention(u, w, value, attn_mask=pad(mask, (0, 1)), scale=scale)
+
+
+def lower_triangle(u: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    """Which pairs are causal, `[Tq, Tk]`. Takes tensors, not numbers, so that an exported graph keeps its lengths dynamic."""
+    return torch.ones(u.shape[2], w.shape[2], dtype=torch.bool, device=u.device).tril()
 
 
 def fused_attention(

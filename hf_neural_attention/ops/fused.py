@@ -1,7 +1,5 @@
 """The backends with kernels of their own, and what speaks against them here. Each is imported when it is needed first."""
 
-import importlib.util
-
 import torch
 
 from ..models.neural_attention_pytorch import Backend, Inputs, against_blockwise
@@ -31,13 +29,9 @@ def against_native(inputs: Inputs) -> str | None:
 
 
 def against_triton(inputs: Inputs) -> str | None:
-    if reason := against_blockwise(inputs):
-        return reason
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed (`pip install triton`)"
     from .triton import unavailable_reason
 
-    return unavailable_reason(inputs.device_type, inputs.dtype, inputs.head_dim)
+    return unavailable_reason(inputs)
 
 
 # Puts the faster first

@@ -16,6 +16,8 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +43,11 @@ INSTALL = (
     "install a C++ compiler (Debian, Ubuntu: `apt install g++`; Fedora: `dnf install gcc-c++`; macOS: `xcode-select "
     "--install`; conda: `conda install gxx`) or set CXX to the path of one"
 )
+# Maps what a failure says to what helps, where another compiler does not
+ANOTHER_FOLDER = {
+    "failed to map segment": "nothing in that folder may be run; set HF_NEURAL_ATTENTION_CACHE to one whose files may",
+    "No space left on device": "make room, or set HF_NEURAL_ATTENTION_CACHE to a folder where there is some",
+}
 
 
 class BuildError(RuntimeError):
@@ -125,7 +132,8 @@ def run(command: list[str]) -> str | None:
     except OSError as error:
         return str(error)
     except subprocess.TimeoutExpired:
-        raise BuildError(f"the compiler {command[0]} took longer than {TIME_LIMIT} seconds: {INSTALL}") from None
+        late = f"the compiler {command[0]} took longer than {TIME_LIMIT} seconds"
+        raise BuildError(f"{late}: try again when the machine is less busy") from None
     if done.returncode == 0:
         return None
     logger.info("%s\n%s", shlex.join(command), done.stderr)
@@ -141,8 +149,10 @@ def compile_library(compiler: list[str], dtype: torch.dtype, target: Path) -> No
         BuildError: if the compiler fails whatever the flags.
         OSError: if the folder cannot be written to.
     """
-    for leftover in target.parent.glob(f"{target.stem}-*"):  # removes those of a process that was killed
-        shutil.rmtree(leftover, ignore_errors=True)
+    for leftover in target.parent.glob(f"{target.stem}-*"):  # removes those of a process that was killed, by their age,
+        with suppress(OSError):  # since another machine may compile into a home that both share, whose locks it does not see
+            if time.time() - leftover.stat().st_mtime > TIME_LIMIT:
+                shutil.rmtree(leftover, ignore_errors=True)
     kind = ("-DNEURAL_ATTENTION_FLOAT64",) if dtype == torch.float64 else ()
     problems = []
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f"{target.stem}-") as folder:
@@ -160,7 +170,8 @@ def compile_library(compiler: list[str], dtype: torch.dtype, target: Path) -> No
                 os.replace(linked, target)
                 return
             problems.append(problem)
-    raise BuildError(f"the compiler {compiler[0]} gives no kernel ({problems[-1]}): {INSTALL}")
+    helps = next((advice for sign, advice in ANOTHER_FOLDER.items() if sign in problems[-1]), INSTALL)
+    raise BuildError(f"the compiler {compiler[0]} gives no kernel ({problems[-1]}): {helps}")
 
 
 def link(compiler: list[str], compiled: Path, linked: Path, openmp: tuple[str, ...]) -> str | None:

@@ -17,11 +17,11 @@ import torch
 from ..models.neural_attention_blockwise import without_autocast
 from ..models.neural_attention_masking import dropout_threshold
 from ..models.neural_attention_operators import Tensors, define_operators, gradient_of_sinks
+from ..models.neural_attention_pytorch import Inputs, against_blockwise
 from ..models.neural_attention_reference import ScorerWeights, expand_heads, key_features, query_features, relative_sinks
 from .triton_blocks import Blocks, choose_blocks, kernel_constants, uses_cores
 
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MAX_HEAD_DIM = 256
 
 # Gives the interpreter's imaginary device the shared memory of an H100, in bytes
@@ -31,28 +31,24 @@ INTERPRETER_SHARED_BYTES = 232448
 MAX_MASK_STRIDE = 1 << 23
 
 
-def unavailable_reason(device_type: str, dtype: torch.dtype, head_dim: int = 0) -> str | None:
-    """Why Triton cannot run such inputs, or None if it can.
-
-    Args:
-        device_type: as in `torch.device.type`.
-        dtype: of the query.
-        head_dim: the larger one of a query's and a value's size.
-    """
+def unavailable_reason(inputs: Inputs) -> str | None:
+    """Why Triton cannot run such inputs, or None if it can."""
+    if reason := against_blockwise(inputs):
+        return reason
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed (`pip install triton`)"
-    if dtype not in DTYPES:
-        return f"it computes in {', '.join(str(known) for known in DTYPES)}, and the query is in {dtype}"
-    if head_dim > MAX_HEAD_DIM:
-        return f"its heads have at most {MAX_HEAD_DIM} numbers, not {head_dim}"
+    if inputs.head_dim > MAX_HEAD_DIM:
+        return f"its heads have at most {MAX_HEAD_DIM} numbers, not {inputs.head_dim}"
     if os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y"):
         return None
-    if device_type != "cuda":  # lets AMD's devices pass too, which torch also calls "cuda"
-        return f"it runs on GPUs, and the tensors are on {device_type!r} (TRITON_INTERPRET=1 is for its tests)"
-    if dtype == torch.float64:
+    if inputs.device_type != "cuda":  # lets AMD's devices pass too, which torch also calls "cuda"
+        return f"it runs on GPUs, and the tensors are on {inputs.device_type!r} (TRITON_INTERPRET=1 is for its tests)"
+    if inputs.dtype == torch.float64:
         return "it computes in float64 in its interpreter only"
-    if torch.version.hip is None and torch.cuda.get_device_capability() < (8, 0):
-        return f"it needs compute capability 8.0, which {torch.cuda.get_device_name()} has not"
+    if not torch.cuda.is_available():
+        return "this machine has no GPU, and the tensors are on an imaginary one"
+    if torch.version.hip is None and torch.cuda.get_device_capability(inputs.device_index) < (8, 0):
+        return f"it needs compute capability 8.0, which {torch.cuda.get_device_name(inputs.device_index)} has not"
     return None
 
 
@@ -295,7 +291,8 @@ def triton_attention(
     Raises:
         ValueError: if Triton cannot run these inputs; `unavailable_reason` says why.
     """
-    reason = unavailable_reason(query.device.type, query.dtype, max(query.shape[-1], value.shape[-1]))
+    device, head_dim = query.device, max(query.shape[-1], value.shape[-1])
+    reason = unavailable_reason(Inputs(device.type, query.dtype, head_dim, device_index=device.index))
     if reason is not None:
         raise ValueError(f"The backend 'triton' cannot run here: {reason}.")
     dtype = torch.promote_types(query.dtype, torch.float32)

@@ -180,29 +180,37 @@ def fit(scorer: Any, calls: list[Call], steps: int, learning_rate: float, bar: t
     generator = torch.Generator().manual_seed(0)
     for step in range(steps):
         call = calls[step % len(calls)]
-        batch, heads, num_queries, _ = call.query.shape
-        at_once = NUMBERS_AT_ONCE // (batch * heads * call.key.shape[2] * scorer.hidden_dims[0])
-        rows = torch.randperm(num_queries, generator=generator)[: max(1, at_once)].to(call.query.device)
+        rows = torch.randperm(call.query.shape[2], generator=generator)[: rows_at_once(scorer, call)].to(call.query.device)
         optimizer.zero_grad()
-        divergence(scorer, call, rows).backward()
+        total, count = divergence(scorer, call, rows)
+        (total / max(1, count)).backward()
         optimizer.step()
         schedule.step()
         bar.update()
 
 
+def rows_at_once(scorer: Any, call: Call) -> int:
+    """How many queries of a call are looked at together, so that memory stays bounded."""
+    batch, heads = call.query.shape[:2]
+    numbers = 1 if scorer is None else scorer.hidden_dims[0]
+    return max(1, NUMBERS_AT_ONCE // (batch * heads * call.key.shape[2] * numbers))
+
+
 @torch.no_grad()
 def mean_divergence(scorer: Any, calls: list[Call]) -> float:
     """Over queries spread evenly."""
-    totals = []
+    means = []
     for call in calls:
         count = min(ROWS_OF_AN_EVALUATION, call.query.shape[2])
         rows = torch.linspace(0, call.query.shape[2] - 1, count, device=call.query.device).round().long()
-        totals.append(divergence(scorer, call, rows).item())
-    return sum(totals) / len(totals)
+        parts = [divergence(scorer, call, part) for part in rows.split(rows_at_once(scorer, call))]
+        means.append(sum(total.item() for total, _ in parts) / max(1, sum(count for _, count in parts)))
+    return sum(means) / len(means)
 
 
-def divergence(scorer: Any, call: Call, rows: torch.Tensor) -> torch.Tensor:
-    """KL(dot product || network), mean over the chosen queries of all heads and examples that may see any key.
+def divergence(scorer: Any, call: Call, rows: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """KL(dot product || network), summed over the chosen queries of all heads and examples that may see any key, and how many
+    these are.
 
     Args:
         scorer: a `NeuralScorer`, or None for attention that is the same for all keys.
@@ -224,4 +232,4 @@ def divergence(scorer: Any, call: Call, rows: torch.Tensor) -> torch.Tensor:
     # clamps to a finite number, since 0 * -inf is NaN; it is low enough to be zero after the softmax
     lowest = torch.finfo(target.dtype).min / 2
     target, scores = (log_softmax(each.clamp_min(lowest), dim=-1)[seen].clamp_min(-1e4) for each in (target, scores))
-    return kl_div(scores, target, reduction="sum", log_target=True) / max(1, len(target))
+    return kl_div(scores, target, reduction="sum", log_target=True), len(target)

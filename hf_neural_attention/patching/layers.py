@@ -41,7 +41,11 @@ def attention_modules(model: nn.Module) -> dict[str, Any]:
 
 
 def choose_layers(
-    layers: Layers, found: Mapping[str, nn.Module], calls: Mapping[nn.Module, list[AttentionCall]], reasons: str
+    layers: Layers,
+    found: Mapping[str, nn.Module],
+    calls: Mapping[nn.Module, list[AttentionCall]],
+    reasons: str,
+    inputs_name: str = "example_inputs",
 ) -> list[str]:
     """Names of the modules that `layers` chooses, in the order of the model.
 
@@ -50,6 +54,7 @@ def choose_layers(
         found: from `attention_modules`.
         calls: from `probe`.
         reasons: why the probe did not reach all modules.
+        inputs_name: the argument by which the caller can be given inputs that do.
 
     Raises:
         NoPatchableLayerError: if nothing is chosen.
@@ -65,7 +70,7 @@ def choose_layers(
         if missing := [name for name in wanted if name not in found]:
             raise PatchError(f"`layers` names {listed(missing)}; the attention modules of this model are {listed(found)}.")
         return [name for name in found if name in wanted]
-    stacks = self_attention_stacks(found, calls, reasons)
+    stacks = self_attention_stacks(found, calls, reasons, inputs_name)
     chosen = {name for stack, names in stacks.items() for name in choose_in_stack(wanted, stack, names, stacks)}
     return [name for name in found if name in chosen]
 
@@ -109,7 +114,7 @@ def choose_in_stack(wanted: list[int] | None, stack: str, names: list[str], stac
 
 
 def self_attention_stacks(
-    found: Mapping[str, nn.Module], calls: Mapping[nn.Module, list[AttentionCall]], reasons: str
+    found: Mapping[str, nn.Module], calls: Mapping[nn.Module, list[AttentionCall]], reasons: str, inputs_name: str
 ) -> dict[str, list[str]]:
     """Stacks of self-attention layers: names of their modules, by the name of the stack.
 
@@ -125,7 +130,7 @@ def self_attention_stacks(
     if unseen:
         raise ProbeError(
             f'What the layers of {listed(unseen)} do could not be seen, so indices and "all" cannot be told apart there: '
-            f"{reasons} Give `example_inputs=` (a dict of what the model's forward takes) that reach them, or choose other "
+            f"{reasons} Give `{inputs_name}=` (a dict of what the model's forward takes) that reach them, or choose other "
             "layers by their names or by a predicate `(name, module) -> bool`."
         )
     kept = {

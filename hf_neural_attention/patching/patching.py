@@ -152,7 +152,7 @@ def plan_of(model: nn.Module, scorers: Mapping[str, NeuralScorer], calls: dict[n
     status = PatchStatus(PatchedLayer.of(name, scorer) for name, scorer in scorers.items())
     stock = size_of(model, calls)
     added = stock.num_parameters + status.num_parameters, stock.num_bytes + status.num_bytes
-    return PatchPlan(status, stock.num_parameters, backends, stock, ModelSize(*added, stock.cache_bytes_per_token))
+    return PatchPlan(status, backends, stock, ModelSize(*added, stock.cache_bytes_per_token))
 
 
 def unpatch(model: ModelT) -> ModelT:
@@ -237,19 +237,19 @@ def check_whole(model: nn.Module, what: str) -> None:
         )
 
 
-def check_unsharded(model: nn.Module) -> None:
-    """Raises a PatchError if a model is wrapped, or sharded among several processes."""
+def check_unsharded(model: nn.Module, deed: str = "Patch (and calibrate)") -> None:
+    """Raises a PatchError if a model is wrapped, or sharded among several processes: what `deed` says is done before."""
     for module in model.modules():
         if is_sharded(module) and (sharers := getattr(model, "tp_size", None) or 1) > 1:
             raise PatchError(
                 f"This {type(model).__name__} is shared by {sharers} processes (tensor parallelism), each of which would see "
-                "some of its heads and draw scorers of its own. Patch (and calibrate) it in one process, save it whole by "
-                "`save_pretrained`, and load that with the same `distributed_config`."
+                f"some of its heads alone. {deed} it in one process, save it whole by `save_pretrained`, and load that with "
+                "the same `distributed_config`."
             )
         if is_sharded(module):
             raise PatchError(
-                f"{type(module).__name__} has taken over the parameters of this model and would not know of new ones. Patch "
-                "(and calibrate) the model before it is wrapped or sharded."
+                f"{type(module).__name__} has taken over the parameters of this model, and would not know of what is done to "
+                f"it. {deed} the model before it is wrapped or sharded."
             )
 
 

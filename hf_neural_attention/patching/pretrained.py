@@ -206,6 +206,12 @@ def from_pretrained(pretrained_model_name_or_path: Any, *, model_class: Any = No
         base = transformers_class(record, where, advice) if model_class is None else model_class
         content["model_type"] = record["base_model"]["model_type"]
         content.pop("auto_map", None)
+        if not isinstance(getattr(base, "config_class", None), type):
+            name = getattr(base, "__name__", repr(base))
+            raise PatchError(
+                f"`model_class` is {name}; expected a class of models, as that which {where} was saved as "
+                f"({record['base_model']['class']}), or of the same family with another head."
+            )
         config, arguments = split_config(content, kwargs, base.config_class)
         config.name_or_path = where
         model, info = load_patched(base, record, where, config, **arguments)

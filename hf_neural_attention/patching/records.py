@@ -60,12 +60,15 @@ def record_of(model: nn.Module, base_revision: str | None = None) -> dict[str, A
 
 
 def is_repository(name: str | None) -> bool:
-    """Whether this is the name of a repository on the Hub, and no folder."""
+    """Whether this is the name of a repository on the Hub, and no folder. One of a single word (`gpt2`) is, if it is in the
+    cache: it could be anything else."""
     try:
         validate_repo_id(name or "")
     except HFValidationError:
         return False
-    return name is not None and name.count("/") == 1 and not Path(name).exists()
+    if name is None or Path(name).exists():
+        return False
+    return "/" in name or isinstance(try_to_load_from_cache(name, CONFIG_NAME), str)
 
 
 def cached_revision(name: str | None) -> str | None:

@@ -62,10 +62,14 @@ class PatchPlan(NamedTuple):
     """What `patch` would do. `str()` makes tables of it."""
 
     layers: PatchStatus
-    model_parameters: int  # that the model has now
     backends: Explanation  # what each layer would run on, as `explain` says it
     stock: ModelSize  # what the model holds now
     patched: ModelSize  # and with the new layers, whose keys a stock cache keeps whole
+
+    @property
+    def model_parameters(self) -> int:
+        """That the model has now."""
+        return self.stock.num_parameters
 
     def __str__(self) -> str:
         share = self.layers.num_parameters / max(1, self.model_parameters)

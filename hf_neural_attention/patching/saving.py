@@ -15,6 +15,7 @@ from transformers.utils import cached_file
 
 from ..introspection import once, patched_modules, unwrap
 from ..models.configuration_neural_patched import check_version
+from ..models.modeling_neural_attention import HUB_OPTIONS
 from ..models.modeling_neural_patched import name_in
 from ..models.neural_attention_names import origin_of
 from ..models.neural_attention_parallel import is_distributed
@@ -145,7 +146,8 @@ def load_patch(
         model_or_name (`nn.Module` or `str`): The base model, or its name on the Hub or folder, from where it is loaded as the
             class that the patch was made for.
         patch_directory (`str` or `Path`): A folder with what `save_patch` wrote, or a repository on the Hub.
-        revision, token: of the patch's repository; the token serves for the base model's as well.
+        revision, token: of the patch's repository; the token serves for the base model's as well. So do `cache_dir`,
+            `force_download`, `local_files_only` and `proxies`.
         base_revision (`str`): Of the base model, where a name is given. Default: the one that the patch was made for, if it is
             the same repository.
         example_inputs: as in `patch`.
@@ -157,7 +159,9 @@ def load_patch(
         TypeError: if `kwargs` are given beside a model.
     """
     where = str(patch_directory)
-    record, weights = read_patch(where, revision, token)
+    hub = {name: kwargs.pop(name) for name in HUB_OPTIONS if name in kwargs and name not in ("revision", "subfolder")}
+    hub["token"] = token
+    record, weights = read_patch(where, revision=revision, **hub)
     scorers = filled_scorers(record, weights, where)
     if isinstance(model_or_name, nn.Module):
         if kwargs or base_revision:
@@ -167,7 +171,7 @@ def load_patch(
     else:
         same = is_repository(model_or_name) and model_or_name == record["base_model"].get("name_or_path")
         wanted = base_revision or (record["base_model"].get("revision") if same else None)
-        options = {"token": token, **({"revision": wanted} if wanted else {}), **kwargs}
+        options = {**hub, **({"revision": wanted} if wanted else {}), **kwargs}
         advice = "Load that model yourself, and give it to `load_patch`."
         model = transformers_class(record, where, advice).from_pretrained(model_or_name, **options)
     check_model(model)
@@ -184,9 +188,9 @@ def load_patch(
     return model
 
 
-def read_patch(where: str, revision: str | None, token: str | bool | None) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """Record and weights of a patch, from a folder or the Hub."""
-    files = [str(cached_file(where, name, revision=revision, token=token)) for name in (RECORD, WEIGHTS)]
+def read_patch(where: str, **options: Any) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Record and weights of a patch, from a folder or the Hub, as `cached_file` with these options finds it."""
+    files = [str(cached_file(where, name, **options)) for name in (RECORD, WEIGHTS)]
     try:
         record = json.loads(Path(files[0]).read_text(encoding="utf-8"))
         weights = load_file(files[1])

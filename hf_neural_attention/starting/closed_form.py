@@ -11,7 +11,7 @@ import torch
 
 from ..models.neural_attention_compact import CompactAttentionMixin
 from ..models.neural_attention_initialization import relu_sum_spread
-from ..models.neural_attention_reference import ScorerWeights, first_layer_of_key, first_layer_of_query
+from ..models.neural_attention_reference import ScorerWeights, first_layer_of_key, first_layer_of_query, in_float64
 from ..models.neural_attention_scorer import is_compact
 from .sources import Source, gain_of
 
@@ -41,7 +41,7 @@ def spread_in_closed_form(
     sizes = [factor * source.size() for factor, (source,) in zip(factors, (query, key), strict=True)]
     if scorer is None or scorer.mode == "residual":
         return scaling * math.sqrt(head_dim) * sizes[0] * sizes[1]
-    weights = scorer.weights().to(torch.float64)
+    weights = scorer.weights().in_float64()
     if is_compact(scorer):
         if not isinstance(module, CompactAttentionMixin):
             return f"its layers are packed for the heads of a stock module; {ASK}"
@@ -56,7 +56,7 @@ def spread_in_closed_form(
 
 def covariances(source: Source, num_heads: int) -> torch.Tensor:
     """Of the numbers that a compact layer makes for each head: `[H, h1, h1]`."""
-    rows = (source.rows() * gain_of(source.normalised)).double().unflatten(0, (num_heads, -1))
+    rows = in_float64(source.rows() * gain_of(source.normalised)).unflatten(0, (num_heads, -1))
     return rows @ rows.transpose(-1, -2)
 
 

@@ -4,14 +4,16 @@ Each layer inside an attention module hands on a tensor without a history. What 
 that ends there, and its derivatives say which outputs of which layers it is made of, of how many degrees.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
+
+from ..models.neural_attention_reference import in_float64
 
 
 @dataclass
@@ -23,9 +25,6 @@ class Source:
     units: torch.Tensor  # [outputs], bool
     normalised: Any | None  # the norm whose output is the layer's input; itself, of a norm
     inputs: torch.Tensor = field(repr=False)
-
-    def same_as(self, other: "Source") -> bool:
-        return self.layer is other.layer and torch.equal(self.units, other.units)
 
     def scale(self, factor: float) -> None:
         """Multiplies these outputs by a factor, for any input.
@@ -62,6 +61,16 @@ class Source:
         """`[units, inputs]`."""
         weight = self.layer.weight.detach()
         return (weight.T if isinstance(self.layer, Conv1D) else weight)[self.units]
+
+
+def merged(sources: Iterable[Source]) -> list[Source]:
+    """One source per layer, so that one that is called several times, or makes queries and keys, is made larger once."""
+    found: dict[int, Source] = {}
+    for source in sources:
+        other = found.setdefault(id(source.layer), source)
+        norm = source.normalised if source.normalised is other.normalised else None
+        found[id(source.layer)] = replace(other, units=other.units | source.units, normalised=norm)
+    return list(found.values())
 
 
 def rms(tensor: torch.Tensor) -> float:
@@ -164,11 +173,11 @@ class Sources:
         def sources(of_states: list[torch.Tensor]) -> list[Source]:
             if any((units & values).any() for units, values in zip(of_states, of_value, strict=True)):
                 return []
-            return [
+            return merged(
                 Source(name, layer, units, layer if is_norm(layer) else self.of_norms.get(id(given), (None, None))[1], inputs)
                 for (name, layer, inputs, given, _), units in zip(made, of_states, strict=True)
                 if units.any()
-            ]
+            )
 
         return sources(of_query), sources(of_key)
 
@@ -186,9 +195,10 @@ def derivatives(states: torch.Tensor, leaves: list[torch.Tensor]) -> tuple[list[
         return [torch.zeros_like(leaf) if each is None else each for each, leaf in zip(found, leaves, strict=True)]
 
     # takes the degree along the states themselves, since a sum of squares bears the rounding of half precision
-    total = states.detach().double().square().sum().item()
+    total = in_float64(states.detach()).square().sum().item()
     if not total > 0:
         return gradients_along(direction), None
     along = gradients_along(states.detach())
-    reached = sum((gradient.double() * leaf.double()).sum().item() for gradient, leaf in zip(along, leaves, strict=True))
+    pairs = zip(along, leaves, strict=True)
+    reached = sum((in_float64(gradient) * in_float64(leaf.detach())).sum().item() for gradient, leaf in pairs)
     return gradients_along(direction), reached / total

@@ -17,7 +17,7 @@ from ..patching.reports import table
 from ..patching.tracing import run_until_reached
 from ..scores import attend, statistics_of_layer
 from .closed_form import spread_in_closed_form
-from .sources import Source, Sources, is_norm, offset_of_gain, rms
+from .sources import Source, Sources, is_norm, merged, offset_of_gain, rms
 
 
 # Allows the measured spread to be this far from the one that was asked for, relative to it
@@ -115,7 +115,7 @@ def start_scores(
     if not (isinstance(spread, int | float) and 0 <= spread < math.inf):
         raise ValueError(f"`spread` is {spread!r}; it must be a number of at least zero.")
     base = unwrap(model)
-    check_unsharded(model)
+    check_unsharded(model, "Start")
     check_weights_together(model, "started")
     modules = attention_modules(base)
     if any(parameter.is_meta for parameter in base.parameters()):
@@ -127,7 +127,7 @@ def start_scores(
         )
     if layers is not None:
         calls, reasons = probe(base, modules, inputs)
-        modules = {name: modules[name] for name in choose_layers(layers, modules, calls, reasons)}
+        modules = {name: modules[name] for name in choose_layers(layers, modules, calls, reasons, "inputs")}
     with restored_after_errors(base):
         before, factors = survey(base, modules, inputs, spread)
         # takes zero as it is, since weights of zero show no more what they make
@@ -246,7 +246,7 @@ def survey(
 
 
 def plan_has(plan: Plan) -> Any:
-    return lambda source: any(source is each for each in plan.sources)
+    return lambda source: any(source.layer is each.layer for each in plan.sources)
 
 
 def plan_of(
@@ -263,9 +263,7 @@ def plan_of(
     is_dot = scorer is None or scorer.mode in ("residual", "thin")
     if scorer is not None and scorer.mode == "residual" and scorer.linear3.weight.any():
         return 'its network adds to the dot product already: a scorer of mode "residual" that is not new'
-    sources = [*of_query, *of_key]
-    if len(of_query) == len(of_key) and all(map(Source.same_as, of_query, of_key)):
-        sources = of_query  # makes queries and keys that are the same larger once
+    sources = merged([*of_query, *of_key])
     degree = (bool(of_query) + bool(of_key)) if is_dot else 1
     has_layers = scorer is not None and any(layer is not None for layer in scorer.layers)
     if has_layers and scorer.mode != "residual" and (not of_query or not of_key or has_biases(scorer)):
@@ -285,7 +283,7 @@ def plan_of(
     if math.isnan(spread):
         return "no query of these inputs may see two keys or more: give longer `inputs`"
     if not 0 < spread < math.inf:
-        why = "its scorer may be dead, draw another (`scorer.reset_parameters()`)" if scorer else "its weights may be zero"
+        why = "its scorer may be dead, draw another (`reset_parameters()`)" if scorer else "its weights may be zero"
         return f"its scores have a spread of {spread}, which no factor changes; {why}"
     return Plan("dot product" if scorer is None else scorer.mode, sources, degree, spread)
 

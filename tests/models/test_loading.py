@@ -9,7 +9,8 @@ import torch
 import transformers
 from safetensors import safe_open
 
-from hf_neural_attention import from_pretrained
+from hf_neural_attention import from_pretrained, start_scores
+from hf_neural_attention.models.neural_attention_interface import neural_modules
 from tests.helpers.comparing import assert_far, assert_near, assert_same_state, run, transformers_log
 from tests.helpers.neural_models import (
     ALL,
@@ -199,6 +200,21 @@ def test_only_the_last_bias_is_frozen_also_after_loading(family: Family, fields:
     for each in (model, *loaded):
         frozen = {name for name, parameter in each.named_parameters() if not parameter.requires_grad}
         assert frozen == {name for name in each.state_dict() if name.endswith("scorer.linear3.bias")} and len(frozen) == 3
+
+
+@both_families
+@pytest.mark.parametrize("is_compact", (False, True))
+def test_loaded_scorers_can_be_drawn_again(family: Family, is_compact: bool, tmp_path):
+    """Transformers marks what it loads for ever, and its initialisation leaves that."""
+    family.neural(neural_layers="all", neural_compact=is_compact, neural_hidden_dims=[4, 2]).save_pretrained(tmp_path)
+    model = family.neural_class().from_pretrained(tmp_path)
+    for module in neural_modules(model).values():
+        before = {name: tensor.clone() for name, tensor in module.state_dict().items() if name.startswith("scorer.")}
+        (module if is_compact else module.scorer).reset_parameters()
+        after = module.state_dict()
+        assert all(not torch.equal(after[name], old) for name, old in before.items() if name.endswith("weight"))
+    report = start_scores(model, family.inputs(labels=False))
+    assert all(0.3 < layer.before < 3.0 for layer in report), "what is drawn together fits each other"
 
 
 @both_families

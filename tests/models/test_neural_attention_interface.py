@@ -118,6 +118,14 @@ def test_other_implementations_are_refused_later_and_nothing_changes(
         assert torch.equal(run(model, **inputs), expected)
 
 
+def test_a_module_that_cannot_be_neural_stays_what_it_is():
+    module = torch.nn.Linear(2, 2)
+    for _ in range(2):
+        with pytest.raises(AttributeError, match="config"):
+            attach_scorer(module, NeuralScorer(8))
+    assert not hasattr(module, "scorer")
+
+
 @both_families
 def test_the_whole_model_cannot_run_our_function_without_scorers(family: Family):
     # expects an error, since a stock model accepts any registered name and would look for scorers that are not there

@@ -242,15 +242,17 @@ def test_an_adapter_that_starts_at_zero_changes_nothing_under_autocast():
         torch.testing.assert_close(adapted(*inputs)[0], scorer(*inputs)[0])
 
 
-def test_reset_leaves_loaded_weights():
+def test_loaded_weights_are_left_but_by_a_reset():
     scorer = NeuralScorer(16)
     before = copy.deepcopy(scorer.state_dict())
     scorer.q_proj.weight._is_hf_initialized = True
-    scorer.reset_parameters()
+    scorer.fill()
     after = scorer.state_dict()
     assert torch.equal(after["q_proj.weight"], before["q_proj.weight"])
     assert not torch.equal(after["k_proj.weight"], before["k_proj.weight"])
     assert not torch.equal(after["linear1.weight"], before["linear1.weight"])
+    scorer.reset_parameters()
+    assert not torch.equal(scorer.q_proj.weight, before["q_proj.weight"])
 
 
 def test_meta_device_draws_nothing():

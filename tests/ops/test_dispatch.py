@@ -145,6 +145,7 @@ def test_threads_and_tasks():
 
 
 def has_gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Old GPU")
 
@@ -176,6 +177,22 @@ def test_auto_elsewhere(inputs: Inputs, capability, name: str, reason: str | Non
     assert chosen.reasons.pop("native") == f"it runs on the CPU, and the tensors are on {inputs.device_type!r}"
     assert chosen.reasons.keys() == ({"triton"} if reason else set())
     assert chosen.reasons.get("triton", "").startswith(reason or "")
+
+
+@needs_triton
+def test_each_gpu_is_asked_what_it_can(monkeypatch: pytest.MonkeyPatch):
+    has_gpu(monkeypatch, (8, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0) if device == 1 else (7, 5))
+    names = [choose_backend("auto", GPU._replace(device_index=index)).name for index in (0, 1)]
+    assert names == ["blockwise", "triton"]
+
+
+@needs_triton
+def test_an_imaginary_gpu(monkeypatch: pytest.MonkeyPatch):
+    """As fake tensors are on, which have shapes alone."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    chosen = choose_backend("auto", GPU)
+    assert chosen.name == "blockwise" and chosen.reasons["triton"].startswith("this machine has no GPU")
 
 
 def test_auto_without_triton(monkeypatch: pytest.MonkeyPatch):

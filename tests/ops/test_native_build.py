@@ -103,7 +103,8 @@ def test_a_killed_compilation_leaves_nothing_behind(build: Build):
             time.sleep(0.01)
         os.kill(process.pid, signal.SIGKILL)  # kills the process alone: its compiler goes on
         process.wait()
-        assert [path for path in build.cache.iterdir() if path.is_dir()]
+        [leftover] = [path for path in build.cache.iterdir() if path.is_dir()]
+        os.utime(leftover, (0, 0))  # tells a killed compilation from one on another machine
         (build.cache / "go").touch()
         assert load() == 7
     finally:
@@ -184,10 +185,23 @@ def useless_compiler(build: Build, monkeypatch: pytest.MonkeyPatch) -> str:
     return "compiler gives no kernel .what it makes does not load: .*: install a C"
 
 
+def full_disk(build: Build, monkeypatch: pytest.MonkeyPatch) -> str:
+    build.write_compiler("echo 'fatal error: error writing to /x: No space left on device' >&2", "exit 1")
+    return "No space left on device.: make room, or set HF_NEURAL_ATTENTION_CACHE"
+
+
+def folder_without_programs(build: Build, monkeypatch: pytest.MonkeyPatch) -> str:
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise OSError("failed to map segment from shared object")  # as of a file system mounted noexec
+
+    monkeypatch.setattr(native_build.ctypes, "CDLL", refuse)
+    return "failed to map segment from shared object.: nothing in that folder may be run; set HF_NEURAL_ATTENTION_CACHE"
+
+
 def endless_compiler(build: Build, monkeypatch: pytest.MonkeyPatch) -> str:
     build.write_compiler("exec sleep 60")
     monkeypatch.setattr(native_build, "TIME_LIMIT", 0.2)
-    return "compiler took longer than 0.2 seconds: install a C"
+    return "compiler took longer than 0.2 seconds: try again"
 
 
 def unwritable_folder(build: Build, monkeypatch: pytest.MonkeyPatch) -> str:
@@ -222,6 +236,8 @@ def other_system(build: Build, monkeypatch: pytest.MonkeyPatch) -> str:
         unreadable_compiler,
         failing_compiler,
         useless_compiler,
+        full_disk,
+        folder_without_programs,
         endless_compiler,
         unwritable_folder,
         no_home,

@@ -104,11 +104,19 @@ def test_a_sink_of_minus_infinity_weighs_nothing(backend: str | None):
     assert not results[1][0][:, :, 1].any() and all(torch.allclose(*pair) for pair in zip(*results, strict=True))
 
 
-def test_it_computes_in_float32_under_autocast():
-    scorer, inputs = make_scorer().float(), [tensor.float() for tensor in tensors()]
-    expected = neural_attention(*inputs, scorer)
+@pytest.mark.parametrize("dropout_p", (0.0, 0.3))
+def test_it_computes_in_float32(dropout_p: float):
+    """Under autocast, and of half precision, with dropout as without: networks do, with which it is compared."""
+    scorer, low = make_scorer().float(), [tensor.bfloat16() for tensor in tensors()]
+
+    def run(inputs: list[torch.Tensor]) -> torch.Tensor:
+        torch.manual_seed(5)
+        return neural_attention(*inputs, scorer, dropout_p=dropout_p)
+
+    expected = run([tensor.float() for tensor in low])
+    assert torch.equal(run(low), expected.bfloat16())
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(neural_attention(*inputs, scorer), expected)
+        assert torch.equal(run([tensor.float() for tensor in low]), expected)
 
 
 def test_masks_of_numbers_that_float32_has_not():

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from hf_neural_attention.models.neural_attention_masking import draw_dropout_seed
+from hf_neural_attention.models.neural_attention_pytorch import Inputs
 from hf_neural_attention.models.neural_attention_scorer import NeuralScorer
 from hf_neural_attention.ops import triton as backend
 from hf_neural_attention.ops.triton_blocks import choose_blocks, needed_bytes, padded, uses_cores
@@ -52,11 +53,11 @@ def test_the_interpreter_runs_where_it_is_asked_for_and_kernels_are_imported_the
 
 
 def test_reasons_against():
-    assert backend.unavailable_reason("cuda", torch.int8, 64).startswith("it computes in torch.float16")
-    assert backend.unavailable_reason("cuda", torch.float16, 257) == "its heads have at most 256 numbers, not 257"
+    assert backend.unavailable_reason(Inputs("cuda", torch.int8, 64)).startswith("it computes in torch.float16")
+    assert backend.unavailable_reason(Inputs("cuda", torch.float16, 257)) == "its heads have at most 256 numbers, not 257"
     if not INTERPRETED:
-        assert "it runs on GPUs, and the tensors are on 'cpu'" in backend.unavailable_reason("cpu", torch.float32, 64)
-        assert "interpreter only" in backend.unavailable_reason("cuda", torch.float64, 64)
+        assert "it runs on GPUs, and the tensors are on 'cpu'" in backend.unavailable_reason(Inputs("cpu", torch.float32, 64))
+        assert "interpreter only" in backend.unavailable_reason(Inputs("cuda", torch.float64, 64))
         tensors, scorer = Case().draw()
         with pytest.raises(ValueError, match="runs on GPUs"):
             backend.triton_attention(*tensors.values(), scorer.weights())

@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader
 
 from hf_neural_attention import calibrate, patch, unpatch
 from hf_neural_attention.models.neural_attention_scorer import NeuralScorer
-from hf_neural_attention.patching import PatchError
+from hf_neural_attention.patching import PatchError, calibration
 from hf_neural_attention.patching.calibration import Call, divergence
 from tests.helpers.comparing import assert_far, run
 from tests.helpers.neural_models import GPT2, scorers
@@ -69,7 +69,7 @@ def test_the_divergence_is_the_one_of_the_formula():
     mask = torch.rand(2, 1, 5, 7) > 0.4
     mask[0, 0, 2] = False  # adds a query that sees nothing, which must not count
     scorer, rows = NeuralScorer(8), torch.tensor([0, 2, 4])
-    found = divergence(scorer, Call(query, key, mask, False, 0.3), rows)
+    found, seen_queries = divergence(scorer, Call(query, key, mask, False, 0.3), rows)
     total, count = 0.0, 0
     weights = scorer(query, key, key, mask, need_weights=True)[1]
     target = torch.softmax((query @ key.mT * 0.3).masked_fill(~mask, -1e30), -1)
@@ -77,7 +77,21 @@ def test_the_divergence_is_the_one_of_the_formula():
         seen = mask[b, 0, i]
         total += (target[b, h, i][seen] * (target[b, h, i][seen] / weights[b, h, i][seen]).log()).sum()
         count += 1
-    assert count == 15 and torch.isclose(found, torch.as_tensor(total / count), rtol=1e-5)
+    assert count == seen_queries == 15 and torch.isclose(found, torch.as_tensor(total), rtol=1e-5)
+
+
+def test_few_queries_at_a_time(monkeypatch: pytest.MonkeyPatch):
+    """Of an evaluation, as of a step."""
+    torch.manual_seed(0)
+    call = Call(torch.randn(2, 3, 50, 8), torch.randn(2, 3, 50, 8), None, True, 0.3)
+    scorer, sizes = NeuralScorer(8), []
+    whole = [calibration.mean_divergence(each, [call]) for each in (scorer, None)]
+    monkeypatch.setattr(calibration, "NUMBERS_AT_ONCE", 7 * 2 * 3 * 50 * scorer.hidden_dims[0])
+    monkeypatch.setattr(
+        calibration, "divergence", lambda scorer, call, rows: sizes.append(len(rows)) or divergence(scorer, call, rows)
+    )
+    parts = [calibration.mean_divergence(each, [call]) for each in (scorer, None)]
+    assert parts == pytest.approx(whole, rel=1e-5) and sizes[:8] == [7] * 7 + [1]
 
 
 def test_models_of_a_class_with_neural_layers():

@@ -226,6 +226,8 @@ def test_classes_that_transformers_does_not_have(tmp_path: Path):
     model.save_pretrained(tmp_path)
     with pytest.raises(PatchError, match=r"made for a Mine, a class that .* does not have. Give that class as `model_class`"):
         from_pretrained(tmp_path)
+    with pytest.raises(PatchError, match=r"`model_class` is AutoModelForSequenceClassification; expected a class of models"):
+        from_pretrained(tmp_path, model_class=transformers.AutoModelForSequenceClassification)
     loaded = from_pretrained(tmp_path, model_class=Mine)
     assert type(loaded) is Mine and torch.equal(run(loaded, **LLAMA.inputs()), run(model, **LLAMA.inputs()))
 

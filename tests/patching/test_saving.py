@@ -105,6 +105,12 @@ def test_the_revision_is_that_in_the_cache_if_it_is_the_only_one(tmp_path: Path,
     assert records.cached_revision("org/tiny") is None
 
 
+def test_names_of_one_word_are_repositories_if_they_are_in_the_cache(monkeypatch: pytest.MonkeyPatch):
+    assert records.is_repository("org/tiny") and not records.is_repository("gpt2") and not records.is_repository("a b")
+    monkeypatch.setattr(records, "try_to_load_from_cache", lambda name, file: "/cache/snapshots/aaa/config.json")
+    assert records.is_repository("gpt2") and not records.is_repository("tests")  # a folder that is here
+
+
 def test_by_the_name_of_the_base_model(tmp_path: Path):
     stock = tmp_path / "stock"
     GPT2.model().save_pretrained(stock)
@@ -112,6 +118,8 @@ def test_by_the_name_of_the_base_model(tmp_path: Path):
     folder = saved(model, tmp_path / "patch")
     loaded = load_patch(str(stock), folder, attn_implementation="eager", dtype=torch.float64)
     assert type(loaded).__name__ == "GPT2LMHeadModel" and loaded.config._attn_implementation == "eager"
+    here = {"cache_dir": tmp_path / "cache", "local_files_only": True}  # of the patch as of the model
+    assert patch_status(load_patch(GPT2.model(), folder, **here)) == patch_status(load_patch(str(stock), folder, **here))
     assert {parameter.dtype for parameter in loaded.parameters()} == {torch.float64}
     assert (run(loaded, **inputs) - run(model, **inputs))[inputs["attention_mask"].bool()].abs().max() < 1e-4
 
