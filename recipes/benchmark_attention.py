@@ -24,6 +24,7 @@ from benchmarks.correctness import Checker
 from benchmarks.reporting import BARS_COLUMNS, MODELS_COLUMNS, Row, sweep_columns, write_files
 from benchmarks.time_and_memory import Limits, peak_bytes, time_entries
 from benchmarks.whole_models import ATTENTIONS, CACHES, COMPACT, GPT2_124M, STOCK, VIT_BASE, measure_decoding, measure_steps
+from tools.command_lines import make_folder_of
 from tools.markdown import table_heading, table_row
 from tools.provenance import command_line, environment
 from tools.timing_by_turns import Spread, ratio_of
@@ -210,16 +211,22 @@ def plan(arguments: argparse.Namespace) -> Iterator[str]:
         yield from (f"{tokens:,} cached tokens, {cache}" for tokens in CACHED_TOKENS for cache in CACHES)
 
 
+ON_INPUTS = "on the very inputs that are timed"
+OF_MODELS = f"{ON_INPUTS}; training steps were compared without dropout, and decoding by the tokens that it leads to"
+# Maps a preset to how its calls are compared
+CHECKED = {"modules": "at few tokens", **dict.fromkeys(("bars", "compact", "models", "gpu-models", "cache"), OF_MODELS)}
+
+
 def describe(arguments: argparse.Namespace, record: dict[str, Any]) -> str:
     """How it was measured, for the card."""
     where = record["environment"]
     gpu = f"on {where['gpu']}" if arguments.device != "cpu" else "not measured on a GPU"
+    checked = CHECKED.get(arguments.preset, ON_INPUTS)
     parts = [
         f"Measured by `{record['command']}` on {where['cpu']}, {where['threads']} threads, {gpu}, with Python "
         f"{where['python']}, torch {where['torch']}, transformers {where['transformers']}.",
         "Medians and, in parentheses, quartiles. What is compared was timed by turns in one run, and ratios were taken turn "
-        "by turn. Nothing was timed that does not match the reference in float64, "
-        + ("at few tokens." if arguments.preset == "modules" else "on the very inputs that are timed."),
+        f"by turn. Nothing was timed that does not match the reference in float64, {checked}.",
     ]
     if arguments.preset in SWEEPS:
         axes = sweep_axes(arguments)
@@ -233,6 +240,8 @@ def main(words: list[str] | None = None) -> None:
     if arguments.dry_run:
         print("\n".join(plan(arguments)))
         return
+    if arguments.output:
+        make_folder_of("--output", arguments.output)
     torch.set_num_threads(arguments.threads)
     given = {name: value for name in Limits._fields if (value := getattr(arguments, name)) is not None}
     limits = LIMITS[arguments.preset]._replace(**given)

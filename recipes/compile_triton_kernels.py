@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 from benchmarks.instruction_counts import KINDS, instructions_per_pair
 from hf_neural_attention.ops.triton_blocks import Blocks, choose_blocks, kernel_constants, uses_cores
+from tools.command_lines import make_folder_of
 from tools.json_files import write_json
 from tools.markdown import markdown_table
 from tools.provenance import command_line
@@ -270,6 +271,8 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", type=int, choices=range(len(SIZES)))
     parser.add_argument("--output", help="Write NAME.md and NAME.json, e.g. model_cards/benchmarks/triton_kernels.")
     arguments = parser.parse_args()
+    if arguments.output:
+        make_folder_of("--output", arguments.output)
     axes: dict[str, list[Any]] = {
         "sizes": list(range(len(SIZES))),
         "targets": list(TARGETS),

@@ -26,6 +26,7 @@ from torch.func import functional_call, stack_module_state
 
 from hf_neural_attention import NeuralScorer
 from hf_neural_attention.models.neural_attention_reference import reference_scores
+from tools.command_lines import make_folder_of
 from tools.json_files import write_json
 from tools.markdown import markdown_table
 from tools.provenance import command_line, environment
@@ -173,10 +174,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, help="Write NAME.md, NAME.json and NAME.png.")
     arguments = parser.parse_args()
+    if arguments.output is not None:
+        make_folder_of("--output", arguments.output)
     rows = measure()
     print(table(rows))
     if arguments.output is not None:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
         where = environment()
         write_json(Path(f"{arguments.output}.json"), {"command": command_line(), "environment": where, "rows": rows})
         draw(rows, Path(f"{arguments.output}.png"))

@@ -6,7 +6,7 @@
 MODEL is a folder or a name on the Hub: a neural model of this package, or a patched one that was saved whole. Written are
 NAME-attention.png (each layer's and head's attention; for an image that of the class token, over the picture),
 NAME-surface.png (one head's scores in each neural layer against its queries and keys, beside the dot product's, which no
-compact layer has) and NAME-health.png.
+compact layer has) and, where layers have a network, NAME-health.png.
 """
 
 import argparse
@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from transformers import AutoImageProcessor, AutoTokenizer
 
 from hf_neural_attention import analysis, from_pretrained
+from hf_neural_attention.introspection import neural_layers
 from tools.command_lines import make_folder_of
 from training import paper_models  # noqa: F401, registers the recipes' own models
 from training.data_files import in_one_line
@@ -119,14 +120,17 @@ def main() -> None:
             inputs = dict(processor(image, return_tensors="pt"))
             image = analysis.as_seen(image, inputs["pixel_values"][0], processor)
             grid = analysis.patch_grid(model.config, inputs["pixel_values"])
-        health = analysis.scorer_health(model, **inputs)
-        print(health)
         maps = analysis.attention_maps(model, **inputs)
         pictures = {
             "attention": draw_maps(maps, tokens) if image is None else draw_maps_over(maps, image, grid),
             "surface": draw_surfaces(model, inputs, arguments.head),
-            "health": draw_health(health),
         }
+        if any(
+            scorer.mode != "thin" for *_, scorer in neural_layers(model)
+        ):  # thin scorers are dot products, of which none can be dead
+            health = analysis.scorer_health(model, **inputs)
+            print(health)
+            pictures["health"] = draw_health(health)
     except (OSError, ValueError, RuntimeError, StrictDataclassError, SafetensorError) as error:
         raise SystemExit(in_one_line(error)) from None
     for name, figure in pictures.items():

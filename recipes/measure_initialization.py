@@ -14,6 +14,7 @@ import torch
 from hf_neural_attention import NeuralScorer
 from hf_neural_attention.models.configuration_neural_attention import INITIALIZATIONS
 from hf_neural_attention.models.neural_attention_reference import reference_scores
+from tools.command_lines import make_folder_of
 from tools.json_files import write_json
 from tools.markdown import markdown_table
 from tools.provenance import command_line, environment
@@ -43,6 +44,8 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=48)
     parser.add_argument("--output", help="Write NAME.md and NAME.json, e.g. model_cards/studies/initialization.")
     arguments = parser.parse_args()
+    if arguments.output:
+        make_folder_of("--output", arguments.output)
 
     results = {
         init: {p: measure(init, p, arguments.head_dim, arguments.seeds, arguments.length) for p in PROJ_DIMS}

@@ -49,8 +49,9 @@ class QuantizationArguments:
 
 
 def size_of(model: Any) -> int:
-    """Bytes of all weights as they are stored; of quantised ones, integers and scales."""
-    return count(model.state_dict().values())[1]
+    """Bytes of all weights as they are stored, tied ones once; of quantised ones, integers and scales."""
+    tensors = {tensor.untyped_storage().data_ptr(): tensor for tensor in model.state_dict().values()}
+    return count(tensors.values())[1]
 
 
 def load(name: str, **options: Any) -> Any:

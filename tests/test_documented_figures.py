@@ -162,7 +162,7 @@ BARS = {
     f"forward, the paper's ViT ({VIT})": ("forward, not causal, batch 8, 8 heads, head_dim 96, 785 tokens (the paper's ViT)"),
     "forward and backward, batch 16, 4 heads, 256 tokens": "forward + backward, batch 16, 4 heads, 256 tokens",
     'forward, mode `"residual"`': "residual mode, forward",
-    "one token against 4,096 cached": "decode, one token against 4,096 cached",
+    "one token against 4,096 cached, keys projected, as in a `NeuralCache`": "decode, one token against 4,096 cached",
 }
 
 
@@ -185,7 +185,11 @@ def test_cache():
         return [f"{each['to_stock']:.2f}" for each in sorted(found, key=lambda each: each["cached_tokens"])]
 
     assert row("stock, SDPA", "`StaticCache`", *ratios("stock, SDPA", "StaticCache")) in SPEED
-    for cache, words in (("NeuralCache", "`NeuralCache`"), ("NeuralCache, fixed size", "`NeuralCache`, fixed size")):
+    for cache, words in (
+        ("DynamicCache", "`DynamicCache`"),
+        ("NeuralCache", "`NeuralCache`"),
+        ("NeuralCache, fixed size", "`NeuralCache`, fixed size"),
+    ):
         assert row("all layers neural", words, *ratios('neural_layers="all"', cache)) in SPEED
     stock, neural = (
         next(x for x in rows if x["cache"] == cache)["bytes_per_token"] for cache in ("DynamicCache", "NeuralCache")
@@ -284,11 +288,13 @@ def test_bars_of_the_compact_form():
     )
     said = f"It took 5.8 ms, which is {narrow[0]} of that rate, and its aim asks for {narrow[1]}."
     assert said.replace("%", " %") in " ".join(SPEED.split())
-    reached, asked = zip(wide, narrow_both, wide_both, strict=True)
+    reached, asked = zip(wide, wide_both, narrow_both, strict=True)
     others = "The other three rows reach {}, {} and {}, where their aims ask for {}, {} and {}.".format(*reached, *asked)
     assert others.replace("%", " %") in " ".join(SPEED.split())
     steps = [next(bar for bar in found if f"dropout {rate}" in bar["what"]) for rate in ("0.0", "0.1")]
     assert [f"{bar['seconds']:.1f}" for bar in steps] == ["5.3", "5.3"] and "as long as without (5.3 s)" in SPEED
+    low, high = steps[0]["measured_25%"], steps[0]["measured_75%"]
+    assert f"the quartiles of the first are {low:.2f} and {high:.2f}" in SPEED and f"{low:.2f} to {high:.2f}" in README
     assert f"{steps[1]['over_seconds'] / steps[0]['over_seconds']:.1f}" == "1.5" and "takes 1.5 times as long with" in SPEED
     by_bytes = [bytes_of(110_708_604, 38_016, tokens) / bytes_of(124_439_808, 73_728, tokens) for tokens in (1024, 4096)]
     assert "compact would take {:.2f} of stock after 1,024 tokens, and {:.2f} after 4,096".format(*by_bytes) in SPEED

@@ -12,7 +12,7 @@ from benchmarks.correctness import Check
 from benchmarks.time_and_memory import Limits
 from hf_neural_attention import use_backend
 from tools.own_process import in_own_process
-from tools.peak_memory import peak_memory
+from tools.peak_memory import peak_memory, return_large_tensors
 from tools.timing_by_turns import Runner, Spread, ratio_of
 from training.arms import Arm
 from training.model_families import GPT2
@@ -98,6 +98,7 @@ def check_module(name: str) -> Check:
 
 
 def own_peak_bytes(name: str, length: int, phase: str) -> int:
+    return_large_tensors()
     warm_up = module_runner(name, CHECKED_LENGTH, phase)
     warm_up.run(None)  # keeps libraries and threads from being counted
     runner = module_runner(name, length, phase)

@@ -348,8 +348,9 @@ def pair_bytes(entry: Entry) -> int:
     provider, case = entry
     itemsize = DTYPES[case.dtype].itemsize
     if provider in ("literal", "reference"):
-        # counts the two repeated projections, their concatenation and linear1's output; backward adds two gradients
-        numbers = 5 * case.proj_dim + (4 * case.proj_dim if case.has_gradients else 0) + 3
+        # counts the two repeated projections, their concatenation and the hidden layers; backward adds two gradients
+        first, second = case.hidden_dims or (case.proj_dim, 0)
+        numbers = 4 * case.proj_dim + first + second + (2 * (case.proj_dim + first) if case.has_gradients else 0) + 3
     elif provider == "eager" or (provider == "sdpa" and case.dropout > 0):
         numbers = 8 if case.has_gradients else 4
     else:

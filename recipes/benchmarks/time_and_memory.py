@@ -1,8 +1,6 @@
 """Measures the entries that are right: their time by turns; memory and first use in processes of their own."""
 
-import ctypes
 import os
-import sys
 import tempfile
 import time
 from collections.abc import Mapping
@@ -15,7 +13,7 @@ from benchmarks.cases import Case, Entry, draw_inputs, make_runner, reason_again
 from benchmarks.correctness import Check, Checker
 from hf_neural_attention.ops.native_build import BuildError, load_library
 from tools.own_process import in_own_process
-from tools.peak_memory import peak_memory
+from tools.peak_memory import peak_memory, return_large_tensors
 from tools.timing_by_turns import Name, Runner, time_by_turns
 
 
@@ -72,8 +70,7 @@ def time_entries(entries: list[Entry], checker: Checker, limits: Limits) -> dict
 def own_peak_bytes(entry: Entry) -> int:
     """`peak_bytes` of this very process."""
     provider, case = entry
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(-3, 1 << 16)  # sets M_MMAP_THRESHOLD, in bytes: larger tensors go back to the system when freed
+    return_large_tensors()
     if case.phase == "backward":
         case = replace(case, phase="both")
     small = replace(case, length=16)

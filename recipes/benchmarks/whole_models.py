@@ -120,7 +120,7 @@ def check_step(model: Any, batch: dict[str, Any], device: str) -> Check:
         allowed = 2 * usual + torch.finfo(ours[name].dtype).eps * expected.norm().item()
         if not error <= allowed:
             return Check(False, f"does not match the reference (error of {name} {error:.3g}, allowed {allowed:.3g})")
-    return Check(True, "logits and gradient")
+    return Check(True, "logits and gradient, without dropout")
 
 
 def training_runner(model: Any, batch: dict[str, Any], device: str) -> Runner:

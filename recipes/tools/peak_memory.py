@@ -5,6 +5,7 @@ that; elsewhere there is only the most of its whole life. The standard library's
 it cannot be reset, and a process inherits it from the one that started it.
 """
 
+import ctypes
 import gc
 import re
 import sys
@@ -25,6 +26,13 @@ class Peak:
     """The most that was held at once, beyond what was held before, in bytes."""
 
     size: int = 0
+
+
+def return_large_tensors() -> None:
+    """Lets what is freed go back to the system, in this process from now on: glibc keeps ever larger pieces, which would then
+    count for less when they are taken again."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(-3, 1 << 16)  # sets M_MMAP_THRESHOLD, in bytes
 
 
 @contextmanager

@@ -351,9 +351,9 @@ def test_steps_of_whole_models(monkeypatch):
         assert [row["attention"] for row in rows] == list(ATTENTIONS) * 3
         assert all(row["turns"] == 2 and row["seconds"] > 0 for row in rows)
         assert [row["to_stock"] for row in rows[:: len(ATTENTIONS)]] == [1.0] * 3
-        assert {row["note"] for row in rows} == {"", "logits and gradient"}
+        assert {row["note"] for row in rows} == {"", "logits and gradient, without dropout"}
     rows = list(measure_steps(VIT_BASE, "cpu", QUICK, 2, (0.0,), False, attentions=(STOCK, COMPACT), **TINY_VIT))
-    assert [row["note"] for row in rows] == ["", "logits and gradient"] and rows[1]["attention"] == COMPACT
+    assert [row["note"] for row in rows] == ["", "logits and gradient, without dropout"] and rows[1]["attention"] == COMPACT
     spoil(monkeypatch, FASTEST, lambda output: output * 1.01)
     rows = list(measure_steps(GPT2_124M, "cpu", QUICK, 2, (0.0,), False, **TINY_GPT2))
     assert "seconds" in rows[0] and not any("seconds" in row for row in rows[1:])

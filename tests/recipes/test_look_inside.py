@@ -42,6 +42,18 @@ def test_of_a_patched_language_model(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("is_compact", (False, True), ids=("whole", "compact"))
+def test_scorers_without_a_network_have_no_health(tmp_path, monkeypatch, is_compact):
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    fields = {"neural_layers": "all", "neural_mode": "thin", "neural_compact": is_compact}
+    config = NeuralViTConfig(**sizes, image_size=16, patch_size=4, **fields)
+    NeuralViTForImageClassification(config).save_pretrained(tmp_path / "model")
+    ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(tmp_path / "model")
+    PIL.Image.fromarray(torch.randint(256, (20, 24, 3), dtype=torch.uint8).numpy()).save(tmp_path / "i.png")
+    look(monkeypatch, tmp_path / "model", "--image", tmp_path / "i.png", "--output", tmp_path / "pictures/a")
+    assert sorted(path.name for path in (tmp_path / "pictures").iterdir()) == ["a-attention.png", "a-surface.png"]
+
+
+@pytest.mark.parametrize("is_compact", (False, True), ids=("whole", "compact"))
 def test_of_an_image_classifier(tmp_path, monkeypatch, is_compact):
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
     config = NeuralViTConfig(**sizes, image_size=16, patch_size=4, neural_layers="all", neural_compact=is_compact)

@@ -77,6 +77,8 @@ def checkpoints(tmp_path_factory):
     return folder
 
 
-def test_the_sizes_of_a_llama_are_those_of_its_tensors():
-    model = LlamaForCausalLM(LlamaConfig(hidden_size=16, num_hidden_layers=1, vocab_size=10, num_attention_heads=2))
+@pytest.mark.parametrize("tied", (False, True))
+def test_the_sizes_of_a_llama_are_those_of_its_tensors(tied: bool):
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "vocab_size": 10, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, tie_word_embeddings=tied))
     assert quantize.size_of(model) == 4 * sum(parameter.numel() for parameter in model.parameters())
