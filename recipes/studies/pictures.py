@@ -40,7 +40,8 @@ def draw_curves(study: Study, found: Results, rows: list[dict[str, Any]], path: 
     """Training loss less that of the arm that it is compared with, batch for batch the same, mean over seeds; of arms with as
     many steps."""
     panels = compared_with(study, rows)
-    figure, axes = panels_of(list(panels), [1] * len(panels), (8, 1 + 3.5 * max(1, len(panels))))
+    heights = [max(3.5, 0.17 * len(arms)) for arms in panels.values()]  # in inches; has room for the names of all arms
+    figure, axes = panels_of(list(panels), heights, (8, 1 + max(3.5, sum(heights))))
     for axis, arms in zip(axes, panels.values(), strict=False):
         for number, (arm, base) in enumerate(arms.items()):
             if SAME_TIME in study.arms[arm]:
@@ -68,7 +69,7 @@ def save(figure: Figure, path: Path) -> None:
     figure.savefig(path, dpi=120, metadata={"Software": None})  # leaves out a version that would make equal pictures differ
 
 
-def panels_of(titles: list[str], heights: list[int], size: tuple[float, float]) -> tuple[Figure, list[Any]]:
+def panels_of(titles: list[str], heights: list[int] | list[float], size: tuple[float, float]) -> tuple[Figure, list[Any]]:
     """One panel below the other, of these heights."""
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots(max(1, len(titles)), 1, squeeze=False, height_ratios=heights or None)[:, 0]
