@@ -125,9 +125,8 @@ def main() -> None:
             "attention": draw_maps(maps, tokens) if image is None else draw_maps_over(maps, image, grid),
             "surface": draw_surfaces(model, inputs, arguments.head),
         }
-        if any(
-            scorer.mode != "thin" for *_, scorer in neural_layers(model)
-        ):  # thin scorers are dot products, of which none can be dead
+        # leaves out thin scorers, which are dot products: none can be dead
+        if any(scorer.mode != "thin" for *_, scorer in neural_layers(model)):
             health = analysis.scorer_health(model, **inputs)
             print(health)
             pictures["health"] = draw_health(health)
