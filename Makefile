@@ -120,6 +120,6 @@ release: lint types ## Do everything of a release but the upload, for which it p
 	.ci/release
 
 clean: ## Remove .venv, caches and built files (trained models in runs/ stay)
-	rm -rf .venv .venv-oldest .venv-newest .venv-clients .venv-demo .coverage .coverage.* build dist site
+	rm -rf .venv .venv-oldest .venv-newest .venv-clients .venv-demo .venv-gpu .coverage .coverage.* build dist site
 	rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis *.egg-info
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

@@ -1,4 +1,7 @@
-"""Perplexity and accuracy as `evaluate` modules that are part of this package, so that none is fetched from a network."""
+"""Perplexity and accuracy as `evaluate` modules that are part of this package, so that none is fetched from a network.
+
+They need the extra `recipes` (`pip install 'hf_neural_attention[recipes]'`), which brings evaluate, datasets and scikit-learn.
+"""
 
 import math
 

@@ -3,7 +3,7 @@
     python recipes/study.py recipes/studies/text-small.yaml --results model_cards/studies/text
     python recipes/study.py recipes/studies/text-small.yaml --results model_cards/studies/text --report_only
     python recipes/study.py STUDY --results FOLDER --report_only --pages docs/results.md
-    python recipes/study.py STUDY --launcher "accelerate launch --config_file CONFIG"
+    python recipes/study.py STUDY --results FOLDER --launcher "accelerate launch --config_file CONFIG"
 
 A study is a YAML file:
 

@@ -1,11 +1,16 @@
-"""Shared by all tests: no network, and what torch and Transformers are about to drop is an error."""
+"""Shared by all tests: no network, no file in a user's caches, and what torch and Transformers are to drop is an error."""
 
 import os
+import tempfile
 
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+if "PYTEST_XDIST_WORKER" not in os.environ:  # leaves workers what the process that starts them has, and removes at its end
+    CACHES = tempfile.TemporaryDirectory(prefix="hf_neural_attention-tests-", ignore_cleanup_errors=True)
+    os.environ["HF_DATASETS_CACHE"] = os.path.join(CACHES.name, "datasets")
+    os.environ["HF_MODULES_CACHE"] = os.path.join(CACHES.name, "modules")
 
 import logging
 from collections.abc import Iterator

@@ -25,8 +25,6 @@ OF_THE_SAME_STEP = {
     "learning_rate",
     "max_steps",
     "neural_init",
-    "score_spread",
-    "score_spread_layers",
     "scorer_learning_rate",
     "scorer_weight_decay",
 }
@@ -112,8 +110,10 @@ class Study:
         return Arm(self.arms[arm]["attention"])
 
     def timed_as(self, arm: str) -> str:
-        """The first arm whose steps are the same: rates, decay and start of scorers and scores, and the number of steps
-        change none."""
+        """The first arm whose steps are the same: rates, decay, the start of scorers and the number of steps change none.
+
+        How scores start may: a saturated softmax leaves subnormal numbers, with which processors are slow.
+        """
 
         def model(name: str) -> dict[str, Any]:
             return {key: value for key, value in self.settings(name).items() if key not in OF_THE_SAME_STEP}

@@ -71,7 +71,7 @@ def test_models_without_maps_are_refused():
 @pytest.mark.parametrize("padded", (False, True))
 def test_dot_product_maps(padded: bool):
     """A new residual layer computes the dot product: its own attention is that of the dot product, until it is trained."""
-    model, inputs = patch(FAMILIES["llama"].model(), "all", proj_dim=4), FAMILIES["llama"].inputs()
+    model, inputs = patch(FAMILIES["llama"].model(), "all", proj_dim=4), FAMILIES["llama"].inputs(padded=False)
     if padded:
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
         inputs["attention_mask"][0, 5:] = 0
@@ -284,7 +284,7 @@ def test_the_callback_warns_again_when_more_heads_die(caplog):
 def test_health_is_that_of_the_weights_that_the_model_has(mode: str, masked: bool):
     """Entropy by hand from the maps, under padding and autocast."""
     model = liven(patch(FAMILIES["llama"].model(), "all", mode=mode, proj_dim=4))
-    inputs = FAMILIES["llama"].inputs()
+    inputs = FAMILIES["llama"].inputs(padded=False)
     if masked:
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
         inputs["attention_mask"][0, :5] = 0  # pads on the left

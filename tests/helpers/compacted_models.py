@@ -17,6 +17,7 @@ SETTINGS = {
     "shared": {"hidden_dims": (4, 2)},
     "per head": {"hidden_dims": (3, 2), "per_head": True},  # fills no whole number of heads
     "paper": {"proj_dim": 5, "init": "paper"},
+    "thin": {"mode": "thin", "proj_dim": 4},
 }
 every_setting = pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 folded_families = pytest.mark.parametrize("family", [FAMILIES[name] for name in FOLDED], ids=FOLDED)
@@ -31,7 +32,8 @@ def neural(
 ) -> Any:
     """A patched model whose scorers have learned something, their biases too."""
     torch.manual_seed(0)
-    model = patch(family.model(implementation), layers, mode="replace", **({"hidden_dims": (4, 2)} | settings))
+    defaults = {} if settings.get("mode") == "thin" else {"hidden_dims": (4, 2)}
+    model = patch(family.model(implementation), layers, **({"mode": "replace"} | defaults | settings))
     with torch.no_grad():
         for scorer in scorers(model):
             for parameter in scorer.parameters():

@@ -34,7 +34,8 @@ def test_assistants(implementation: str, assistant_is_neural: bool, fields: dict
 def test_sampling_with_an_assistant(implementation: str):
     model, inputs = neural(attn_implementation=implementation, neural_layers="all"), one_prompt()
     arguments = {"do_sample": True, "assistant_model": neural(n_layer=1)}
-    assert torch.equal(generate(model, inputs, **arguments), generate(model, inputs, **arguments))
+    assert torch.equal(generate(model, inputs, **arguments), generate(model, inputs, **arguments)), "the same seed"
+    assert torch.equal(generate(model, inputs, top_k=1, **arguments), generate(model, inputs)), "one token to choose from"
 
 
 @eager_and_sdpa

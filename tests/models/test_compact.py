@@ -47,6 +47,7 @@ WHOLE_FIELDS = {
     "odd": {"neural_layers": "all", "neural_hidden_dims": [3, 5], "neural_per_head": True},
     "wider than a head": {"neural_layers": "all", "neural_hidden_dims": [32, 8]},
     "per head": {"neural_layers": [0, 2], "neural_per_head": True, "neural_proj_dim": 4},
+    "thin": {"neural_layers": "all", "neural_proj_dim": 4, "neural_mode": "thin"},
 }
 whole_fields = pytest.mark.parametrize("fields", WHOLE_FIELDS.values(), ids=WHOLE_FIELDS)
 

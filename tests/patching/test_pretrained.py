@@ -95,7 +95,9 @@ def test_auto_classes_load_every_family(family: Family, settings: dict, tmp_path
     assert not info["missing_keys"] and not info["unexpected_keys"]
     for loaded in (by_name, by_auto):
         assert torch.equal(run(loaded, **inputs), run(model, **inputs)) and patch_status(loaded) == patch_status(model)
-        assert saved(loaded, tmp_path / "again") and torch.equal(run(from_pretrained(folder), **inputs), run(model, **inputs))
+        assert saved(loaded, tmp_path / "again") and torch.equal(
+            run(from_pretrained(tmp_path / "again"), **inputs), run(model, **inputs)
+        )
 
 
 def test_auto_classes_take_arguments_and_parts_of_a_model(tmp_path: Path):

@@ -11,6 +11,8 @@ from transformers import (
     AutoModelForImageClassification,
     GPT2Config,
     LlamaConfig,
+    MarianConfig,
+    MarianForCausalLM,
     Trainer,
     TrainingArguments,
 )
@@ -185,17 +187,29 @@ def test_a_trained_checkpoint_has_a_config_of_its_own():
         check_one_source("x", arguments)
 
 
+def marian_decoder() -> MarianForCausalLM:
+    """Without dropout, so that its loss is the same in training."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 99, "d_model": 16, "decoder_layers": 1, "decoder_attention_heads": 2, "decoder_ffn_dim": 32}
+    return MarianForCausalLM(MarianConfig(**sizes, dropout=0.0, max_position_embeddings=32, is_decoder=True, pad_token_id=0))
+
+
 def test_the_loss_is_that_of_the_next_token(tmp_path: Path):
-    """Of a Marian decoder and of a Llama, through Trainer, alone and accumulated."""
+    """Through Trainer, alone and accumulated: of families whose own loss it is, with it and without, and of a Marian decoder,
+    whose own loss is of the same token."""
     rows = [
         {"input_ids": ids, "labels": ids} for ids in torch.randint(3, 98, (8, 9), generator=torch.Generator().manual_seed(0))
     ]
     for accumulated in (1, 2):
-        for family, fields in (("llama", {}), ("opt", {})):
-            model = FAMILIES[family].model(**fields).train()
-            assert predicts_the_next_token(model, family) and model.training
-            grown = []
-            for more in ({}, {"compute_loss_func": loss_of_the_next_token}):
+        for family in ("llama", "opt", "marian"):
+            model = (marian_decoder() if family == "marian" else FAMILIES[family].model()).train()
+            own = predicts_the_next_token(model, family)
+            assert model.training and own == (family != "marian")
+            tokens = torch.stack([row["labels"] for row in rows])
+            with torch.no_grad():
+                logits = model(input_ids=tokens).logits
+            expected = torch.nn.functional.cross_entropy(logits[:, :-1].mT, tokens[:, 1:]).item()
+            for more in ({}, {"compute_loss_func": loss_of_the_next_token})[not own :]:
                 trained = copy.deepcopy(model)
                 arguments = TrainingArguments(
                     str(tmp_path),
@@ -209,8 +223,7 @@ def test_the_loss_is_that_of_the_next_token(tmp_path: Path):
                 )
                 trainer = Trainer(trained, arguments, train_dataset=rows, **more)
                 trainer.train()
-                grown.append(trainer.state.log_history[0]["loss"])
-            assert grown[0] == pytest.approx(grown[1], rel=1e-4)
+                assert trainer.state.log_history[0]["loss"] == pytest.approx(expected, rel=1e-4)
     logits, labels = torch.randn(2, 5, 7), torch.randint(0, 7, (2, 5))
     alone = loss_of_the_next_token({"logits": logits}, labels)
     assert loss_of_the_next_token({"logits": logits}, labels, 16) == pytest.approx(alone.item() / 2)

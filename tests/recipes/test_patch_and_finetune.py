@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import (
     AutoModelForImageClassification,
     GPT2Tokenizer,
@@ -61,9 +62,10 @@ def test_text(tmp_path: Path):
     card = (tmp_path / "cards/patched.md").read_text()
     assert "stage by stage" in card and "hf_neural_attention.from_pretrained" in card and "Calibration: KL" in card
 
-    tuned = from_pretrained(tmp_path / "run/neural")
-    ids = torch.arange(20)[None]
-    assert torch.equal(tuned(ids).logits, from_pretrained(tmp_path / "run/neural").eval()(ids).logits)
+    tuned, saved = from_pretrained(tmp_path / "run/neural"), load_file(tmp_path / "run/neural/model.safetensors")
+    assert any("scorer" in name for name in saved) and not tuned.training
+    state = tuned.state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in saved.items())
     record = json.loads((tmp_path / "run/neural/results.json").read_text())
     assert record["scorer_parameters"] > 0 and record["steps"] == 4
     # leaves no patch behind, whose scorers would fit no weights but those that were tuned with them

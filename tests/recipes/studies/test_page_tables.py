@@ -8,7 +8,9 @@ import study as script
 from studies.page_tables import has_tables, with_new_tables
 from studies.report import summary
 from studies.results import load_results, summarize
+from studies.study_file import COSTS
 from tests.helpers.study_records import costs_of, make_study, write_results
+from tools.json_files import write_json
 
 
 HEAD = """| n | seeds | m | difference to `dot` | 95 % interval | |
@@ -101,6 +103,22 @@ def test_an_arm_that_has_not_run_is_refused_and_no_page_changed(arm, old, new, t
     assert (tmp_path / "good.md").read_text() == PAGE and (tmp_path / "bad.md").read_text() == page
     with pytest.raises(SystemExit, match=r"No table or figure of n is in .*other\.md: see recipes/studies/page_tables\.py"):
         script.write_tables({tmp_path / "other.md": "Text."}, study, tmp_path)
+
+
+def test_every_page_is_written_anew(tmp_path):
+    study = make_study()
+    write_results(study, tmp_path, {"dot": [1.0], "first layer": [2.0]})
+    write_json(tmp_path / COSTS, costs_of(study))
+    texts = {tmp_path / "a.md": PAGE, tmp_path / "b.md": "It is <!-- n: first layer -->?\n", tmp_path / "c.md": "Text.\n"}
+    for path, text in texts.items():
+        path.write_text(text)
+    script.write_tables(dict(texts), study, tmp_path)
+    found, costs = load_results(study, tmp_path), costs_of(study)
+    assert {path: path.read_text() for path in texts} == {
+        path: with_new_tables(text, study, found, costs) for path, text in texts.items()
+    }
+    assert (tmp_path / "b.md").read_text() == "It is <!-- n: first layer -->2.000\n"
+    assert (tmp_path / "c.md").read_text() == "Text.\n" and (tmp_path / "a.md").read_text() != PAGE
 
 
 def test_a_page_that_is_not_there_is_refused_before_anything_runs(tmp_path, monkeypatch):
