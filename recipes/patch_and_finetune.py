@@ -120,6 +120,11 @@ def build_model(arm: Arm, build: Build, neural: NeuralArguments, folder: Path, s
     set_seed(seed)  # draws the same new classifier, where there is one, before and after patching
     model = build()
     if not arm.is_neural:
+        if layers := len(patch_status(model)):
+            raise SystemExit(
+                f"The checkpoint has Neural Attention in {layers} layer(s): it is no dot product to compare with. "
+                "Take the stock checkpoint that it was made of, or go on training it with its own recipe."
+            )
         return model
     if (folder / CALIBRATED / "neural_patch.json").exists():
         return load_patch(model, folder / CALIBRATED)

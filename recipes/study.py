@@ -141,7 +141,8 @@ def run(study: Study, arm: str, seed: int, launcher: list[str], folder: Path, re
     comparison = json.loads((output / "comparison.json").read_text(encoding="utf-8"))
     where = comparison["environment"]  # reads that of the run's own processes
     asked = settings_of_run(json.loads((output / "run.json").read_text(encoding="utf-8"))) | {"processes": where["processes"]}
-    record = {"study": study.name, "arm": arm, "seed": seed, "settings": study.settings(arm)}
+    origin = {"recipe": study.recipe, "recipe_config": study.config}
+    record = {"study": study.name, **origin, "arm": arm, "seed": seed, "settings": study.settings(arm)}
     record |= {**finished, "run": asked, "environment": where}
     results.mkdir(parents=True, exist_ok=True)
     write_json(results / file_name(arm, seed), record)
@@ -199,9 +200,10 @@ def main() -> None:
     parser.add_argument("--time_only", action="store_true", help="Time a step of each arm, and run nothing.")
     parser.add_argument("--arms", nargs="+", help="Run these alone. Default: all of the study.")
     parser.add_argument("--seeds", nargs="+", type=int, help="Run these alone. Default: all of the study.")
-    parser.add_argument("--launcher", default=sys.executable, help="In place of python, as `accelerate launch ...`.")
+    parser.add_argument("--launcher", help="In place of python, as `accelerate launch ...`.")
     arguments, more = parser.parse_known_args()
-    study, results, launcher = Study.load(arguments.study), arguments.results, shlex.split(arguments.launcher)
+    study, results, launcher = Study.load(arguments.study), arguments.results, shlex.split(arguments.launcher or "")
+    launcher = launcher or [sys.executable]
     for name, given, known in (("arms", arguments.arms, study.arms), ("seeds", arguments.seeds, study.seeds)):
         if unknown := set(given or ()) - set(known):
             raise SystemExit(f"--{name} {' '.join(map(str, unknown))}: the study has {', '.join(map(str, known))}.")

@@ -1,6 +1,7 @@
 """The report on a study, from the JSON files in its folder alone: its tables, and beside them pictures and a model card."""
 
 import csv
+import math
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,7 @@ def markdown(study: Study, found: Results, rows: list[dict[str, Any]], where: di
         "their own. Intervals are of 95 %, by Student's t over seeds. From three seeds on, a word says what they show: of "
         "twenty arms without any effect, one is called better or worse on average.",
         figures(study, rows),
+        *diverged(study, found),
         f"Best by `{study.choose_by}`, of the arms with as many seeds as any other or with all of theirs: "
         f"**{best['arm']}** ({chosen.value(best[study.choose_by])}{chosen.unit}); its `{study.metric}` is "
         f"{form.value(best['mean'])}{form.unit}.",
@@ -115,6 +117,15 @@ def markdown(study: Study, found: Results, rows: list[dict[str, Any]], where: di
         "\n".join(f"- {arm}: `{fields}`" for arm, fields in study.arms.items()),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def diverged(study: Study, found: Results) -> list[str]:
+    """A sentence on runs whose figure is no number, if there are any."""
+    counts = {
+        arm: sum(not math.isfinite(each["metrics"][study.metric]) for each in runs.values()) for arm, runs in found.items()
+    }
+    named = [f"{count} of {len(found[arm])} of `{arm}`" for arm, count in counts.items() if count]
+    return [f"Runs that diverged, of which there is no figure: {', '.join(named)}."] if named else []
 
 
 def commits(found: Results) -> str:

@@ -83,12 +83,22 @@ def adopt_runs(study: Study, others: list[Path], folder: Path) -> list[str]:
             raise SystemExit(f"{other} has no finished run of a study.")
         for arm, seed in study.runs():
             target = folder / file_name(arm, seed)
-            same = [each for each in records if each["seed"] == seed and each["settings"] == study.settings(arm)]
+            same = [each for each in records if is_run_of(study, arm, seed, each)]
             if same and not target.exists():
                 folder.mkdir(parents=True, exist_ok=True)
                 write_json(target, same[0] | {"study": study.name, "arm": arm, "adopted_from": same[0]["study"]})
                 adopted.append(target.name)
     return adopted
+
+
+def is_run_of(study: Study, arm: str, seed: int, record: dict[str, Any]) -> bool:
+    """Whether a record of another study is of a run that this one asks for. None is where the number of steps hangs on times,
+    which each study measures for itself."""
+    asked = study.settings(arm)
+    # allows for records of before, which do not name their recipe
+    origin = {"recipe": study.recipe, "recipe_config": study.config}
+    alike = all(record.get(name, value) == value for name, value in origin.items())
+    return alike and record["seed"] == seed and record["settings"] == asked and SAME_TIME not in asked
 
 
 def check_alike(records: list[tuple[str, dict[str, Any]]]) -> None:
@@ -145,8 +155,8 @@ def differences(study: Study, found: Results, arm: str, base: str, metric: str |
 
 
 def interval(pairs: list[float]) -> tuple[float, float] | None:
-    """95 % interval of the mean of paired differences, by Student's t; None of fewer than two."""
-    if len(pairs) < 2:
+    """95 % interval of the mean of paired differences, by Student's t; None of fewer than two, and where a run diverged."""
+    if len(pairs) < 2 or not all(map(math.isfinite, pairs)):
         return None
     half = float(student.ppf(0.975, len(pairs) - 1)) * statistics.stdev(pairs) / len(pairs) ** 0.5
     mean = statistics.mean(pairs)
@@ -193,7 +203,7 @@ def summarize(study: Study, found: Results, costs: dict[str, Any]) -> list[dict[
                 "arm": arm,
                 "seeds": len(runs),
                 "mean": statistics.mean(values),
-                "std": statistics.stdev(values) if len(values) > 1 else None,
+                "std": statistics.stdev(values) if len(values) > 1 and all(map(math.isfinite, values)) else None,
                 **difference(study, found, arm, study.baseline),
                 **{name: mean_of(runs, name) for name in (study.choose_by, *study.also)},
                 "steps": first["steps"],
@@ -251,9 +261,11 @@ def best_row(study: Study, found: Results, rows: list[dict[str, Any]]) -> dict[s
 
     def figure(row: dict[str, Any]) -> float:
         pairs = differences(study, found, row["arm"], study.baseline, study.choose_by)
-        return mean_of(base, study.choose_by) + statistics.mean(pairs) if pairs else row[study.choose_by]
+        paired = mean_of(base, study.choose_by) + statistics.mean(pairs) if pairs else math.nan
+        return paired if math.isfinite(paired) else row[study.choose_by]
 
-    return (min if study.lower_is_better else max)(complete, key=figure)
+    finite = [row for row in complete if math.isfinite(figure(row))] or complete  # leaves out arms that diverged
+    return (min if study.lower_is_better else max)(finite, key=figure)
 
 
 def counterpart(study: Study, rows: list[dict[str, Any]], arm: str) -> dict[str, Any] | None:

@@ -1,5 +1,6 @@
 """A picture of what shapes of scorers are worth: error against what a pair of tokens, a key and a step cost."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ def cost_of(settings: dict[str, Any], size: int) -> dict[str, float]:
     if settings["attention"] == "dot":
         first, pair = size, 0 if settings.get("score_spread") == 0 else size
     elif settings.get("neural_mode") == "thin":
-        first = pair = settings["neural_proj_dim"]
+        first = pair = resolve_sizes(size, settings.get("neural_proj_dim"), "auto")[0]
     else:
         shape = settings.get("neural_hidden_dims", "auto")
         _, (first, second) = resolve_sizes(size, settings.get("neural_proj_dim"), shape)
@@ -60,7 +61,7 @@ def draw_shapes(study: Study, found: Results, rows: list[dict[str, Any]], path: 
     figure, form = Figure(figsize=(15, 5), layout="constrained"), form_of(study, rows, study.metric)
     places = []
     for row in rows:
-        if row["difference"] is None and row["arm"] != study.baseline:
+        if row["arm"] != study.baseline and (row["difference"] is None or not math.isfinite(row["difference"])):
             continue
         size = head_dim(next(iter(found[row["arm"]].values()))["run"])
         places.append({"arm": row["arm"], "error": form.factor * error_of(study, base, row), "step": row["relative_time"]})

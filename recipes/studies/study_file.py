@@ -91,6 +91,14 @@ class Study:
                     f"{arm!r} is to take the same time as {other!r}, which must be an arm with `max_steps` (or `flags` must "
                     "have them), whose number is scaled."
                 )
+            if other is not None and SAME_TIME in self.arms[other]:
+                return (
+                    f"{arm!r} is to take the same time as {other!r}, whose own steps are scaled: name the arm that it names."
+                )
+            if self.shapes and settings["attention"] != Arm.DOT and self.settings(arm).get("neural_layers") != "all":
+                return (
+                    f"{arm!r} has other than neural layers, whose costs a picture of shapes cannot show: `neural_layers: all`."
+                )
         return None
 
     def runs(self) -> list[tuple[str, int]]:

@@ -15,6 +15,12 @@ AT_LEAST = {
     "learning_rate": 0,
     "weight_decay": 0,
 }
+ROUNDED = "figures are of the weights that were trained, which it rounds first; --bf16 and --fp16 hold for evaluation, too."
+REFUSED = {
+    "auto_find_batch_size": "where memory runs out it goes on with smaller batches, so models would not be trained alike.",
+    "bf16_full_eval": ROUNDED,
+    "fp16_full_eval": ROUNDED,
+}
 BY_WHAT_IS_MEASURED = ("reduce_lr_on_plateau", "greedy")  # schedules that have no rates of their own
 
 
@@ -45,6 +51,9 @@ def check_training(training: TrainingArguments, neural: NeuralArguments, measure
             "--save_only_model: a run resumes from its last checkpoint by itself, for which it needs the optimiser's state. "
             "Leave it out; --save_total_limit 1 keeps a single checkpoint."
         )
+    for name in ("auto_find_batch_size", "bf16_full_eval", "fp16_full_eval"):
+        if getattr(training, name):
+            raise SystemExit(f"--{name}: {REFUSED[name]} Leave it out.")
     if neural.score_spread_layers is not None and neural.score_spread is None:
         raise SystemExit("--score_spread_layers says for which layers --score_spread is: give both, or neither.")
     if neural.score_spread == 0 and Arm.NEURAL in neural.arms and neural.layers() != []:

@@ -60,7 +60,7 @@ def load_processor(checkpoint: str) -> BaseImageProcessor:
 def check_sizes(
     image: ImageArguments, checkpoint: str, config: PreTrainedConfig, model_class: Any, processor: BaseImageProcessor
 ) -> None:
-    """Whether a checkpoint takes images of the size to which they are resized, and does not resize them again.
+    """Whether a checkpoint takes images of the size to which they are resized.
 
     Raises:
         SystemExit: if it was made for another size, or its image processor makes another.

@@ -111,7 +111,9 @@ def read_image_folder(folder: Path) -> DatasetDict:
     found = {ALIASES.get(part.name, part.name): part for part in sorted(folder.iterdir()) if part.is_dir()}
     # reads them one by one, since one without classes, as of hidden labels, would take the others' classes with it
     parts: dict[str, Any] = {
-        split: {"data_files": f"{escape(str(found[split]))}/**", "split": "train"} for split in SPLITS if split in found
+        split: {"data_files": f"{escape(str(found[split]))}/**", "split": "train", **labels_of_one_class(found[split])}
+        for split in SPLITS
+        if split in found
     }
     try:
         if "train" in parts:
@@ -121,6 +123,12 @@ def read_image_folder(folder: Path) -> DatasetDict:
         raise SystemExit(f"The folder {folder} has no train.parquet and no train/CLASS/*.png.") from None
     except (DatasetsError, ValueError) as error:
         raise SystemExit(f"The folder {folder} cannot be read: {in_one_line(cause_of(error))}") from None
+
+
+def labels_of_one_class(split: Path) -> dict[str, bool]:
+    """Asks for labels where there is one folder and nothing beside it, in which `imagefolder` sees no class unasked."""
+    inside = [path for path in split.iterdir() if not path.name.startswith(".")]
+    return {"drop_labels": False} if len(inside) == 1 and inside[0].is_dir() else {}
 
 
 def standard_columns(data: Dataset, split: str, arguments: ImageArguments) -> Dataset:

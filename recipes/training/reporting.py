@@ -1,5 +1,6 @@
 """Tables, pictures and model cards from the results of a run, and from nothing else."""
 
+import math
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -68,7 +69,7 @@ def comparison_table(results: Results, task: Task) -> str:
         if all(name in results[arm] for arm in arms):  # records of before have none of these
             add(meaning, [results[arm][name] for arm in arms], in_bytes)
     add("training steps", [results[arm]["steps"] for arm in arms], lambda value: f"{value:,}")
-    if len(arms) > 1:
+    if all("seconds_in_turn" in results[arm] for arm in arms):
         label = f"seconds per step, {task.step}, timed by turns"
         add(label, [results[arm]["seconds_in_turn"] for arm in arms], lambda value: f"{value:.3f}")
     add("training minutes", [results[arm]["train_seconds"] / 60 for arm in arms], lambda value: f"{value:.1f}")
@@ -87,11 +88,12 @@ def verdict(results: Results, task: Task) -> str:
         return "One model was trained; nothing is compared."
     beside = [(difference(results, task, Arm.NEURAL, arm), arm.noun) for arm in results if not arm.is_neural]
     more = "".join(f", and {amount} compared with {noun}" for amount, noun in beside[1:])
-    time_ratio = results[Arm.NEURAL]["seconds_in_turn"] / results[Arm.DOT]["seconds_in_turn"]
+    times = [results[arm]["seconds_in_turn"] for arm in (Arm.NEURAL, Arm.DOT) if "seconds_in_turn" in results[arm]]
+    took = f"; a training step took {times[0] / times[1]:.2f} times as long" if len(times) == 2 else ""
     what = task.metrics[task.main_metric].capitalize()
     return (
-        f"{what} is {beside[0][0]} with Neural Attention, compared with {beside[0][1]}{more}; a training step took "
-        f"{time_ratio:.2f} times as long. This is one run of each with one seed: it shows neither the spread between seeds "
+        f"{what} is {beside[0][0]} with Neural Attention, compared with {beside[0][1]}{more}{took}. "
+        "This is one run of each with one seed: it shows neither the spread between seeds "
         "nor what happens at other sizes."
     )
 
@@ -99,6 +101,8 @@ def verdict(results: Results, task: Task) -> str:
 def difference(results: Results, task: Task, arm: Arm, other: Arm) -> str:
     """Of the main metric of an arm to another's, in words."""
     ours, theirs = (results[each]["metrics"][task.main_metric] for each in (arm, other))
+    if not math.isfinite(ours) or not math.isfinite(theirs):
+        return "no number, since training diverged,"
     size = abs(ours - theirs) / (1 if task.is_accuracy else theirs)
     if size < 0.0005:
         return "the same (to one in a thousand)"

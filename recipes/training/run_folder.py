@@ -22,8 +22,8 @@ from tools.json_files import write_json
 RESULTS = "results.json"
 STAGES = "stages.json"
 
-# Lists arguments that may change between parts of one run, as they do not change what is learned, unless the best checkpoint
-# is kept (`load_best_model_at_end`). The times of evaluation do, since it draws from the generator that dropout uses.
+# Lists arguments that may change between parts of one run, as they do not change what is learned. The times of evaluation do,
+# since it draws from the generator that dropout uses.
 FREE_ARGUMENTS = {
     "attention",
     "card",
@@ -37,10 +37,9 @@ FREE_ARGUMENTS = {
     "per_device_eval_batch_size",
     "push_to_hub",
     "resume_from_checkpoint",
-    "save_steps",
-    "save_strategy",
-    "save_total_limit",
 }
+# Lists those that are free unless the best checkpoint is kept, which they then choose among others
+CHECKPOINTS = {"save_steps", "save_strategy", "save_total_limit"}
 
 
 def claim_folder(folder: Path, settings: dict[str, Any]) -> None:
@@ -49,12 +48,13 @@ def claim_folder(folder: Path, settings: dict[str, Any]) -> None:
     Raises:
         SystemExit: naming what differs, if the folder holds a run with other settings or files of something else.
     """
-    settings = {name: value for name, value in settings.items() if name not in FREE_ARGUMENTS}
+    free = FREE_ARGUMENTS | (set() if settings.get("load_best_model_at_end") else CHECKPOINTS)
+    settings = {name: value for name, value in settings.items() if name not in free}
     record = folder / "run.json"
     begun = any(any(folder.glob(pattern)) for pattern in ("*/checkpoint-*", f"*/{RESULTS}", STAGES))
     if record.exists() and begun:
         earlier = json.loads(record.read_text(encoding="utf-8"))
-        names = sorted({*settings, *earlier} - FREE_ARGUMENTS)
+        names = sorted({*settings, *earlier} - free)
         different = [name for name in names if settings.get(name) != earlier.get(name)]
         if different:
             lines = [f"  {name}: {earlier.get(name)!r} there, {settings.get(name)!r} now" for name in different]
@@ -71,11 +71,23 @@ def claim_folder(folder: Path, settings: dict[str, Any]) -> None:
 
 
 def settings_of(*arguments: Any) -> dict[str, Any]:
-    """Every argument by name, as JSON can hold it."""
+    """Every argument by name, as JSON can hold it, and what the launcher decides in their place: the precision, and the number
+    of processes or GPUs where there are several."""
     settings: dict[str, Any] = {}
     for group in arguments:
-        settings |= group.to_dict() if isinstance(group, TrainingArguments) else dataclasses.asdict(group)
+        settings |= (
+            group.to_dict() | of_the_launcher(group) if isinstance(group, TrainingArguments) else dataclasses.asdict(group)
+        )
     return json.loads(json.dumps(settings, default=str))
+
+
+def of_the_launcher(training: TrainingArguments) -> dict[str, Any]:
+    """What `accelerate launch` sets without an argument that says so."""
+    shares = training.world_size * max(1, training.n_gpu)
+    found: dict[str, Any] = {name: training.mixed_precision == name for name in ("bf16", "fp16")}
+    if training.mixed_precision not in ("no", *found):
+        found["mixed_precision"] = training.mixed_precision
+    return found if shares == 1 else found | {"batches_at_once": shares}
 
 
 def check_all_see(folder: Path, state: str) -> None:

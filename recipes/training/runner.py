@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from transformers import TrainerCallback, set_seed
 from transformers.trainer_callback import ExportableState
 
@@ -68,15 +69,26 @@ def run(experiment: Experiment, arms: tuple[Arm, ...]) -> Results:
             initial_model(experiment, arm)
     try:
         results = {arm: run_arm(experiment, arm) for arm in arms}
-    except OSError as error:  # catches a full disk, for instance
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if not is_of_the_disk(error):
+            raise
         raise SystemExit(
             f"{error}\nThe same command goes on from the last checkpoint in {experiment.folder} that is whole."
         ) from error
     if len(arms) > 1 and training.should_save:
-        steps = {arm: training_step(experiment, arm) for arm in arms}
-        for arm, seconds in time_by_turns(steps, TIMED_TURNS).items():
-            results[arm]["seconds_in_turn"] = statistics.median(seconds)
+        try:
+            steps = {arm: training_step(experiment, arm) for arm in arms}
+            for arm, seconds in time_by_turns(steps, TIMED_TURNS).items():
+                results[arm]["seconds_in_turn"] = statistics.median(seconds)
+        except torch.OutOfMemoryError:
+            say("Note: the models do not fit into memory beside each other, so their steps are not timed by turns.")
     return results
+
+
+def is_of_the_disk(error: Exception) -> bool:
+    """Whether something could not be read or written, a disk being full for instance: torch and safetensors have errors of
+    their own for that."""
+    return not isinstance(error, RuntimeError) or "PytorchStreamWriter" in str(error) or "inline_container" in str(error)
 
 
 def run_arm(experiment: Experiment, arm: Arm) -> dict[str, Any]:

@@ -3,7 +3,8 @@
 from typing import Any
 
 import torch
-from accelerate.utils import send_to_device
+from accelerate.utils import DynamoBackend, send_to_device
+from transformers import TrainingArguments
 
 from tools.timing_by_turns import Runner
 from training.arms import Arm
@@ -19,6 +20,10 @@ def training_step(experiment: Experiment, arm: Arm, whole: bool = False, fewest_
     training = experiment.training
     model: Any = experiment.initial_model(arm)
     trainer = experiment.trainer(arm, model)
+    checkpoint_activations(model, training)
+    plugin = trainer.accelerator.state.dynamo_plugin
+    if plugin.backend != DynamoBackend.NO:
+        model.compile(**plugin.to_kwargs())
     model.to(training.device).train()  # moves it, since Trainer leaves that to what shards models, if there is such a thing
     optimizer = trainer.create_optimizer() if whole else None
     batch = send_to_device(experiment.first_batch("train_dataset", training.per_device_train_batch_size), training.device)
@@ -35,3 +40,13 @@ def training_step(experiment: Experiment, arm: Arm, whole: bool = False, fewest_
             optimizer.zero_grad()
 
     return Runner(step, fewest_calls=fewest_calls, device=training.device.type)
+
+
+def checkpoint_activations(model: Any, training: TrainingArguments) -> None:
+    """As Trainer does once it trains, if that is asked for: a step takes longer then."""
+    # looks for the name of Transformers before 5.23 as well
+    name = next(each for each in ("activation_checkpointing", "gradient_checkpointing") if hasattr(training, each))
+    if getattr(training, name):
+        given = dict(getattr(training, f"{name}_kwargs") or {})
+        own = {key: given.pop(key) for key in ("every_n_layers", "offload") if key in given}
+        getattr(model, f"{name}_enable")(**{f"{name}_kwargs": given or None}, **own)

@@ -5,11 +5,31 @@ import json
 import pytest
 
 from studies.report import CARD, report, summary
-from studies.results import compared_with, difference, interval, is_same, load_results, summarize, verdict
+from studies.results import adopt_runs, compared_with, difference, interval, is_same, load_results, summarize, verdict
 from studies.score_pictures import first_layer, points
 from studies.shape_pictures import cost_of, error_of, pareto_front
 from studies.study_file import COSTS, file_name
 from tests.helpers.study_records import change_run, costs_of, make_study, record_of, write_results
+
+
+@pytest.mark.parametrize("value", (float("nan"), float("inf")))
+def test_a_run_that_diverged_is_said_and_is_not_the_best(tmp_path, value):
+    study = make_study(choose_by="m")
+    write_results(study, tmp_path, {"dot": [1.0, 2.0, 3.0], "first layer": [0.5, value, 2.6]})
+    text = report(study, tmp_path)
+    assert "Runs that diverged, of which there is no figure: 1 of 3 of `first layer`." in text
+    assert "**dot**" in text and interval([1.0, value]) is None
+    write_results(study, tmp_path, {"dot": [1.0, value, 3.0], "first layer": [0.5, 1.4, 2.6]})
+    assert "**first layer**" in report(study, tmp_path)
+
+
+def test_runs_are_adopted_where_they_are_the_same(tmp_path):
+    study = make_study()
+    write_results(study, tmp_path / "other", {"dot": [1.0], "first layer": [2.0], "longer": [3.0]})
+    assert adopt_runs(study, [tmp_path / "other"], tmp_path / "own") == ["dot-0.json", "first-layer-0.json"], "by its own time"
+    record = record_of(study, "dot", 0, 1.0) | {"recipe": "recall.py"}
+    (tmp_path / "other" / "dot-0.json").write_text(json.dumps(record))
+    assert adopt_runs(study, [tmp_path / "other"], tmp_path / "another") == ["first-layer-0.json"]
 
 
 def test_figures_by_hand(tmp_path):

@@ -69,6 +69,13 @@ def test_studies_that_are_none(tmp_path):
     path.write_text(f"{{{given}, arms: {{a: {{attention: dot}}, b: {{attention: dot, same_time_as: c}}}}}}")
     with pytest.raises(SystemExit, match="'b' is to take the same time as 'c', which must be an arm"):
         Study.load(path)
+    chain = "a: {attention: dot}, b: {attention: dot, same_time_as: a}, c: {attention: dot, same_time_as: b}"
+    path.write_text(f"{{{given}, flags: {{max_steps: 9}}, arms: {{{chain}}}}}")
+    with pytest.raises(SystemExit, match="'c' is to take the same time as 'b', whose own steps are scaled"):
+        Study.load(path)
+    path.write_text(f"{{{given}, shapes: true, arms: {{a: {{attention: dot}}, b: {{attention: neural}}}}}}")
+    with pytest.raises(SystemExit, match="'b' has other than neural layers"):
+        Study.load(path)
     path.write_text(f"{{{given}, arms: {{a: }}}}")
     with pytest.raises(SystemExit, match="'a' must say `attention: dot` or `attention: neural`"):
         Study.load(path)

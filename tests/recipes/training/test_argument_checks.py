@@ -32,6 +32,9 @@ def arguments(tmp_path: Any, **given: Any) -> TrainingArguments:
         ({"gradient_accumulation_steps": 0}, "--gradient_accumulation_steps is 0"),
         ({"save_only_model": True}, "--save_only_model: a run resumes from its last checkpoint by itself"),
         ({"learning_rate": float("nan")}, "--learning_rate is nan; expected at least 0"),
+        ({"auto_find_batch_size": True}, "--auto_find_batch_size: where memory runs out it goes on with smaller batches"),
+        ({"bf16_full_eval": True}, "--bf16_full_eval: figures are of the weights that were trained"),
+        ({"fp16_full_eval": True}, "--fp16_full_eval: figures are"),
     ),
 )
 def test_arguments_of_training(tmp_path, given, message):

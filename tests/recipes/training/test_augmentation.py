@@ -6,12 +6,21 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset, Features, Image, Value
 from PIL import Image as PIL
 from torch.utils.data import DataLoader
-from transformers import ViTImageProcessorPil, default_data_collator
+from transformers import DeiTImageProcessorPil, ViTImageProcessorPil, default_data_collator
 
 from tests.helpers.pictures import random_pictures
-from training.augmentation import AUGMENTATIONS, AugmentedImages, CountEpochs, augment, random_resized_crop, shift_hue
+from training.augmentation import (
+    AUGMENTATIONS,
+    AugmentedImages,
+    CountEpochs,
+    augment,
+    pixels_of,
+    random_resized_crop,
+    shift_hue,
+)
 from training.images import ImageArguments, load_images
 from training.pixel_values import with_pixels
 
@@ -63,3 +72,17 @@ def test_variants_follow_from_seed_epoch_and_place():
     assert torch.equal(second, read(1, num_workers=2, persistent_workers=True))
     plain = with_pixels(data, processor, 16)[:]["pixel_values"]
     assert torch.equal(read(0, kind="none"), plain) and not torch.equal(first, plain)
+
+
+def test_processors_that_enlarge_and_crop_leave_images_whole():
+    """As DeiT's, whose middle of an enlarged image would have no border."""
+    image = random_pictures(1, side=16)[0]
+    stock = ViTImageProcessorPil(size={"height": 16, "width": 16})
+    sizes = {"size": {"height": 24, "width": 24}, "crop_size": {"height": 16, "width": 16}}
+    cropping = DeiTImageProcessorPil(**sizes, image_mean=stock.image_mean, image_std=stock.image_std)
+    expected = stock(image, return_tensors="pt")["pixel_values"]
+    assert not torch.equal(cropping(image, return_tensors="pt")["pixel_values"], expected)
+    assert torch.equal(pixels_of(image, cropping), expected)
+    data = Dataset.from_dict({"image": [image], "label": [0]}, features=Features({"image": Image(), "label": Value("int64")}))
+    assert torch.equal(with_pixels(data, cropping, 16)[:]["pixel_values"], expected)
+    assert torch.equal(AugmentedImages(data, cropping, "none", 16, seed=0)[0]["pixel_values"], expected[0])

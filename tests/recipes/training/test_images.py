@@ -70,6 +70,16 @@ def test_a_folder_of_images(tmp_path):
     assert images.splits["train"].num_rows == 27 and images.splits["test"].num_rows == 10
 
 
+def test_a_held_out_folder_may_have_one_class(tmp_path):
+    for index, image in enumerate(random_pictures(30)):
+        part = tmp_path / ("train" if index < 20 else "test") / ("dog" if index < 20 and index % 2 else "cat")
+        part.mkdir(parents=True, exist_ok=True)
+        image.save(part / f"{index}.png")
+    images = load_images(ImageArguments(dataset_name=str(tmp_path)), seed=0)
+    assert images.labels == ["cat", "dog"] and images.splits["train"].num_rows == 18
+    assert images.splits["test"]["label"] == [0] * 10
+
+
 def test_limits_draw_from_the_whole_split(tmp_path):
     folder = write_parquet(tmp_path, train=40, test=40)
     images = load_images(ImageArguments(dataset_name=folder, max_train_samples=10, max_eval_samples=8), seed=0)

@@ -43,6 +43,19 @@ def results(dot=20.0, neural=19.0):
     }
 
 
+def test_without_times_by_turns_none_are_said():
+    untimed = results()
+    for arm in untimed.values():
+        del arm["seconds_in_turn"]
+    assert "timed by turns" not in comparison_table(untimed, task()) and "a training step took" not in verdict(untimed, task())
+
+
+@pytest.mark.parametrize("value", (float("nan"), float("inf")))
+def test_a_run_that_diverged_is_called_so(value):
+    said = verdict(results(neural=value), task())
+    assert "Test perplexity is no number, since training diverged, with Neural Attention" in said and "better" not in said
+
+
 def test_the_table_has_a_column_per_arm_and_the_ratio():
     table = comparison_table(results(), task())
     assert "| test perplexity | 20 | 19 | 0.950 |" in table

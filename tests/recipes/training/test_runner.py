@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import TrainerCallback, TrainingArguments, ViTImageProcessorPil, default_data_collator
 
@@ -159,6 +160,28 @@ def test_a_timed_step_accumulates_gradients_as_training_does(tmp_path):
     experiment.build_model = counted
     training_step(experiment, Arm.DOT, whole=True).run(None)
     assert calls == [Arm.DOT] * 3
+
+
+def test_timed_steps_keep_activations_as_training_does(tmp_path):
+    experiment = make_experiment(tmp_path)
+    made, build = [], experiment.build_model
+    experiment.build_model = lambda arm: made.append(build(arm)) or made[-1]
+    training_step(experiment, Arm.DOT)
+    experiment.training.activation_checkpointing = True
+    training_step(experiment, Arm.DOT)
+    assert [model.is_gradient_checkpointing for model in made] == [False, True]
+
+
+def test_models_that_do_not_fit_beside_each_other_are_not_timed(tmp_path, monkeypatch, capsys):
+    def full(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("training.runner.time_by_turns", full)
+    experiment = make_experiment(tmp_path)
+    experiment.training.max_steps = 1
+    results = run(experiment, BOTH)
+    assert not any("seconds_in_turn" in results[arm] for arm in BOTH)
+    assert "their steps are not timed by turns" in capsys.readouterr().out
 
 
 def test_scores_of_both_arms_start_with_the_spread_that_is_asked_for(tmp_path):
@@ -318,6 +341,31 @@ def test_arguments_that_would_be_ignored_are_refused(tmp_path, argument, value):
         run(experiment, (Arm.DOT,))
 
 
+def test_with_the_best_checkpoint_kept_its_choice_stays_the_same(tmp_path):
+    kept = {"seed": 0, "load_best_model_at_end": True, "save_steps": 100}
+    claim_folder(tmp_path / "run", kept)
+    (tmp_path / "run/dot/checkpoint-4").mkdir(parents=True)
+    claim_folder(tmp_path / "run", kept)
+    with pytest.raises(SystemExit, match="holds another run:\n  save_steps: 100 there, 500 now"):
+        claim_folder(tmp_path / "run", kept | {"save_steps": 500})
+
+
+def test_what_the_launcher_decides_is_part_of_the_settings(tmp_path, monkeypatch):
+    def settings(**given) -> dict:
+        return settings_of(TrainingArguments(str(tmp_path), report_to="none", use_cpu=True, **given))
+
+    plain = settings()
+    assert not plain["bf16"] and "batches_at_once" not in plain and "mixed_precision" not in plain
+    assert settings(bf16=True)["bf16"]
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert settings() == plain | {"bf16": True}
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
+    assert settings() == plain | {"mixed_precision": "fp8"}
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION")
+    monkeypatch.setattr(TrainingArguments, "world_size", 4)
+    assert settings() == plain | {"batches_at_once": 4}
+
+
 def test_settings_are_json_and_hold_every_argument(tmp_path):
     settings = settings_of(TrainingArguments(str(tmp_path), report_to="none", learning_rate=0.5))
     assert settings["learning_rate"] == 0.5 and json.loads(json.dumps(settings)) == settings
@@ -349,13 +397,21 @@ def test_with_no_checkpoint_left_it_starts_again(killed, capsys):
     assert "trainer_state.json is missing: it was not finished" in said and "training from the start" in said
 
 
-def test_a_full_disk_is_said_and_the_run_goes_on_later(whole, tmp_path, monkeypatch):
+FULL = (
+    OSError(28, "No space left on device"),
+    RuntimeError("[enforce fail at inline_container.cc:659] . unexpected pos 64 vs 0: No space left on device"),
+    SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+)
+
+
+@pytest.mark.parametrize("error", FULL, ids=lambda error: type(error).__name__)
+def test_a_full_disk_is_said_and_the_run_goes_on_later(whole, tmp_path, monkeypatch, error):
     def full(*args):
-        raise OSError(28, "No space left on device")
+        raise error
 
     with monkeypatch.context() as patched:
         patched.setattr("transformers.trainer.Trainer._save_rng_state", full)  # fails in the midst of a checkpoint
-        with pytest.raises(SystemExit, match=r"No space left on device\nThe same command goes on"):
+        with pytest.raises(SystemExit, match=r"No space left on device.*\nThe same command goes on"):
             run(make_experiment(tmp_path / "parts"), (Arm.DOT,))
     parts = run(make_experiment(tmp_path / "parts"), (Arm.DOT,))[Arm.DOT]
     assert losses_of(parts) == whole.losses

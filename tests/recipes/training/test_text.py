@@ -23,8 +23,19 @@ def test_the_embedded_text_has_three_disjoint_splits():
     splits = load_text(TextArguments())
     assert set(splits) == {"train", "validation", "test"}
     texts = [text for split in splits.values() for text in split["text"]]
-    assert len(texts) == len(set(texts)) > 70
-    assert sum(map(len, splits["train"]["text"])) > 300_000
+    assert len(texts) == len(set(texts)) > 60
+    assert sum(map(len, splits["train"]["text"])) > 200_000
+
+
+def test_chapters_of_the_embedded_text_do_not_show_what_is_held_out():
+    """Whole chapters stand there beside their sections."""
+    splits = load_text(TextArguments())
+    lines = {
+        split: {line.strip() for text in data["text"] for line in text.splitlines() if len(line.strip()) > 30}
+        for split, data in splits.items()
+    }
+    for split in ("validation", "test"):
+        assert len(lines[split]) > 100 and len(lines[split] & lines["train"]) < 0.02 * len(lines[split])
 
 
 @pytest.mark.parametrize("name", ["valid_txt", "validation_txt", "val_txt"])
