@@ -27,12 +27,14 @@ from .patching.pretrained import neural_fields
 from .patching.records import check_without_adapters, is_repository, record_of
 from .patching.sizes import SIZE_TITLES, size_of, stock_twin
 from .registration import FAMILIES, MODELS_OF_AUTO_CLASSES
-from .uploading import upload
+from .uploading import full_name, upload
 
 
 MODELS = Path(__file__).parent / "models"
-# Matches files that hold weights, or say where they are
-WEIGHT_FILES = re.compile(r"(pytorch_)?model[.\w-]*\.(safetensors|bin)(\.index\.json)?")
+# Matches the files that `from_pretrained` looks for: weights, parts of them, and what says where the parts are
+WEIGHT_FILES = re.compile(
+    r"(pytorch_)?model(-\d{5}-of-\d{5}|)\.(safetensors|bin)|(pytorch_)?model\.(safetensors|bin)\.index\.json"
+)
 
 CITATION = """@article{digiugno2025neural,
   title   = {Neural Attention: A Novel Mechanism for Enhanced Expressive Power in Transformer Models},
@@ -86,7 +88,8 @@ def export_to_hub(
         tokenizer_or_processor (*optional*): With `save_pretrained`.
         remote_code (`bool`): Put the model's code beside it, for those without this package. Default: True.
         results (`dict`, or path of a JSON file of the recipes, *optional*): Figures for the card, by name.
-        dataset, description: for the card.
+        dataset (`str`, *optional*): What the figures are of, for the card; one on the Hub is in its metadata as well.
+        description (`str`): for the card.
         license (`str`, *optional*): For the card, which says none by default: that of a checkpoint is not ours to give. Where
             the model was made of one on the Hub, the card names that as its base.
         push_to_hub (`bool`): Upload what was written. Default: False.
@@ -107,6 +110,8 @@ def export_to_hub(
     folder = Path(save_directory)
     check_no_adapters(folder)
     title = repo_id or folder.resolve().name
+    if push_to_hub:
+        title = full_name(title, token)
     with made_or_left(folder), tempfile.TemporaryDirectory(dir=folder, prefix=".draft-") as name:
         draft = Path(name)  # is inside, since files move without a copy on one disk alone, and a folder may be a disk
         with cache_switched_on(base):
@@ -323,10 +328,11 @@ def card(
     first_line = f"from {home} import {loader}\n\n"
     if auto is None and architecture.startswith(PREFIX):
         loader, first_line = home, ""
+    hub_dataset = dataset if is_repository(dataset) else None
     evaluations = [
         EvalResult(
             task_type=pipeline or "other",
-            dataset_type=dataset or "unknown",
+            dataset_type=hub_dataset or "unknown",
             dataset_name=dataset or "unknown",
             metric_type=metric,
             metric_value=value,
@@ -339,7 +345,7 @@ def card(
         library_name="transformers",
         pipeline_tag=pipeline,
         tags=["neural-attention", "hf_neural_attention"],
-        datasets=dataset,
+        datasets=hub_dataset,
         model_name=name.split("/")[-1] if evaluations else None,
         eval_results=evaluations or None,
     )

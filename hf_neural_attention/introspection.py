@@ -281,7 +281,11 @@ def call_of(
     **kwargs: Any,
 ) -> Call:
     """What the attention function of a module was called with, in float32, all heads with their keys. Takes what an attention
-    function takes, of which it leaves out what says nothing of scores."""
+    function takes, of which it leaves out what says nothing of scores.
+
+    Raises:
+        ValueError: if sinks are not `[H]`.
+    """
     scorer: Any = getattr(module, "scorer", None)
     if hasattr(scorer, "unpack"):  # takes heads apart that share one in a packed layer
         query, key = scorer.unpack(query, key)
@@ -292,4 +296,6 @@ def call_of(
     scaling = 1.0 / math.sqrt(query.shape[-1]) if scaling is None else scaling
     key = expand_heads(key[:, :, :num_keys], query.shape[1])
     sinks = sinks if s_aux is None else s_aux
+    if sinks is not None and tuple(sinks.shape) != (query.shape[1],):
+        raise ValueError(f"sinks of shape {tuple(sinks.shape)} are not a logit per head: these scores cannot be looked at")
     return Call(query.float(), key.float(), mask, causal, scaling, softcap, None if sinks is None else sinks.float())

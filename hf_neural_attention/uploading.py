@@ -5,7 +5,18 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import filter_repo_objects
+
+
+def full_name(repo_id: str, token: str | bool | None) -> str:
+    """A repository's name with its owner's, as others have to write it: by default the user's own."""
+    if "/" in repo_id:
+        return repo_id
+    try:
+        return f"{HfApi(token=token).whoami()['name']}/{repo_id}"
+    except (OSError, ValueError, KeyError, HfHubHTTPError):  # leaves it to `upload` to say what is wrong
+        return repo_id
 
 
 def upload(

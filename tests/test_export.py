@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from huggingface_hub import ModelCard
 from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     AutoModelForCausalLM,
@@ -175,14 +176,13 @@ def test_what_others_left_in_the_folder(tmp_path: Path, monkeypatch):
     folder = tmp_path / "model"
     (folder / "checkpoint-2").mkdir(parents=True)
     stale = ("model-00001-of-00002.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
-    for name in (*stale, "training_args.bin", "notes.txt", "checkpoint-2/model.safetensors"):
+    others = {"training_args.bin", "notes.txt", "model_1.safetensors", "model_ema.safetensors", "pytorch_model_best.bin"}
+    for name in (*stale, *others, "checkpoint-2/model.safetensors"):
         (folder / name).write_text("old")
     export_to_hub(model, folder, push_to_hub=True)
     names = {path.name for path in folder.iterdir()}
-    assert names >= {"training_args.bin", "notes.txt", "checkpoint-2", "model.safetensors"} and not names & {*stale}
-    assert not {"training_args.bin", "notes.txt", "checkpoint-2"} & {*sent[0]} and {"model.safetensors", "README.md"} < {
-        *sent[0]
-    }
+    assert names >= {*others, "checkpoint-2", "model.safetensors"} and not names & {*stale}
+    assert not {*others, "checkpoint-2"} & {*sent[0]} and {"model.safetensors", "README.md"} < {*sent[0]}
     (folder / "adapter_config.json").write_text("{}")
     before = (folder / "README.md").read_bytes()
     with pytest.raises(PatchError, match=r"holds adapters \(adapter_config.json\)"):
@@ -305,6 +305,25 @@ try:
 except RuntimeError as error:
     print(error)
 """
+
+
+def test_figures_of_no_data_set_of_the_hub(tmp_path: Path):
+    """Metadata hold names on the Hub alone, which the Hub checks; the text of the card says what was written."""
+    figures = {"results": {"perplexity": 2.0}, "description": "Small."}
+    for dataset, named in (("Python's language reference", None), ("somebody/texts", "somebody/texts")):
+        folder = export_to_hub(make("gpt2")[0], tmp_path / "model", dataset=dataset, **figures)
+        card = ModelCard.load(folder / "README.md")
+        assert card.data.datasets == named and f"On {dataset}." in card.text
+        (figure,) = card.data.eval_results
+        assert (figure.dataset_name, figure.dataset_type) == (dataset, named or "unknown")
+
+
+@pytest.mark.slow
+def test_a_card_names_the_owner_of_what_is_pushed(tmp_path: Path):
+    code = EXPORT.replace(', repo_id="somebody/tiny"', "")
+    with running_hub() as hub:
+        script(code, tmp_path, **hub.environment(tmp_path), PYTHONPATH=str(ROOT))
+        assert b'from_pretrained("somebody/model")' in hub.repositories["somebody/model"]["README.md"]
 
 
 @pytest.mark.slow

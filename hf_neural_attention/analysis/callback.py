@@ -79,7 +79,7 @@ class ScorerHealthCallback(WatchingCallback):
                 logger.warning(
                     "%s of %s %s dead: no unit of the last hidden layer is active for any pair of these inputs, so the "
                     "network scores all keys alike and gets no gradient. Draw weights again (`reset_parameters()` of the "
-                    "scorer, or of the attention module where it is compact, draws those of all heads; with init "
+                    "scorer, or of the attention module of a compact GPT-2 or ViT, draws those of all heads; with init "
                     '"mirrored" none is dead at birth), use a larger `proj_dim`, or lower the learning rate.',
                     which,
                     layer.layer,

@@ -32,7 +32,9 @@ def attention_maps(model: Any, **inputs: Any) -> tuple[torch.Tensor, ...]:
     base: Any = unwrap(model)
     with left_as_it_was(base) as device, implementations_restored(base):
         use_eager(base)
-        outputs = base(**moved(inputs, device), output_attentions=True)
+        # asks for names where a config asks for none
+        names = {} if getattr(base.config, "return_dict", True) else {"return_dict": True}
+        outputs = base(**moved(inputs, device), output_attentions=True, **names)
     found = outputs.get("attentions")
     if not found or any(weights is None for weights in found):
         raise ValueError(f"This {type(base).__name__} gives no attention weights of one stack of layers (`attentions`).")

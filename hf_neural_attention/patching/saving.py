@@ -17,11 +17,11 @@ from ..introspection import once, patched_modules, unwrap
 from ..models.configuration_neural_patched import check_version
 from ..models.modeling_neural_attention import HUB_OPTIONS
 from ..models.modeling_neural_patched import name_in
-from ..models.neural_attention_names import origin_of
+from ..models.neural_attention_names import forget_names, origin_of
 from ..models.neural_attention_parallel import is_distributed
 from ..models.neural_attention_scorer import NeuralScorer
 from ..models.neural_attention_zero3 import gathered
-from ..uploading import upload
+from ..uploading import full_name, upload
 from .errors import PatchError
 from .layers import attention_modules, listed
 from .patching import attach_scorers, check_model, check_whole, inspect_layers
@@ -50,7 +50,8 @@ def save_patch(
     """Saves what `patch` and training added to a model: the weights of its scorers, and where they belong.
 
     Writes `neural_patch.safetensors` (names as in the model's state dict) and `neural_patch.json` (the base model's id,
-    revision and class, each layer's settings, versions), and a README.md if there is none. `load_patch` reads them.
+    revision and class, each layer's settings, versions), and a README.md, if there is none but that of a patch that it
+    replaces. `load_patch` reads them.
 
     Args:
         model (`nn.Module`): A patched model, however wrapped. Sharded by FSDP2 or DeepSpeed ZeRO-3, all processes must call
@@ -90,16 +91,33 @@ def save_patch(
             raise PatchError(f"{key} is here in part: it is sharded. Give the whole `state_dict=`.")
     folder = Path(save_directory)
     folder.mkdir(parents=True, exist_ok=True)
+    title = repo_id or folder.resolve().name
+    if push_to_hub:
+        title = full_name(title, token)
+    writes_card = has_no_card_but_ours(folder)
     # replaces each file in one step, so that a killed process leaves the old one or the new one
     save_file(weights, folder / f"{WEIGHTS}.draft", metadata={"format": "pt"})
     (folder / f"{RECORD}.draft").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     for file in (WEIGHTS, RECORD):
         (folder / f"{file}.draft").replace(folder / file)
-    if not (folder / "README.md").exists():
-        (folder / "README.md").write_text(card_of(record, repo_id or folder.resolve().name), encoding="utf-8")
+    if writes_card:
+        (folder / "README.md").write_text(card_of(record, title), encoding="utf-8")
     if push_to_hub:
         files = [WEIGHTS, RECORD, "README.md"]
-        upload(folder, repo_id or folder.resolve().name, token, private, commit_message, allow_patterns=files)
+        upload(folder, title, token, private, commit_message, allow_patterns=files)
+
+
+def has_no_card_but_ours(folder: Path) -> bool:
+    """Whether there is no README.md, or just what was written there for the patch that is about to be replaced."""
+    try:
+        text = (folder / "README.md").read_text(encoding="utf-8")
+        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        name = text.split('load_patch("', 1)[1].split('"')[2]
+        return text == card_of(record, name)
+    except FileNotFoundError:
+        return not (folder / "README.md").exists()
+    except (OSError, ValueError, LookupError, TypeError):  # is somebody's own text, or beside a damaged patch
+        return False
 
 
 def weights_of(scorers: Mapping[str, Any]) -> dict[str, torch.Tensor]:
@@ -183,6 +201,7 @@ def load_patch(
     complain(base, record, where, [text for name, scorer in scorers.items() for text in misfits(name, scorer, calls[name])])
     made_for, here = record["base_model"]["name_or_path"], origin_of(base)
     attach_scorers(base, scorers)
+    forget_names(model)  # looks around the base as well, where peft keeps the adapters that are prompts
     if made_for and here and made_for != here:
         logger.warning("The patch %s was made for %s and is now on %s, which it fits in shape.", where, made_for, here)
     return model

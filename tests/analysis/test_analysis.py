@@ -62,6 +62,14 @@ def test_parts_with_a_copy_of_the_config_have_maps():
     assert model.config._attn_implementation == model.encoder.config._attn_implementation == "sdpa"
 
 
+def test_maps_of_a_model_that_returns_tuples():
+    model, inputs = FAMILIES["llama"].model().model, FAMILIES["llama"].inputs()  # with its head it fails without our doing
+    expected = analysis.attention_maps(model, **inputs)
+    model.config.return_dict = False
+    found = analysis.attention_maps(model, **inputs)
+    assert all(map(torch.equal, found, expected)) and model.config.return_dict is False
+
+
 def test_models_without_maps_are_refused():
     model = FAMILIES["t5"].model()
     with pytest.raises(ValueError, match="gives no attention weights"):

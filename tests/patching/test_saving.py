@@ -12,6 +12,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Model
 
 from hf_neural_attention import NeuralGPT2Config, NeuralGPT2LMHeadModel, load_patch, patch, patch_status, save_patch, unpatch
+from hf_neural_attention.models.neural_attention_names import CHANGED
 from hf_neural_attention.patching import PatchError, records
 from tests.helpers.comparing import assert_far, run
 from tests.helpers.documents import python_blocks
@@ -153,6 +154,16 @@ def test_wrapped_models(tmp_path: Path):
     assert torch.equal(run(adapted, **GPT2.inputs()), run(load_patch(GPT2.model(), folder), **GPT2.inputs()))
 
 
+def test_adapters_that_are_prompts_do_not_name_the_stock_model(tmp_path: Path):
+    peft = pytest.importorskip("peft")
+    folder, base = saved(patched_model(), tmp_path / "patch"), GPT2.model()
+    base.name_or_path = "somebody/gpt2"
+    adapted = peft.get_peft_model(base, peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    assert adapted.active_peft_config.base_model_name_or_path == "somebody/gpt2"
+    load_patch(adapted, folder)
+    assert adapted.active_peft_config.base_model_name_or_path == f"somebody/gpt2{CHANGED}"
+
+
 def test_adapters_inside_a_scorer_must_be_merged_first(tmp_path: Path):
     peft = pytest.importorskip("peft")
     model = peft.get_peft_model(patched_model(), peft.LoraConfig(target_modules=["linear1", "linear2"]))
@@ -238,6 +249,15 @@ def test_saving_again_replaces_and_keeps_the_card(tmp_path: Path):
     model = patched_model(proj_dim=4)
     save_patch(model, folder)
     assert (folder / "README.md").read_text() == "mine"
+    (folder / "README.md").unlink()
+    save_patch(model, folder)
+    assert "`proj_dim` 4" in (folder / "README.md").read_text()
+    save_patch(patched_model(proj_dim=3), folder, repo_id="somebody/patch")
+    card = (folder / "README.md").read_text()
+    assert "`proj_dim` 3" in card and '"somebody/patch"' in card, "a card of the patch that was there is of that alone"
+    (folder / "README.md").write_text(f"{card}And more.")
+    save_patch(model, folder)
+    assert (folder / "README.md").read_text() == f"{card}And more."
     assert torch.equal(run(load_patch(GPT2.model(), folder), **GPT2.inputs()), run(model, **GPT2.inputs()))
 
 

@@ -93,3 +93,14 @@ def test_calibration_and_statistics(family: Family):
     patch(unpatch(model), "all", mode="replace", hidden_dims=(16, 4), per_head=True)
     report = calibrate(model, [INPUTS] * 4, steps=60, progress=False)
     assert all(layer.kl_after < 0.7 * layer.kl_before for layer in report)
+
+
+def test_scores_beside_sinks_of_each_query_are_not_looked_at():
+    """As Inkling 2 has them, in the place of a logit per head."""
+    model: torch.nn.Module = lively(GPT_OSS)
+    score_statistics(model, **INPUTS)
+    for module in model.modules():
+        if hasattr(module, "sinks"):
+            module.sinks = torch.nn.Parameter(module.sinks.detach().view(1, -1, 1, 1).expand(2, -1, 9, 1).clone())
+    with pytest.raises(ValueError, match=r"sinks of shape \(2, 4, 9, 1\) are not a logit per head"):
+        score_statistics(model, **INPUTS)
