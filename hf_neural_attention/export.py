@@ -24,7 +24,7 @@ from .models.modeling_neural_patched import PREFIX, PatchedModelMixin
 from .models.neural_attention_names import origin_of
 from .patching.errors import PatchError
 from .patching.pretrained import neural_fields
-from .patching.records import check_without_adapters, is_repository, record_of
+from .patching.records import check_without_adapters, could_be_repository, is_repository, record_of
 from .patching.sizes import SIZE_TITLES, size_of, stock_twin
 from .registration import FAMILIES, MODELS_OF_AUTO_CLASSES
 from .uploading import full_name, upload
@@ -33,7 +33,8 @@ from .uploading import full_name, upload
 MODELS = Path(__file__).parent / "models"
 # Matches the files that `from_pretrained` looks for: weights, parts of them, and what says where the parts are
 WEIGHT_FILES = re.compile(
-    r"(pytorch_)?model(-\d{5}-of-\d{5}|)\.(safetensors|bin)|(pytorch_)?model\.(safetensors|bin)\.index\.json"
+    r"model(-\d{5}-of-\d{5})?\.safetensors|pytorch_model(-\d{5}-of-\d{5})?\.bin|"
+    r"(model\.safetensors|pytorch_model\.bin)\.index\.json"
 )
 
 CITATION = """@article{digiugno2025neural,
@@ -88,7 +89,8 @@ def export_to_hub(
         tokenizer_or_processor (*optional*): With `save_pretrained`.
         remote_code (`bool`): Put the model's code beside it, for those without this package. Default: True.
         results (`dict`, or path of a JSON file of the recipes, *optional*): Figures for the card, by name.
-        dataset (`str`, *optional*): What the figures are of, for the card; one on the Hub is in its metadata as well.
+        dataset (`str`, *optional*): What the figures are of, for the card. What could be a name on the Hub is in its metadata
+            as well.
         description (`str`): for the card.
         license (`str`, *optional*): For the card, which says none by default: that of a checkpoint is not ours to give. Where
             the model was made of one on the Hub, the card names that as its base.
@@ -328,7 +330,7 @@ def card(
     first_line = f"from {home} import {loader}\n\n"
     if auto is None and architecture.startswith(PREFIX):
         loader, first_line = home, ""
-    hub_dataset = dataset if is_repository(dataset) else None
+    hub_dataset = dataset if could_be_repository(dataset) else None
     evaluations = [
         EvalResult(
             task_type=pipeline or "other",

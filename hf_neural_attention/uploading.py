@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import filter_repo_objects
 
 
@@ -15,7 +14,7 @@ def full_name(repo_id: str, token: str | bool | None) -> str:
         return repo_id
     try:
         return f"{HfApi(token=token).whoami()['name']}/{repo_id}"
-    except (OSError, ValueError, KeyError, HfHubHTTPError):  # leaves it to `upload` to say what is wrong
+    except Exception:  # noqa: BLE001, leaves it to `upload` to say what is wrong, once everything is saved
         return repo_id
 
 

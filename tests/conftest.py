@@ -1,4 +1,4 @@
-"""Shared by all tests: no network, no file in a user's caches, and what torch and Transformers are to drop is an error."""
+"""Shared by all tests: no network, libraries' caches elsewhere, and what torch and Transformers are to drop is an error."""
 
 import os
 import tempfile
@@ -10,6 +10,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 if "PYTEST_XDIST_WORKER" not in os.environ:  # leaves workers what the process that starts them has, and removes at its end
     CACHES = tempfile.TemporaryDirectory(prefix="hf_neural_attention-tests-", ignore_cleanup_errors=True)
     os.environ["HF_DATASETS_CACHE"] = os.path.join(CACHES.name, "datasets")
+    os.environ["HF_METRICS_CACHE"] = os.path.join(CACHES.name, "metrics")
     os.environ["HF_MODULES_CACHE"] = os.path.join(CACHES.name, "modules")
 
 import logging

@@ -176,7 +176,14 @@ def test_what_others_left_in_the_folder(tmp_path: Path, monkeypatch):
     folder = tmp_path / "model"
     (folder / "checkpoint-2").mkdir(parents=True)
     stale = ("model-00001-of-00002.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
-    others = {"training_args.bin", "notes.txt", "model_1.safetensors", "model_ema.safetensors", "pytorch_model_best.bin"}
+    others = {
+        "training_args.bin",
+        "notes.txt",
+        "model_1.safetensors",
+        "model_ema.safetensors",
+        "pytorch_model_best.bin",
+        "model.bin",
+    }
     for name in (*stale, *others, "checkpoint-2/model.safetensors"):
         (folder / name).write_text("old")
     export_to_hub(model, folder, push_to_hub=True)
@@ -308,9 +315,13 @@ except RuntimeError as error:
 
 
 def test_figures_of_no_data_set_of_the_hub(tmp_path: Path):
-    """Metadata hold names on the Hub alone, which the Hub checks; the text of the card says what was written."""
+    """Metadata holds names on the Hub alone, which the Hub checks; the text of the card says what was written."""
     figures = {"results": {"perplexity": 2.0}, "description": "Small."}
-    for dataset, named in (("Python's language reference", None), ("somebody/texts", "somebody/texts")):
+    for dataset, named in (
+        ("Python's language reference", None),
+        ("somebody/texts", "somebody/texts"),
+        ("wikitext", "wikitext"),
+    ):
         folder = export_to_hub(make("gpt2")[0], tmp_path / "model", dataset=dataset, **figures)
         card = ModelCard.load(folder / "README.md")
         assert card.data.datasets == named and f"On {dataset}." in card.text
@@ -340,6 +351,20 @@ def test_a_hub_gives_back_what_it_was_sent(tmp_path: Path):
         for code in (SAVE, WITHOUT, UNTRUSTED, PIPELINE["gpt2"]):
             code = code.format(name="somebody/tiny", auto=AUTO["gpt2"], inputs=INPUTS["gpt2"])
             script(code, tmp_path, **environment)
+
+
+def test_without_a_network_the_folder_is_whole(tmp_path: Path, monkeypatch):
+    class NoNetwork(Exception):
+        """As httpx's are, of no kind that is built in."""
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise NoNetwork("no network")
+
+    for name in ("whoami", "create_repo"):
+        monkeypatch.setattr(f"huggingface_hub.HfApi.{name}", fail)
+    with pytest.raises(RuntimeError, match="no network"):
+        export_to_hub(make("gpt2")[0], tmp_path / "model", push_to_hub=True)
+    assert {"config.json", "model.safetensors", "README.md"} <= {path.name for path in (tmp_path / "model").iterdir()}
 
 
 def test_the_advice_after_a_failed_upload_sends_nothing_more_and_stays_private(tmp_path: Path, monkeypatch):

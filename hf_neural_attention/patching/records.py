@@ -60,15 +60,20 @@ def record_of(model: nn.Module, base_revision: str | None = None) -> dict[str, A
 
 
 def is_repository(name: str | None) -> bool:
-    """Whether this is the name of a repository on the Hub, and no folder. One of a single word (`gpt2`) is, if it is in the
-    cache: it could be anything else."""
+    """Whether this is the name of a model's repository on the Hub, and no folder. One of a single word (`gpt2`) is, if it is
+    in the cache: it could be anything else."""
+    if name is None or not could_be_repository(name):
+        return False
+    return "/" in name or isinstance(try_to_load_from_cache(name, CONFIG_NAME), str)
+
+
+def could_be_repository(name: str | None) -> bool:
+    """Whether a repository on the Hub may be called so, and no folder is."""
     try:
         validate_repo_id(name or "")
     except HFValidationError:
         return False
-    if name is None or Path(name).exists():
-        return False
-    return "/" in name or isinstance(try_to_load_from_cache(name, CONFIG_NAME), str)
+    return name is not None and not Path(name).exists()
 
 
 def cached_revision(name: str | None) -> str | None:

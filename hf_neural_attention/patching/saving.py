@@ -4,7 +4,7 @@ import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub import ModelCardData
@@ -94,30 +94,39 @@ def save_patch(
     title = repo_id or folder.resolve().name
     if push_to_hub:
         title = full_name(title, token)
-    writes_card = has_no_card_but_ours(folder)
+    found = card_in(folder)
     # replaces each file in one step, so that a killed process leaves the old one or the new one
     save_file(weights, folder / f"{WEIGHTS}.draft", metadata={"format": "pt"})
     (folder / f"{RECORD}.draft").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     for file in (WEIGHTS, RECORD):
         (folder / f"{file}.draft").replace(folder / file)
-    if writes_card:
-        (folder / "README.md").write_text(card_of(record, title), encoding="utf-8")
+    if found.is_ours:
+        name = title if repo_id or push_to_hub else found.name or title
+        (folder / "README.md").write_text(card_of(record, name), encoding="utf-8")
     if push_to_hub:
         files = [WEIGHTS, RECORD, "README.md"]
         upload(folder, title, token, private, commit_message, allow_patterns=files)
 
 
-def has_no_card_but_ours(folder: Path) -> bool:
-    """Whether there is no README.md, or just what was written there for the patch that is about to be replaced."""
+class CardFound(NamedTuple):
+    """What a folder has of a card: whether a new one may take its place, and the name of the patch in it."""
+
+    is_ours: bool
+    name: str | None = None
+
+
+def card_in(folder: Path) -> CardFound:
+    """A card is ours if it is, word for word, what was written there for the patch that is about to be replaced."""
+    path = folder / "README.md"
+    if not path.exists():
+        return CardFound(True)
     try:
-        text = (folder / "README.md").read_text(encoding="utf-8")
-        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
         name = text.split('load_patch("', 1)[1].split('"')[2]
-        return text == card_of(record, name)
-    except FileNotFoundError:
-        return not (folder / "README.md").exists()
-    except (OSError, ValueError, LookupError, TypeError):  # is somebody's own text, or beside a damaged patch
-        return False
+        is_ours = text == card_of(json.loads((folder / RECORD).read_text(encoding="utf-8")), name)
+    except Exception:  # noqa: BLE001, takes it for somebody's own, beside no patch or a damaged one
+        return CardFound(False)
+    return CardFound(is_ours, name)
 
 
 def weights_of(scorers: Mapping[str, Any]) -> dict[str, torch.Tensor]:

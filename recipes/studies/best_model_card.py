@@ -1,5 +1,6 @@
 """The model card of a study's best neural model."""
 
+import math
 from typing import Any
 
 from studies.number_format import Form, form_of
@@ -18,7 +19,8 @@ def best_card(study: Study, found: Results, rows: list[dict[str, Any]]) -> str |
         return None
     recipe, row, form = RECIPES[study.recipe], best_row(study, found, neural), form_of(study, rows, study.metric)
     runs, base = found[row["arm"]], counterpart(study, rows, row["arm"])
-    seed = (min if study.lower_is_better else max)(runs, key=lambda seed: runs[seed]["metrics"][study.choose_by])
+    whole = [seed for seed in runs if math.isfinite(runs[seed]["metrics"][study.choose_by])] or list(runs)
+    seed = (min if study.lower_is_better else max)(whole, key=lambda seed: runs[seed]["metrics"][study.choose_by])
     results = {Arm.NEURAL: runs[seed] | {"seconds_in_turn": row["seconds_per_step"]}}
     words = f"of its runs the best (seed {seed})"
     if base is not None and seed in found[base["arm"]]:

@@ -17,6 +17,7 @@ may begin a line, where Markdown takes it for a block of its own.
     up to <!-- spread-images: dot, spread 1 -->?.
 """
 
+import math
 import re
 from typing import Any
 
@@ -35,7 +36,7 @@ SUMMARY = r"^(?P<head><!-- summary of {name} -->\n)(?:\n(?:\|.+\|\n)+)?"
 FIGURE = (
     r"(?P<head><!-- {name}: (?P<arm>(?:(?! less | by |-->).)+?)(?: less (?P<base>(?:(?! by |-->).)+?))?"
     r"(?: by (?P<metric>\w+))? -->)"
-    r"(?:\?|[+-]\d+(?:\.\d+)?\s+(?:points|in\s+(?:perplexity|loss))\s+\([^)]*\)|\d+(?:\.\d+)?(?:\s+%)?)"
+    r"(?:\?|[+-]\d+(?:\.\d+)?\s+(?:points|in\s+(?:perplexity|loss))\s+\([^)]*\)|no\s+difference\s+\(a\s+run\s+diverged\)|(?:nan|inf|\d+(?:\.\d+)?)(?:\s+%)?)"
 )
 
 
@@ -95,6 +96,8 @@ def with_new_tables(page: str, study: Study, found: Results, costs: dict[str, An
 
 def in_words(form: Form, change: dict[str, Any]) -> str:
     """A difference as a sentence says it; of few pairs, with their number."""
+    if not math.isfinite(change["difference"]):
+        return "no difference (a run diverged)"
     interval = f"95 % interval: {form.bounds(change)}"
     more = {1: "one seed", 2: f"two seeds, {interval}"}.get(change["pairs"], interval)
     kind = "points" if form.unit else "in loss" if form.metric.endswith("loss") else "in perplexity"

@@ -120,12 +120,15 @@ def markdown(study: Study, found: Results, rows: list[dict[str, Any]], where: di
 
 
 def diverged(study: Study, found: Results) -> list[str]:
-    """A sentence on runs whose figure is no number, if there are any."""
+    """A sentence on runs with a figure that is no number, if there are any. A model that gives no numbers has an accuracy, of
+    chance."""
+    names = (study.metric, study.choose_by, *study.also)
     counts = {
-        arm: sum(not math.isfinite(each["metrics"][study.metric]) for each in runs.values()) for arm, runs in found.items()
+        arm: sum(any(not math.isfinite(each["metrics"][name]) for name in names) for each in runs.values())
+        for arm, runs in found.items()
     }
     named = [f"{count} of {len(found[arm])} of `{arm}`" for arm, count in counts.items() if count]
-    return [f"Runs that diverged, of which there is no figure: {', '.join(named)}."] if named else []
+    return [f"Runs that diverged, by their figures: {', '.join(named)}."] if named else []
 
 
 def commits(found: Results) -> str:

@@ -106,7 +106,7 @@ def check_alike(records: list[tuple[str, dict[str, Any]]]) -> None:
 
     What an arm asks for, its runs must have had; what arms do not ask for must be the same in all of them.
     """
-    keys = sorted(set().union(*(record["run"] for _, record in records)) - {"seed", *OF_THE_MACHINE})
+    keys = sorted(set().union(*(record["run"] for _, record in records)) - {"seed", "batches_at_once", *OF_THE_MACHINE})
     firsts: dict[tuple[str, str | None], tuple[str, Any]] = {}
     for name, record in records:
         run, settings = record["run"], record["settings"]

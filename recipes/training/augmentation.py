@@ -43,7 +43,8 @@ class AugmentedImages(torch.utils.data.Dataset[dict[str, Any]]):
         generator = random.Random(f"{self.seed} {int(self.epoch)} {index}")
         example = self.data[index]
         image = augment(to_rgb(example["image"]), self.augmentation, self.size, generator)
-        return {"pixel_values": pixels_of(image, self.processor)[0], "labels": example["label"]}
+        pixels = self.processor(image, return_tensors="pt")["pixel_values"][0]
+        return {"pixel_values": pixels, "labels": example["label"]}
 
 
 class CountEpochs(TrainerCallback):
@@ -116,12 +117,3 @@ def shift_hue(image: PIL.Image, share: float) -> PIL.Image:
     hue, saturation, value = image.convert("HSV").split()
     hue = hue.point(lambda level: (level + round(share * 255)) % 256)
     return PIL.merge("HSV", (hue, saturation, value)).convert("RGB")
-
-
-def pixels_of(images: PIL.Image | list[PIL.Image], processor: BaseImageProcessor) -> torch.Tensor:
-    """Pixels of images that have the model's size."""
-    # leaves their size alone: processors that enlarge and crop would cut off their borders
-    as_they_are: dict[str, Any] = (
-        {"do_resize": False, "do_center_crop": False} if getattr(processor, "do_center_crop", False) else {}
-    )
-    return processor(images, return_tensors="pt", **as_they_are)["pixel_values"]

@@ -40,6 +40,7 @@ def prepare(
     callbacks: list[TrainerCallback],
 ) -> PreparedData:
     """Images with their pixels, and what is measured on the held-out splits."""
+    processor = without_cropping(processor, image.image_size)
     training.remove_unused_columns = False  # keeps columns that the model does not take: pixel values come from them
     seed = training.seed if training.data_seed is None else training.data_seed
     training_images = AugmentedImages(images.splits["train"], processor, image.augmentation, image.image_size, seed)
@@ -59,6 +60,15 @@ def prepare(
         },
         task=describe_task(images, image, training),
     )
+
+
+def without_cropping(processor: BaseImageProcessor, size: int) -> BaseImageProcessor:
+    """A processor that gives images `size` pixels square, and cuts off no border, as one does that enlarges them and keeps the
+    middle. It is saved with the model, so that images are seen later as they were in training."""
+    if not getattr(processor, "do_center_crop", False):
+        return processor
+    whole = {"do_center_crop": False, "size": {"height": size, "width": size}}
+    return type(processor).from_dict(processor.to_dict() | whole)
 
 
 class AccuracyOfBatches:

@@ -111,7 +111,7 @@ def read_image_folder(folder: Path) -> DatasetDict:
     found = {ALIASES.get(part.name, part.name): part for part in sorted(folder.iterdir()) if part.is_dir()}
     # reads them one by one, since one without classes, as of hidden labels, would take the others' classes with it
     parts: dict[str, Any] = {
-        split: {"data_files": f"{escape(str(found[split]))}/**", "split": "train", **labels_of_one_class(found[split])}
+        split: {"data_files": f"{escape(str(found[split]))}/**", "split": "train", **labels_of_one_class(split, found)}
         for split in SPLITS
         if split in found
     }
@@ -125,10 +125,11 @@ def read_image_folder(folder: Path) -> DatasetDict:
         raise SystemExit(f"The folder {folder} cannot be read: {in_one_line(cause_of(error))}") from None
 
 
-def labels_of_one_class(split: Path) -> dict[str, bool]:
-    """Asks for labels where there is one folder and nothing beside it, in which `imagefolder` sees no class unasked."""
-    inside = [path for path in split.iterdir() if not path.name.startswith(".")]
-    return {"drop_labels": False} if len(inside) == 1 and inside[0].is_dir() else {}
+def labels_of_one_class(split: str, folders: dict[str, Path]) -> dict[str, bool]:
+    """Asks for labels where there is nothing but one of the training classes, in which `imagefolder` sees none unasked."""
+    inside = [path.name for path in folders[split].iterdir() if not path.name.startswith(".")]
+    is_class = split != "train" and "train" in folders and len(inside) == 1 and (folders["train"] / inside[0]).is_dir()
+    return {"drop_labels": False} if is_class else {}
 
 
 def standard_columns(data: Dataset, split: str, arguments: ImageArguments) -> Dataset:

@@ -9,7 +9,7 @@ from PIL import Image as PIL
 from transformers import BaseImageProcessor
 
 from hf_neural_attention.analysis import to_rgb
-from training.augmentation import pixels_of, resize
+from training.augmentation import resize
 from training.data_files import in_one_line
 
 
@@ -72,4 +72,4 @@ def with_pixels(data: Dataset, processor: BaseImageProcessor, size: int) -> Data
 
 def make_pixels(batch: dict[str, Any], processor: BaseImageProcessor, size: int) -> dict[str, Any]:
     images = [resize(to_rgb(image), size) for image in batch["image"]]
-    return {"pixel_values": pixels_of(images, processor), "labels": batch["label"]}
+    return {"pixel_values": processor(images, return_tensors="pt")["pixel_values"], "labels": batch["label"]}

@@ -69,7 +69,7 @@ def comparison_table(results: Results, task: Task) -> str:
         if all(name in results[arm] for arm in arms):  # records of before have none of these
             add(meaning, [results[arm][name] for arm in arms], in_bytes)
     add("training steps", [results[arm]["steps"] for arm in arms], lambda value: f"{value:,}")
-    if all("seconds_in_turn" in results[arm] for arm in arms):
+    if len(arms) > 1 and all("seconds_in_turn" in results[arm] for arm in arms):
         label = f"seconds per step, {task.step}, timed by turns"
         add(label, [results[arm]["seconds_in_turn"] for arm in arms], lambda value: f"{value:.3f}")
     add("training minutes", [results[arm]["train_seconds"] / 60 for arm in arms], lambda value: f"{value:.1f}")
@@ -86,6 +86,8 @@ def verdict(results: Results, task: Task) -> str:
     """One sentence on the main metric, whatever it says, and how far one run carries."""
     if len(results) < 2:
         return "One model was trained; nothing is compared."
+    if lost := [arm for arm in results if not math.isfinite(results[arm]["metrics"][task.main_metric])]:
+        return f"Training diverged with {' and '.join(arm.noun for arm in lost)}, so nothing is compared."
     beside = [(difference(results, task, Arm.NEURAL, arm), arm.noun) for arm in results if not arm.is_neural]
     more = "".join(f", and {amount} compared with {noun}" for amount, noun in beside[1:])
     times = [results[arm]["seconds_in_turn"] for arm in (Arm.NEURAL, Arm.DOT) if "seconds_in_turn" in results[arm]]
@@ -101,8 +103,6 @@ def verdict(results: Results, task: Task) -> str:
 def difference(results: Results, task: Task, arm: Arm, other: Arm) -> str:
     """Of the main metric of an arm to another's, in words."""
     ours, theirs = (results[each]["metrics"][task.main_metric] for each in (arm, other))
-    if not math.isfinite(ours) or not math.isfinite(theirs):
-        return "no number, since training diverged,"
     size = abs(ours - theirs) / (1 if task.is_accuracy else theirs)
     if size < 0.0005:
         return "the same (to one in a thousand)"

@@ -21,6 +21,7 @@ from tools.json_files import write_json
 
 RESULTS = "results.json"
 STAGES = "stages.json"
+BATCHES = "batches_at_once"  # of all processes and GPUs
 
 # Lists arguments that may change between parts of one run, as they do not change what is learned. The times of evaluation do,
 # since it draws from the generator that dropout uses.
@@ -38,7 +39,7 @@ FREE_ARGUMENTS = {
     "push_to_hub",
     "resume_from_checkpoint",
 }
-# Lists those that are free unless the best checkpoint is kept, which they then choose among others
+# Lists those that are free unless the best checkpoint is kept, which hangs on them
 CHECKPOINTS = {"save_steps", "save_strategy", "save_total_limit"}
 
 
@@ -54,7 +55,8 @@ def claim_folder(folder: Path, settings: dict[str, Any]) -> None:
     begun = any(any(folder.glob(pattern)) for pattern in ("*/checkpoint-*", f"*/{RESULTS}", STAGES))
     if record.exists() and begun:
         earlier = json.loads(record.read_text(encoding="utf-8"))
-        names = sorted({*settings, *earlier} - free)
+        unknown = {*CHECKPOINTS, BATCHES} - {*earlier}  # which runs of before do not say
+        names = sorted({*settings, *earlier} - free - unknown)
         different = [name for name in names if settings.get(name) != earlier.get(name)]
         if different:
             lines = [f"  {name}: {earlier.get(name)!r} there, {settings.get(name)!r} now" for name in different]
@@ -72,7 +74,7 @@ def claim_folder(folder: Path, settings: dict[str, Any]) -> None:
 
 def settings_of(*arguments: Any) -> dict[str, Any]:
     """Every argument by name, as JSON can hold it, and what the launcher decides in their place: the precision, and the number
-    of processes or GPUs where there are several."""
+    of processes and GPUs."""
     settings: dict[str, Any] = {}
     for group in arguments:
         settings |= (
@@ -83,11 +85,10 @@ def settings_of(*arguments: Any) -> dict[str, Any]:
 
 def of_the_launcher(training: TrainingArguments) -> dict[str, Any]:
     """What `accelerate launch` sets without an argument that says so."""
-    shares = training.world_size * max(1, training.n_gpu)
     found: dict[str, Any] = {name: training.mixed_precision == name for name in ("bf16", "fp16")}
     if training.mixed_precision not in ("no", *found):
         found["mixed_precision"] = training.mixed_precision
-    return found if shares == 1 else found | {"batches_at_once": shares}
+    return found | {BATCHES: training.world_size * max(1, training.n_gpu)}
 
 
 def check_all_see(folder: Path, state: str) -> None:

@@ -255,9 +255,14 @@ def test_saving_again_replaces_and_keeps_the_card(tmp_path: Path):
     save_patch(patched_model(proj_dim=3), folder, repo_id="somebody/patch")
     card = (folder / "README.md").read_text()
     assert "`proj_dim` 3" in card and '"somebody/patch"' in card, "a card of the patch that was there is of that alone"
+    save_patch(model, folder)
+    assert '"somebody/patch"' in (folder / "README.md").read_text(), "the name that was given stays"
     (folder / "README.md").write_text(f"{card}And more.")
     save_patch(model, folder)
     assert (folder / "README.md").read_text() == f"{card}And more."
+    change(folder, layers={})  # a damaged patch is replaced
+    save_patch(model, folder)
+    assert torch.equal(run(load_patch(GPT2.model(), folder), **GPT2.inputs()), run(model, **GPT2.inputs()))
     assert torch.equal(run(load_patch(GPT2.model(), folder), **GPT2.inputs()), run(model, **GPT2.inputs()))
 
 

@@ -82,6 +82,18 @@ def test_figures_in_sentences_are_written_anew(tmp_path):
         with_new_tables("<!-- n: longer less dot -->?", study, load_results(study, tmp_path / "other"), costs)
 
 
+def test_a_run_that_diverged_has_no_difference(tmp_path):
+    study = make_study()
+    write_results(study, tmp_path, {"dot": [1.0, 2.0, 3.0], "first layer": [2.0, float("nan"), 3.0]})
+    found, costs = load_results(study, tmp_path), costs_of(study)
+    page = with_new_tables("It is <!-- n: first layer less dot -->?, <!-- n: first layer -->?.", study, found, costs)
+    assert page == "It is <!-- n: first layer less dot -->no difference (a run diverged), <!-- n: first layer -->nan."
+    write_results(study, tmp_path, {"first layer": [2.0, 2.0, 3.0]})
+    found = load_results(study, tmp_path)
+    page = with_new_tables(page, study, found, costs)
+    assert "-->+0.333 in perplexity (95 % interval: -1.101 to +1.768), " in page and page.endswith("-->2.333.")
+
+
 @pytest.mark.parametrize("arm", ("second layer", "unfinished"))
 @pytest.mark.parametrize(
     "old, new",

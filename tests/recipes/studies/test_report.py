@@ -17,7 +17,7 @@ def test_a_run_that_diverged_is_said_and_is_not_the_best(tmp_path, value):
     study = make_study(choose_by="m")
     write_results(study, tmp_path, {"dot": [1.0, 2.0, 3.0], "first layer": [0.5, value, 2.6]})
     text = report(study, tmp_path)
-    assert "Runs that diverged, of which there is no figure: 1 of 3 of `first layer`." in text
+    assert "Runs that diverged, by their figures: 1 of 3 of `first layer`." in text
     assert "**dot**" in text and interval([1.0, value]) is None
     write_results(study, tmp_path, {"dot": [1.0, value, 3.0], "first layer": [0.5, 1.4, 2.6]})
     assert "**first layer**" in report(study, tmp_path)

@@ -6,10 +6,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset, Features, Image, Value
 from PIL import Image as PIL
 from torch.utils.data import DataLoader
-from transformers import DeiTImageProcessorPil, ViTImageProcessorPil, default_data_collator
+from transformers import AutoImageProcessor, DeiTImageProcessorPil, ViTImageProcessorPil, default_data_collator
 
 from tests.helpers.pictures import random_pictures
 from training.augmentation import (
@@ -17,10 +16,10 @@ from training.augmentation import (
     AugmentedImages,
     CountEpochs,
     augment,
-    pixels_of,
     random_resized_crop,
     shift_hue,
 )
+from training.image_task import without_cropping
 from training.images import ImageArguments, load_images
 from training.pixel_values import with_pixels
 
@@ -74,15 +73,19 @@ def test_variants_follow_from_seed_epoch_and_place():
     assert torch.equal(read(0, kind="none"), plain) and not torch.equal(first, plain)
 
 
-def test_processors_that_enlarge_and_crop_leave_images_whole():
+def test_processors_that_enlarge_and_crop_leave_images_whole(tmp_path):
     """As DeiT's, whose middle of an enlarged image would have no border."""
     image = random_pictures(1, side=16)[0]
-    stock = ViTImageProcessorPil(size={"height": 16, "width": 16})
+    stock = ViTImageProcessorPil(size={"height": 16, "width": 16}, resample=PIL.Resampling.BICUBIC)
     sizes = {"size": {"height": 24, "width": 24}, "crop_size": {"height": 16, "width": 16}}
     cropping = DeiTImageProcessorPil(**sizes, image_mean=stock.image_mean, image_std=stock.image_std)
     expected = stock(image, return_tensors="pt")["pixel_values"]
     assert not torch.equal(cropping(image, return_tensors="pt")["pixel_values"], expected)
-    assert torch.equal(pixels_of(image, cropping), expected)
-    data = Dataset.from_dict({"image": [image], "label": [0]}, features=Features({"image": Image(), "label": Value("int64")}))
-    assert torch.equal(with_pixels(data, cropping, 16)[:]["pixel_values"], expected)
-    assert torch.equal(AugmentedImages(data, cropping, "none", 16, seed=0)[0]["pixel_values"], expected[0])
+    whole = without_cropping(cropping, 16)
+    whole.save_pretrained(tmp_path)
+    for processor in (whole, AutoImageProcessor.from_pretrained(tmp_path, backend="pil")):
+        for size in (16, 20):
+            shown = random_pictures(1, side=size)[0]
+            pixels = [each(shown, return_tensors="pt")["pixel_values"] for each in (processor, stock)]
+            assert torch.equal(*pixels) and type(processor) is DeiTImageProcessorPil
+    assert without_cropping(stock, 16) is stock

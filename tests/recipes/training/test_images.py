@@ -78,6 +78,8 @@ def test_a_held_out_folder_may_have_one_class(tmp_path):
     images = load_images(ImageArguments(dataset_name=str(tmp_path)), seed=0)
     assert images.labels == ["cat", "dog"] and images.splits["train"].num_rows == 18
     assert images.splits["test"]["label"] == [0] * 10
+    (tmp_path / "test" / "cat").rename(tmp_path / "test" / "unknown")  # as hidden labels come
+    assert load_images(ImageArguments(dataset_name=str(tmp_path)), seed=0).splits["test"].num_rows < 10
 
 
 def test_limits_draw_from_the_whole_split(tmp_path):

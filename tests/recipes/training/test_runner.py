@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback, TrainingArguments, ViTImageProcessorPil, default_data_collator
 
 from hf_neural_attention import NeuralGPT2LMHeadModel, patch
+from tests.helpers.versions import CHECKPOINTING
 from training.arms import Arm
 from training.augmentation import AugmentedImages, CountEpochs
 from training.experiment import Experiment
@@ -167,9 +168,10 @@ def test_timed_steps_keep_activations_as_training_does(tmp_path):
     made, build = [], experiment.build_model
     experiment.build_model = lambda arm: made.append(build(arm)) or made[-1]
     training_step(experiment, Arm.DOT)
-    experiment.training.activation_checkpointing = True
+    setattr(experiment.training, CHECKPOINTING, True)
     training_step(experiment, Arm.DOT)
-    assert [model.is_gradient_checkpointing for model in made] == [False, True]
+    kept = [[getattr(module, "gradient_checkpointing", False) for module in model.modules()] for model in made]
+    assert [any(each) for each in kept] == [False, True]
 
 
 def test_models_that_do_not_fit_beside_each_other_are_not_timed(tmp_path, monkeypatch, capsys):
@@ -348,6 +350,9 @@ def test_with_the_best_checkpoint_kept_its_choice_stays_the_same(tmp_path):
     claim_folder(tmp_path / "run", kept)
     with pytest.raises(SystemExit, match="holds another run:\n  save_steps: 100 there, 500 now"):
         claim_folder(tmp_path / "run", kept | {"save_steps": 500})
+    # goes on with a run of before, which does not say
+    (tmp_path / "run/run.json").write_text(json.dumps({"seed": 0, "load_best_model_at_end": True}))
+    claim_folder(tmp_path / "run", kept | {"batches_at_once": 2})
 
 
 def test_what_the_launcher_decides_is_part_of_the_settings(tmp_path, monkeypatch):
@@ -355,7 +360,7 @@ def test_what_the_launcher_decides_is_part_of_the_settings(tmp_path, monkeypatch
         return settings_of(TrainingArguments(str(tmp_path), report_to="none", use_cpu=True, **given))
 
     plain = settings()
-    assert not plain["bf16"] and "batches_at_once" not in plain and "mixed_precision" not in plain
+    assert not plain["bf16"] and plain["batches_at_once"] == 1 and "mixed_precision" not in plain
     assert settings(bf16=True)["bf16"]
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     assert settings() == plain | {"bf16": True}
