@@ -11,7 +11,7 @@ from .introspection import hooks_of, is_compiled, neural_layers, place_of
 from .models.neural_attention_backends import AUTO, BACKENDS, check_devices, choose_backend
 from .models.neural_attention_functional import check_arguments, check_score_options
 from .models.neural_attention_pytorch import Inputs
-from .models.neural_attention_scorer import is_quantised
+from .models.neural_attention_scorer import check_parts, is_quantised
 from .ops.choice import Asked, asked_backend
 from .ops.native_build import ONE_THREAD, has_one_thread
 
@@ -98,6 +98,7 @@ def explain(
         raise TypeError(f"`model_or_query` is a {type(model_or_query).__name__}; expected a model or a query tensor.")
     if key is None or value is None or scorer is None:
         raise TypeError("`explain` needs `key`, `value` and `scorer` beside a query, as `neural_attention` does.")
+    check_parts(scorer, model_or_query, key)
     weights = scorer.weights()
     projected = (keys_projected, queries_projected) if weights.has_first_layer else (True, True)
     check_arguments(model_or_query, key, value, weights, attn_mask, dropout_p, scorer.mode, *projected)

@@ -3,7 +3,7 @@
 import torch
 
 from .models.neural_attention_functional import scorer_attention
-from .models.neural_attention_scorer import CompactScorer, NeuralScorer
+from .models.neural_attention_scorer import CompactScorer, NeuralScorer, check_parts
 
 
 def neural_attention(
@@ -67,6 +67,7 @@ def neural_attention(
         ValueError: if shapes, dtypes or the probability do not fit, naming the argument, or if the backend that was asked for
             cannot run here, with the reason.
     """
+    check_parts(scorer, query, key)
     return scorer_attention(
         query,
         key,

@@ -184,7 +184,7 @@ def main() -> None:
         steps, evaluations = total_steps(experiment)
         try:
             measured = {arm: in_own_process(measure, arguments.recipe, words, arm) for arm in arms}
-        except ProcessKilledError as error:
+        except (ProcessKilledError, torch.OutOfMemoryError) as error:
             raise SystemExit(
                 f"{error}: the model needs more memory than there is. Try a smaller batch or another machine."
             ) from None

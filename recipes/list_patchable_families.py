@@ -176,6 +176,12 @@ def cells(name: str, result: dict[str, Any]) -> list[str]:
     return [name, result["status"], result.get("class", ""), layers, reason]
 
 
+def how_tried(record: dict[str, Any]) -> str:
+    """What results hang on, and must have in common to stand in one table."""
+    where = record["environment"]
+    return f"Transformers {where['transformers']} (tests: {record['tests']}), torch {where['torch']}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("families", nargs="*", help="Try only these; the results of the others stay as they are.")
@@ -201,7 +207,8 @@ def main() -> None:
         )
     path = Path(f"{arguments.output}.json") if arguments.output else None
     kept = path is not None and path.exists() and (arguments.families or arguments.resume)
-    results = json.loads(path.read_text(encoding="utf-8"))["families"] if path and kept else {}
+    before = json.loads(path.read_text(encoding="utf-8")) if path and kept else {}
+    results = before.get("families", {})
     done = {name for name, result in results.items() if result.get("reason") != DIED} if arguments.resume else set()
     wanted = [name for name in arguments.families or known if name not in done]
     tests = arguments.tests and arguments.tests.resolve()
@@ -210,6 +217,10 @@ def main() -> None:
     command = " ".join(word for word in command_line().split() if word not in {*known, "--resume"})
     record: dict[str, Any] = {"command": command, "environment": environment(), "families": results}
     record["tests"] = version_of(tests) if tests else "none"
+    if before and (old := how_tried(before)) != (new := how_tried(record)):
+        parser.error(
+            f"{path} has families that were tried with {old}; this would be with {new}. Take another --output, or try all."
+        )
     for name, result in try_all(wanted, known, tests, arguments.seconds, arguments.processes):
         results[name] = result
         print(f"{name}: {result['status']} {result.get('reason', '')}", flush=True)

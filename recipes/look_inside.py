@@ -29,6 +29,8 @@ from training.data_files import in_one_line
 from training.pixel_values import UNREADABLE
 
 
+PICTURES = ("attention", "surface", "health")
+SIDE = 512  # pixels, at most, of an image that attention is laid over
 LABELLED = 60  # tokens, at most, that are named at a map's sides
 MAP, ALL_MAPS = 10.0, 80.0  # inches that one map and a row of them may have
 
@@ -118,7 +120,8 @@ def main() -> None:
             image = open_image(arguments.image)
             processor = AutoImageProcessor.from_pretrained(arguments.model, backend="pil")
             inputs = dict(processor(image, return_tensors="pt"))
-            image = analysis.as_seen(image, inputs["pixel_values"][0], processor)
+            image = analysis.as_seen(image, inputs["pixel_values"][0], processor).copy()
+            image.thumbnail((SIDE, SIDE))  # has a copy in each of the picture's panels
             grid = analysis.patch_grid(model.config, inputs["pixel_values"])
         maps = analysis.attention_maps(model, **inputs)
         pictures = {
@@ -132,9 +135,12 @@ def main() -> None:
             pictures["health"] = draw_health(health)
     except (OSError, ValueError, RuntimeError, StrictDataclassError, SafetensorError) as error:
         raise SystemExit(in_one_line(error)) from None
-    for name, figure in pictures.items():
+    for name in PICTURES:
         path = arguments.output.with_name(f"{arguments.output.name}-{name}.png")
-        figure.savefig(path, dpi=100)
+        if name not in pictures:
+            path.unlink(missing_ok=True)  # is of a model that was looked at before
+            continue
+        pictures[name].savefig(path, dpi=100)
         print(path)
 
 

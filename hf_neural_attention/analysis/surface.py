@@ -50,7 +50,8 @@ def score_surface(
     weights = scorer.weights().to(torch.float32)
     if weights.per_head:
         weights = ScorerWeights(*(None if tensor is None else tensor[head] for tensor in weights))  # type: ignore[arg-type]
-    origin = torch.zeros(scorer.head_dim, device=next((each.device for each in weights if each is not None), None))
+    somewhere = (*weights, query, key, query_direction, key_direction)  # a compact thin scorer has no weights
+    origin = torch.zeros(scorer.head_dim, device=next((each.device for each in somewhere if each is not None), None))
     first_unit = torch.eye(scorer.head_dim, device=origin.device)[0]
     sees_first = [first_unit if weight is None else weight[0] for weight in (weights.q_weight, weights.k_weight)]
     along_query = sees_first[0] if query_direction is None else query_direction

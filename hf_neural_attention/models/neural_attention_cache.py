@@ -204,8 +204,9 @@ class NeuralCache(Cache):
     """
 
     def __new__(cls, model: nn.Module | None = None, max_cache_len: int | None = None, **kwargs: Any) -> Any:
-        # leaves the arguments out where a copy is made
-        return super().__new__(GrowingNeuralCache if cls is NeuralCache and max_cache_len is None else cls)
+        # keeps the class where a copy is made, which comes without arguments
+        is_growing = model is not None and max_cache_len is None
+        return super().__new__(GrowingNeuralCache if cls is NeuralCache and is_growing else cls)
 
     def __init__(self, model: nn.Module, max_cache_len: int | None = None, *, offloading: bool = False):
         if not isinstance(model, nn.Module) or not hasattr(model, "config"):

@@ -117,6 +117,7 @@ class Scorer(nn.Module):
         Returns:
             Output `[B, H, Tq, Dv]`, and the attention weights `[B, H, Tq, Tk]` after dropout, or None.
         """
+        check_parts(self, query, key)
         return scorer_attention(
             query,
             key,
@@ -357,6 +358,16 @@ def is_compact(scorer: Any) -> bool:
     """Whether a scorer is one without a first layer, as a `CompactScorer` is. Asks what it has, not its class, since every
     model from the Hub that brings its code has classes of its own."""
     return hasattr(scorer, "linear3") and not hasattr(scorer, "linear1")
+
+
+def check_parts(scorer: Any, query: torch.Tensor, key: torch.Tensor) -> None:
+    """Raises a ValueError if a compact scorer of mode "thin", which has no weights to tell its size, gets parts of another."""
+    size = scorer.hidden_dims[0]
+    if scorer.mode == "thin" and is_compact(scorer) and (query.shape[-1], key.shape[-1]) != (size, size):
+        raise ValueError(
+            f"`query` and `key` have sizes {query.shape[-1]} and {key.shape[-1]}; this compact scorer expects both projected, "
+            f"to {size} numbers a head."
+        )
 
 
 def effective_weights(layer: Any) -> tuple[torch.Tensor, torch.Tensor]:

@@ -201,8 +201,12 @@ def patched(model: ModelT, layers: Layers = (0,), **settings: Any) -> Iterator[M
 
 
 def patch_status(model: nn.Module) -> PatchStatus:
-    """Which layers of a model are neural, and with which settings; empty (and false) if none is."""
-    return PatchStatus(PatchedLayer.of(name, scorer) for name, _, scorer in neural_layers(model))
+    """Which layers of a model are neural, and with which settings; empty (and false) if none is. A module that has several
+    places is there once, by the first of its names."""
+    first: dict[nn.Module, PatchedLayer] = {}
+    for name, module, scorer in neural_layers(model):
+        first.setdefault(module, PatchedLayer.of(name, scorer))
+    return PatchStatus(first.values())
 
 
 def check_model(model: Any) -> None:

@@ -235,11 +235,12 @@ def own_class(architecture: str, model_class: Any, where: str) -> Any:
         return saved
     candidates = [getattr(hf_neural_attention, name) for name in hf_neural_attention.__all__]
     family = [each for each in candidates if getattr(each, "config_class", None) is saved.config_class]
+    name = getattr(model_class, "__name__", repr(model_class))
     for own in family:
-        if own is model_class or own.__name__ == f"Neural{model_class.__name__}":
+        if own is model_class or own.__name__ == f"Neural{name}":
             return own
     raise PatchError(
-        f"{where} holds a {architecture}, which cannot be loaded as a {model_class.__name__}: expected one of "
+        f"{where} holds a {architecture}, which cannot be loaded as a {name}: expected one of "
         f"{', '.join(own.__name__ for own in family)}, or the stock class of one of these."
     )
 

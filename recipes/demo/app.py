@@ -26,7 +26,7 @@ dot product. Open a model and see what it attends to. Patch one that has no such
 TEXT = "The import statement binds names. The import statement finds a module, and binds it to a name."
 FROM_THE_HUB = "openai-community/gpt2"
 MODES = ["replace", "residual", "thin"]
-KEPT_FOR = 3600  # seconds that a visitor's models stay in memory
+KEPT_FOR = 3600  # seconds that a visitor's models and files stay
 NOT_PATCHED = "Patch a copy, and here is what changes. The model itself stays as it is."
 
 # Loads nothing from a network
@@ -44,7 +44,8 @@ class Page:
     def __init__(self, model: str | None = None):
         local = looking.local_models()
         first = model or next(iter(local), FROM_THE_HUB)
-        with gr.Blocks(title=TITLE, analytics_enabled=False, fill_width=True) as self.blocks:
+        # deletes what visitors have uploaded, with what the page keeps of their visits
+        with gr.Blocks(title=TITLE, analytics_enabled=False, fill_width=True, delete_cache=(600, KEPT_FOR)) as self.blocks:
             self.visit = gr.State(time_to_live=KEPT_FOR)
             gr.Markdown(INTRODUCTION)
             with gr.Row():

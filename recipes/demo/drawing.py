@@ -33,7 +33,7 @@ def draw_beside(look: Look, other: Look | None, layer: int, head: int) -> Figure
     """
     first = look.maps[layer][head], title_of(look, layer, head)
     second = dot_product_of(look, layer, head) if other is None else of_other(look, other, layer, head)
-    return over_image(look, [first, second]) if look.example.image else matrices(look, [first, second])
+    return over_image([look, other or look], [first, second]) if look.example.image else matrices(look, [first, second])
 
 
 def dot_product_of(look: Look, layer: int, head: int) -> tuple[torch.Tensor | None, str]:
@@ -73,18 +73,18 @@ def matrices(look: Look, drawn: list[tuple[torch.Tensor | None, str]]) -> Figure
     return figure
 
 
-def over_image(look: Look, drawn: list[tuple[torch.Tensor | None, str]]) -> Figure:
-    """The picture, and over it what the class token attends to."""
-    image: Any = look.example.shown
+def over_image(looks: list[Look], drawn: list[tuple[torch.Tensor | None, str]]) -> Figure:
+    """The picture, and what the class token attends to, over the picture as each model sees it: some see its middle alone."""
     figure = Figure(figsize=(WIDTH, WIDTH / 3 + 0.4), layout="constrained")
     picture, *others = figure.subplots(1, 3)
-    picture.imshow(image)
+    picture.imshow(looks[0].example.shown)
     picture.set_axis_off()
     picture.set_title("the image", **TITLE)
-    for axis, (weights, title) in zip(others, drawn, strict=True):
+    for axis, look, (weights, title) in zip(others, looks, drawn, strict=True):
         if weights is None:
             say(axis, title)
             continue
+        image: Any = look.example.shown
         over = analysis.attention_over_image(weights, (image.height, image.width), grid=grid_of(look))
         analysis.draw_attention_over_image(over, image, axis)
         axis.set_title(title, **TITLE)

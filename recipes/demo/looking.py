@@ -4,6 +4,7 @@ import copy
 import re
 import struct
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +27,7 @@ from hf_neural_attention import analysis, calibrate, patch, patch_status
 
 
 LONGEST = 256  # tokens of a text, so that a page is there in seconds
+KEPT_MODELS = 3  # in memory, beside those that visitors have before them
 MOST_PARAMETERS = 1_500_000_000  # of a model from the Hub, on machines as small as a free Space
 SHOWN_SIDE = 512  # pixels of a picture that attention is laid over
 TOP = 5  # predictions that are shown
@@ -41,6 +43,10 @@ HEADS: dict[str, tuple[Any, str | None]] = {
     "ForImageClassification": (AutoModelForImageClassification, "class"),
     "ForSequenceClassification": (AutoModelForSequenceClassification, "class"),
 }
+
+
+# Lists problems whose outputs are no shares of one, as those of a single output
+NO_CHOICE = ("regression", "multi_label_classification")
 
 
 class Mistake(ValueError):
@@ -104,7 +110,7 @@ class Look:
         return analysis.surface_around(scorer, self.seen[layer], head)
 
 
-def in_one_line(error: BaseException) -> str:
+def in_one_line(error: object) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
     return text if text.endswith(".") else f"{text}."
 
@@ -117,19 +123,29 @@ def local_models(folder: Path = Path("runs")) -> list[str]:
 
 
 def open_model(name: str) -> Opened:
-    """A model from a folder or the Hub, stock or neural, in evaluation mode.
+    """A model from a folder or the Hub, stock or neural, in evaluation mode. The last ones are kept, for all visitors alike.
 
     Raises:
         Mistake: if there is none, or it cannot be shown here.
     """
     name = name.strip()
     check_name(name)
+    folder = Path(name)
+    changed = max((path.stat().st_mtime_ns for path in folder.iterdir()), default=0) if folder.is_dir() else 0
+    return load_model(name, changed)
+
+
+@lru_cache(maxsize=KEPT_MODELS)
+def load_model(name: str, changed: int) -> Opened:
+    """See `open_model`; a folder that has changed since is read anew."""
     try:
         config = AutoConfig.from_pretrained(name)
         architecture = next(iter(config.architectures or ()), "")
         auto, predicts = next((HEADS[end] for end in HEADS if architecture.endswith(end)), (AutoModel, None))
         if not Path(name).is_dir():
             check_size(auto, config, name)
+        if predicts == "class" and (config.num_labels == 1 or config.problem_type in NO_CHOICE):
+            predicts = None
         model = auto.from_pretrained(name).eval()
     except Mistake:
         raise
@@ -159,12 +175,16 @@ def check_name(name: str) -> None:
     path = Path(name)
     if not name:
         raise Mistake("Type a folder with a model in it, or a model's name on the Hub.")
-    if path.is_dir():
+    try:
+        is_folder, is_there = path.is_dir(), path.exists()
+    except (OSError, ValueError) as error:
+        raise Mistake(f"This name cannot be looked up: {in_one_line(getattr(error, 'strerror', error))}") from None
+    if is_folder:
         if not (path / "config.json").exists():
             inside = local_models(path)
             hint = f" These folders in it do: {', '.join(inside[:5])}." if inside else ""
             raise Mistake(f"The folder {name} has no config.json, so it holds no model.{hint}")
-    elif path.exists():
+    elif is_there:
         raise Mistake(f"{name} is a file; expected a folder with a model in it, or a model's name on the Hub.")
     elif not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
         raise Mistake(f"There is no folder {name}, and a name on the Hub looks like openai-community/gpt2.")
@@ -242,6 +262,8 @@ def look(opened: Opened, example: Example) -> Look:
         maps = [weights[0].float() for weights in analysis.attention_maps(model, **inputs)]
     except (ValueError, RuntimeError, TypeError) as error:
         raise Mistake(f"{opened.name} does not show its attention: {in_one_line(error)}") from None
+    if opened.takes_images:
+        check_grid(opened, example, maps)
     scores = or_none(analysis.score_statistics, model, inputs)
     if scores is None or len(scores) != len(maps):
         scores, names, scorers = None, [f"layer {index}" for index in range(len(maps))], ["dot product"] * len(maps)
@@ -264,6 +286,17 @@ def look(opened: Opened, example: Example) -> Look:
         or_none(analysis.scorer_health, model, inputs) if neural else None,
         None if logits is None else logits[0].float(),
     )
+
+
+def check_grid(opened: Opened, example: Example, maps: list[torch.Tensor]) -> None:
+    """Raises a Mistake if attention is not that of all patches to all, as in windows or with patches left out."""
+    try:
+        for weights in maps:
+            analysis.attention_over_image(
+                weights[0], (1, 1), grid=analysis.patch_grid(opened.model.config, example.inputs["pixel_values"])
+            )
+    except ValueError as error:
+        raise Mistake(f"The attention of {opened.name} cannot be laid over an image: {in_one_line(error)}") from None
 
 
 def or_none(function: Any, model: Any, inputs: dict[str, torch.Tensor]) -> Any:

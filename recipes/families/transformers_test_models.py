@@ -3,7 +3,6 @@
 import copy
 import importlib
 import inspect
-import os
 import re
 import sys
 import unittest
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import constants
 from transformers import PreTrainedModel
 
 from families.patch_examination import in_a_line
@@ -23,7 +23,7 @@ SHARED = ("test_modeling_common", "causal_lm_tester", "generation.test_utils")
 
 def import_from(tests: Path, name: str) -> Any:
     """A module in the folder `tests` of Transformers' source."""
-    os.environ["HF_HUB_OFFLINE"] = "1"  # or else some would wait for the Hub
+    constants.HF_HUB_OFFLINE = True  # or else some would wait for the Hub, which has read the variable long ago
     if str(tests.parent) != sys.path[0]:  # comes before any other package `tests`
         sys.path.insert(0, str(tests.parent))
     return importlib.import_module(f"{tests.name}.{name}")

@@ -133,6 +133,7 @@ def test_a_filled_cache_serves_again(implementation: str, length: int | None):
         ids = torch.cat((start["input_ids"], torch.randint(3, 98, (2, 3))), dim=1)
         more = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         cache = copy.deepcopy(filled)
+        assert type(cache) is type(filled) is (NeuralCache if length else GrowingNeuralCache)
         assert torch.equal(generate(model, more, cache=cache), generate(model, more, use_cache=False))
         assert cache.get_seq_length() > filled.get_seq_length() == 9
         # checks that the keys are copied and the model is not

@@ -197,5 +197,15 @@ def test_what_thin_has_and_refuses():
     query, key, value = tensors()
     assert explain(query, key, value, scorer)[0][1:3] == ("sdpa", True)
     assert explain(query, key, value, scorer, backend="reference")[0][1:3] == ("reference", False)
-    with pytest.raises(ValueError, match="`query` and `key` have shapes"):
+    with pytest.raises(ValueError, match="`query` and `key` have sizes 3 and 2"):
         neural_attention(query[..., :3], key[..., :2], value, CompactScorer((3, 0), mode="thin"))
+
+
+def test_a_compact_scorer_knows_its_size_without_weights():
+    query, key, value = (tensor[:, :KEY_HEADS] for tensor in tensors())
+    key, query = key[:, :, :QUERIES], query[:, :, :QUERIES]
+    scorer = CompactScorer((NUMBERS, 0), mode="thin")
+    for call in (neural_attention, explain, lambda *given: scorer(*given[:3])):
+        with pytest.raises(ValueError, match=rf"have sizes {HEAD_DIM} and {HEAD_DIM}; .*to {NUMBERS} numbers a head"):
+            call(query, key, value[:, :, :QUERIES], scorer)
+    assert neural_attention(query[..., :NUMBERS], key[..., :NUMBERS], value[:, :, :QUERIES], scorer).shape[-1] == 6

@@ -67,3 +67,5 @@ def test_classes_of_other_families_are_refused(tmp_path: Path):
     with pytest.raises(PatchError, match="and BertModel no such module"):
         from_pretrained(tmp_path / "llama", model_class=transformers.BertModel)
     assert from_pretrained(tmp_path / "gpt2", model_class=hf_neural_attention.NeuralGPT2Model).h
+    with pytest.raises(PatchError, match="cannot be loaded as a 'GPT2Model': expected one of"):
+        from_pretrained(tmp_path / "gpt2", model_class="GPT2Model")

@@ -110,6 +110,10 @@ def test_a_module_with_two_names_is_patched_once(tmp_path):
     stock = run(model, **inputs)
     patch(model, "all", mode="replace")
     expected = run(model, **inputs)
+    status = patch_status(model)
+    assert [layer.layer for layer in status] == [f"transformer.h.{index}.attn" for index in (0, 1)]
+    drawn = [parameter.numel() for name, parameter in model.named_parameters() if ".scorer." in name]
+    assert status.num_parameters == sum(drawn)
     save_patch(model, tmp_path)
     again = load_patch(shared(), tmp_path)
     assert torch.equal(run(again, **inputs), expected)

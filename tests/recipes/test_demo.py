@@ -12,7 +12,15 @@ import PIL.Image
 import pytest
 import torch
 import yaml
-from transformers import GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
+from transformers import (
+    DeiTImageProcessorPil,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    GPT2LMHeadModel,
+    GPT2Tokenizer,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 import drawing
 import looking
@@ -81,6 +89,7 @@ def damaged(folder: Path) -> str:
         ("runs/quickstart", r"no config.json, so it holds no model. .* do: runs/quickstart/neural, runs/quickstart/dot\."),
         ("runs/quickstart/dot/config.json", "is a file; expected a folder"),
         ("runs/quickstart/nothing/there", "There is no folder runs/quickstart/nothing/there"),
+        ("n" * 300, "cannot be looked up: File name too long"),
         ("../nowhere", r"There is no folder \.\./nowhere"),
         ("no/model", "no/model is neither a folder here nor a model that the Hub gives out, or the Hub cannot be reached"),
     ),
@@ -112,6 +121,45 @@ def test_wrong_folders_get_a_sentence(tmp_path):
     (tmp_path / "of nobody/config.json").write_text(json.dumps({"model_type": "nobody's"}))
     with pytest.raises(Mistake, match="of nobody cannot be loaded: "):
         looking.open_model(str(tmp_path / "of nobody"))
+
+
+def test_models_that_were_opened_are_shared_until_they_change(tmp_path):
+    name = str(shutil.copytree("runs/quickstart/dot", tmp_path / "dot"))
+    opened = looking.open_model(name)
+    assert looking.open_model(name) is opened
+    opened.model.transformer.wte.weight.data.zero_()  # as nobody does here, to tell it apart
+    saved = GPT2LMHeadModel.from_pretrained(name)
+    saved.save_pretrained(name)
+    again = looking.open_model(name)
+    assert again is not opened and torch.equal(again.model.transformer.wte.weight, saved.transformer.wte.weight)
+
+
+@pytest.mark.parametrize("fields", ({"num_labels": 1}, {"problem_type": "multi_label_classification"}), ids=("one", "several"))
+def test_classifiers_whose_outputs_are_no_shares_predict_nothing(tmp_path, fields):
+    config = GPT2Config.from_pretrained("runs/quickstart/dot", pad_token_id=0, **fields)
+    GPT2ForSequenceClassification(config).save_pretrained(tmp_path / "classifier")
+    GPT2Tokenizer.from_pretrained("runs/quickstart/dot").save_pretrained(tmp_path / "classifier")
+    look = looked(looking.open_model(str(tmp_path / "classifier")))
+    assert look.logits is None and not looking.predictions(look)
+
+
+def test_attention_that_is_of_no_image_gets_a_sentence(images, monkeypatch):
+    """As that of Swin, in windows of fewer patches than the image has."""
+    example = visit_of(images, "", None).looked.example
+    monkeypatch.setattr(analysis, "patch_grid", lambda *_: (8, 8))
+    with pytest.raises(Mistake, match="runs/images/neural cannot be laid over an image: There are 17 tokens"):
+        looking.look(images, example)
+
+
+def test_each_map_lies_over_what_its_model_sees(images, tmp_path):
+    shutil.copytree("runs/images/neural", tmp_path / "crops")
+    sizes = {"size": {"height": 24, "width": 24}, "crop_size": {"height": 16, "width": 16}}
+    DeiTImageProcessorPil(**sizes).save_pretrained(tmp_path / "crops")
+    visit = look_beside(visit_of(images, "", None), str(tmp_path / "crops"))
+    assert visit.beside.example.shown.size != visit.looked.example.shown.size
+    _, own, other = drawing.draw_beside(visit.looked, visit.beside, 0, 0).axes
+    for axis, look in ((own, visit.looked), (other, visit.beside)):
+        assert axis.images[0].get_array().shape[:2] == look.example.shown.size[::-1]
 
 
 def test_large_models_of_the_hub_are_refused(stock, monkeypatch):

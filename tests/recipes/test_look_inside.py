@@ -49,6 +49,8 @@ def test_scorers_without_a_network_have_no_health(tmp_path, monkeypatch, is_comp
     NeuralViTForImageClassification(config).save_pretrained(tmp_path / "model")
     ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(tmp_path / "model")
     PIL.Image.fromarray(torch.randint(256, (20, 24, 3), dtype=torch.uint8).numpy()).save(tmp_path / "i.png")
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures/a-health.png").touch()  # of another model
     look(monkeypatch, tmp_path / "model", "--image", tmp_path / "i.png", "--output", tmp_path / "pictures/a")
     assert sorted(path.name for path in (tmp_path / "pictures").iterdir()) == ["a-attention.png", "a-surface.png"]
 

@@ -1,5 +1,6 @@
 """Which families can be patched: small models as others' tests build them, and what becomes of them."""
 
+import json
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -144,3 +145,27 @@ def test_nan_is_no_equal():
     assert patch_examination.relative(nan, one) == patch_examination.relative(one, nan) == float("inf")
     never = torch.tensor([float("-inf")])
     assert patch_examination.relative(nan, nan) == patch_examination.relative(never, never) == 0
+
+
+def test_results_of_other_versions_are_not_mixed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A table says one version, and one kind of models, of all of its families."""
+    tried: list[str] = []
+
+    def try_all(wanted: list[str], *_: Any) -> Any:
+        tried.extend(wanted)
+        return ((name, {"status": "no interface", "stacks": []}) for name in wanted)
+
+    def run(*words: object) -> None:
+        monkeypatch.setattr("sys.argv", ["list_patchable_families.py", *map(str, words)])
+        list_patchable_families.main()
+
+    monkeypatch.setattr(list_patchable_families, "try_all", try_all)
+    output = ("--output", tmp_path / "families")
+    run("gpt2", "bert", *output)
+    run("bert", *output)
+    record = json.loads((tmp_path / "families.json").read_text())
+    record["environment"]["transformers"] = "4.0"
+    (tmp_path / "families.json").write_text(json.dumps(record))
+    with pytest.raises(SystemExit):
+        run("vit", *output)
+    assert tried == ["gpt2", "bert", "bert"] and json.loads((tmp_path / "families.json").read_text()) == record
