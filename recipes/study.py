@@ -49,7 +49,7 @@ import torch
 from studies.page_tables import has_tables, with_new_tables
 from studies.report import report
 from studies.results import adopt_runs, load_results
-from studies.study_file import COSTS, SAME_TIME, SCRIPTS, Study, file_name, is_timed, load_costs
+from studies.study_file import COSTS, SAME_TIME, SCRIPTS, Study, file_name, is_timed, load_costs, with_new_arms
 from tools.command_lines import as_flags, unknown_words
 from tools.json_files import write_json
 from tools.provenance import environment
@@ -210,6 +210,8 @@ def main() -> None:
     pages = {page: read_page(page) for page in arguments.pages}
     if adopted := adopt_runs(study, arguments.adopt, results):
         print(f"adopted: {', '.join(adopted)}", flush=True)
+    if (costs := load_costs(results)) != (more_costs := with_new_arms(study, costs)):
+        write_json(results / COSTS, more_costs)
     if arguments.time_only:  # does nothing else, since it may be one of several processes
         return time_arms(study, results, more)
     if arguments.report_only and more:

@@ -28,6 +28,7 @@ OF_THE_SAME_STEP = {
     "scorer_learning_rate",
     "scorer_weight_decay",
 }
+PER_ARM = ("seconds_per_step", "quartiles", "ratios")  # of what was timed
 # Lists what an arm of a study may say; how its scores start is a setting of its own, `score_spread`
 ATTENTIONS = (Arm.DOT, Arm.NEURAL)
 RECIPES = {"language_modeling.py": text_task, "image_classification.py": image_task, "recall.py": recall_task}
@@ -122,11 +123,7 @@ class Study:
 
         How scores start may: a saturated softmax leaves subnormal numbers, with which processors are slow.
         """
-
-        def model(name: str) -> dict[str, Any]:
-            return {key: value for key, value in self.settings(name).items() if key not in OF_THE_SAME_STEP}
-
-        return next(other for other in self.arms if model(other) == model(arm))
+        return next(other for other in self.arms if of_a_step(self.settings(other)) == of_a_step(self.settings(arm)))
 
     def words(self, arm: str, steps: int | None = None) -> list[str]:
         """The recipe's command line for an arm, but for the seed and the folder."""
@@ -149,6 +146,11 @@ class Study:
         }
 
 
+def of_a_step(settings: dict[str, Any]) -> dict[str, Any]:
+    """What of an arm's settings a step's cost hangs on."""
+    return {name: value for name, value in settings.items() if name not in OF_THE_SAME_STEP}
+
+
 def file_name(arm: str, seed: int) -> str:
     return f"{re.sub(r'[^A-Za-z0-9]+', '-', arm).strip('-')}-{seed}.json"
 
@@ -157,6 +159,22 @@ def load_costs(results: Path) -> dict[str, Any]:
     """What `study.py` has measured of a step of each arm; empty if it has not."""
     path = results / COSTS
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def with_new_arms(study: Study, costs: dict[str, Any]) -> dict[str, Any]:
+    """The costs, with those of arms that came later where their steps are the same as of one that was timed."""
+    timed = {arm: settings for arm, settings in costs.get("settings", {}).items() if arm in study.arms}
+    if not timed or any(study.settings(arm) != settings for arm, settings in timed.items()):
+        return costs
+    alike: dict[str, str] = {}  # new arm -> one that was timed
+    for arm in study.arms:
+        step = of_a_step(study.settings(arm))
+        found = next((each for each in (arm, *timed) if each in timed and of_a_step(timed[each]) == step), None)
+        if found is None:
+            return costs
+        alike[arm] = found
+    taken = {name: {arm: costs[name][each] for arm, each in alike.items()} for name in PER_ARM}
+    return costs | taken | {"settings": {arm: study.settings(arm) for arm in study.arms}}
 
 
 def is_timed(study: Study, costs: dict[str, Any]) -> bool:

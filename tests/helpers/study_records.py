@@ -22,7 +22,15 @@ def make_study(**fields: Any) -> Study:
 def costs_of(study: Study) -> dict[str, Any]:
     ratios = {arm: [seconds / 2 - 0.1, seconds / 2, seconds / 2 + 0.1] for arm, seconds in SECONDS.items()}
     settings = {arm: study.settings(arm) for arm in study.arms}
-    return {"seconds_per_step": SECONDS, "ratios": ratios, "steps": {"longer": 15}, "settings": settings, "environment": WHERE}
+    quartiles = {arm: [seconds, seconds] for arm, seconds in SECONDS.items()}
+    return {
+        "seconds_per_step": SECONDS,
+        "quartiles": quartiles,
+        "ratios": ratios,
+        "steps": {"longer": 15},
+        "settings": settings,
+        "environment": WHERE,
+    }
 
 
 def record_of(study: Study, arm: str, seed: int, value: float) -> dict[str, Any]:

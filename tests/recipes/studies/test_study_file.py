@@ -5,7 +5,7 @@ import pytest
 import study as script
 from studies.report import report
 from studies.results import best_row, counterpart
-from studies.study_file import Study, file_name
+from studies.study_file import Study, file_name, is_timed, with_new_arms
 from tests.helpers.running import RECIPES
 from tests.helpers.study_records import SECONDS, costs_of, make_study
 
@@ -27,6 +27,22 @@ def test_as_many_steps_as_take_the_same_time(tmp_path):
     for other in ({"scorer_weight_decay": 0.0}, {"learning_rate": 1.0}, {"max_steps": 5}, {"neural_init": "paper"}):
         assert make_study(arms={**study.arms, "b": {"attention": "neural", **other}}).timed_as("b") == "first layer"
     assert make_study(arms={**study.arms, "b": {"attention": "neural", "neural_proj_dim": 4}}).timed_as("b") == "b"
+
+
+def test_arms_of_the_same_step_need_no_timing():
+    study = make_study()
+    costs = costs_of(study)
+    faster = {"attention": "dot", "learning_rate": 0.1}
+    larger = make_study(arms={"faster": faster, **study.arms})
+    assert with_new_arms(study, costs) == costs and with_new_arms(study, {}) == {} and not is_timed(larger, costs)
+    new = with_new_arms(larger, costs)
+    assert is_timed(larger, new) and list(new["ratios"]) == list(larger.arms)
+    for name in ("seconds_per_step", "quartiles", "ratios"):
+        assert new[name] == {"faster": costs[name]["dot"], **costs[name]}
+    another = make_study(arms={**study.arms, "spread": {"attention": "dot", "score_spread": 1.0}})
+    changed = make_study(arms={**larger.arms, "dot": {"attention": "dot", "weight_decay": 0.1}})
+    for other in (another, changed):
+        assert with_new_arms(other, costs) == costs
 
 
 def test_arms_may_have_fewer_seeds():
