@@ -22,7 +22,10 @@ class Form(NamedTuple):
         return f"{self.factor * number:.{self.decimals}f}"
 
     def signed(self, number: float | None) -> str:
-        return "" if number is None else f"{self.factor * number:+.{self.decimals}f}"
+        if number is None:
+            return ""
+        text = f"{self.factor * number:+.{self.decimals}f}"
+        return text[1:] if not text.strip("+-0.") else text  # leaves out the sign of what rounds to zero
 
     def bounds(self, row: dict[str, Any]) -> str:
         return "" if row["low"] is None else f"{self.signed(row['low'])} to {self.signed(row['high'])}"
