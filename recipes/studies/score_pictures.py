@@ -31,12 +31,14 @@ def first_layer(run: dict[str, Any]) -> str | None:
 
 
 def draw_first_layer(study: Study, found: Results, path: Path) -> None:
-    """Panels of saturation, entropy and gradient norm against the step, a line per arm, mean over seeds."""
+    """Panels of saturation, entropy and gradient norm against the step, a line per arm, mean over seeds. Arms with a learning
+    rate of their own are left out where others have none: their lines would hide the rest."""
+    arms = [arm for arm in found if "learning_rate" not in study.arms[arm]] or list(found)
     figure = Figure(figsize=(15, 4.5), layout="constrained")
     axes = figure.subplots(1, len(PANELS))
     for axis, (figure_name, title) in zip(axes, PANELS.items(), strict=True):
         # counts what is drawn, so that no two of a few lines have one colour
-        drawn = {arm: [curve for run in runs.values() if (curve := points(run, figure_name))] for arm, runs in found.items()}
+        drawn = {arm: [curve for run in found[arm].values() if (curve := points(run, figure_name))] for arm in arms}
         for number, (arm, curves) in enumerate((arm, curves) for arm, curves in drawn.items() if curves):
             steps = sorted(set.intersection(*(set(curve) for curve in curves)))
             means = [statistics.mean(curve[step] for curve in curves) for step in steps]
