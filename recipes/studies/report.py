@@ -89,8 +89,8 @@ def markdown(study: Study, found: Results, rows: list[dict[str, Any]], where: di
     if were_watched(found):
         parts.append(
             "The first layer's scores during training, of arms at the study's own rate (mean over seeds, on a few validation "
-            "examples; at step 0 before any training): rows in which one key has over 0.99 of the weight, entropy of rows, and "
-            "the norm of the gradient that reaches the weights of queries and keys (before clipping).\n\n"
+            "examples; at step 0 before any training): rows in which one key has over 0.99 of the weight, entropy of rows, "
+            "and the norm of the gradient that reaches the weights of queries and keys (before clipping).\n\n"
             "![Scores of the first layer](scores.png)"
         )
     if len(rows_with(study, rows, Arm.DOT)) > 1:
