@@ -28,7 +28,7 @@ from ..models.neural_attention_packing import pack, put_in, watch_caches
 from ..models.neural_attention_scorer import is_compact
 from .errors import PatchError, UnsupportedLayerError
 from .layers import attention_modules, listed
-from .reports import CompactPlan, PatchedLayer, PatchStatus
+from .reports import CompactPlan, status_of
 from .sizes import ModelSize, size_of
 from .tracing import Refusal, Run, outputs_of, run, trace
 
@@ -215,7 +215,7 @@ def plan_of(
 ) -> CompactPlan:
     """What has been done, which this undoes."""
     after = size_of(model, example_inputs=example_inputs)
-    status = PatchStatus(PatchedLayer.of(name, scorer) for name, _, scorer in neural_layers(model))
+    status = status_of(model)
     backends = explain(model)
     undo()
     # counts the scorer of a module once that has several places

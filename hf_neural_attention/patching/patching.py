@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ..diagnostics import Explanation, explain_layer
-from ..introspection import compact_layers, is_born_neural, is_sharded, neural_layers, once, patched_modules, place_of
+from ..introspection import compact_layers, is_born_neural, is_sharded, once, patched_modules, place_of
 from ..models.configuration_neural_attention import HiddenDims, is_positive_int, is_shape
 from ..models.neural_attention_interface import (
     NeuralConfigView,
@@ -25,7 +25,7 @@ from .errors import AlreadyPatchedError, PatchError, ProbeError, UnsupportedLaye
 from .layers import Layers, attention_modules, choose_layers, listed
 from .pretrained import hook_model, unhook_model
 from .probing import AttentionCall, probe
-from .reports import PatchedLayer, PatchPlan, PatchStatus
+from .reports import PatchedLayer, PatchPlan, PatchStatus, status_of
 from .sizes import ModelSize, size_of
 
 
@@ -203,10 +203,7 @@ def patched(model: ModelT, layers: Layers = (0,), **settings: Any) -> Iterator[M
 def patch_status(model: nn.Module) -> PatchStatus:
     """Which layers of a model are neural, and with which settings; empty (and false) if none is. A module that has several
     places is there once, by the first of its names."""
-    first: dict[nn.Module, PatchedLayer] = {}
-    for name, module, scorer in neural_layers(model):
-        first.setdefault(module, PatchedLayer.of(name, scorer))
-    return PatchStatus(first.values())
+    return status_of(model)
 
 
 def check_model(model: Any) -> None:

@@ -3,8 +3,10 @@
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
+from torch import nn
+
 from ..diagnostics import Explanation
-from ..introspection import count
+from ..introspection import count, neural_layers
 from ..models.neural_attention_scorer import is_compact
 from .sizes import SIZE_TITLES, ModelSize
 
@@ -56,6 +58,14 @@ class PatchStatus(tuple[PatchedLayer, ...]):
         return table([PatchedLayer._fields, *self, total])
 
     __repr__ = __str__
+
+
+def status_of(model: nn.Module) -> PatchStatus:
+    """See `patch_status`."""
+    first: dict[nn.Module, PatchedLayer] = {}
+    for name, module, scorer in neural_layers(model):
+        first.setdefault(module, PatchedLayer.of(name, scorer))
+    return PatchStatus(first.values())
 
 
 class PatchPlan(NamedTuple):

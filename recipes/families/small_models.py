@@ -44,10 +44,13 @@ def families() -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for model_type in CONFIG_MAPPING:
         try:
-            package, _, folder, *_ = CONFIG_MAPPING[model_type].__module__.split(".")
+            package, _, rest = CONFIG_MAPPING[model_type].__module__.partition(".models.")
         except (ImportError, AttributeError, KeyError):
             continue
-        if package == "transformers" and folder != "auto":
+        if package != "transformers":  # is registered by others
+            continue
+        folder = rest.split(".")[0]
+        if folder != "auto":
             found.setdefault(folder, []).append(model_type)
     return {
         folder: sorted(types, key=lambda name: (name.replace("-", "_") != folder, len(name)))
