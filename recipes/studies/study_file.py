@@ -163,8 +163,9 @@ def load_costs(results: Path) -> dict[str, Any]:
 
 def with_new_arms(study: Study, costs: dict[str, Any]) -> dict[str, Any]:
     """The costs, with those of arms that came later where their steps are the same as of one that was timed."""
-    timed = {arm: settings for arm, settings in costs.get("settings", {}).items() if arm in study.arms}
-    if is_timed(study, costs) or not timed or any(study.settings(arm) != settings for arm, settings in timed.items()):
+    asked, seconds = costs.get("settings", {}), costs.get("seconds_per_step", {})
+    timed = {arm: settings for arm, settings in asked.items() if arm in study.arms and arm in seconds}
+    if not timed or any(study.settings(arm) != settings for arm, settings in timed.items()):
         return costs
     alike: dict[str, str] = {}  # new arm -> one that was timed
     for arm in study.arms:
