@@ -26,6 +26,7 @@ TINY = (
     *("--vocab_size", 300, "--block_size", 32, "--n_embd", 16, "--n_layer", 2, "--n_head", 2, "--max_train_samples", 32),
     *("--max_eval_tokens", 100, "--max_steps", 8, "--save_steps", 2, "--report_to", "none", "--neural_layers", "all"),
     *("--dropout", 0.0, "--learning_rate", 0.01, "--lr_scheduler_type", "constant", "--seed", 0),
+    *("--adam_epsilon", 1e-4),  # or else Adam makes whole steps of gradients that are rounding alone, as of a dead unit's bias
 )
 ONE_PROCESS = (*TINY, "--per_device_train_batch_size", 4, "--output_dir", "one")
 EACH_OF_TWO = (*TINY, "--per_device_train_batch_size", 2, "--output_dir", "two")
