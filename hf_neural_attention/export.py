@@ -27,7 +27,7 @@ from .patching.pretrained import neural_fields
 from .patching.records import check_without_adapters, could_be_repository, is_repository, record_of
 from .patching.sizes import SIZE_TITLES, size_of, stock_twin
 from .registration import FAMILIES, MODELS_OF_AUTO_CLASSES
-from .uploading import full_name, upload
+from .uploading import title_of, upload
 
 
 MODELS = Path(__file__).parent / "models"
@@ -111,9 +111,7 @@ def export_to_hub(
     figures = read_results(results)
     folder = Path(save_directory)
     check_no_adapters(folder)
-    title = repo_id or folder.resolve().name
-    if push_to_hub:
-        title = full_name(title, token)
+    title = title_of(folder, repo_id, push_to_hub, token)
     with made_or_left(folder), tempfile.TemporaryDirectory(dir=folder, prefix=".draft-") as name:
         draft = Path(name)  # is inside, since files move without a copy on one disk alone, and a folder may be a disk
         with cache_switched_on(base):

@@ -8,14 +8,16 @@ from huggingface_hub import HfApi
 from huggingface_hub.utils import filter_repo_objects
 
 
-def full_name(repo_id: str, token: str | bool | None) -> str:
-    """A repository's name with its owner's, as others have to write it: by default the user's own."""
-    if "/" in repo_id:
-        return repo_id
+def title_of(folder: Path, repo_id: str | None, is_pushed: bool, token: str | bool | None) -> str:
+    """What a card calls its repository: by default as the folder is called, and with its owner's name where it is pushed, as
+    others have to write it."""
+    name = repo_id or folder.resolve().name
+    if not is_pushed or "/" in name:
+        return name
     try:
-        return f"{HfApi(token=token).whoami()['name']}/{repo_id}"
+        return f"{HfApi(token=token).whoami()['name']}/{name}"
     except Exception:  # noqa: BLE001, leaves it to `upload` to say what is wrong, once everything is saved
-        return repo_id
+        return name
 
 
 def upload(

@@ -141,8 +141,7 @@ def run(study: Study, arm: str, seed: int, launcher: list[str], folder: Path, re
     comparison = json.loads((output / "comparison.json").read_text(encoding="utf-8"))
     where = comparison["environment"]  # reads that of the run's own processes
     asked = settings_of_run(json.loads((output / "run.json").read_text(encoding="utf-8"))) | {"processes": where["processes"]}
-    origin = {"recipe": study.recipe, "recipe_config": study.config}
-    record = {"study": study.name, **origin, "arm": arm, "seed": seed, "settings": study.settings(arm)}
+    record = {"study": study.name, **study.origin, "arm": arm, "seed": seed, "settings": study.settings(arm)}
     record |= {**finished, "run": asked, "environment": where}
     results.mkdir(parents=True, exist_ok=True)
     write_json(results / file_name(arm, seed), record)
@@ -210,10 +209,10 @@ def main() -> None:
     pages = {page: read_page(page) for page in arguments.pages}
     if adopted := adopt_runs(study, arguments.adopt, results):
         print(f"adopted: {', '.join(adopted)}", flush=True)
-    if (costs := load_costs(results)) != (more_costs := with_new_arms(study, costs)):
-        write_json(results / COSTS, more_costs)
     if arguments.time_only:  # does nothing else, since it may be one of several processes
         return time_arms(study, results, more)
+    if (costs := load_costs(results)) != (more_costs := with_new_arms(study, costs)):
+        write_json(results / COSTS, more_costs)
     if arguments.report_only and more:
         raise SystemExit(f"--report_only runs nothing, for which {shlex.join(more)} would be: leave that out.")
     if not arguments.report_only:

@@ -200,6 +200,8 @@ def test_the_start_at_other_rates():
     worth = [100 * change["difference"] for change in changes]
     said = "worth {:+.1f} points at half the rate, {:+.1f} at twice the rate, and {:+.1f} at four times."
     assert said.format(*worth) in text_of(PAGE)
+    for arm in ("dot", "dot, spread 1"):
+        assert all(change_of(IMAGES, f"{arm}, {rate} the rate", arm)["difference"] < 0 for rate in ("twice", "four times"))
 
     def of_one_seed(arm: str, metric: str) -> float:
         return found[arm][0]["metrics"][metric]

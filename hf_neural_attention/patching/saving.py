@@ -21,7 +21,7 @@ from ..models.neural_attention_names import forget_names, origin_of
 from ..models.neural_attention_parallel import is_distributed
 from ..models.neural_attention_scorer import NeuralScorer
 from ..models.neural_attention_zero3 import gathered
-from ..uploading import full_name, upload
+from ..uploading import title_of, upload
 from .errors import PatchError
 from .layers import attention_modules, listed
 from .patching import attach_scorers, check_model, check_whole, inspect_layers
@@ -91,9 +91,7 @@ def save_patch(
             raise PatchError(f"{key} is here in part: it is sharded. Give the whole `state_dict=`.")
     folder = Path(save_directory)
     folder.mkdir(parents=True, exist_ok=True)
-    title = repo_id or folder.resolve().name
-    if push_to_hub:
-        title = full_name(title, token)
+    title = title_of(folder, repo_id, push_to_hub, token)
     found = card_in(folder)
     # replaces each file in one step, so that a killed process leaves the old one or the new one
     save_file(weights, folder / f"{WEIGHTS}.draft", metadata={"format": "pt"})

@@ -7,7 +7,7 @@ from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 
 from hf_neural_attention import analysis
-from looking import Change, Look, Mistake, Prediction
+from looking import Change, Look, Mistake, Prediction, grid_of
 
 
 LABELLED = 60  # tokens, at most, that are named at a map's sides
@@ -85,14 +85,10 @@ def over_image(looks: list[Look], drawn: list[tuple[torch.Tensor | None, str]]) 
             say(axis, title)
             continue
         image: Any = look.example.shown
-        over = analysis.attention_over_image(weights, (image.height, image.width), grid=grid_of(look))
+        over = analysis.attention_over_image(weights, (image.height, image.width), grid=grid_of(look.opened, look.example))
         analysis.draw_attention_over_image(over, image, axis)
         axis.set_title(title, **TITLE)
     return figure
-
-
-def grid_of(look: Look) -> tuple[int, int] | None:
-    return analysis.patch_grid(look.opened.model.config, look.example.inputs["pixel_values"])
 
 
 def say(axis: Any, text: str) -> None:
@@ -121,7 +117,7 @@ def draw_small(look: Look, layer: int, head: int, axis: Any) -> None:
         axis.set_xticks([])
         axis.set_yticks([])
     else:
-        over = analysis.attention_over_image(weights, (image.height, image.width), grid=grid_of(look))
+        over = analysis.attention_over_image(weights, (image.height, image.width), grid=grid_of(look.opened, look.example))
         analysis.draw_attention_over_image(over, image, axis)
 
 

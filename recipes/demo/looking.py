@@ -292,11 +292,14 @@ def check_grid(opened: Opened, example: Example, maps: list[torch.Tensor]) -> No
     """Raises a Mistake if attention is not that of all patches to all, as in windows or with patches left out."""
     try:
         for weights in maps:
-            analysis.attention_over_image(
-                weights[0], (1, 1), grid=analysis.patch_grid(opened.model.config, example.inputs["pixel_values"])
-            )
+            analysis.attention_over_image(weights[0], (1, 1), grid=grid_of(opened, example))
     except ValueError as error:
         raise Mistake(f"The attention of {opened.name} cannot be laid over an image: {in_one_line(error)}") from None
+
+
+def grid_of(opened: Opened, example: Example) -> tuple[int, int] | None:
+    """Rows and columns of an image's patches."""
+    return analysis.patch_grid(opened.model.config, example.inputs["pixel_values"])
 
 
 def or_none(function: Any, model: Any, inputs: dict[str, torch.Tensor]) -> Any:

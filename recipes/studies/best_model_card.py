@@ -1,10 +1,9 @@
 """The model card of a study's best neural model."""
 
-import math
 from typing import Any
 
 from studies.number_format import Form, form_of
-from studies.results import Results, all_else, best_row, counterpart, difference, rows_with, verdict
+from studies.results import Results, all_else, best_of, best_row, counterpart, difference, rows_with, verdict
 from studies.study_file import RECIPES, Study
 from training import recall_task
 from training.arms import Arm
@@ -19,8 +18,7 @@ def best_card(study: Study, found: Results, rows: list[dict[str, Any]]) -> str |
         return None
     recipe, row, form = RECIPES[study.recipe], best_row(study, found, neural), form_of(study, rows, study.metric)
     runs, base = found[row["arm"]], counterpart(study, rows, row["arm"])
-    whole = [seed for seed in runs if math.isfinite(runs[seed]["metrics"][study.choose_by])] or list(runs)
-    seed = (min if study.lower_is_better else max)(whole, key=lambda seed: runs[seed]["metrics"][study.choose_by])
+    seed = best_of(study, list(runs), lambda seed: runs[seed]["metrics"][study.choose_by])
     results = {Arm.NEURAL: runs[seed] | {"seconds_in_turn": row["seconds_per_step"]}}
     words = f"of its runs the best (seed {seed})"
     if base is not None and seed in found[base["arm"]]:

@@ -36,7 +36,8 @@ SUMMARY = r"^(?P<head><!-- summary of {name} -->\n)(?:\n(?:\|.+\|\n)+)?"
 FIGURE = (
     r"(?P<head><!-- {name}: (?P<arm>(?:(?! less | by |-->).)+?)(?: less (?P<base>(?:(?! by |-->).)+?))?"
     r"(?: by (?P<metric>\w+))? -->)"
-    r"(?:\?|[+-]?\d+(?:\.\d+)?\s+(?:points|in\s+(?:perplexity|loss))\s+\([^)]*\)|no\s+difference\s+\(a\s+run\s+diverged\)|(?:nan|inf|\d+(?:\.\d+)?)(?:\s+%)?)"
+    r"(?:\?|[+-]?\d+(?:\.\d+)?\s+(?:points|in\s+(?:perplexity|loss))\s+\([^)]*\)|"
+    r"no\s+difference\s+\(a\s+run\s+diverged\)|(?:nan|inf|\d+(?:\.\d+)?)(?:\s+%)?)"
 )
 
 

@@ -3,6 +3,7 @@
 import json
 import math
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from scipy.stats import t as student
 from studies.study_file import BESIDE, COSTS, SAME_TIME, Study, file_name, is_timed, load_costs
 from tools.json_files import write_json
 from training.arms import Arm
+from training.run_folder import BATCHES
 
 
 # Lists arguments of a run that say where it runs, not what is learned
@@ -96,8 +98,7 @@ def is_run_of(study: Study, arm: str, seed: int, record: dict[str, Any]) -> bool
     which each study measures for itself."""
     asked = study.settings(arm)
     # allows for records of before, which do not name their recipe
-    origin = {"recipe": study.recipe, "recipe_config": study.config}
-    alike = all(record.get(name, value) == value for name, value in origin.items())
+    alike = all(record.get(name, value) == value for name, value in study.origin.items())
     return alike and record["seed"] == seed and record["settings"] == asked and SAME_TIME not in asked
 
 
@@ -106,7 +107,7 @@ def check_alike(records: list[tuple[str, dict[str, Any]]]) -> None:
 
     What an arm asks for, its runs must have had; what arms do not ask for must be the same in all of them.
     """
-    keys = sorted(set().union(*(record["run"] for _, record in records)) - {"seed", "batches_at_once", *OF_THE_MACHINE})
+    keys = sorted(set().union(*(record["run"] for _, record in records)) - {"seed", BATCHES, *OF_THE_MACHINE})
     firsts: dict[tuple[str, str | None], tuple[str, Any]] = {}
     for name, record in records:
         run, settings = record["run"], record["settings"]
@@ -264,7 +265,12 @@ def best_row(study: Study, found: Results, rows: list[dict[str, Any]]) -> dict[s
         paired = mean_of(base, study.choose_by) + statistics.mean(pairs) if pairs else math.nan
         return paired if math.isfinite(paired) else row[study.choose_by]
 
-    finite = [row for row in complete if math.isfinite(figure(row))] or complete  # leaves out arms that diverged
+    return best_of(study, complete, figure)
+
+
+def best_of(study: Study, candidates: list[Any], figure: Callable[[Any], float]) -> Any:
+    """The one with the best figure, of those that have one: what diverged has none."""
+    finite = [each for each in candidates if math.isfinite(figure(each))] or candidates
     return (min if study.lower_is_better else max)(finite, key=figure)
 
 

@@ -114,6 +114,11 @@ class Study:
         """All that is asked of an arm beside the recipe's configuration."""
         return {name: value for name, value in {**self.flags, **self.arms[arm]}.items() if name not in (SEEDS, BESIDE)}
 
+    @property
+    def origin(self) -> dict[str, str]:
+        """Names in records what its runs were made with."""
+        return {"recipe": self.recipe, "recipe_config": self.config}
+
     def attention(self, arm: str) -> Arm:
         """What the recipe calls the model of an arm of the study."""
         return Arm(self.arms[arm]["attention"])

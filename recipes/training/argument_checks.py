@@ -51,9 +51,9 @@ def check_training(training: TrainingArguments, neural: NeuralArguments, measure
             "--save_only_model: a run resumes from its last checkpoint by itself, for which it needs the optimiser's state. "
             "Leave it out; --save_total_limit 1 keeps a single checkpoint."
         )
-    for name in ("auto_find_batch_size", "bf16_full_eval", "fp16_full_eval"):
+    for name, reason in REFUSED.items():
         if getattr(training, name):
-            raise SystemExit(f"--{name}: {REFUSED[name]} Leave it out.")
+            raise SystemExit(f"--{name}: {reason} Leave it out.")
     if neural.score_spread_layers is not None and neural.score_spread is None:
         raise SystemExit("--score_spread_layers says for which layers --score_spread is: give both, or neither.")
     if neural.score_spread == 0 and Arm.NEURAL in neural.arms and neural.layers() != []:

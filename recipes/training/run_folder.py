@@ -77,9 +77,10 @@ def settings_of(*arguments: Any) -> dict[str, Any]:
     of processes and GPUs."""
     settings: dict[str, Any] = {}
     for group in arguments:
-        settings |= (
-            group.to_dict() | of_the_launcher(group) if isinstance(group, TrainingArguments) else dataclasses.asdict(group)
-        )
+        if isinstance(group, TrainingArguments):
+            settings |= group.to_dict() | of_the_launcher(group)
+        else:
+            settings |= dataclasses.asdict(group)
     return json.loads(json.dumps(settings, default=str))
 
 

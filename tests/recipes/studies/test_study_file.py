@@ -78,41 +78,40 @@ def test_studies_that_are_none(tmp_path):
     path = tmp_path / "s.yaml"
     with pytest.raises(SystemExit, match="is no study"):
         Study.load(path)
-    path.write_text("recipe: x\ncolour: blue")
-    with pytest.raises(SystemExit, match=r"is no study.*colour"):
-        Study.load(path)
+
+    def refused(content: str, match: str) -> None:
+        path.write_text(content)
+        with pytest.raises(SystemExit, match=match):
+            Study.load(path)
+
+    refused("recipe: x\ncolour: blue", r"is no study.*colour")
     given = "recipe: language_modeling.py, config: y, dataset: d, seeds: [0], baseline: a, metric: m, choose_by: m"
-    path.write_text(f"{{{given}, arms: {{a: {{attention: dot}}, b: {{attention: dot, same_time_as: c}}}}}}")
-    with pytest.raises(SystemExit, match="'b' is to take the same time as 'c', which must be an arm"):
-        Study.load(path)
+    refused(
+        f"{{{given}, arms: {{a: {{attention: dot}}, b: {{attention: dot, same_time_as: c}}}}}}",
+        "'b' is to take the same time as 'c', which must be an arm",
+    )
     chain = "a: {attention: dot}, b: {attention: dot, same_time_as: a}, c: {attention: dot, same_time_as: b}"
-    path.write_text(f"{{{given}, flags: {{max_steps: 9}}, arms: {{{chain}}}}}")
-    with pytest.raises(SystemExit, match="'c' is to take the same time as 'b', whose own steps are scaled"):
-        Study.load(path)
-    path.write_text(f"{{{given}, shapes: true, arms: {{a: {{attention: dot}}, b: {{attention: neural}}}}}}")
-    with pytest.raises(SystemExit, match="'b' has other than neural layers"):
-        Study.load(path)
-    path.write_text(f"{{{given}, arms: {{a: }}}}")
-    with pytest.raises(SystemExit, match="'a' must say `attention: dot` or `attention: neural`"):
-        Study.load(path)
-    path.write_text(f"{{{given}, arms: {{a: {{attention: dot}}}}}}".replace("[0]", "3"))
-    with pytest.raises(SystemExit, match="`seeds` is 3; expected a list"):
-        Study.load(path)
-    path.write_text(f"{{{given}, arms: {{b: {{attention: dot}}}}}}")
-    with pytest.raises(SystemExit, match="baseline 'a' is none of the arms, b"):
-        Study.load(path)
-    path.write_text(f"{{{given}, arms: {{a: {{attention: both}}}}}}")
-    with pytest.raises(SystemExit, match="'a' must say `attention: dot` or `attention: neural`"):
-        Study.load(path)
-    path.write_text(f"{{{given}, arms: {{a: {{attention: dot}}, a.: {{attention: dot}}}}}}")
-    with pytest.raises(SystemExit, match=r"'a' and 'a\.' would have the same file names"):
-        Study.load(path)
-    path.write_text(f"{{{given}, arms: }}")
-    with pytest.raises(SystemExit, match="`arms` is None; expected a dict"):
-        Study.load(path)
-    path.write_text(f"{{{given}, arms: {{}}}}".replace("recipe: language_modeling.py", "recipe: quantize.py"))
-    with pytest.raises(SystemExit, match=r"the recipe is 'quantize\.py'; expected language_modeling\.py or"):
-        Study.load(path)
+    refused(
+        f"{{{given}, flags: {{max_steps: 9}}, arms: {{{chain}}}}}",
+        "'c' is to take the same time as 'b', whose own steps are scaled",
+    )
+    refused(
+        f"{{{given}, shapes: true, arms: {{a: {{attention: dot}}, b: {{attention: neural}}}}}}",
+        "'b' has other than neural layers",
+    )
+    refused(f"{{{given}, arms: {{a: }}}}", "'a' must say `attention: dot` or `attention: neural`")
+    refused(f"{{{given}, arms: {{a: {{attention: dot}}}}}}".replace("[0]", "3"), "`seeds` is 3; expected a list")
+    refused(f"{{{given}, arms: {{b: {{attention: dot}}}}}}", "baseline 'a' is none of the arms, b")
+    refused(f"{{{given}, arms: {{a: {{attention: both}}}}}}", "'a' must say `attention: dot` or `attention: neural`")
+    refused(
+        f"{{{given}, arms: {{a: {{attention: dot}}, a.: {{attention: dot}}}}}}",
+        r"'a' and 'a\.' would have the same file names",
+    )
+    refused(f"{{{given}, arms: }}", "`arms` is None; expected a dict")
+    refused(
+        f"{{{given}, arms: {{}}}}".replace("recipe: language_modeling.py", "recipe: quantize.py"),
+        r"the recipe is 'quantize\.py'; expected language_modeling\.py or",
+    )
     with pytest.raises(SystemExit, match="no finished run"):
         report(make_study(), tmp_path)
 
