@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from studies.best_model_card import best_card
+from studies.curve_pictures import NUMBERS, SPREAD, draw_curves_of, has_curves
 from studies.number_format import form_of
 from studies.pictures import draw_curves, draw_differences
 from studies.results import (
@@ -27,11 +28,16 @@ from training.arms import Arm
 
 
 CARD = "best_neural_model"
+# Gives by setting the name of a picture of curves, and what it shows
+CURVES = {
+    SPREAD: ("spreads", "The figure against how far scores spread when training starts, as measured of new models"),
+    NUMBERS: ("numbers", "The figure against how many numbers a head compares"),
+}
 
 
 def report(study: Study, folder: Path) -> str:
-    """Writes report.md, .csv and .png, curves.png and a model card into the folder, and scores.png or
-    shapes.png where the study has what they show; returns the Markdown of the first.
+    """Writes report.md, .csv and .png, curves.png and a model card into the folder, and scores.png,
+    shapes.png, spreads.png or numbers.png where the study has what they show; returns the Markdown of the first.
 
     Raises:
         SystemExit: see `load_results`.
@@ -50,6 +56,9 @@ def report(study: Study, folder: Path) -> str:
         draw_first_layer(study, found, folder / "scores.png")
     if study.shapes:
         draw_shapes(study, found, rows, folder / "shapes.png")
+    for setting, (name, _) in CURVES.items():
+        if has_curves(study, found, setting):
+            draw_curves_of(study, found, rows, setting, folder / f"{name}.png")
     if (card := best_card(study, found, rows)) is not None:
         (folder / f"{CARD}.md").write_text(card, encoding="utf-8")
     return text
@@ -81,6 +90,12 @@ def markdown(study: Study, found: Results, rows: list[dict[str, Any]], where: di
         "![Differences to the dot product](report.png)",
         "![Training loss, as difference to the dot product](curves.png)",
     ]
+    for setting, (name, title) in CURVES.items():
+        if has_curves(study, found, setting):
+            parts.append(
+                f"{title}: a line per kind of scores through means, a dot per seed, and intervals from three seeds on. "
+                f"All are placed by their differences to `{study.baseline}`.\n\n![{title}]({name}.png)"
+            )
     if study.shapes:
         parts.append(
             "Error against cost: what a training step takes (measured, by turns), what a pair's score takes and what a cache "

@@ -20,11 +20,12 @@ def make_study(**fields: Any) -> Study:
 
 
 def costs_of(study: Study) -> dict[str, Any]:
-    ratios = {arm: [seconds / 2 - 0.1, seconds / 2, seconds / 2 + 0.1] for arm, seconds in SECONDS.items()}
+    times = {arm: SECONDS.get(arm, 2.0) for arm in study.arms}
+    ratios = {arm: [seconds / 2 - 0.1, seconds / 2, seconds / 2 + 0.1] for arm, seconds in times.items()}
     settings = {arm: study.settings(arm) for arm in study.arms}
-    quartiles = {arm: [seconds, seconds] for arm, seconds in SECONDS.items()}
+    quartiles = {arm: [seconds, seconds] for arm, seconds in times.items()}
     return {
-        "seconds_per_step": SECONDS,
+        "seconds_per_step": times,
         "quartiles": quartiles,
         "ratios": ratios,
         "steps": {"longer": 15},
@@ -43,7 +44,7 @@ def record_of(study: Study, arm: str, seed: int, value: float) -> dict[str, Any]
         "seed": seed,
         "arm": arm,
         "settings": study.settings(arm),
-        "run": {"seed": seed, "max_steps": steps, "learning_rate": 0.1},
+        "run": {"seed": seed, "max_steps": steps, "learning_rate": study.arms[arm].get("learning_rate", 0.1)},
         "metrics": {"m": value, "v": value + seed, "w": 7.0},
         "parameters": 10,
         "scorer_parameters": 2 * neural,

@@ -1,0 +1,109 @@
+"""A picture of a study's figure as a curve per kind of scores: against how far scores spread when training starts, or against
+how many numbers a head compares."""
+
+import math
+import re
+import statistics
+from collections import defaultdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from studies.number_format import form_of
+from studies.pictures import save
+from studies.results import Results, differences, interval
+from studies.study_file import Study
+
+
+SPREAD, NUMBERS = "score_spread", "neural_proj_dim"
+TITLES = {
+    SPREAD: "standard deviation of scores within rows when training starts, mean over layers",
+    NUMBERS: "numbers that a head compares (neural_proj_dim)",
+}
+FEWEST = {SPREAD: 3, NUMBERS: 2}  # points of a curve
+SMALLEST_SPREAD = 0.02  # below which the axis is linear, so that it has a zero
+
+
+class Point(NamedTuple):
+    """An arm of a curve."""
+
+    place: float
+    arm: str
+
+
+def curves_of(study: Study, found: Results, setting: str) -> dict[str, list[Point]]:
+    """By name: the arms that have run and differ in this setting alone (`SPREAD`), or in it and in the hidden layers that
+    their names do not tell apart (`NUMBERS`). Of spreads, the place is what was measured of new models."""
+    groups: dict[str, list[Point]] = defaultdict(list)
+    names: dict[str, str] = {}
+    for arm, runs in found.items():
+        place = measured_spread(runs) if setting == SPREAD else study.arms[arm].get(NUMBERS)
+        if not runs or place is None:
+            continue
+        if setting == SPREAD:
+            group = str({name: value for name, value in study.settings(arm).items() if name != SPREAD})
+        else:
+            group = re.sub(rf" {place}(?!\d)", "", arm, count=1)
+        groups[group].append(Point(place, arm))
+        # is named after the arm that says nothing of its start, or after the first one
+        if SPREAD not in study.arms[arm] or group not in names:
+            names[group] = arm if setting == SPREAD else group
+    return {names[group]: sorted(points) for group, points in groups.items() if len(points) >= FEWEST[setting]}
+
+
+def measured_spread(runs: dict[int, dict[str, Any]]) -> float | None:
+    """Of new models, mean over layers and seeds; None where no run has looked."""
+    spreads = [layer["spread"] for run in runs.values() for layer in run.get("score_statistics", {}).get("start", ())]
+    return statistics.mean(spreads) if spreads else None
+
+
+def has_curves(study: Study, found: Results, setting: str) -> bool:
+    """Whether there is more than one curve to compare, and a baseline by which to place their arms."""
+    return bool(found[study.baseline]) and len(curves_of(study, found, setting)) > 1
+
+
+def draw_curves_of(study: Study, found: Results, rows: list[dict[str, Any]], setting: str, path: Path) -> None:
+    """A line per curve through the means of its arms, with every seed as a dot and intervals where an arm has three. All are
+    placed by their paired differences to the baseline, since arms have other seeds while a study runs."""
+    figure, form = Figure(figsize=(9, 5.5), layout="constrained"), form_of(study, rows, study.metric)
+    axis = figure.subplots()
+    base = statistics.mean(run["metrics"][study.metric] for run in found[study.baseline].values())
+
+    def placed(arm: str) -> list[float]:
+        pairs = differences(study, found, arm, study.baseline) if arm != study.baseline else [0.0]
+        return [form.factor * (base + pair) for pair in pairs if math.isfinite(pair)]
+
+    for number, (name, points) in enumerate(curves_of(study, found, setting).items()):
+        color, drawn = f"C{number % 10}", [(place, values) for place, arm in points if (values := placed(arm))]
+        means = [statistics.mean(values) for _, values in drawn]
+        axis.plot([place for place, _ in drawn], means, "-" if number < 10 else "--", color=color, label=name)
+        for (place, values), mean in zip(drawn, means, strict=True):
+            axis.plot([place] * len(values), values, "o", color=color, alpha=0.4, markersize=5)
+            if len(values) > 2 and (bar := interval(values)) is not None:
+                axis.plot([place, place], bar, color=color, linewidth=1)
+            axis.plot(place, mean, "_", color=color, markersize=10)
+    for arm in found:
+        if setting == NUMBERS and NUMBERS not in study.arms[arm] and (values := placed(arm)):
+            axis.axhline(statistics.mean(values), color="tab:gray", linestyle="--", linewidth=0.8)
+            beside = axis.get_yaxis_transform()
+            axis.text(1.01, statistics.mean(values), arm, transform=beside, fontsize=8, verticalalignment="center")
+    scale(axis, setting)
+    axis.set_xlabel(TITLES[setting])
+    axis.set_ylabel(f"{study.metric}{form.unit and ','}{form.unit} (each seed by its difference to {study.baseline})")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+    save(figure, path)
+
+
+def scale(axis: Axes, setting: str) -> None:
+    """A logarithmic one, in powers of two for numbers, with a zero for spreads."""
+    if setting == SPREAD:
+        axis.set_xscale("symlog", linthresh=SMALLEST_SPREAD)
+        axis.set_xticks([0, 0.03, 0.1, 0.25, 0.5, 1, 2, 4])
+        axis.set_xlim(-SMALLEST_SPREAD / 4, None)
+    else:
+        axis.set_xscale("log", base=2)
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.xaxis.set_minor_formatter("")
