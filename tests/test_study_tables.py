@@ -16,8 +16,11 @@ from studies.study_file import Study, load_costs
 
 ROOT = Path(__file__).parents[1]
 STUDIES = ROOT / "model_cards/studies"
-PAGE = "what-gains-are-made-of.md"
-PAGES = {page.name: page.read_text() for page in (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")))}
+PAGES = {
+    str(page.relative_to(ROOT)): page.read_text() for page in (ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md")))
+}
+# Reads as one: conclusions, and the pages of what they stand on
+PAPER_LIKE = "\n".join(text for page, text in PAGES.items() if page.startswith(("docs/what-gains", "docs/evidence")))
 TABLES = [
     pytest.param(name, path, id=f"{name}: {path.stem}")
     for path in sorted((ROOT / "recipes/studies").glob("*.yaml"))
@@ -59,8 +62,8 @@ def loaded(name: str) -> tuple[Study, Results]:
     return study, load_results(study, STUDIES / name)
 
 
-def text_of(page: str) -> str:
-    return " ".join(PAGES[page].split())
+def words_of(page: str) -> str:
+    return " ".join(page.split())
 
 
 def change_of(name: str, arm: str, base: str, metric: str | None = None) -> dict[str, Any]:
@@ -87,7 +90,7 @@ def test_what_is_said_in_words(name: str, arm: str, base: str, word: str):
 
 
 def test_the_verdict_of_the_readme_says_that_nothing_is_shown():
-    text = re.sub("<!--.*?-->", "", text_of("README.md"))
+    text = re.sub("<!--.*?-->", "", words_of(PAGES["README.md"]))
     assert re.search(r"Neural Attention that starts likewise has *[\d.]+ %: no difference is shown\.", text)
     assert "With 16 numbers, no loss of accuracy is shown on images." in text
 
@@ -111,7 +114,7 @@ def test_validation_is_said_where_it_says_less():
 
 
 def test_the_first_layer_of_the_paper():
-    text = text_of(PAGE)
+    text = words_of(PAPER_LIKE)
     _, found = loaded(PAPER)
 
     def first_layer(arm: str, when: str, figure: str) -> float:
@@ -150,7 +153,7 @@ def test_the_first_layer_of_the_paper():
 
 
 def test_what_few_seeds_can_show():
-    text = text_of(PAGE)
+    text = words_of(PAPER_LIKE)
     change = change_of(IMAGES, "network 16, spread 1", "dot, spread 1")
     deviation = 100 * (change["high"] - change["low"]) / 2 * 3**0.5 / student.ppf(0.975, 2)
     assert f"vary by {deviation:.1f} points from seed to seed" in text
@@ -166,9 +169,9 @@ def test_three_epochs():
     }
     started, stock, network = figures["dot, spread 1"], figures["dot"], figures["network 16"]
     assert len(started) == 2 and started[0] > network[-1] and network[0] > stock[-1]
-    assert f"better start ({started[1]:.1f} % and {started[0]:.1f} %) are above all three of the stock one" in text_of(PAGE)
-    assert f"({stock[0]:.1f} % to {stock[-1]:.1f} %)" in text_of(PAGE)
-    assert f"({network[0]:.1f} % to {network[-1]:.1f} %)" in text_of(PAGE)
+    assert f"better start ({started[1]:.1f} % and {started[0]:.1f} %) are above all three of the stock one" in words_of(PAPER_LIKE)
+    assert f"({stock[0]:.1f} % to {stock[-1]:.1f} %)" in words_of(PAPER_LIKE)
+    assert f"({network[0]:.1f} % to {network[-1]:.1f} %)" in words_of(PAPER_LIKE)
 
 
 def test_sizes_of_compact_models():
@@ -178,18 +181,18 @@ def test_sizes_of_compact_models():
     ):
         _, found = loaded(name)
         compact, stock = (next(iter(found[arm].values()))["parameters"] for arm in arms)
-        assert share in text_of(PAGE) and f"{1 - compact / stock:.0%}".replace("%", " %") in share
+        assert share in words_of(PAPER_LIKE) and f"{1 - compact / stock:.0%}".replace("%", " %") in share
     _, found = loaded(COMPACT)
     steps = [found[arm][0]["steps"] for arm in (f"compact, same time, {BEST_RATE}", f"dot, {BEST_RATE}")]
-    assert "makes {} steps in place of {}".format(*steps) in text_of(PAGE)
-    assert f"it makes {steps[0] / steps[1] - 1:.0%} more steps".replace("%", " %") in text_of(PAGE)
+    assert "makes {} steps in place of {}".format(*steps) in words_of(PAPER_LIKE)
+    assert f"it makes {steps[0] / steps[1] - 1:.0%} more steps".replace("%", " %") in words_of(PAPER_LIKE)
 
 
 def test_weights_of_a_usual_size():
     _, found = loaded(IMAGES)
     runs = found["dot, larger weights"].values()
     spreads = [layer["spread"] for each in runs for layer in each["score_statistics"]["start"]]
-    assert f"start with spreads of {min(spreads):.1f} to {max(spreads):.1f} by themselves" in text_of(PAGE)
+    assert f"start with spreads of {min(spreads):.1f} to {max(spreads):.1f} by themselves" in words_of(PAPER_LIKE)
 
 
 def test_the_start_at_other_rates():
@@ -199,7 +202,7 @@ def test_the_start_at_other_rates():
     assert all(change["pairs"] == 1 for change in changes)
     worth = [100 * change["difference"] for change in changes]
     said = "worth {:+.1f} points at half the rate, {:+.1f} at twice the rate, and {:+.1f} at four times."
-    assert said.format(*worth) in text_of(PAGE)
+    assert said.format(*worth) in words_of(PAPER_LIKE)
     for arm in ("dot", "dot, spread 1"):
         assert all(change_of(IMAGES, f"{arm}, {rate} the rate", arm)["difference"] < 0 for rate in ("twice", "four times"))
 
@@ -216,7 +219,7 @@ def test_the_start_at_other_rates():
 
 def test_other_rates_in_the_papers_architecture():
     """The network's lead is that of averaging, and it is behind where nothing is saturated."""
-    text = text_of(PAGE)
+    text = words_of(PAPER_LIKE)
     _, found = loaded(PAPER)
 
     def of_one_seed(arm: str, other: str, rate: str) -> float:
@@ -242,11 +245,11 @@ def test_scores_of_text_grow_at_high_rates():
 
     eight, started = "dot, eight times the rate", f"dot, spread 1, {BEST_RATE}"
     said = "grown to a spread of {:.0f}, and {:.0f} % of its rows are saturated"
-    assert said.format(at_end(eight, "spread"), 100 * at_end(eight, "saturated")) in text_of(PAGE)
+    assert said.format(at_end(eight, "spread"), 100 * at_end(eight, "saturated")) in words_of(PAPER_LIKE)
     said = "(a spread of {:.0f} and {:.0f} % at the end, mean of two seeds)"
     assert len(found[started]) == 2
-    assert said.format(at_end(started, "spread"), 100 * at_end(started, "saturated")) in text_of(PAGE)
-    assert f"({at_end(f'network 16, {BEST_RATE}', 'spread'):.1f} at 4e-3)" in text_of(PAGE)
+    assert said.format(at_end(started, "spread"), 100 * at_end(started, "saturated")) in words_of(PAPER_LIKE)
+    assert f"({at_end(f'network 16, {BEST_RATE}', 'spread'):.1f} at 4e-3)" in words_of(PAPER_LIKE)
 
 
 def test_the_best_rate_of_text():
@@ -267,7 +270,7 @@ def test_the_nearest_number():
     few = (1, 2, 4, 16)
     assert all(max(best[f"{kind} {number}"]) < floor + 2 for kind in ("thin", "network") for number in few)
     two = best["thin 2, half the rate"]
-    assert two[0] > 99.9 and len(two) == 2 and f"comes to {two[1]:.0f} % in the other" in text_of(PAGE)
+    assert two[0] > 99.9 and len(two) == 2 and f"comes to {two[1]:.0f} % in the other" in words_of(PAPER_LIKE)
     assert all(best[f"thin {number}, half the rate"][0] > 99 for number in (4, 16))
     rates = ("half the rate", "a quarter of the rate")
     both = [arm for arm in best if arm.startswith("network") and arm.endswith(rates)]

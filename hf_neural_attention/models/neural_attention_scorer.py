@@ -172,7 +172,7 @@ class NeuralScorer(Scorer):
         proj_dim (`int`, *optional*): `p`. Default: `max(2, head_dim // 32)`, the paper's.
         hidden_dims (`tuple[int, int]`, `"auto"` or `"paper"`): `h1, h2`, or a rule for them: "paper" is
             `(p, max(1, p // 2))`, and "auto" is `(p, 2)` if `p` is 8 or more, which costs less and is worth as much
-            (docs/what-gains-are-made-of.md), and the paper's else. None is "paper". Default: "auto".
+            (docs/evidence/images.md), and the paper's else. None is "paper". Default: "auto".
         mode (`str`): `"replace"` scores by the network alone, as the paper does. `"residual"` adds the network's score to
             the scaled dot product and starts, with `linear3` at zero, as exactly that. `"thin"` has no network: it scores by
             `q' . k' / sqrt(p)`, the dot product of what the network would see, and has `q_proj` and `k_proj` alone.
