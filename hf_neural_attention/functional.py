@@ -61,7 +61,7 @@ def neural_attention(
 
     Returns:
         `torch.Tensor` of shape `(B, H, Tq, Dv)`, in the query's dtype (the value's, if queries come projected). All but the
-        reference compute in float32 at least.
+        reference compute in float32 at least; `"triton"` multiplies numbers of 16 bits as they are (ops/README.md).
 
     Raises:
         ValueError: if shapes, dtypes or the probability do not fit, naming the argument, or if the backend that was asked for

@@ -15,7 +15,7 @@ INSTRUCTION_SETS = (
 
 
 def processor() -> str:
-    """Name of the CPU, its cores, and those of its instruction sets that matter for speed."""
+    """Name of the CPU, its logical cores, and those of its instruction sets that matter for speed."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -27,7 +27,7 @@ def processor() -> str:
 
 
 def devices() -> dict[str, str]:
-    """Name of the machine's first device of each type that tensors can be on."""
+    """Names of the machine's devices by the type that tensors have on them."""
     found = {"cpu": processor()}
     if torch.cuda.is_available():
         found["cuda"] = ", ".join(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))

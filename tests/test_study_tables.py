@@ -16,9 +16,7 @@ from studies.study_file import Study, load_costs
 
 ROOT = Path(__file__).parents[1]
 STUDIES = ROOT / "model_cards/studies"
-PAGES = {
-    str(page.relative_to(ROOT)): page.read_text() for page in (ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md")))
-}
+PAGES = {str(page.relative_to(ROOT)): page.read_text() for page in (ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md")))}
 # Reads as one: conclusions, and the pages of what they stand on
 PAPER_LIKE = "\n".join(text for page, text in PAGES.items() if page.startswith(("docs/what-gains", "docs/evidence")))
 TABLES = [
@@ -169,7 +167,9 @@ def test_three_epochs():
     }
     started, stock, network = figures["dot, spread 1"], figures["dot"], figures["network 16"]
     assert len(started) == 2 and started[0] > network[-1] and network[0] > stock[-1]
-    assert f"better start ({started[1]:.1f} % and {started[0]:.1f} %) are above all three of the stock one" in words_of(PAPER_LIKE)
+    assert f"better start ({started[1]:.1f} % and {started[0]:.1f} %) are above all three of the stock one" in words_of(
+        PAPER_LIKE
+    )
     assert f"({stock[0]:.1f} % to {stock[-1]:.1f} %)" in words_of(PAPER_LIKE)
     assert f"({network[0]:.1f} % to {network[-1]:.1f} %)" in words_of(PAPER_LIKE)
 

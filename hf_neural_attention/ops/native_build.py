@@ -32,13 +32,18 @@ logger = logging.getLogger(__name__)
 SOURCES = Path(__file__).parent / "native"
 MAIN_SOURCE = "neural_attention.cpp"
 COMPILERS = ("c++", "g++", "clang++")
+X86 = ("x86_64", "AMD64", "i686")
 # Keeps the meaning of infinities and NaN (no -ffast-math), since a NaN in an input must come out
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-w")
-ARCHITECTURE_FLAGS = (("-march=native",), ("-mcpu=native",), ())
+# Leaves out "-mcpu" on x86, where it only tunes; without any, the kernel is of what all processors of a kind can do
+ARCHITECTURE_FLAGS = (("-march=native",), *((("-mcpu=native",),) if platform.machine() not in X86 else ()), ())
 OPENMP_FLAGS = (("-fopenmp",), ("-Xpreprocessor", "-fopenmp"), ())
 TIME_LIMIT = 300  # seconds
+KILLED = "signal terminated program"  # says a compiler whose own part was
 ONE_THREAD = "The native kernel was compiled without OpenMP, which the compiler lacks, and uses one thread alone"
+ANY_PROCESSOR = "The native kernel was compiled for any processor, not for this one, and is slow"
 INSTALL_OPENMP = "install OpenMP for it (`apt install libomp-dev`, `brew install libomp`), or set CXX to one that has it"
+NEWER = "set CXX to a newer compiler, or HF_NEURAL_ATTENTION_CXXFLAGS to its flags for this processor"
 INSTALL = (
     "install a C++ compiler (Debian, Ubuntu: `apt install g++`; Fedora: `dnf install gcc-c++`; macOS: `xcode-select "
     "--install`; conda: `conda install gxx`) or set CXX to the path of one"
@@ -113,8 +118,10 @@ def library_name(compiler: list[str], dtype: torch.dtype) -> str:
     digest = hashlib.sha256()
     for path in sorted(SOURCES.glob("*.[ch]*")):
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
-    program = os.stat(compiler[0])  # changes with its version, and costs less than asking for that
-    parts = (*FLAGS, *extra_flags(), *compiler, f"{program.st_size} {program.st_mtime_ns}")
+    digest.update(Path(__file__).read_bytes())  # has the flags, and how it is linked
+    # changes with a program's version, and costs less than asking for that; behind "ccache" is another
+    programs = [os.stat(program) for word in compiler if (program := shutil.which(word))]
+    parts = (*extra_flags(), *compiler, *(f"{program.st_size} {program.st_mtime_ns}" for program in programs))
     parts = (*parts, torch.__version__, platform.platform(), cpu_description(), str(dtype))
     digest.update("\0".join(parts).encode())
     return f"neural_attention-{str(dtype).removeprefix('torch.')}-{digest.hexdigest()[:20]}.so"
@@ -124,7 +131,7 @@ def run(command: list[str]) -> str | None:
     """Runs a command; None if that went well, else its first error. All that it said is logged as information.
 
     Raises:
-        BuildError: if it takes too long.
+        BuildError: if it takes too long, or is killed.
     """
     options: dict[str, Any] = {"capture_output": True, "text": True, "errors": "replace", "timeout": TIME_LIMIT}
     try:
@@ -137,6 +144,8 @@ def run(command: list[str]) -> str | None:
     if done.returncode == 0:
         return None
     logger.info("%s\n%s", shlex.join(command), done.stderr)
+    if done.returncode < 0 or KILLED in done.stderr:  # says nothing of the flags: others would make a slower kernel
+        raise BuildError(f"the compiler {command[0]} was killed, perhaps for lack of memory: try again when there is more")
     lines = done.stderr.split("\n")
     message = next((line for line in lines if "error" in line.lower()), lines[0])[:500]
     return f"it ends with status {done.returncode}: {message}"
@@ -163,6 +172,8 @@ def compile_library(compiler: list[str], dtype: torch.dtype, target: Path) -> No
                 problem = run([*compiler, *flags, "-c", str(SOURCES / MAIN_SOURCE), "-o", str(compiled)])
                 if problem is None:
                     problem = link(compiler, compiled, linked, openmp)
+                    if problem is None and not architecture:
+                        logger.warning("%s: to change that, %s, and delete %s.", ANY_PROCESSOR, NEWER, target)
                     break
                 problems.append(problem)
             if problem is None:

@@ -13,7 +13,7 @@ import torch
 
 
 # Goes up where the meaning of a field, or the arguments of a function, change while all fields stay as they are
-INTERFACE_VERSION = 1
+INTERFACE_VERSION = 2
 
 Int = ctypes.c_int64
 Pointer = ctypes.c_void_p
@@ -26,8 +26,9 @@ FUNCTIONS = {
     "describe_interface": ctypes.c_char_p,
     "has_threads": Int,
     "working_memory": Int,
-    "forward": None,
-    "backward": None,
+    # are zero, or not if there was not memory enough
+    "forward": Int,
+    "backward": Int,
 }
 
 TOKENS = ("query", "key", "value")

@@ -29,6 +29,8 @@ INTERPRETER_SHARED_BYTES = 232448
 
 # Limits the elements between neighbours in a mask, since kernels count pairs of a block in 32 bits
 MAX_MASK_STRIDE = 1 << 23
+# Limits the elements between a token's first feature and its last, for the same reason
+MAX_ROW = (1 << 31) - 1
 
 
 def unavailable_reason(inputs: Inputs) -> str | None:
@@ -64,16 +66,17 @@ def shared_bytes(device: torch.device) -> int:
 
 @functools.cache
 def warp_lanes(device: torch.device) -> int:
-    """Threads of a warp."""
-    if device.type != "cuda":
-        return 32
-    from triton.runtime import driver
-
-    return driver.active.get_current_target().warp_size
+    """Threads of a warp, by which kernels are cut: 64 for all of AMD's GPUs, since those of 32 have no blocks of their own."""
+    return 64 if device.type == "cuda" and torch.version.hip is not None else 32
 
 
 def strides(tensor: torch.Tensor | None) -> tuple[int, ...]:
     return (0, 0, 0, 0) if tensor is None else tensor.stride()
+
+
+def within_reach(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy of a tensor whose features lie too far apart."""
+    return tensor if tensor.stride(-1) * tensor.shape[-1] <= MAX_ROW else tensor.contiguous()
 
 
 class TritonArguments(NamedTuple):
@@ -118,14 +121,14 @@ class Problem:
             if max(mask.stride()[2:]) > MAX_MASK_STRIDE:
                 mask = mask.contiguous()
         self.inputs = {
-            "p_u": arguments.u,
-            "p_w": arguments.w,
-            "p_v": value,
+            "p_u": within_reach(arguments.u),
+            "p_w": within_reach(arguments.w),
+            "p_v": within_reach(value),
             "p_weight2": weight2.contiguous(),
             "p_bias2": arguments.bias2.contiguous(),
             "p_weight3": arguments.weight3.contiguous(),
-            "p_q": query,
-            "p_k": arguments.key,
+            "p_q": None if query is None else within_reach(query),
+            "p_k": None if arguments.key is None else within_reach(arguments.key),
             "p_mask": mask,
             "p_seed": arguments.dropout_seed,
         }
@@ -207,6 +210,7 @@ def run_backward(
     if "attn_mask" in gradients:
         # pays for every pair only if a caller asks for the gradient of a mask; blocks that causality skips stay zero
         full_mask = u.new_zeros(problem.batch, problem.heads, problem.queries, problem.keys)
+    grad_output = within_reach(grad_output)
     common = {
         "p_stats": statistics,
         "p_do": grad_output,
@@ -282,8 +286,11 @@ def triton_attention(
 ) -> torch.Tensor:
     """Neural Attention in Triton. Arguments are checked and described by `neural_attention`.
 
-    The network, the softmax and all sums are in float32 (float64 for float64 queries); products with values, and of queries
-    and keys in residual mode, take numbers of the query's dtype. Differentiable once.
+    The softmax and all sums are in float32 (float64 for float64 queries), and so is the network, but where it is wide and
+    the query of 16 bits, on NVIDIA's GPUs: then units and weights of its second layer are rounded to the query's dtype, and
+    so, in two parts, are the gradients of scores in backward, of which float16 loses those below 6e-8 (`uses_cores`,
+    ops/README.md). Products with values, and of queries and keys in residual mode, take numbers of the query's dtype;
+    queries are scaled before, and rounded to it. Differentiable once.
 
     Returns:
         Output `[B, H, Tq, Dv]` in the query's dtype (the value's, if queries come projected).

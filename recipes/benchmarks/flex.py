@@ -14,6 +14,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from hf_neural_attention.models.neural_attention_reference import ScorerWeights, key_features, query_features
 
 
+MOST_SHAPES = 1024  # of a benchmark's, each forward alone and with gradients
 LEAST_SIZE = 16  # of a query and key that FlexAttention multiplies, if only by zero
 
 
@@ -50,7 +51,9 @@ def causal_blocks(queries: int, keys: int, device: torch.device) -> Any:
 
 @functools.cache
 def compiled_flex_attention() -> Callable[..., torch.Tensor]:
-    return torch.compile(flex_attention, dynamic=False)
+    # Compiles one for each shape, and fails where torch would go on without a kernel, whose time is another thing's
+    torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = MOST_SHAPES
+    return torch.compile(flex_attention, dynamic=False, fullgraph=True)
 
 
 def attend_by_flex(

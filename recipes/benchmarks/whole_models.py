@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +11,7 @@ from transformers import DynamicCache, StaticCache, set_seed
 
 from benchmarks.correctness import Check
 from benchmarks.time_and_memory import Limits
-from hf_neural_attention import NeuralCache, use_backend
+from hf_neural_attention import NeuralCache, set_backend, use_backend
 from hf_neural_attention.models.neural_attention_cache import CACHE_ARGUMENT, cache_nbytes
 from tools.timing_by_turns import Runner, Spread, ratio_of
 from training.arms import Arm
@@ -89,10 +89,26 @@ def precision(device: str) -> torch.autocast:
     return torch.autocast(device, torch.bfloat16, enabled=device != "cpu")
 
 
+@contextmanager
+def chosen_backend(name: str | None) -> Iterator[None]:
+    """Chooses it for all threads: on GPUs, gradient checkpointing runs a forward pass in those of autograd, which do not see
+    `use_backend`."""
+    set_backend(name)
+    try:
+        yield
+    finally:
+        set_backend(None)
+
+
+def named_precision(name: str, device: str) -> str:
+    """What a step's name says where a table has several: on GPUs, decoding is not under autocast, as in `generate`."""
+    return "" if device == "cpu" else f", {name}"
+
+
 def step_results(model: Any, batch: dict[str, Any], device: str, backend: str | None = None) -> dict[str, torch.Tensor]:
     """Logits, and the gradient of the loss with respect to all parameters, as one vector; float64 models stay in float64."""
-    with use_backend(backend or "auto"):
-        model.zero_grad()
+    model.zero_grad()
+    with chosen_backend(backend):
         with nullcontext() if model.dtype == torch.float64 else precision(device):
             output = model(**batch)
         output.loss.backward()
@@ -185,11 +201,14 @@ def measure_steps(
         for model in allowed.values():
             set_dropout(model, dropout)
         runners = {index: training_runner(model, batch, device) for index, model in allowed.items()}
-        shared = {"model": family.name, "step": f"training step, {size}, dropout {dropout}", "dropout": dropout}
+        step = f"training step, {size}, dropout {dropout}{named_precision('bfloat16', device)}"
+        shared = {"model": family.name, "step": step, "dropout": dropout}
         yield from timed_rows(shared, arms, runners, limits)
     if forward:
         runners = {index: forward_runner(model, batch, device) for index, model in allowed.items()}
-        yield from timed_rows({"model": family.name, "step": f"forward, {size}"}, arms, runners, limits)
+        yield from timed_rows(
+            {"model": family.name, "step": f"forward, {size}{named_precision('bfloat16', device)}"}, arms, runners, limits
+        )
 
 
 @torch.no_grad()
@@ -260,6 +279,6 @@ def measure_decoding(
                     f"other tokens than with the blockwise backend and a DynamicCache, or too few of them: {expected}"
                 )
             arms.append(arm)
-    step = f"decode, {cached_tokens:,} cached tokens"
+    step = f"decode, {cached_tokens:,} cached tokens{named_precision('float32', device)}"
     shared = {"model": f"{GPT2_124M.name}, untied", "step": step, "cached_tokens": cached_tokens}
     yield from timed_rows(shared, arms, runners, limits)

@@ -39,8 +39,8 @@ long has_threads() {{ return 0; }}
 #endif
 long table[100000] = {{7}};
 long working_memory(const void*) {{ return table[0]; }}
-void forward() {{}}
-void backward() {{}}
+long forward() {{ return 0; }}
+long backward() {{ return 0; }}
 }}
 """
 

@@ -64,11 +64,19 @@ def test_name_follows_all_that_the_library_depends_on(build: Build, monkeypatch:
     names.append(name())
     monkeypatch.setenv("HF_NEURAL_ATTENTION_CXXFLAGS", "-O1")
     names.append(name())
+    # looks at a compiler behind another program, too
+    names.append(library_name([COMPILER, str(other)], torch.float32))
+    os.utime(other, (1, 1))
+    names.append(library_name([COMPILER, str(other)], torch.float32))
+    copy = build.sources / "build.py"
+    copy.write_text(Path(native_build.__file__).read_text() + "# another way to link\n")
+    monkeypatch.setattr(native_build, "__file__", str(copy))
+    names.append(name())
     monkeypatch.setattr(torch, "__version__", "2.99")
     names.append(name())
     monkeypatch.setattr(native_build, "cpu_description", lambda: "another")
     names.append(name())
-    assert len(set(names)) == len(names) == 10
+    assert len(set(names)) == len(names) == 13
 
 
 def test_cpu_description():
@@ -271,16 +279,29 @@ def test_compiler_with_arguments(build: Build, monkeypatch: pytest.MonkeyPatch):
 def test_flags_that_the_compiler_does_not_know_are_left_out(build: Build, caplog: pytest.LogCaptureFixture):
     build.write_compiler('case "$*" in *march*|*mcpu*|*fopenmp*) exit 1;; esac', f'exec {COMPILER} "$@"')
     assert load() == 7
-    assert len(build.compilations()) == 9
+    assert len(build.compilations()) == 3 * len(native_build.ARCHITECTURE_FLAGS)
+    (said,) = [each for each in messages(caplog) if "any processor" in each]
+    assert said.startswith(f"{native_build.ANY_PROCESSOR}: to change that, set CXX to a newer compiler")
     (said,) = [each for each in messages(caplog) if "OpenMP" in each]
     assert said.startswith(f"{ONE_THREAD}: to change that, install OpenMP") and said.endswith(".so.")
     (layer,) = explain(*torch.zeros(3, 1, 1, 2, 8), NeuralScorer(8), backend="native")
     assert layer.is_fused and layer.notes == (ONE_THREAD,)
 
 
+@pytest.mark.parametrize(
+    "line", ["kill -KILL $$", "echo 'c++: fatal error: Killed signal terminated program cc1plus' >&2; exit 1"]
+)
+def test_a_compiler_that_was_killed_is_not_given_other_flags(line: str, build: Build):
+    build.write_compiler(line)
+    load_library.cache_clear()
+    assert "was killed, perhaps for lack of memory: try again" in str(load_library(torch.float32))
+    assert len(build.compilations()) == 1 and not list(build.cache.glob("*.so"))
+    load_library.cache_clear()
+
+
 def test_a_kernel_with_threads_says_nothing_of_them(build: Build, caplog: pytest.LogCaptureFixture):
     assert load() == 7 and not has_one_thread(torch.float32)
-    assert not any("OpenMP" in each for each in messages(caplog))
+    assert not any("OpenMP" in each or "any processor" in each for each in messages(caplog))
     (layer,) = explain(*torch.zeros(3, 1, 1, 2, 8), NeuralScorer(8), backend="native")
     assert layer.notes == ()
 

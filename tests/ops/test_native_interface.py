@@ -47,7 +47,7 @@ def assert_refused(build: Build, difference: str, caplog: pytest.LogCaptureFixtu
         (("Tensor.type: int64 at byte 40\n", ""), "`Tensor.type` is unknown in the library and int64 at byte 40 in Python"),
         (("ForwardResult: 56", "ForwardResult: 64"), "`ForwardResult` is 64 bytes in the library and 56 bytes in Python"),
         (("ElementType.bool: 4", "ElementType.bool: 5"), "`ElementType.bool` is 5 in the library and 4 in Python"),
-        (("INTERFACE_VERSION: ", "INTERFACE_VERSION: 10"), "`INTERFACE_VERSION` is 101 in the library and 1 in Python"),
+        (("INTERFACE_VERSION: ", "INTERFACE_VERSION: 10"), "`INTERFACE_VERSION` is 102 in the library and 2 in Python"),
         (("Real: float32", "Real: float64"), "`Real` is float64 in the library and float32 in Python"),
     ],
     ids=["moved", "another type", "another name", "missing", "size", "number of a type", "version", "arithmetic"],

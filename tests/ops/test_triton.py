@@ -82,6 +82,13 @@ def test_which_networks_are_for_tensor_cores():
     assert not uses_cores((2, 1), 2, 32) and not uses_cores((32, 8), 2, 32) and not uses_cores((16, 16), 2, 32)
 
 
+@pytest.mark.parametrize(("hip", "lanes"), [(None, 32), ("6.4", 64)])
+def test_all_of_amds_gpus_take_the_blocks_of_those_for_computing(hip, lanes, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.version, "hip", hip)
+    assert backend.warp_lanes.__wrapped__(torch.device("cuda")) == lanes
+    assert backend.warp_lanes.__wrapped__(torch.device("cpu")) == 32
+
+
 def compile_ahead_of_time(folder: Path, *flags: str) -> list[dict]:
     card = folder / "card"
     variables = {"TRITON_CACHE_DIR": str(folder / "cache"), "TRITON_INTERPRET": "0"}

@@ -40,6 +40,15 @@ def test_little_shared_memory(case: Case, monkeypatch: pytest.MonkeyPatch):
     assert_equals_oracle(run_with_gradients(triton, tensors, scorer, torch.float64, **case.options), exact)
 
 
+def test_features_that_lie_far_apart(monkeypatch: pytest.MonkeyPatch):
+    tensors, scorer = Case(queries=40, mode="residual").draw()
+    tensors = {name: tensor.permute(3, 0, 1, 2).contiguous().permute(1, 2, 3, 0) for name, tensor in tensors.items()}
+    exact = run_with_gradients(literal_attention, tensors, scorer, torch.float64, mode="residual")
+    monkeypatch.setattr(backend, "MAX_ROW", 8)
+    assert backend.within_reach(tensors["query"]).stride() != tensors["query"].stride()
+    assert_equals_oracle(run_with_gradients(triton, tensors, scorer, torch.float64, mode="residual"), exact)
+
+
 @pytest.mark.parametrize("keys", [16, 32, 64, 128])
 def test_dropout_is_the_same_for_all_block_sizes(keys: int, monkeypatch: pytest.MonkeyPatch):
     tensors, scorer = Case(batch=1, queries=17, keys=150, proj_dim=1).draw()

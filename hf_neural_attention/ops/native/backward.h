@@ -12,6 +12,7 @@
 
 constexpr int64_t BACKWARD_KEYS = 64;
 constexpr int64_t TOKENS_AT_ONCE = 64;  // of the queries, back through the first layer
+constexpr int64_t PARTS_BYTES = 64 << 20;  // a thread, for more parts of the keys than give each thread one
 
 template <int R2>
 constexpr int backward_vectors() {
@@ -25,11 +26,12 @@ class Backward {
       : problem(problem), result(result), width(round_up(problem.head_dim, LANES)),
         value_width(round_up(problem.value_dim, LANES)), hidden2(round_up(problem.hidden2, R2)),
         groups(problem.heads / problem.kv_heads), tiles((problem.keys + BACKWARD_KEYS - 1) / BACKWARD_KEYS),
-        parts(parts_of(problem.batch * problem.kv_heads, tiles)),
-        query_parts(parts_of(problem.batch * problem.heads, (problem.queries + TOKENS_AT_ONCE - 1) / TOKENS_AT_ONCE)),
+        u_numbers(problem.batch * problem.heads * problem.queries * problem.hidden1),
+        query_numbers(problem.residual ? problem.batch * problem.heads * problem.queries * width : 0),
+        parts(parts_of(problem.batch * problem.kv_heads, tiles, (u_numbers + query_numbers) * int64_t(sizeof(Real)))),
+        query_parts(parts_of(problem.batch * problem.heads, (problem.queries + TOKENS_AT_ONCE - 1) / TOKENS_AT_ONCE, 0)),
         weight_sums(problem, width, hidden2, parts, query_parts), query_blocks(problem, result, hidden2),
-        partial_u(problem.batch * problem.heads * problem.queries * problem.hidden1 * parts),
-        partial_query(problem.residual ? problem.batch * problem.heads * problem.queries * width * parts : 0) {}
+        partial_u(u_numbers * parts), partial_query(query_numbers * parts) {}
 
   void run() {
 #pragma omp parallel num_threads(problem.num_threads)
@@ -54,15 +56,18 @@ class Backward {
   const Problem& problem;
   const BackwardResult& result;
   const int64_t width, value_width, hidden2, groups, tiles;
+  const int64_t u_numbers, query_numbers;  // of what each part of the keys has for itself
   const int64_t parts, query_parts;  // of the keys and of the queries of a head, to be worked on side by side
   const WeightSums weight_sums;
   const QueryBlocks query_blocks;
   // Hold gradients of u, [B, H, Tq, h1], and in residual mode of the scaled queries, [B, H, Tq, D], of each part of the keys
   Buffer partial_u, partial_query;
 
-  // Returns parts enough for the threads to find work
-  int64_t parts_of(int64_t heads, int64_t most) const {
-    return std::max<int64_t>(1, std::min<int64_t>(most, (4 * problem.num_threads + heads - 1) / heads));
+  // Returns parts enough for the threads to find work: four tasks each, or one where more would take too much memory
+  int64_t parts_of(int64_t heads, int64_t most, int64_t bytes) const {
+    const auto with = [&](int64_t tasks) { return std::max<int64_t>(1, std::min<int64_t>(most, (tasks + heads - 1) / heads)); };
+    const int64_t few = with(problem.num_threads), affordable = bytes ? PARTS_BYTES * problem.num_threads / bytes : most;
+    return std::max(few, std::min(with(4 * problem.num_threads), affordable));
   }
 
   struct Memory {

@@ -8,7 +8,7 @@
 #include "simd.h"
 
 // Goes up where the meaning of a field, or the arguments of a function, change while all fields stay as they are
-constexpr int INTERFACE_VERSION = 1;
+constexpr int INTERFACE_VERSION = 2;
 
 enum ElementType : int64_t { FLOAT32 = 0, FLOAT64 = 1, BFLOAT16 = 2, FLOAT16 = 3, BOOL = 4 };
 

@@ -1,5 +1,6 @@
 // Holds the native CPU kernel's doors. See ../README.md for the mathematics and the tiling.
 #include <algorithm>
+#include <new>
 #include <type_traits>
 
 #include "backward.h"
@@ -11,6 +12,17 @@ static void for_block_of_units(const Problem& problem, F&& f) {
   else if (problem.hidden2 == 2) f(std::integral_constant<int, 2>{});
   else if (problem.hidden2 <= 4) f(std::integral_constant<int, 4>{});
   else f(std::integral_constant<int, 8>{});
+}
+
+// Returns 0, or 1 if there was not memory enough: an exception must not leave for a caller that knows none
+template <class F>
+static int64_t within_memory(F&& f) {
+  try {
+    f();
+    return 0;
+  } catch (const std::bad_alloc&) {
+    return 1;
+  }
 }
 
 extern "C" {
@@ -32,12 +44,14 @@ int64_t has_threads() {
 // Returns how many numbers (of Real) the forward pass wants as working memory
 int64_t working_memory(const Problem* problem) { return feature_numbers(*problem); }
 
-void forward(const Problem* problem, Real* features, const ForwardResult* result) {
-  prepare_features(*problem, features);
-  for_block_of_units(*problem, [&](auto units) { Forward<units>(*problem, features, *result).run(); });
+int64_t forward(const Problem* problem, Real* features, const ForwardResult* result) {
+  return within_memory([&] {
+    prepare_features(*problem, features);
+    for_block_of_units(*problem, [&](auto units) { Forward<units>(*problem, features, *result).run(); });
+  });
 }
 
-void backward(const Problem* problem, const BackwardResult* result) {
-  for_block_of_units(*problem, [&](auto units) { Backward<units>(*problem, *result).run(); });
+int64_t backward(const Problem* problem, const BackwardResult* result) {
+  return within_memory([&] { for_block_of_units(*problem, [&](auto units) { Backward<units>(*problem, *result).run(); }); });
 }
 }
