@@ -152,7 +152,7 @@ def export_to_hub(
                 path.unlink()  # would be loaded in place of the new ones
     if push_to_hub:
         patterns = [each for name in exported for each in (name, f"{name}/**")]
-        upload(folder, title, token, private, commit_message, allow_patterns=patterns)
+        upload(folder, title, token, private, commit_message, WEIGHT_FILES, allow_patterns=patterns)
     return folder
 
 

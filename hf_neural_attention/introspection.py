@@ -155,11 +155,11 @@ def left_as_it_was(model: nn.Module) -> Iterator[torch.device]:
 @contextmanager
 def looked_at(model: nn.Module) -> Iterator[None]:
     """A model whose attention functions can be looked at: parts set to kernels that want masks of a form of their own (flash,
-    flex) run under "sdpa" meanwhile."""
+    flex) run under "sdpa" meanwhile, or under "eager" where their class has no other."""
     with implementations_restored(model):
         for part in pretrained_parts(model):
             if part.config._attn_implementation not in (None, *SUPPORTED_IMPLEMENTATIONS):
-                part.set_attn_implementation("sdpa")
+                part.set_attn_implementation("sdpa" if part._supports_sdpa else "eager")
         yield
 
 
@@ -213,7 +213,9 @@ def observed(modules: Iterable[Any], observe: Observer) -> Iterator[None]:
     configs = [(module, module.config) for module in modules]
     try:
         for module, config in configs:
-            module.config = ObservedConfigView(config.base if isinstance(config, NeuralConfigView) else config, observe)
+            # takes away the view of a neural layer, of whose class code from the Hub has a copy
+            is_view = isinstance(config, NeuralConfigView) or (hasattr(module, "scorer") and "base" in vars(config))
+            module.config = ObservedConfigView(config.base if is_view else config, observe)
         yield
     finally:
         for module, config in configs:

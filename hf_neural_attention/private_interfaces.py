@@ -29,6 +29,12 @@ PRIVATE_INTERFACES = (
         TRANSFORMERS,
     ),
     PrivateInterface(
+        "_supports_sdpa",
+        "transformers:PreTrainedModel._supports_sdpa",
+        'Says whether a class runs under "sdpa". `set_attn_implementation` raises an error where it does not.',
+        TRANSFORMERS,
+    ),
+    PrivateInterface(
         "_check_and_adjust_attn_implementation",
         "transformers:PreTrainedModel._check_and_adjust_attn_implementation",
         "The one place that loading, construction and `set_attn_implementation` go through: implementations that a score "
@@ -172,9 +178,13 @@ PRIVATE_INTERFACES = (
     ),
     PrivateInterface(
         "transformers.utils.output_capturing",
-        "transformers.utils.output_capturing:",
-        "Hooks of this module record a layer's outputs, and have to follow when a compact layer takes its place.",
+        "transformers.utils.output_capturing:_CAN_RECORD_REGISTRY",
+        "Hooks of this module record a layer's outputs, and have to follow when a compact layer takes its place. Which outputs "
+        "a model records it knows by the name of its class, which an instance of a patched one gets after it was made.",
         TRANSFORMERS,
+    ),
+    PrivateInterface(
+        "_can_record_outputs", "transformers:PreTrainedModel._can_record_outputs", "What is entered there.", TRANSFORMERS
     ),
     PrivateInterface(
         'sys.modules["transformers"]',

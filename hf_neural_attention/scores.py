@@ -92,7 +92,7 @@ def watch_layers(
         if module not in seen:
             call = call_of(module, *args, **kwargs)
             if not padded:
-                call = call.without_padding(tokens_of_queries(names[module], module, inputs))
+                call = call.without_padding(tokens_of_queries(base, names[module], module, inputs, call.query.shape[2]))
             # looks here, where a sharded model has its weights together
             seen[module] = look(module, call)
         return attend(module, *args, **kwargs)
@@ -111,6 +111,13 @@ def attend(
     and weights or None."""
     if hasattr(module, "scorer"):
         return neural_attention_forward(module, query, key, value, *args, **kwargs)
+    return attend_by_dot_products(module, query, key, value, *args, **kwargs)
+
+
+def attend_by_dot_products(
+    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What `attend` returns of a stock module; of a neural one, what the dot product would in its place."""
     for name, feature in UNSUPPORTED_ARGUMENTS.items():
         if kwargs.get(name) is not None:
             raise ValueError(f"Scores cannot be looked at under {feature} (`{name}`), which this model's attention asks for.")

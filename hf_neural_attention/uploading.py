@@ -1,11 +1,13 @@
 """Uploads a folder to the Hub."""
 
+import re
 import shlex
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi
 from huggingface_hub.utils import filter_repo_objects
+from transformers.utils import ADAPTER_CONFIG_NAME
 
 
 def title_of(folder: Path, repo_id: str | None, is_pushed: bool, token: str | bool | None) -> str:
@@ -21,19 +23,35 @@ def title_of(folder: Path, repo_id: str | None, is_pushed: bool, token: str | bo
 
 
 def upload(
-    folder: Path, repo_id: str, token: str | bool | None, private: bool | None, commit_message: str, **options: Any
+    folder: Path,
+    repo_id: str,
+    token: str | bool | None,
+    private: bool | None,
+    commit_message: str,
+    weights: re.Pattern[str] | None = None,
+    **options: Any,
 ) -> None:
     """Uploads a folder, to a repository that is made if there is none.
 
     Args:
+        weights: matches names of files that hold a model's weights: such of before are deleted there if none takes their
+            place, since they would be loaded with the new ones, or instead. None: it is no whole model that is uploaded.
         options: for `HfApi.upload_folder` (`allow_patterns`, `ignore_patterns` ...).
 
     Raises:
-        RuntimeError: if that fails, saying how to go on. Nothing of the folder is changed.
+        RuntimeError: if that fails, or the repository has adapters, which would be loaded into the model; it says how to go
+            on. Nothing of the folder is changed.
     """
     api = HfApi(token=token)
     try:
         repo = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if weights is not None:
+            there = api.list_repo_files(repo)
+            if ADAPTER_CONFIG_NAME in there:
+                raise RuntimeError(
+                    f"it has adapters ({ADAPTER_CONFIG_NAME}), which would be loaded into this model: remove them"
+                )
+            options["delete_patterns"] = [name for name in there if weights.fullmatch(name)]
         api.upload_folder(repo_id=repo, folder_path=folder, commit_message=commit_message, **options)
     except Exception as error:
         command = command_for(folder, repo_id, private, options.get("allow_patterns"), options.get("ignore_patterns"))

@@ -73,6 +73,14 @@ assert torch.equal(found(**{{inputs}}).logits, torch.load("logits.pt"))
 base = transformers.AutoModel.from_pretrained("{{name}}", trust_remote_code=True)
 assert not hasattr(base, "lm_head") and type(base).__name__.endswith("Model")
 """
+AS_STOCK = f"""{NOT_INSTALLED}
+import torch, transformers
+base = transformers.AutoModel.from_pretrained("model", trust_remote_code=True)
+assert base.config.model_type == base.config.to_dict()["model_type"] == "{{model_type}}"
+assert len(base(torch.arange(9)[None], output_hidden_states=True).hidden_states) == base.config.num_hidden_layers + 1
+base.save_pretrained("again")
+assert "patched by" in transformers.PreTrainedConfig.get_config_dict("again")[0]["model_type"]
+"""
 UNTRUSTED = f"""{NOT_INSTALLED}
 import transformers
 try:
@@ -210,6 +218,7 @@ def test_patched_models_of_other_families_load_in_every_way(family: str, tmp_pat
     export_to_hub(model, tmp_path / "model", tokenizer)
     for code in (SAVE, WITHOUT, UNTRUSTED):
         script(code.format(name="model", auto=auto, inputs=INPUTS["gpt2"]), tmp_path)
+    script(AS_STOCK.format(model_type=name), tmp_path)
     # allows for rounding, since another backend may run here
     assert_near(torch.load(tmp_path / "logits.pt"), run(model, input_ids=torch.arange(20)[None]))
     card = (tmp_path / "model/README.md").read_text()
@@ -347,7 +356,16 @@ def test_a_hub_gives_back_what_it_was_sent(tmp_path: Path):
         assert (tmp_path / "model" / "model.safetensors").exists()
         hub.fails_at = None
         assert script(EXPORT, tmp_path, **environment).strip() == ""
-        assert hub.repositories["somebody/tiny"].keys() == {path.name for path in (tmp_path / "model").iterdir()}
+        exported = {path.name for path in (tmp_path / "model").iterdir()}
+        assert hub.repositories["somebody/tiny"].keys() == exported
+        # leaves no weights of before there, and what is not its own alone
+        kept = {"notes.txt": b"mine", "onnx/model.safetensors": b"mine"}
+        hub.repositories["somebody/tiny"] |= {"pytorch_model.bin": b"old", "model-00001-of-00002.safetensors": b"old", **kept}
+        assert script(EXPORT, tmp_path, **environment).strip() == ""
+        assert hub.repositories["somebody/tiny"].keys() == exported | kept.keys()
+        hub.repositories["somebody/tiny"]["adapter_config.json"] = b"{}"
+        assert "it has adapters (adapter_config.json), which would be loaded" in script(EXPORT, tmp_path, **environment)
+        del hub.repositories["somebody/tiny"]["adapter_config.json"]
         for code in (SAVE, WITHOUT, UNTRUSTED, PIPELINE["gpt2"]):
             code = code.format(name="somebody/tiny", auto=AUTO["gpt2"], inputs=INPUTS["gpt2"])
             script(code, tmp_path, **environment)

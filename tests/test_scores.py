@@ -2,6 +2,7 @@
 
 import copy
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import matplotlib
@@ -10,6 +11,8 @@ import torch
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -21,6 +24,7 @@ from transformers import (
 from hf_neural_attention import NeuralViTConfig, NeuralViTForImageClassification, analysis, patch, scores, start_scores
 from hf_neural_attention.models.neural_attention_initialization import mirrored_weights, relu_sum_spread
 from hf_neural_attention.models.neural_attention_reference import first_layer_of_key, first_layer_of_query
+from hf_neural_attention.patching.layers import tokens_of_queries
 from tests.helpers.comparing import assert_same_state
 from tests.helpers.neural_models import GPT2
 from tests.helpers.stock_models import FAMILIES
@@ -285,6 +289,34 @@ def test_models_set_to_kernels_with_masks_of_their_own_are_looked_at():
     start_scores(model, images())
     assert model.config._attn_implementation == "flex_attention"
     assert spreads(model, images()) == pytest.approx([1.0, 1.0], rel=0.01)
+
+
+def test_models_without_sdpa_are_looked_at_under_eager():
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 8, "vocab_size": 40}
+    model = Gemma2ForCausalLM(Gemma2Config(**sizes, num_attention_heads=4, num_key_value_heads=2)).eval()
+    inputs = {"input_ids": torch.arange(3, 12)[None]}
+    model.set_attn_implementation("eager")
+    expected = spreads(model, inputs)
+    model.set_attn_implementation("flex_attention")
+    assert spreads(model, inputs) == pytest.approx(expected, rel=1e-4)
+    assert model.config._attn_implementation == "flex_attention"
+
+
+def test_padded_queries_of_text_that_looks_at_images_do_not_count():
+    mask, cross = torch.tensor([[1, 1, 0]]), nn.Module()
+
+    def tokens(is_encoder_decoder: bool, num_queries: int = 3, **inputs: Any) -> torch.Tensor | None:
+        model = SimpleNamespace(config=SimpleNamespace(is_encoder_decoder=is_encoder_decoder))
+        return tokens_of_queries(model, "text.layers.0.crossattention", cross, inputs, num_queries)
+
+    everything = torch.ones(1, 1)
+    assert tokens(False, attention_mask=mask) is mask
+    assert torch.equal(tokens(False, 4, attention_mask=mask), everything)
+    assert torch.equal(tokens(False), everything)
+    # is what the encoder gets, unless the decoder stands alone
+    assert torch.equal(tokens(True, attention_mask=mask), everything)
+    assert tokens(True, attention_mask=1 - mask, decoder_attention_mask=mask) is mask
+    assert tokens(True, attention_mask=mask, encoder_hidden_states=everything) is mask
 
 
 @pytest.mark.parametrize("implementation", ("sdpa", "eager"))

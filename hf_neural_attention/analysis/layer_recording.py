@@ -46,6 +46,11 @@ class QueriesAndKeys(NamedTuple):
     query: torch.Tensor  # [batch, heads, queries, head_dim], float32
     key: torch.Tensor  # [batch, heads, keys, head_dim], float32; of as many heads
     scaling: float
+    softcap: float | None = None  # of the dot product
+
+
+def seen_of(call: Call) -> QueriesAndKeys:
+    return QueriesAndKeys(call.query, call.key, call.scaling, call.softcap)
 
 
 def queries_and_keys(model: Any, **inputs: Any) -> dict[str, QueriesAndKeys]:
@@ -58,4 +63,4 @@ def queries_and_keys(model: Any, **inputs: Any) -> dict[str, QueriesAndKeys]:
     Raises:
         ValueError: if the model has no neural layer, or the inputs reach none.
     """
-    return watch(model, inputs, lambda scorer, call: QueriesAndKeys(call.query, call.key, call.scaling), padded=True)
+    return watch(model, inputs, lambda scorer, call: seen_of(call), padded=True)

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..models.neural_attention_reference import ScorerWeights, reference_scores
+from ..models.neural_attention_reference import ScorerWeights, cap, reference_scores
 from .layer_recording import QueriesAndKeys
 
 
@@ -31,6 +31,7 @@ def score_surface(
     key: torch.Tensor | None = None,
     head: int = 0,
     scaling: float | None = None,
+    softcap: float | None = None,
     extent: float = 3.0,
     steps: int = 61,
 ) -> ScoreSurface:
@@ -44,6 +45,7 @@ def score_surface(
             along which it sees most of what it sees first; the first unit of the hidden layer for a compact one.
         query, key: `[head_dim]`, where the grid is centred. Default: zero.
         scaling: of the dot product beside it. Default: `1 / sqrt(head_dim)`.
+        softcap: of that dot product, where the model has one (Gemma 2).
         extent: in lengths of the directions.
         steps: along each side.
     """
@@ -62,7 +64,7 @@ def score_surface(
     keys = centre_key + line[:, None] * along_key / along_key.norm()
     network = reference_scores(queries[None, None], keys[None, None], weights)[0, 0]
     scaling = 1.0 / math.sqrt(scorer.head_dim) if scaling is None else scaling
-    return ScoreSurface(line, line, network, queries @ keys.T * scaling if weights.has_first_layer else None)
+    return ScoreSurface(line, line, network, cap(queries @ keys.T * scaling, softcap) if weights.has_first_layer else None)
 
 
 @torch.no_grad()
@@ -92,6 +94,7 @@ def surface_around(scorer: Any, seen: QueriesAndKeys, head: int = 0, *, steps: i
         key=key,
         head=head,
         scaling=seen.scaling,
+        softcap=seen.softcap,
         extent=STANDARD_DEVIATIONS * max(query_spread, key_spread),
         steps=steps,
     )

@@ -39,9 +39,12 @@ class ScoredAttentionMixin:
     _supports_context_parallel = False
 
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
-        # Says False, since for models outside `transformers.` the stock method skips modules without direct parameters, and so
-        # the scaled initialisation of GPT-2's c_proj. That guards code that writes parameters in place, which ours never does.
-        super()._initialize_weights(module, is_custom_code=False)
+        # Says False where anything is to be drawn, since for models outside `transformers.` the stock method skips modules
+        # without direct parameters, and so the scaled initialisation of GPT-2's c_proj. Where all is loaded, that guards it
+        # from `_init_weights` of other people's classes, which may write in place.
+        loaded = all(getattr(parameter, "_is_hf_initialized", False) for parameter in module.parameters())
+        is_own = isinstance(module, NeuralScorer | PackedScorer | CompactScorer | CompactAttentionMixin)
+        super()._initialize_weights(module, is_custom_code=is_custom_code and loaded and not is_own)
 
     def _init_weights(self, module: nn.Module) -> None:
         # runs after the scorer's own layers, and so overrides what the stock rule (std 0.02) did to them

@@ -9,6 +9,7 @@ from typing import Any
 import transformers
 from torch import nn
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
+from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from .configuration_neural_patched import RECORD, PatchedConfig, PatchError, check_version, patched_config_class
 from .modeling_neural_attention import SHARING_OPTIONS, ScoredAttentionMixin, content_of, is_from_hub, split_config
@@ -115,6 +116,12 @@ def load_patched(base: Any, record: Mapping[str, Any], where: str, config: Any, 
     return model, info
 
 
+def record_outputs(model: Any) -> None:
+    """Enters what hidden states and attentions a model records, which `PreTrainedModel` does by the name of the class that an
+    instance is made of, for the class that it has now."""
+    dict.__setitem__(_CAN_RECORD_REGISTRY, str(type(model)), model._can_record_outputs)
+
+
 class PatchedModelMixin(ScoredAttentionMixin):
     """Comes before a stock class among the bases of a `Patched*` one."""
 
@@ -151,8 +158,11 @@ class PatchedModelMixin(ScoredAttentionMixin):
         """Makes a loaded model one of this class, which saves what it records."""
         if type(model) is cls.stock_class:  # skips a model that FSDP has given a class of its own
             model.__class__ = cls  # type: ignore[assignment]
+            record_outputs(model)
         setattr(model.config, RECORD, record)
+        stock_type = model.config.model_type
         model.config.__class__ = cls.config_class  # type: ignore[attr-defined]
+        model.config.model_type = stock_type  # keeps what clients go by, while the model is in memory
         return model
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:

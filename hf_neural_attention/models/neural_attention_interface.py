@@ -11,13 +11,17 @@ import torch
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
 from transformers.masking_utils import sdpa_mask
+from transformers.utils import logging
 
 from .neural_attention_pages import update_pages
 from .neural_attention_parallel import check_whole_sequence, share_heads
 from .neural_attention_scorer import Scorer
 
 
+logger = logging.get_logger(__name__)
+
 ATTENTION_NAME = "neural_attention"
+NO_WEIGHTS = 'A neural %s returns no attention weights under attn_implementation=%r: `output_attentions=True` needs "eager".'
 
 # Stands for any stock attention module, since annotations of `nn.Module` leave no room for attributes like `config`
 AttentionModule: TypeAlias = Any
@@ -247,6 +251,11 @@ def neural_attention_forward(
     mask, causal, num_keys = mask_of_call(module, implementation, query, key, attention_mask, is_causal, position_bias)
     if num_keys < key.shape[2]:
         key, value = key[:, :, :num_keys], value[:, :, :num_keys]
+    if implementation == "eager":
+        if getattr(module, "reorder_and_upcast_attn", False):  # does what GPT-2 does by itself for a dot product
+            query, key = query.float(), key.float()
+    elif kwargs.get("output_attentions"):
+        logger.warning_once(NO_WEIGHTS, type(module).__name__, implementation)
     output, weights = module.scorer(
         query,
         key,
@@ -260,7 +269,7 @@ def neural_attention_forward(
         keys_projected=key.shape[-1] != query.shape[-1],
         need_weights=implementation == "eager",
     )
-    return output.transpose(1, 2).contiguous(), weights
+    return output.to(value.dtype).transpose(1, 2).contiguous(), weights
 
 
 AttentionInterface.register(ATTENTION_NAME, neural_attention_forward)

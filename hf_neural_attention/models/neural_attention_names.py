@@ -40,7 +40,8 @@ def forget_names(model: nn.Module) -> None:
         if name:
             part.name_or_path = name.removesuffix(CHANGED) + CHANGED
         if config_name:
-            part.config.name_or_path = UNSAVED
+            # has no folder in copies of this file that come with a model from the Hub
+            part.config.name_or_path = UNSAVED if Path(UNSAVED).is_dir() else ""
     for config in adapter_configs(model):
         name = getattr(config, "base_model_name_or_path", None) or ""
         if name:
@@ -55,4 +56,4 @@ def names_of(part: Any) -> tuple[str, str]:
 def origin_of(model: Any) -> str:
     """The name that a model was loaded by, whatever has been changed since; empty if there is none."""
     name, config_name = names_of(model)
-    return name.removesuffix(CHANGED) if config_name == UNSAVED else config_name
+    return name.removesuffix(CHANGED) if config_name == UNSAVED or name.endswith(CHANGED) else config_name

@@ -32,12 +32,12 @@ def mesh_of_heads(attention: Any, num_heads: int) -> Any:
     sharded = [parameter for parameter in attention.parameters() if hasattr(parameter, "device_mesh")]
     if not sharded:
         return None
-    mesh: Any = sharded[0].device_mesh
-    if mesh.ndim > 1:
-        mesh = mesh["tp"]
     total = getattr(attention.config, "num_attention_heads", None)
     if total == num_heads:
         return None
+    mesh: Any = sharded[0].device_mesh
+    if mesh.ndim > 1:
+        mesh = mesh["tp"]
     if total != num_heads * mesh.size():
         raise ValueError(
             f"A neural {type(attention).__name__} has {num_heads} heads here, one of {mesh.size()} processes of tensor "

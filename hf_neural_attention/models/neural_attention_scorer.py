@@ -275,7 +275,7 @@ class CompactScorer(Scorer):
 
     In mode `"replace"`, and where nothing happens to queries and keys between their projection and the scorer, both steps are
     linear: `u = A (W_Q x + b_Q) + a` and `w = C (W_K x + b_K) + c` are projections of the hidden state `x` to `h1` numbers a
-    head, which take the place of queries and keys (`CompactAttention`). With `h1, h2 = hidden_dims`:
+    head, which take the place of queries and keys (`CompactAttentionMixin`). With `h1, h2 = hidden_dims`:
 
         s = linear3(relu(linear2(relu(u + w))))     h1 -> h2 -> 1
 
@@ -370,6 +370,9 @@ def check_parts(scorer: Any, query: torch.Tensor, key: torch.Tensor) -> None:
         )
 
 
+LARGE = 64.0  # a power of two, which multiplies without rounding
+
+
 def effective_weights(layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """Weight `[out, in]` and bias `[out]` of a linear layer (`[H, ...]` per head) that is plain, quantised or wrapped."""
     # passes over layers with hooks of others, since torch's pruning computes the weight in one, before each call
@@ -386,9 +389,10 @@ def effective_weights(layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
     base = layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
     stored = base.bias() if callable(base.bias) else base.bias  # calls the method of torch's dynamically quantised layers
     dtype = stored.dtype if stored.is_floating_point() else torch.float32
-    inputs = torch.eye(base.in_features, device=stored.device, dtype=dtype)
+    # makes the weight's share large beside the bias, since a layer in half precision rounds their sum
+    inputs = LARGE * torch.eye(base.in_features, device=stored.device, dtype=dtype)
     if stored.dim() > 1:
         inputs = inputs.expand(len(stored), -1, -1)
     with without_autocast(stored):  # keeps the difference from being one of rounded numbers
         bias = layer(torch.zeros_like(inputs[..., :1, :]))
-        return (layer(inputs) - bias).mT.contiguous(), bias.squeeze(-2)
+        return ((layer(inputs) - bias) / LARGE).mT.contiguous(), bias.squeeze(-2)

@@ -18,7 +18,7 @@ from transformers.models.auto import (
 )
 
 from ..models.configuration_neural_patched import PATCHED_TYPE, PatchedConfig
-from ..models.modeling_neural_patched import PatchedModelMixin, patched_model_class, stock_config
+from ..models.modeling_neural_patched import PatchedModelMixin, patched_model_class, record_outputs, stock_config
 from ..models.neural_attention_lookup import make_findable
 from .pretrained import hook_model
 
@@ -45,6 +45,7 @@ class LoadedMixin(PatchedModelMixin):
             elif getattr(getattr(module, "config", None), "base", None) is config:
                 object.__setattr__(module.config, "base", stock)
         self.__class__ = self.stock_class  # type: ignore[assignment]
+        record_outputs(self)
         hook_model(self)  # type: ignore[arg-type]
 
     @classmethod

@@ -1,14 +1,17 @@
 """`calibrate`: fits scorers to the dot-product attention in whose place they are, before any training of the model.
 
-Layer by layer, in the order of the model: queries and keys are what the layer gets when the layers before it are calibrated
-already, as they will be when the model runs. What is minimised is the KL divergence of the network's attention rows from the
-dot product's, over the scorer's weights alone.
+Layer by layer, in the order in which they run: queries and keys are what the layer gets when the layers before it are
+calibrated already, as they will be when the model runs. A layer that runs several times in a forward (ALBERT's one layer) is
+fitted to all of its calls at once, with dot products in the earlier ones. What is minimised is the KL divergence of the
+network's attention rows from the dot product's, over the scorer's weights alone.
 """
 
 import copy
 import itertools
 import time
+from collections import Counter
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -116,48 +119,79 @@ def calibrate(
     with left_as_it_was(base) as device, tqdm(total=len(layers) * steps, desc="calibrating", disable=not progress) as bar:
         batches = moved(batches, device)
         try:
-            for name, module in layers.items():
+            numbers = numbers_of_calls(base, layers, batches)
+            for name, number in numbers.items():
                 bar.set_postfix_str(name)
-                calls = capture(base, name, module, batches)
-                report.append(calibrate_layer(name, module, calls, steps, learning_rate, bar))
+                calls = capture(base, name, layers[name], batches, number)
+                report.append(calibrate_layer(name, layers[name], calls, steps, learning_rate, bar))
         except BaseException:
             for module, state in kept.items():
                 module.scorer.load_state_dict(state)
             raise
     forget_names(model)
-    return CalibrationReport(report)
+    order = list(layers)
+    return CalibrationReport(sorted(report, key=lambda layer: order.index(layer.layer)))
 
 
 @torch.no_grad()
-def capture(model: nn.Module, name: str, module: Any, batches: list[dict[str, Any]]) -> list[Call]:
-    """The call of one layer's attention function in each batch, without padding."""
+def numbers_of_calls(model: nn.Module, layers: dict[str, Any], batches: list[dict[str, Any]]) -> dict[str, int]:
+    """How often each layer calls its attention function in a forward at most, in the order of their first calls."""
+    # imports here, since that file imports this one
+    from ..scores import attend
+
+    names, most = {module: name for name, module in layers.items()}, dict[str, int]()
+
+    def count(module: Any, *args: Any, **kwargs: Any) -> Any:
+        counts[names[module]] += 1
+        return attend(module, *args, **kwargs)
+
+    with observed(layers.values(), count):
+        for batch in batches:
+            counts = Counter[str]()
+            model(**batch)
+            if missed := next((name for name in layers if not counts[name]), None):
+                raise PatchError(f"`data` does not reach {missed!r}: a forward ended without calling its attention.")
+            most = {name: max(number, most.get(name, 0)) for name, number in counts.items()}
+    return most
+
+
+@torch.no_grad()
+def capture(model: nn.Module, name: str, module: Any, batches: list[dict[str, Any]], number: int) -> list[list[Call]]:
+    """The calls of one layer's attention function in each batch, without padding; the forward ends at the last of `number`."""
+    # imports here, since that file imports this one
+    from ..scores import attend_by_dot_products
+
     calls: list[Call] = []
 
-    def keep_and_stop(*args: Any, **kwargs: Any) -> Any:
+    def keep(*args: Any, **kwargs: Any) -> Any:
         calls.append(call_of(*args, **kwargs))
-        raise LayerReached
+        if len(calls) == number:
+            raise LayerReached
+        return attend_by_dot_products(*args, **kwargs)
 
-    with observed([module], keep_and_stop):
+    captured = []
+    with observed([module], keep):
         for batch in batches:
-            try:
+            with suppress(LayerReached):
                 model(**batch)
-            except LayerReached:
-                calls[-1] = calls[-1].without_padding(tokens_of_queries(name, module, batch))
-                continue
-            raise PatchError(f"`data` does not reach {name!r}: a forward ended without calling its attention.")
-    return calls
+            tokens = [tokens_of_queries(model, name, module, batch, call.query.shape[2]) for call in calls]
+            captured.append([call.without_padding(each) for call, each in zip(calls, tokens, strict=True)])
+            calls.clear()
+    return captured
 
 
-def calibrate_layer(name: str, module: Any, calls: list[Call], steps: int, learning_rate: float, bar: tqdm) -> CalibratedLayer:
+def calibrate_layer(
+    name: str, module: Any, calls: list[list[Call]], steps: int, learning_rate: float, bar: tqdm
+) -> CalibratedLayer:
     started = time.perf_counter()
     kept = range(3, len(calls), 4) or range(1, len(calls))[-1:]
-    fitted = [call for index, call in enumerate(calls) if index not in kept]
-    held_out = [calls[index] for index in kept] or fitted
+    fitted = [call for index, batch in enumerate(calls) if index not in kept for call in batch]
+    held_out = [call for index in kept for call in calls[index]] or fitted
     # fits in float32 whatever the model's dtype is, since steps this small would be lost in bfloat16
     scorer = copy.deepcopy(module.scorer).float().requires_grad_()
     if scorer.linear3 is not None:
         # fits it only where it counts, beside sinks
-        scorer.linear3.bias.requires_grad_(any(call.sinks is not None for call in calls))
+        scorer.linear3.bias.requires_grad_(any(call.sinks is not None for call in fitted))
     before = mean_divergence(scorer, held_out)
     fit(scorer, fitted, steps, learning_rate, bar)
     # measures what the model will have, in its own dtype

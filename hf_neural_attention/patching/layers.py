@@ -147,14 +147,17 @@ def self_attention_stacks(
     return kept
 
 
-def tokens_of_queries(name: str, module: nn.Module, inputs: Mapping[str, Any]) -> torch.Tensor | None:
+def tokens_of_queries(
+    model: Any, name: str, module: nn.Module, inputs: Mapping[str, Any], num_queries: int
+) -> torch.Tensor | None:
     """Which queries of an attention layer are no padding, `[B or 1, Tq or 1]`, as `Call.without_padding` wants it. None leaves
-    that to the mask, but that of cross-attention says nothing of queries: there, it is what the inputs say of the decoder."""
+    that to the mask, but that of cross-attention says nothing of queries: there, it is what the inputs say of the decoder, or
+    of the text that looks at images, if it is as long."""
     if not is_cross_attention(name, module):
         return None
-    is_decoder_alone = "encoder_hidden_states" in inputs
-    mask = inputs.get("attention_mask" if is_decoder_alone else "decoder_attention_mask")
-    return torch.ones(1, 1) if mask is None or mask.dim() != 2 else mask
+    has_encoder = getattr(model.config, "is_encoder_decoder", False) and "encoder_hidden_states" not in inputs
+    mask = inputs.get("decoder_attention_mask" if has_encoder else "attention_mask")
+    return mask if mask is not None and mask.dim() == 2 and mask.shape[1] == num_queries else torch.ones(1, 1)
 
 
 def is_index(value: Any) -> bool:

@@ -25,8 +25,10 @@ from ..models.modeling_neural_attention import ScoredAttentionMixin, check_known
 from ..models.modeling_neural_patched import PREFIX, load_patched
 from ..models.neural_attention_compact import cannot_unfold
 from ..models.neural_attention_interface import NeuralConfigView
+from ..models.neural_attention_scorer import is_quantised
 from ..registration import FAMILIES
 from .compacting import compact
+from .layers import listed
 from .records import check_without_adapters, record_of, transformers_class
 
 
@@ -85,6 +87,27 @@ def neural_fields(record: dict[str, Any]) -> dict[str, Any] | None:
     }
 
 
+def check_quantised_alike(model: Any) -> None:
+    """Raises a PatchError if a model was quantised before it got its scorers: its config.json would have these quantised as
+    well when they are loaded, from weights that are not."""
+    config = getattr(model.config, "quantization_config", None)
+    if config is None:
+        return
+    fields = config if isinstance(config, dict) else vars(config)
+    kept = [name for key, names in fields.items() if "skip" in key or "not_convert" in key for name in names or ()]
+    plain = [
+        name
+        for name, module in patched_modules(model).items()
+        if any(type(layer) is nn.Linear and not is_quantised(layer.weight) for layer in module.scorer.children())
+    ]
+    if plain and not any("scorer" in name for name in kept):
+        raise PatchError(
+            f"The model was quantised before it was patched, and the scorers of {listed(plain)} are not quantised, which a "
+            "checkpoint cannot say. Use `save_patch`, and `load_patch` into the quantised model. Or patch the model as it was "
+            "before, save it whole, and load that with `quantization_config=`. Nothing was written."
+        )
+
+
 def save_patched(model: Any, own: Any, *args: Any, **kwargs: Any) -> Any:
     """`PreTrainedModel.save_pretrained` of a patched model.
 
@@ -96,6 +119,7 @@ def save_patched(model: Any, own: Any, *args: Any, **kwargs: Any) -> Any:
     if not patched_modules(model) or getattr(model, "_hf_peft_config_loaded", False):
         return save(*args, **kwargs)
     check_without_adapters(model)
+    check_quantised_alike(model)
     # keeps names as they are: the rules that restore old checkpoints' names would also take parts of a scorer for theirs
     kwargs.setdefault("save_original_format", False)
     stock = model.config

@@ -196,7 +196,7 @@ def survey(
             with torch.no_grad():
                 call = call_of(module, query, key, value, *args, **kwargs)
                 if inputs is not None:
-                    call = call.without_padding(tokens_of_queries(names[module], module, inputs))
+                    call = call.without_padding(tokens_of_queries(model, names[module], module, inputs, query.shape[2]))
                 plan = found if isinstance(found, str) else plan_of(module, *found, query, key, call, inputs is not None)
                 plans[module] = plan
                 if wanted is not None and isinstance(plan, Plan):

@@ -133,6 +133,8 @@ def test_score_surface(num_heads: int | None):
     assert torch.isclose(surface.dot_product[3, 0], q @ k / math.sqrt(8), rtol=1e-4)
     twice = analysis.score_surface(scorer, *directions, query=query, key=key, extent=2.0, steps=5, scaling=2 / math.sqrt(8))
     assert torch.allclose(twice.dot_product, 2 * surface.dot_product)
+    capped = analysis.score_surface(scorer, *directions, query=query, key=key, extent=2.0, steps=5, softcap=0.5)
+    assert torch.allclose(capped.dot_product, 0.5 * torch.tanh(surface.dot_product / 0.5), atol=1e-6)
     default = analysis.score_surface(scorer)
     assert default.network.shape == (61, 61) and default.network.std() > 0
 
@@ -150,6 +152,8 @@ def test_a_surface_around_queries_and_keys(num_heads: int | None):
     assert surface.dot_product[1, 1] == pytest.approx(float(0.5 * middle[0] @ middle[1]), rel=1e-4)
     ends = {float(0.5 * (middle[0] + side * extent * along) @ middle[1]) for side in (-1, 1)}
     assert sorted(surface.dot_product[::2, 1].tolist()) == pytest.approx(sorted(ends), rel=1e-3)
+    capped = analysis.surface_around(scorer, seen._replace(softcap=0.5), head=1, steps=3)
+    assert torch.allclose(capped.dot_product, 0.5 * torch.tanh(surface.dot_product / 0.5), atol=1e-6)
     with pytest.raises(ValueError, match="`head` is 2; expected 0 to 1"):
         analysis.surface_around(scorer, seen, head=2)
 
@@ -173,9 +177,9 @@ def test_health_by_hand(monkeypatch):
 
 def test_queries_and_keys():
     model, inputs = GPT2.neural(neural_layers=[1]), GPT2.inputs()
-    [(name, (queries, keys, scaling))] = analysis.queries_and_keys(model, **inputs).items()
+    [(name, (queries, keys, scaling, softcap))] = analysis.queries_and_keys(model, **inputs).items()
     assert name == "transformer.h.1.attn" and queries.shape == keys.shape == (2, 4, 12, 8)
-    assert scaling == pytest.approx(1 / math.sqrt(8))
+    assert scaling == pytest.approx(1 / math.sqrt(8)) and softcap is None
     states = model.transformer(inputs["input_ids"], output_hidden_states=True).hidden_states[1]
     states = model.transformer.h[1].attn.c_attn(model.transformer.h[1].ln_1(states))
     assert torch.allclose(queries, states[..., :32].unflatten(-1, (4, 8)).transpose(1, 2), atol=1e-5)

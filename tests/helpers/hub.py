@@ -82,6 +82,8 @@ class Handler(BaseHTTPRequestHandler):
             if entry["key"] == "file":
                 content = base64.b64decode(entry["value"]["content"])
                 self.server.repositories[name][entry["value"]["path"]] = content
+            if entry["key"] == "deletedFile":
+                del self.server.repositories[name][entry["value"]["path"]]
         self.server.commits[name] += 1
         revision = self.server.revision(name)
         url = f"{self.server.endpoint}/{name}/commit/{revision}"

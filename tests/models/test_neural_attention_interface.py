@@ -10,6 +10,7 @@ from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hf_neural_attention import NeuralScorer, neural_attention
+from hf_neural_attention.models import neural_attention_interface as interface
 from hf_neural_attention.models.neural_attention_interface import (
     ATTENTION_NAME,
     UNSUPPORTED_ARGUMENTS,
@@ -165,11 +166,15 @@ def test_attention_maps_are_the_weights_that_were_used(family: Family):
 
 
 @both_families
-def test_attention_maps_elsewhere_are_as_in_the_stock_model(family: Family):
+def test_attention_maps_elsewhere_are_as_in_the_stock_model(family: Family, caplog: pytest.LogCaptureFixture):
     stock, model = family.stock(), family.neural(neural_layers="all")
     inputs = family.inputs(labels=False)
-    # expects no maps under sdpa, and an error when the config asks for them
-    assert stock(**inputs, output_attentions=True).attentions == model(**inputs, output_attentions=True).attentions == ()
+    # expects no maps under sdpa, a warning where the stock model has one, and an error when the config asks for them
+    assert stock(**inputs, output_attentions=True).attentions == ()
+    interface.logger.warning_once.cache_clear()
+    with caplog.at_level("WARNING"):
+        assert model(**inputs, output_attentions=True).attentions == ()
+    assert ('`output_attentions=True` needs "eager"' in caplog.text) == (family is VIT)
     for each in (stock, model):
         with pytest.raises(ValueError, match="`output_attentions`"):
             each.config.output_attentions = True
@@ -327,3 +332,17 @@ def test_position_biases_are_added_to_the_scores(kind: str, implementation: str,
     assert_far(output, neural_attention_forward(module, query, key, value, mask)[0])
     gradients = [torch.autograd.grad(each.square().sum(), bias)[0] for each in (output, expected)]
     assert_near(*gradients)
+
+
+def test_scores_that_gpt2_upcasts_are_upcast_with_a_network_too():
+    model = GPT2.neural(neural_layers="all", neural_mode="residual", reorder_and_upcast_attn=True)
+    model = use(model.to(torch.bfloat16), "eager")
+    dtypes = []
+    scorer = scorers(model)[0]
+    scorer.register_forward_hook(lambda module, args, output: dtypes.extend([args[0].dtype, args[1].dtype, args[2].dtype]))
+    logits = model(**GPT2.inputs(labels=False)).logits
+    assert dtypes == [torch.float32, torch.float32, torch.bfloat16] and logits.dtype == torch.bfloat16
+    assert logits.isfinite().all()
+    dtypes.clear()
+    use(model, "sdpa")(**GPT2.inputs(labels=False))
+    assert dtypes == [torch.bfloat16] * 3

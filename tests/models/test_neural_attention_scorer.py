@@ -9,7 +9,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 from torch.nn.functional import relu, scaled_dot_product_attention
 
-from hf_neural_attention.models.neural_attention_scorer import NeuralScorer
+from hf_neural_attention.models.neural_attention_scorer import NeuralScorer, effective_weights
 from tests.helpers.numerics import literal_scores, randomize
 
 
@@ -230,6 +230,21 @@ def test_construction_in_other_default_dtypes(dtype: torch.dtype, init: str):
         torch.set_default_dtype(before)
     assert {parameter.dtype for parameter in scorer.parameters()} == {dtype}
     assert scorer.linear1.weight.abs().max() > 0
+
+
+def test_small_changes_of_adapters_survive_beside_large_biases_in_half_precision():
+    scorer = NeuralScorer(16, proj_dim=8, mode="replace").to(torch.bfloat16)
+    with torch.no_grad():
+        scorer.q_proj.bias.fill_(8.0)
+    adapted = inject_adapter_in_model(LoraConfig(r=2, target_modules=["q_proj"], lora_alpha=2), scorer)
+    layer = adapted.q_proj
+    with torch.no_grad():
+        layer.base_layer.weight.zero_()
+        layer.lora_A["default"].weight.fill_(0.01)
+        layer.lora_B["default"].weight.fill_(0.25)
+    weight, bias = effective_weights(layer)
+    # sums two ranks of 0.01 * 0.25, a hundredth of what bfloat16 tells apart beside 8
+    assert torch.allclose(weight.float(), torch.full_like(weight.float(), 0.005), rtol=0.2) and (bias == 8.0).all()
 
 
 def test_an_adapter_that_starts_at_zero_changes_nothing_under_autocast():

@@ -5,13 +5,15 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch.utils.data import DataLoader
+from transformers import AlbertConfig, AlbertModel, LlamaConfig, LlamaModel
 
 from hf_neural_attention import calibrate, patch, unpatch
 from hf_neural_attention.models.neural_attention_scorer import NeuralScorer
 from hf_neural_attention.patching import PatchError, calibration
 from hf_neural_attention.patching.calibration import Call, divergence
-from tests.helpers.comparing import assert_far, run
+from tests.helpers.comparing import assert_far, assert_near, run
 from tests.helpers.neural_models import GPT2, scorers
 from tests.helpers.stock_models import FAMILIES, Family
 
@@ -61,6 +63,55 @@ def test_both_implementations_and_runs_are_alike(implementation: str):
     reports = [calibrate(model, batches(FAMILIES["gpt2"]), **QUICK) for model in (first, second)]
     for one, other in zip(*reports, strict=True):
         assert one.kl_after == pytest.approx(other.kl_after, rel=1e-2)
+
+
+def test_a_layer_that_runs_several_times_is_fitted_to_all_of_its_calls():
+    config = AlbertConfig(vocab_size=99, embedding_size=16, hidden_size=32, num_hidden_layers=4, num_attention_heads=4)
+    config.intermediate_size, config.initializer_range = 64, 0.3
+    torch.manual_seed(0)
+    stock = AlbertModel(config).eval()
+    inputs = [{"input_ids": torch.randint(3, 99, (4, 12))} for _ in range(8)]
+    model = patch(copy.deepcopy(stock), "all", **WIDE)
+    (name,) = [layer.layer for layer in calibrate(copy.deepcopy(model), inputs, **QUICK)]
+    calls = calibration.capture(model, name, model.get_submodule(name), inputs[:2], 4)
+    assert [len(each) for each in calls] == [4, 4]
+    # gets what dot products have made of the calls before
+    queries: list[torch.Tensor] = []
+    attention = stock.get_submodule(name)
+    handle = attention.query.register_forward_hook(lambda module, args, output: queries.append(output))
+    run(stock, **inputs[0])
+    handle.remove()
+    for call, query in zip(calls[0], queries, strict=True):
+        assert_near(call.query, query.view(4, 12, 4, 8).transpose(1, 2))
+
+    def of_all_calls(patched: Any) -> float:
+        return calibration.mean_divergence(patched.get_submodule(name).scorer, [call for each in calls for call in each])
+
+    first_alone, whole = copy.deepcopy(model), copy.deepcopy(model)
+    calibrate(whole, inputs, **QUICK)
+    with pytest.MonkeyPatch.context() as context:  # as it was when the first call was all that was looked at
+        context.setattr(calibration, "numbers_of_calls", lambda *_: {name: 1})
+        calibrate(first_alone, inputs, **QUICK)
+    assert of_all_calls(whole) < 0.9 * of_all_calls(first_alone)
+
+
+def test_layers_are_fitted_in_the_order_in_which_they_run():
+    class Backwards(nn.Module):
+        """Has its layers in another order than it runs them in."""
+
+        def __init__(self, first: Any, second: Any):
+            super().__init__()
+            self.second, self.first = second, first
+
+        def forward(self, **inputs: Any) -> Any:
+            return self.second(inputs_embeds=self.first(**inputs).last_hidden_state)
+
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 99}
+    model = Backwards(*(patch(LlamaModel(LlamaConfig(**sizes)), "all", **WIDE) for _ in range(2)))
+    layers = calibration.once({name: module for name, module, _ in calibration.neural_layers(model)})
+    assert [name.split(".")[0] for name in layers] == ["second", "first"]
+    batch = {"input_ids": torch.arange(3, 12)[None]}
+    assert [name.split(".")[0] for name in calibration.numbers_of_calls(model, layers, [batch])] == ["first", "second"]
 
 
 def test_the_divergence_is_the_one_of_the_formula():

@@ -29,6 +29,7 @@ from hf_neural_attention import (
     save_patch,
     unpatch,
 )
+from hf_neural_attention.models import neural_attention_names
 from hf_neural_attention.models.neural_attention_names import origin_of
 from hf_neural_attention.patching import PatchError
 from tests.helpers.stock_models import FAMILIES
@@ -202,3 +203,9 @@ def test_adapters_of_saved_models_come_back(gpt2, tmp_path):
     assert torch.equal(again(**INPUTS).logits, expected)
     with stock.disable_adapter():
         assert not torch.allclose(stock(**INPUTS).logits, expected, atol=1e-2)
+
+
+def test_code_from_the_hub_names_no_folder_that_is_not_there(gpt2: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(neural_attention_names, "UNSAVED", str(gpt2 / "is_not_there"))
+    model = patch(load(gpt2))
+    assert model.config.name_or_path == "" and origin_of(model) == str(gpt2)

@@ -20,7 +20,7 @@ from transformers import (
 )
 from transformers.integrations.peft import MIN_PEFT_VERSION
 
-from hf_neural_attention import NeuralCache, compact, from_pretrained, patch, patch_status, save_patch, unpatch
+from hf_neural_attention import NeuralCache, compact, from_pretrained, load_patch, patch, patch_status, save_patch, unpatch
 from hf_neural_attention.models.neural_attention_interface import neural_attention_forward
 from hf_neural_attention.patching import PatchError
 from tests.helpers.comparing import assert_far, assert_near, assert_same_gradients, assert_same_state, backward, run
@@ -338,6 +338,25 @@ def test_quantised_scorers(tmp_path):
     again = from_pretrained(tmp_path / "quantised")
     assert len(patch_status(again)) == 3 and scorers(again)[0].linear1.weight.dtype == torch.int8
     assert torch.equal(run(again, **LLAMA.inputs()), run(model, **LLAMA.inputs()))
+
+
+def test_scorers_of_a_model_that_was_quantised_before(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    LLAMA.model().save_pretrained(tmp_path / "stock")
+    eight_bits = BitsAndBytesConfig(load_in_8bit=True)
+    quantised = AutoModelForCausalLM.from_pretrained(tmp_path / "stock", quantization_config=eight_bits)
+    model = liven(patch(quantised, "all"))
+    expected = run(model, **LLAMA.inputs())
+    with pytest.raises(PatchError, match=r"quantised before it was patched.* Use `save_patch`, and `load_patch`"):
+        model.save_pretrained(tmp_path / "whole")
+    assert not (tmp_path / "whole").exists()
+    save_patch(model, tmp_path / "patch")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "stock", quantization_config=eight_bits)
+    assert torch.equal(run(load_patch(again, tmp_path / "patch"), **LLAMA.inputs()), expected)
+    # is told to leave scorers alone, and keeps what it leaves alone by default
+    model.config.quantization_config.llm_int8_skip_modules = ["lm_head", "scorer"]
+    model.save_pretrained(tmp_path / "whole")
+    assert torch.equal(run(from_pretrained(tmp_path / "whole"), **LLAMA.inputs()), expected)
 
 
 @pytest.mark.parametrize("mode", ("replace", "compact"))

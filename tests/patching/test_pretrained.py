@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -26,7 +27,9 @@ from transformers.modeling_utils import PreTrainedModel
 
 from hf_neural_attention import NeuralGPT2LMHeadModel, from_pretrained, patch, patch_status, patched, unpatch
 from hf_neural_attention.patching import PatchError
-from tests.helpers.comparing import assert_far, run, transformers_log
+from tests.helpers.comparing import assert_far, assert_same_state, run, transformers_log
+from tests.helpers.neural_models import liven
+from tests.helpers.running import run_python
 from tests.helpers.stock_models import FAMILIES, Family
 from tests.patching.test_saving import SETTINGS, patched_model
 
@@ -232,6 +235,33 @@ def test_classes_that_transformers_does_not_have(tmp_path: Path):
         from_pretrained(tmp_path, model_class=transformers.AutoModelForSequenceClassification)
     loaded = from_pretrained(tmp_path, model_class=Mine)
     assert type(loaded) is Mine and torch.equal(run(loaded, **LLAMA.inputs()), run(model, **LLAMA.inputs()))
+
+
+class InPlace(LlamaModel):
+    """Draws weights as code from before Transformers 5 does, without asking whether they are loaded."""
+
+    def _init_weights(self, module: Any) -> None:
+        if isinstance(module, nn.Linear | nn.Embedding):
+            module.weight.data.normal_(0, 0.5)
+
+
+def test_weights_that_are_loaded_are_not_drawn_anew(tmp_path: Path):
+    model = liven(patch(InPlace(LLAMA.model().config), "all"))
+    model.save_pretrained(tmp_path)
+    loaded = from_pretrained(tmp_path, model_class=InPlace)
+    assert_same_state(loaded, model)
+    frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+    assert frozen and frozen == [name for name, parameter in loaded.named_parameters() if not parameter.requires_grad]
+
+
+def test_new_models_of_a_config_return_their_hidden_states(tmp_path: Path):
+    patch(LLAMA.model(), "all").model.save_pretrained(tmp_path)
+    code = f"""
+import torch, hf_neural_attention, transformers
+model = transformers.AutoModel.from_config(transformers.AutoConfig.from_pretrained({str(tmp_path)!r}))
+assert len(model(torch.arange(9)[None], output_hidden_states=True).hidden_states) == 4, model.config
+"""
+    run_python("-c", code)
 
 
 def test_a_way_of_saving_of_the_instance_s_own_is_kept(tmp_path: Path):
