@@ -6,6 +6,9 @@ from typing import Any, NamedTuple
 from studies.study_file import Study
 
 
+FEWEST_PAIRS = 3  # for an interval by pairs, and for a verdict
+
+
 class Form(NamedTuple):
     """How a figure is written: accuracies in percent, all with four digits of the baseline's mean."""
 
@@ -28,14 +31,19 @@ class Form(NamedTuple):
         return text[1:] if not text.strip("+-0.") else text  # leaves out the sign of what rounds to zero
 
     def bounds(self, row: dict[str, Any]) -> str:
-        return "" if row["low"] is None else f"{self.signed(row['low'])} to {self.signed(row['high'])}"
+        """Of an interval by pairs, where there are three: of two it says as much of their luck as of the arms."""
+        if row["low"] is None or row["pairs"] < FEWEST_PAIRS:
+            return ""
+        return f"{self.signed(row['low'])} to {self.signed(row['high'])}"
+
+    def pooled(self, row: dict[str, Any]) -> str:
+        """Of the interval of all runs together."""
+        return "" if row["pooled_low"] is None else f"{self.signed(row['pooled_low'])} to {self.signed(row['pooled_high'])}"
 
     def with_bounds(self, row: dict[str, Any]) -> str:
-        return (
-            f"{self.signed(row['difference'])} ({self.bounds(row)})"
-            if row["low"] is not None
-            else self.signed(row["difference"])
-        )
+        """A difference with its interval, or in square brackets the one of all runs together."""
+        difference, bounds, pooled = self.signed(row["difference"]), self.bounds(row), self.pooled(row)
+        return f"{difference} ({bounds})" if bounds else f"{difference} [{pooled}]" if pooled else difference
 
 
 def form_of(study: Study, rows: list[dict[str, Any]], metric: str) -> Form:

@@ -6,8 +6,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from studies.number_format import form_of
-from studies.results import Results, compared_with, differences, interval
+from studies.number_format import FEWEST_PAIRS, form_of
+from studies.results import Results, compared_with, difference, differences, interval
 from studies.study_file import SAME_TIME, Study
 
 
@@ -22,8 +22,12 @@ def draw_differences(study: Study, found: Results, rows: list[dict[str, Any]], p
         for place, (arm, base) in enumerate(arms.items()):
             pairs = [form.factor * pair for pair in differences(study, found, arm, base)]
             axis.plot(pairs, [place] * len(pairs), "o", color=study.attention(arm).color, alpha=0.5)
-            if (bar := interval(pairs)) is not None:
+            change = difference(study, found, arm, base)
+            if len(pairs) >= FEWEST_PAIRS and (bar := interval(pairs)) is not None:
                 axis.plot(bar, [place, place], color="black", linewidth=1)
+            elif change["pooled_low"] is not None:
+                bar = form.factor * change["pooled_low"], form.factor * change["pooled_high"]
+                axis.plot(bar, [place, place], color="tab:gray", linewidth=1, linestyle=":")
             if pairs:
                 axis.plot(statistics.mean(pairs), place, "|", color="black", markersize=14)
         axis.axvline(0.0, color="tab:gray", linestyle="--")
@@ -31,7 +35,8 @@ def draw_differences(study: Study, found: Results, rows: list[dict[str, Any]], p
         axis.set_ylim(len(arms) - 0.5, -0.5)
     direction = "left" if study.lower_is_better else "right"
     figure.supxlabel(
-        f"{study.metric}{', points' if form.unit else ''} ({direction} is better); bars: 95 % intervals", fontsize=10
+        f"{study.metric}{', points' if form.unit else ''} ({direction} is better); bars: 95 % intervals, dotted: pooled",
+        fontsize=10,
     )
     save(figure, path)
 

@@ -80,8 +80,9 @@ def markdown(study: Study, found: Results, rows: list[dict[str, Any]], where: di
         f"({'lower' if study.lower_is_better else 'higher'} is better). {study.note}".strip(),
         f"Differences are to `{study.baseline}` with the same seed, data order and dropout rate. Neural models copy the "
         "initial weights of the dot product with the same settings for all that both have; models of other settings draw "
-        "their own. Intervals are of 95 %, by Student's t over seeds. From three seeds on, a word says what they show: of "
-        "twenty arms without any effect, one is called better or worse on average.",
+        "their own. Intervals are of 95 %, by Student's t over pairs of seeds, from three on. A word says what they show: of "
+        "twenty arms without any effect, one is called better or worse on average. Pooled intervals (in square brackets "
+        "elsewhere) are of all runs together, as if chance did as much in every arm (`studies/pooled.py`).",
         figures(study, rows),
         *diverged(study, found),
         f"Best by `{study.choose_by}`, of the arms with as many seeds as any other or with all of theirs: "
@@ -111,7 +112,7 @@ def markdown(study: Study, found: Results, rows: list[dict[str, Any]], where: di
     if len(rows_with(study, rows, Arm.DOT)) > 1:
         parts += [
             "Neural arms beside every dot-product arm: difference and interval, in bold where that is of three pairs or more "
-            "and holds no zero.",
+            "and holds no zero; pooled intervals in square brackets.",
             beside_all(study, found, rows),
         ]
     parts += [
@@ -159,7 +160,7 @@ def figures(study: Study, rows: list[dict[str, Any]]) -> str:
     form = form_of(study, rows, study.metric)
     extra = {name: form_of(study, rows, name) for name in (study.choose_by, *study.also)}
     return markdown_table(
-        ["arm", "seeds", "mean", "std", "difference", "95 % interval", "", *(each.label for each in extra.values())],
+        ["arm", "seeds", "mean", "std", "difference", "95 % interval", "", "pooled", *(each.label for each in extra.values())],
         [
             [
                 row["arm"],
@@ -169,6 +170,7 @@ def figures(study: Study, rows: list[dict[str, Any]]) -> str:
                 form.signed(row["difference"]),
                 form.bounds(row),
                 verdict(study, row),
+                form.pooled(row),
                 *(each.value(row[name]) for name, each in extra.items()),
             ]
             for row in rows

@@ -9,6 +9,8 @@ from typing import Any
 
 from scipy.stats import t as student
 
+from studies.number_format import FEWEST_PAIRS
+from studies.pooled import pooled
 from studies.study_file import BESIDE, COSTS, SAME_TIME, Study, file_name, is_timed, load_costs
 from tools.json_files import write_json
 from training.arms import Arm
@@ -26,8 +28,6 @@ OF_THE_MACHINE = {
     "local_rank",
     "use_cpu",
 }
-
-FEWEST_PAIRS = 3  # for a verdict: of two, an interval says as much of their luck as of the arms
 
 Results = dict[str, dict[int, dict[str, Any]]]  # by arm and seed, of the runs that are finished
 
@@ -165,10 +165,17 @@ def interval(pairs: list[float]) -> tuple[float, float] | None:
 
 
 def difference(study: Study, found: Results, arm: str, base: str, metric: str | None = None) -> dict[str, Any]:
-    """The mean of the paired differences (of `study.metric`), its interval, and of how many pairs they are."""
+    """The mean of the paired differences (of `study.metric`), its interval, of how many pairs they are, and the interval of
+    all runs together (`pooled`)."""
     pairs = differences(study, found, arm, base, metric) if arm != base else []
     low, high = interval(pairs) or (None, None)
-    return {"difference": statistics.mean(pairs) if pairs else None, "low": low, "high": high, "pairs": len(pairs)}
+    fit = pooled(study, found, metric) if pairs and all(map(math.isfinite, pairs)) else None
+    _, pooled_low, pooled_high = (fit and fit.contrast([arm], [base])) or (None, None, None)
+    mean = statistics.mean(pairs) if pairs else None
+    return {"difference": mean, "low": low, "high": high, "pairs": len(pairs)} | {
+        "pooled_low": pooled_low,
+        "pooled_high": pooled_high,
+    }
 
 
 def seeds_and_pairs(seeds: int, change: dict[str, Any]) -> str:

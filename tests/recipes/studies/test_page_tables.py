@@ -6,6 +6,7 @@ import pytest
 
 import study as script
 from studies.page_tables import has_tables, with_new_tables
+from studies.pooled import pooled
 from studies.report import summary
 from studies.results import load_results, summarize
 from studies.study_file import COSTS
@@ -13,8 +14,8 @@ from tests.helpers.study_records import costs_of, make_study, write_results
 from tools.json_files import write_json
 
 
-HEAD = """| n | seeds | m | difference to `dot` | 95 % interval | |
-| --- | --- | --- | --- | --- | --- |
+HEAD = """| n | seeds | m | difference to `dot` | 95 % interval | | pooled |
+| --- | --- | --- | --- | --- | --- | --- |
 """
 PAGE = f"""Text before.
 
@@ -39,7 +40,7 @@ def test_tables_are_written_anew_and_all_else_stays(tmp_path):
     write_results(study, tmp_path, {"dot": [9.0, 10.0, 11.0], "first layer": [7.0, 8.0, 9.0], "longer": [6.0]})
     found, costs = load_results(study, tmp_path), costs_of(study)
     page = with_new_tables(PAGE, study, found, costs)
-    rows = "| first layer | 3 | 8.00 | -2.00 | -2.00 to -2.00 | better |\n| dot | 3 | 10.00 |  |  |  |\n"
+    rows = "| first layer | 3 | 8.00 | -2.00 | -2.00 to -2.00 | better |  |\n| dot | 3 | 10.00 |  |  |  |  |\n"
     expected = PAGE.replace("| first layer |\n| dot | 9 | old |\n", rows)
     expected = expected.replace("| old | table |\n| --- | --- |", summary(study, found, summarize(study, found, costs)))
     assert page == expected and "| longer | 6.00 |" in page
@@ -80,6 +81,26 @@ def test_figures_in_sentences_are_written_anew(tmp_path):
     (tmp_path / "other/dot-0.json").unlink()
     with pytest.raises(SystemExit, match="compares 'longer' with 'dot': no seed has both"):
         with_new_tables("<!-- n: longer less dot -->?", study, load_results(study, tmp_path / "other"), costs)
+
+
+def test_few_runs_and_groups_have_intervals_of_all_runs_together(tmp_path):
+    study = make_study()
+    figures = {"dot": [9.0, 10.0, 11.0], "first layer": [7.0, 8.5, 9.0], "unfinished": [8.0, 9.0, 9.7], "longer": [6.0]}
+    write_results(study, tmp_path, figures)
+    found, costs = load_results(study, tmp_path), costs_of(study)
+    page = "<!-- n: longer less dot -->? <!-- n: first layer + unfinished less dot -->?\n" + HEAD + "| longer |\n"
+    new = with_new_tables(page, study, found, costs)
+    low, high = (pooled(study, found).contrast(["longer"], ["dot"])[place] for place in (1, 2))
+    assert f"-->-3.00 in perplexity (one seed, pooled interval: {low:.2f} to {high:.2f}) " in new
+    mean, low, high = pooled(study, found).contrast(["first layer", "unfinished"], ["dot"])
+    assert f"-->{mean:.2f} in perplexity (pooled interval: {low:.2f} to {high:.2f})\n" in new
+    assert mean == pytest.approx(-(2 + 1.5 + 2 + 1 + 1 + 1.3) / 6)
+    assert with_new_tables(new, study, found, costs) == new
+    with pytest.raises(SystemExit, match="names 'second layer', of which no run is finished"):
+        with_new_tables("<!-- n: first layer + second layer less dot -->?", study, found, costs)
+    write_results(study, tmp_path / "few", {"dot": [9.0], "first layer": [7.0], "longer": [6.0]})
+    with pytest.raises(SystemExit, match="compares groups of arms, which have too few runs"):
+        with_new_tables("<!-- n: first layer + longer less dot -->?", study, load_results(study, tmp_path / "few"), costs)
 
 
 def test_a_run_that_diverged_has_no_difference(tmp_path):
