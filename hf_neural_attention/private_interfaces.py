@@ -180,7 +180,7 @@ PRIVATE_INTERFACES = (
         "transformers.utils.output_capturing",
         "transformers.utils.output_capturing:_CAN_RECORD_REGISTRY",
         "Hooks of this module record a layer's outputs, and have to follow when a compact layer takes its place. Which "
-        "outputs a model records it knows by the name of its class, which an instance of a patched one gets after it was made.",
+        "outputs a model records it knows by the name of its class, which an instance of a patched one gets once it is made.",
         TRANSFORMERS,
     ),
     PrivateInterface(

@@ -10,9 +10,9 @@ by their names which arms stand in it; all other cells are filled in:
 The other has all arms that have run (`report.summary`), and stands below a line `<!-- summary of spread-images -->`.
 
 In a sentence, a comment says what follows it: an arm's mean, or the difference to another arm with its interval. A new one
-is followed by a question mark. ` by FIGURE` asks for another one than the study's main figure (`by validation_accuracy`). A plus
-between arms, ` + `, asks for their mean, whose interval is the pooled one. None may begin a line, where Markdown takes it for
-a block of its own.
+is followed by a question mark. ` by FIGURE` asks for another one than the study's main figure (`by validation_accuracy`). Plus
+signs between arms, ` + `, ask for their mean, whose interval is the pooled one. None may begin a line, where Markdown takes it
+for a block of its own.
 
     It is <!-- spread-images: dot, spread 1 less dot -->+4.45 points (95 % interval: +1.89 to +7.00),
     up to <!-- spread-images: dot, spread 1 -->?.
