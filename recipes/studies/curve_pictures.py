@@ -1,5 +1,5 @@
-"""A picture of a study's figure as a curve per kind of scores: against how far scores spread when training starts, or against
-how many numbers a head compares."""
+"""A picture of a study's figure as a curve per kind of scores: against how far scores spread when training starts and when it
+ends, or against how many numbers a head compares."""
 
 import math
 import re
@@ -11,16 +11,18 @@ from typing import Any, NamedTuple
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from studies.number_format import form_of
+from studies.number_format import FEWEST_PAIRS, form_of
 from studies.pictures import save
 from studies.results import Results, differences, interval
 from studies.study_file import Study
 
 
 SPREAD, NUMBERS = "score_spread", "neural_proj_dim"
-TITLES = {
-    SPREAD: "standard deviation of scores within rows when training starts, mean over layers",
-    NUMBERS: "numbers that a head compares (neural_proj_dim)",
+# Gives by setting the panels of a picture: what their axes are of, and how these are named
+START, END = "start", "end"
+PANELS = {
+    SPREAD: {START: "spread of scores within rows at the start", END: "and at the end of training"},
+    NUMBERS: {START: "numbers that a head compares (neural_proj_dim)"},
 }
 FEWEST = {SPREAD: 3, NUMBERS: 2}  # points of a curve
 SMALLEST_SPREAD = 0.02  # below which the axis is linear, so that it has a zero
@@ -39,7 +41,7 @@ def curves_of(study: Study, found: Results, setting: str) -> dict[str, list[Poin
     groups: dict[str, list[Point]] = defaultdict(list)
     names: dict[str, str] = {}
     for arm, runs in found.items():
-        place = measured_spread(runs) if setting == SPREAD else study.arms[arm].get(NUMBERS)
+        place = measured_spread(runs, START) if setting == SPREAD else study.arms[arm].get(NUMBERS)
         if not runs or place is None:
             continue
         if setting == SPREAD:
@@ -53,9 +55,9 @@ def curves_of(study: Study, found: Results, setting: str) -> dict[str, list[Poin
     return {names[group]: sorted(points) for group, points in groups.items() if len(points) >= FEWEST[setting]}
 
 
-def measured_spread(runs: dict[int, dict[str, Any]]) -> float | None:
-    """Of new models, mean over layers and seeds; None where no run has looked."""
-    spreads = [layer["spread"] for run in runs.values() for layer in run.get("score_statistics", {}).get("start", ())]
+def measured_spread(runs: dict[int, dict[str, Any]], when: str) -> float | None:
+    """Of new or trained models, mean over layers and seeds; None where no run has looked."""
+    spreads = [layer["spread"] for run in runs.values() for layer in run.get("score_statistics", {}).get(when, ())]
     return statistics.mean(spreads) if spreads else None
 
 
@@ -67,33 +69,40 @@ def has_curves(study: Study, found: Results, setting: str) -> bool:
 def draw_curves_of(study: Study, found: Results, rows: list[dict[str, Any]], setting: str, path: Path) -> None:
     """A line per curve through the means of its arms, with every seed as a dot and intervals where an arm has three. All are
     placed by their paired differences to the baseline, since arms have other seeds while a study runs."""
-    figure, form = Figure(figsize=(9, 5.5), layout="constrained"), form_of(study, rows, study.metric)
-    axis = figure.subplots()
+    panels, form = PANELS[setting], form_of(study, rows, study.metric)
+    figure = Figure(figsize=(4 + 5 * len(panels), 5.5), layout="constrained")
     base = statistics.mean(run["metrics"][study.metric] for run in found[study.baseline].values())
 
     def placed(arm: str) -> list[float]:
         pairs = differences(study, found, arm, study.baseline) if arm != study.baseline else [0.0]
         return [form.factor * (base + pair) for pair in pairs if math.isfinite(pair)]
 
-    for number, (name, points) in enumerate(curves_of(study, found, setting).items()):
-        color, drawn = f"C{number % 10}", [(place, values) for place, arm in points if (values := placed(arm))]
-        means = [statistics.mean(values) for _, values in drawn]
-        axis.plot([place for place, _ in drawn], means, "-" if number < 10 else "--", color=color, label=name)
-        for (place, values), mean in zip(drawn, means, strict=True):
-            axis.plot([place] * len(values), values, "o", color=color, alpha=0.4, markersize=5)
-            if len(values) > 2 and (bar := interval(values)) is not None:
-                axis.plot([place, place], bar, color=color, linewidth=1)
-            axis.plot(place, mean, "_", color=color, markersize=10)
-    for arm in found:
-        if setting == NUMBERS and NUMBERS not in study.arms[arm] and (values := placed(arm)):
-            axis.axhline(statistics.mean(values), color="tab:gray", linestyle="--", linewidth=0.8)
-            beside = axis.get_yaxis_transform()
-            axis.text(1.01, statistics.mean(values), arm, transform=beside, fontsize=8, verticalalignment="center")
-    scale(axis, setting)
-    axis.set_xlabel(TITLES[setting])
-    axis.set_ylabel(f"{study.metric}{form.unit and ','}{form.unit} (each seed by its difference to {study.baseline})")
-    axis.grid(alpha=0.3)
+    for axis, (when, title) in zip(
+        figure.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels.items(), strict=True
+    ):
+        for number, (name, points) in enumerate(curves_of(study, found, setting).items()):
+            places = [measured_spread(found[arm], END) if when == END else place for place, arm in points]
+            drawn = [(place, values) for place, (_, arm) in zip(places, points, strict=True) if (values := placed(arm))]
+            means = [statistics.mean(values) for _, values in drawn]
+            color, style = f"C{number % 10}", "-" if number < 10 else "--"
+            axis.plot([place for place, _ in drawn], means, style, color=color, label=name)
+            for (place, values), mean in zip(drawn, means, strict=True):
+                axis.plot([place] * len(values), values, "o", color=color, alpha=0.4, markersize=5)
+                if len(values) >= FEWEST_PAIRS and (bar := interval(values)) is not None:
+                    axis.plot([place, place], bar, color=color, linewidth=1)
+                axis.plot(place, mean, "_", color=color, markersize=10)
+        for arm in found:
+            if setting == NUMBERS and NUMBERS not in study.arms[arm] and (values := placed(arm)):
+                axis.axhline(statistics.mean(values), color="tab:gray", linestyle="--", linewidth=0.8)
+                beside = axis.get_yaxis_transform()
+                axis.text(1.01, statistics.mean(values), arm, transform=beside, fontsize=8, verticalalignment="center")
+        scale(axis, setting)
+        axis.set_xlabel(title)
+        axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
+    figure.supylabel(
+        f"{study.metric}{form.unit and ','}{form.unit} (each seed by its difference to {study.baseline})", fontsize=10
+    )
     save(figure, path)
 
 

@@ -30,7 +30,7 @@ from training.arms import Arm
 CARD = "best_neural_model"
 # Gives by setting the name of a picture of curves, and what it shows
 CURVES = {
-    SPREAD: ("spreads", "The figure against how far scores spread when training starts, as measured of new models"),
+    SPREAD: ("spreads", "The figure against how far scores spread when training starts and when it ends, as measured"),
     NUMBERS: ("numbers", "The figure against how many numbers a head compares"),
 }
 
