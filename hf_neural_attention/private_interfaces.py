@@ -187,6 +187,12 @@ PRIVATE_INTERFACES = (
         "_can_record_outputs", "transformers:PreTrainedModel._can_record_outputs", "What is entered there.", TRANSFORMERS
     ),
     PrivateInterface(
+        "should_convert_module",
+        "transformers.quantizers.quantizers_utils:should_convert_module",
+        "Says whether a checkpoint's list of modules that are not quantised names one, by rules of its own.",
+        TRANSFORMERS,
+    ),
+    PrivateInterface(
         'sys.modules["transformers"]',
         "",
         "Clients look a model's class up as an attribute of `transformers`, where Auto classes do not put what is registered.",

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils import CONFIG_NAME
 
 import hf_neural_attention
@@ -95,15 +96,18 @@ def check_quantised_alike(model: Any) -> None:
         return
     fields = config if isinstance(config, dict) else vars(config)
     kept = [name for key, names in fields.items() if "skip" in key or "not_convert" in key for name in names or ()]
-    plain = [
+    quantised_again = [
         name
         for name, module in patched_modules(model).items()
-        if any(type(layer) is nn.Linear and not is_quantised(layer.weight) for layer in module.scorer.children())
+        for layer_name, layer in module.scorer.named_modules()
+        if type(layer) is nn.Linear
+        and not is_quantised(layer.weight)
+        and should_convert_module(f"{name}.scorer.{layer_name}", kept)
     ]
-    if plain and not any("scorer" in name for name in kept):
+    if quantised_again:
         raise PatchError(
-            f"The model was quantised before it was patched, and the scorers of {listed(plain)} are not quantised, which a "
-            "checkpoint cannot say. Use `save_patch`, and `load_patch` into the quantised model. Or patch the model as it was "
+            f"The model was quantised before it was patched, and the scorers of {listed(dict.fromkeys(quantised_again))} are "
+            "not quantised, which a checkpoint cannot say. Use `save_patch`, and `load_patch` into the quantised model. Or patch the model as it was "
             "before, save it whole, and load that with `quantization_config=`. Nothing was written."
         )
 

@@ -353,8 +353,11 @@ def test_scorers_of_a_model_that_was_quantised_before(tmp_path):
     save_patch(model, tmp_path / "patch")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "stock", quantization_config=eight_bits)
     assert torch.equal(run(load_patch(again, tmp_path / "patch"), **LLAMA.inputs()), expected)
-    # is told to leave scorers alone, and keeps what it leaves alone by default
     model.config.quantization_config.llm_int8_skip_modules = ["lm_head", "scorer"]
+    with pytest.raises(PatchError, match="quantised before it was patched"):
+        model.save_pretrained(tmp_path / "whole")
+    # is told to leave scorers alone, and keeps what it leaves alone by default
+    model.config.quantization_config.llm_int8_skip_modules = ["lm_head", ".*scorer"]
     model.save_pretrained(tmp_path / "whole")
     assert torch.equal(run(from_pretrained(tmp_path / "whole"), **LLAMA.inputs()), expected)
 
