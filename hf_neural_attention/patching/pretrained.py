@@ -105,10 +105,11 @@ def check_quantised_alike(model: Any) -> None:
         and should_convert_module(f"{name}.scorer.{layer_name}", kept)
     ]
     if quantised_again:
+        names = listed(dict.fromkeys(quantised_again))
         raise PatchError(
-            f"The model was quantised before it was patched, and the scorers of {listed(dict.fromkeys(quantised_again))} are "
-            "not quantised, which a checkpoint cannot say. Use `save_patch`, and `load_patch` into the quantised model. Or patch the model as it was "
-            "before, save it whole, and load that with `quantization_config=`. Nothing was written."
+            f"The model was quantised before it was patched, and the scorers of {names} are not quantised, which a checkpoint "
+            "cannot say. Use `save_patch`, and `load_patch` into the quantised model. Or patch the model as it was before, save "
+            "it whole, and load that with `quantization_config=`. Nothing was written."
         )
 
 
