@@ -108,8 +108,8 @@ def check_quantised_alike(model: Any) -> None:
         names = listed(dict.fromkeys(quantised_again))
         raise PatchError(
             f"The model was quantised before it was patched, and the scorers of {names} are not quantised, which a checkpoint "
-            "cannot say. Use `save_patch`, and `load_patch` into the quantised model. Or patch the model as it was before, save "
-            "it whole, and load that with `quantization_config=`. Nothing was written."
+            "cannot say. Use `save_patch`, and `load_patch` into the quantised model. Or patch the model as it was before, "
+            "save it whole, and load that with `quantization_config=`. Nothing was written."
         )
 
 
