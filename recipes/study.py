@@ -24,7 +24,8 @@ A study is a YAML file:
       faster: {attention: neural, learning_rate: 1.0e-3, beside: dot}   which dot-product arm it is compared with, where none
                                                                         differs from it in its attention alone
 
-First, a step of each arm is timed, in one process and by turns (`costs.json`); let the machine be quiet meanwhile. Each
+First, a step of each arm is timed, in one process and by turns (`costs.json`); let the machine be quiet meanwhile. Arms that
+are added later are timed by turns with the baseline, on the same machine and with the same versions. Each
 finished run leaves a small JSON file in the results' folder, named by arm and seed, and is not run again; seeds and arms that
 are added later are run then. The report (Markdown, CSV, PNG) is made of these files alone, and so are the study's tables in
 --pages (`studies/page_tables.py` says how a page asks for one).
@@ -80,12 +81,25 @@ def check_words(study: Study, more: list[str]) -> None:
             )
 
 
+# Lists what of an environment the time of a step hangs on
+OF_TIMES = ("cpu", "gpu", "threads", "processes", "torch", "transformers")
+
+
+def known_costs(study: Study, results: Path) -> dict[str, Any]:
+    """Those of arms that were timed here before; none where all arms were, which are then timed anew."""
+    known, where = with_new_arms(study, load_costs(results)), environment()
+    if is_timed(study, known) or any(known.get("environment", {}).get(name) != where[name] for name in OF_TIMES):
+        return {}
+    return known
+
+
 def time_arms(study: Study, results: Path, more: list[str]) -> None:
-    """Times steps of each arm by turns, and keeps that."""
-    recipe = import_module(Path(study.recipe).stem)
+    """Times steps of each arm by turns, and keeps that; of arms that came later, by turns with the baseline alone."""
+    recipe, known = import_module(Path(study.recipe).stem), known_costs(study, results)
+    later = [arm for arm in study.arms if arm not in known.get("settings", {})]
     with TemporaryDirectory() as folder:
         experiments = {}
-        for arm in {study.timed_as(arm): None for arm in study.arms}:
+        for arm in {study.timed_as(arm): None for arm in (study.baseline, *later)}:
             experiments[arm], task, _ = recipe.load_experiment([*study.words(arm), *more, "--output_dir", folder])
         for metric in (study.metric, study.choose_by, *study.also):
             if metric not in task.metrics:
@@ -96,17 +110,25 @@ def time_arms(study: Study, results: Path, more: list[str]) -> None:
         }
         measured = time_by_turns(one_step, TURNS)
         if experiments[study.timed_as(study.baseline)].training.should_save:
-            turns = {arm: measured[study.timed_as(arm)] for arm in study.arms}
-            seconds = {arm: statistics.median(times) for arm, times in turns.items()}
-            ratios = {arm: ratio_of(times, turns[study.baseline]) for arm, times in turns.items()}
-            steps = study.steps_of_same_time({arm: ratio.median for arm, ratio in ratios.items()})
-            record = {
-                "seconds_per_step": seconds,
-                "quartiles": {arm: Spread.of(times)[::2] for arm, times in turns.items()},
-                "ratios": ratios,
+            turns = {arm: measured[study.timed_as(arm)] for arm in (study.baseline, *later)}
+            base = statistics.median(turns[study.baseline])
+            before = known.get("seconds_per_step", {}).get(study.baseline, base)
+            # counts later arms in the baseline's seconds of before, since machines are not as fast every day
+            fields = {
+                "seconds_per_step": {arm: statistics.median(turns[arm]) * before / base for arm in later},
+                "quartiles": {arm: [each * before / base for each in Spread.of(turns[arm])[::2]] for arm in later},
+                "ratios": {arm: ratio_of(turns[arm], turns[study.baseline]) for arm in later},
+            }
+            record: dict[str, Any] = {}
+            for name, of_arms in fields.items():
+                of_arms |= known.get(name, {})
+                record[name] = {arm: of_arms[arm] for arm in study.arms}
+            steps = study.steps_of_same_time({arm: ratio[1] for arm, ratio in record["ratios"].items()})
+            record |= {
                 "steps": steps | steps_that_stay(study, load_costs(results)),
                 "settings": {arm: study.settings(arm) for arm in study.arms},
-                "environment": environment(),
+                "environment": known.get("environment", environment()),
+                "later": [arm for arm in study.arms if known and arm in (*known.get("later", ()), *later)],
             }
             results.mkdir(parents=True, exist_ok=True)
             write_json(results / COSTS, record)
@@ -196,7 +218,11 @@ def main() -> None:
     parser.add_argument(
         "--pages", type=Path, nargs="+", default=[], help="Documents whose tables and figures of this study are written anew."
     )
-    parser.add_argument("--time_only", action="store_true", help="Time a step of each arm, and run nothing.")
+    parser.add_argument(
+        "--time_only",
+        action="store_true",
+        help="Time a step of each arm, and run nothing; of arms that came later, beside the baseline alone.",
+    )
     parser.add_argument("--arms", nargs="+", help="Run these alone. Default: all of the study.")
     parser.add_argument("--seeds", nargs="+", type=int, help="Run these alone. Default: all of the study.")
     parser.add_argument("--launcher", help="In place of python, as `accelerate launch ...`.")
@@ -211,7 +237,8 @@ def main() -> None:
         print(f"adopted: {', '.join(adopted)}", flush=True)
     if arguments.time_only:  # does nothing else, since it may be one of several processes
         return time_arms(study, results, more)
-    if (costs := load_costs(results)) != (more_costs := with_new_arms(study, costs)):
+    costs = load_costs(results)
+    if not is_timed(study, costs) and is_timed(study, more_costs := with_new_arms(study, costs)):
         write_json(results / COSTS, more_costs)
     if arguments.report_only and more:
         raise SystemExit(f"--report_only runs nothing, for which {shlex.join(more)} would be: leave that out.")

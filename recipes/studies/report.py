@@ -44,7 +44,7 @@ def report(study: Study, folder: Path) -> str:
     """
     found, costs = load_results(study, folder), load_costs(folder)
     rows = summarize(study, found, costs)
-    text = markdown(study, found, rows, costs["environment"])
+    text = markdown(study, found, rows, costs["environment"] | {"later": costs.get("later", [])})
     (folder / "report.md").write_text(text, encoding="utf-8")
     with (folder / "report.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
@@ -67,7 +67,7 @@ def report(study: Study, folder: Path) -> str:
 def markdown(study: Study, found: Results, rows: list[dict[str, Any]], where: dict[str, Any]) -> str:
     """
     Args:
-        where: the machine and the versions that steps were timed with.
+        where: the machine and the versions that steps were timed with, and which arms were later.
     """
     best, form, chosen = (
         best_row(study, found, rows),
@@ -115,8 +115,13 @@ def markdown(study: Study, found: Results, rows: list[dict[str, Any]], where: di
             "and holds no zero; pooled intervals in square brackets.",
             beside_all(study, found, rows),
         ]
+    later = (
+        f" (later, beside `{study.baseline}` alone: {', '.join(f'`{arm}`' for arm in where['later'])})"
+        if where["later"]
+        else ""
+    )
     parts += [
-        f"Steps were timed in one process and by turns, on {where['cpu']}, {where['threads']} thread(s) (GPU: "
+        f"Steps were timed in one process and by turns{later}, on {where['cpu']}, {where['threads']} thread(s) (GPU: "
         f"{where['gpu']}), torch {where['torch']}, transformers {where['transformers']}: the ratio to `{study.baseline}` is "
         "the median over turns, with quartiles. The time of all steps is that times their number. Memory is what training "
         "takes beyond the weights, at its peak (on a CPU of the whole process: a rough figure). A scorer is counted as dead "

@@ -167,20 +167,20 @@ def load_costs(results: Path) -> dict[str, Any]:
 
 
 def with_new_arms(study: Study, costs: dict[str, Any]) -> dict[str, Any]:
-    """The costs, with those of arms that came later where their steps are the same as of one that was timed."""
+    """The costs of the study's arms as far as they are known: those that were timed, and later ones whose steps are the same
+    as of one of these. Nothing is known where an arm is not what it was."""
     asked, seconds = costs.get("settings", {}), costs.get("seconds_per_step", {})
     timed = {arm: settings for arm, settings in asked.items() if arm in study.arms and arm in seconds}
-    if not timed or any(study.settings(arm) != settings for arm, settings in timed.items()):
-        return costs
-    alike: dict[str, str] = {}  # new arm -> one that was timed
+    if study.baseline not in timed or any(study.settings(arm) != settings for arm, settings in timed.items()):
+        return {}
+    alike: dict[str, str] = {}  # arm -> one that was timed
     for arm in study.arms:
         step = of_a_step(study.settings(arm))
         found = next((each for each in (arm, *timed) if each in timed and of_a_step(timed[each]) == step), None)
-        if found is None:
-            return costs
-        alike[arm] = found
+        if found is not None:
+            alike[arm] = found
     taken = {name: {arm: costs[name][each] for arm, each in alike.items()} for name in PER_ARM}
-    return costs | taken | {"settings": {arm: study.settings(arm) for arm in study.arms}}
+    return costs | taken | {"settings": {arm: study.settings(arm) for arm in alike}}
 
 
 def is_timed(study: Study, costs: dict[str, Any]) -> bool:

@@ -12,7 +12,7 @@ import pytest
 import study as script
 from studies.report import CARD, summary
 from studies.results import adopt_runs, load_results, summarize
-from studies.study_file import COSTS, Study, file_name, load_costs
+from studies.study_file import COSTS, Study, file_name, is_timed, load_costs
 from tests.helpers.running import RECIPES, run_in
 from tests.helpers.study_records import make_study, record_of, write_results
 
@@ -35,6 +35,48 @@ def test_words_that_no_run_has_are_refused_before_the_first(arm, more, message):
     )
     with pytest.raises(SystemExit, match=message):
         script.check_words(study, more)
+
+
+def test_arms_that_come_later_are_timed_beside_the_baseline_alone(tmp_path, monkeypatch):
+    study, timed = make_study(seeds=[0]), []
+    experiment = SimpleNamespace(training=SimpleNamespace(should_save=True))
+    recipe = SimpleNamespace(load_experiment=lambda words: (experiment, SimpleNamespace(metrics=["m", "v", "w"]), None))
+
+    def time(steps: dict, turns: int) -> dict:
+        timed.append(list(steps))
+        return {arm: [seconds_of[arm], seconds_of[arm]] for arm in steps}
+
+    where = dict.fromkeys((*script.OF_TIMES, "commit"), "x")
+    monkeypatch.setattr(script, "import_module", lambda name: recipe)
+    monkeypatch.setattr(script, "training_step", lambda *_, **__: None)
+    monkeypatch.setattr(script, "time_by_turns", time)
+    monkeypatch.setattr(script, "environment", lambda: dict(where))
+
+    def costs_after() -> dict:
+        script.time_arms(study, tmp_path, [])
+        return load_costs(tmp_path)
+
+    seconds_of = {"dot": 2.0, "first layer": 3.0, "unfinished": 3.0, "wide": 8.0}
+    first = costs_after()
+    assert timed.pop() == ["dot", "first layer"] and first["later"] == []
+    assert first["seconds_per_step"] == {"dot": 2.0, "first layer": 3.0, "longer": 2.0, "unfinished": 3.0}
+
+    # is twice as slow this day: the arm takes 4 times as long as the baseline, and so it did
+    seconds_of["dot"] = 4.0
+    seconds_of["wide"] = 16.0
+    study.arms = {"wide": {"attention": "dot", "weight_decay": 1.0}, **study.arms}
+    costs = costs_after()
+    assert timed.pop() == ["dot", "wide"] and costs["later"] == ["wide"] and is_timed(study, costs)
+    assert costs["seconds_per_step"] == {"wide": 8.0, **first["seconds_per_step"]}
+    assert costs["ratios"]["wide"] == [4.0] * 3 and costs["quartiles"]["wide"] == [8.0, 8.0]
+    assert costs["ratios"]["first layer"] == first["ratios"]["first layer"] and costs["steps"] == first["steps"]
+    assert list(costs["ratios"]) == list(study.arms)
+
+    # times all anew where all are known, or on another machine
+    assert costs_after()["later"] == [] and timed.pop() == ["wide", "dot", "first layer"]
+    study.arms["wider"] = {"attention": "dot", "weight_decay": 2.0}
+    seconds_of["wider"], where["cpu"] = 9.0, "another"
+    assert costs_after()["later"] == [] and timed.pop() == ["wide", "dot", "first layer", "wider"]
 
 
 def test_a_study_that_is_stopped_goes_on_with_what_is_missing(tmp_path, monkeypatch, capsys):

@@ -35,14 +35,16 @@ def test_arms_of_the_same_step_need_no_timing():
     faster = {"attention": "dot", "learning_rate": 0.1}
     larger = make_study(arms={"faster": faster, **study.arms})
     assert with_new_arms(study, costs) == costs and with_new_arms(study, {}) == {} and not is_timed(larger, costs)
+    assert is_timed(study, costs)
     new = with_new_arms(larger, costs)
     assert is_timed(larger, new) and list(new["ratios"]) == list(larger.arms)
     for name in ("seconds_per_step", "quartiles", "ratios"):
         assert new[name] == {"faster": costs[name]["dot"], **costs[name]}
     another = make_study(arms={**study.arms, "spread": {"attention": "dot", "score_spread": 1.0}})
     changed = make_study(arms={**larger.arms, "dot": {"attention": "dot", "weight_decay": 0.1}})
-    for other in (another, changed):
-        assert with_new_arms(other, costs) == costs
+    # knows the others where one is to be timed, and none where one is not what it was
+    assert with_new_arms(another, costs) == costs and not is_timed(another, with_new_arms(another, costs))
+    assert with_new_arms(changed, costs) == {}
 
 
 def test_arms_may_have_fewer_seeds():
