@@ -73,10 +73,10 @@ def test_arms_that_come_later_are_timed_beside_the_baseline_alone(tmp_path, monk
     assert list(costs["ratios"]) == list(study.arms)
 
     # times all anew where all are known, or on another machine
-    assert costs_after()["later"] == [] and timed.pop() == ["wide", "dot", "first layer"]
+    assert costs_after()["later"] == [] and timed.pop() == ["dot", "wide", "first layer"]
     study.arms["wider"] = {"attention": "dot", "weight_decay": 2.0}
     seconds_of["wider"], where["cpu"] = 9.0, "another"
-    assert costs_after()["later"] == [] and timed.pop() == ["wide", "dot", "first layer", "wider"]
+    assert costs_after()["later"] == [] and timed.pop() == ["dot", "wide", "first layer", "wider"]
 
 
 def test_a_study_that_is_stopped_goes_on_with_what_is_missing(tmp_path, monkeypatch, capsys):
