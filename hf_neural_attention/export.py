@@ -1,7 +1,6 @@
 """`export_to_hub`: a model as a folder, or a repository on the Hub, that anyone can load."""
 
 import json
-import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -27,16 +26,10 @@ from .patching.pretrained import neural_fields
 from .patching.records import check_without_adapters, could_be_repository, is_repository, record_of
 from .patching.sizes import SIZE_TITLES, size_of, stock_twin
 from .registration import FAMILIES, MODELS_OF_AUTO_CLASSES
-from .uploading import title_of, upload
+from .uploading import WEIGHT_FILES, title_of, upload
 
 
 MODELS = Path(__file__).parent / "models"
-# Matches the files that `from_pretrained` looks for: weights, parts of them, and what says where the parts are
-WEIGHT_FILES = re.compile(
-    r"model(-\d{5}-of-\d{5})?\.safetensors|pytorch_model(-\d{5}-of-\d{5})?\.bin|"
-    r"(model\.safetensors|pytorch_model\.bin)\.index\.json"
-)
-
 CITATION = """@article{digiugno2025neural,
   title   = {Neural Attention: A Novel Mechanism for Enhanced Expressive Power in Transformer Models},
   author  = {DiGiugno, Andrew and Mahmood, Kaleel},
@@ -152,7 +145,7 @@ def export_to_hub(
                 path.unlink()  # would be loaded in place of the new ones
     if push_to_hub:
         patterns = [each for name in exported for each in (name, f"{name}/**")]
-        upload(folder, title, token, private, commit_message, WEIGHT_FILES, allow_patterns=patterns)
+        upload(folder, title, token, private, commit_message, whole_model=True, allow_patterns=patterns)
     return folder
 
 

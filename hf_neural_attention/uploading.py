@@ -2,12 +2,20 @@
 
 import re
 import shlex
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi
 from huggingface_hub.utils import filter_repo_objects
 from transformers.utils import ADAPTER_CONFIG_NAME
+
+
+# Matches the files that `from_pretrained` looks for: weights, parts of them, and what says where the parts are
+WEIGHT_FILES = re.compile(
+    r"model(-\d{5}-of-\d{5})?\.safetensors|pytorch_model(-\d{5}-of-\d{5})?\.bin|"
+    r"(model\.safetensors|pytorch_model\.bin)\.index\.json"
+)
 
 
 def title_of(folder: Path, repo_id: str | None, is_pushed: bool, token: str | bool | None) -> str:
@@ -28,14 +36,14 @@ def upload(
     token: str | bool | None,
     private: bool | None,
     commit_message: str,
-    weights: re.Pattern[str] | None = None,
+    whole_model: bool = False,
     **options: Any,
 ) -> None:
     """Uploads a folder, to a repository that is made if there is none.
 
     Args:
-        weights: matches names of files that hold a model's weights: such of before are deleted there if none takes their
-            place, since they would be loaded with the new ones, or instead. None: it is no whole model that is uploaded.
+        whole_model: files of weights that are there from before are deleted if none takes their place, since they would be
+            loaded with the new ones, or instead.
         options: for `HfApi.upload_folder` (`allow_patterns`, `ignore_patterns` ...).
 
     Raises:
@@ -45,27 +53,36 @@ def upload(
     api = HfApi(token=token)
     try:
         repo = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        if weights is not None:
-            there = api.list_repo_files(repo)
-            if ADAPTER_CONFIG_NAME in there:
-                raise RuntimeError(
-                    f"it has adapters ({ADAPTER_CONFIG_NAME}), which would be loaded into this model: remove them"
-                )
-            options["delete_patterns"] = [name for name in there if weights.fullmatch(name)]
-        api.upload_folder(repo_id=repo, folder_path=folder, commit_message=commit_message, **options)
+        there = api.list_repo_files(repo) if whole_model else []
+        options["delete_patterns"] = [name for name in there if WEIGHT_FILES.fullmatch(name)]
+        if ADAPTER_CONFIG_NAME not in there:
+            api.upload_folder(repo_id=repo, folder_path=folder, commit_message=commit_message, **options)
     except Exception as error:
-        command = command_for(folder, repo_id, private, options.get("allow_patterns"), options.get("ignore_patterns"))
+        command = command_for(folder, repo_id, private, **options)
         raise RuntimeError(
             f"The upload to {repo_id} failed: {error}. {folder} is complete; go on with `{command}`, or try this again."
         ) from error
+    if ADAPTER_CONFIG_NAME in there:
+        raise RuntimeError(
+            f"Nothing was uploaded to {repo_id}: it has adapters ({ADAPTER_CONFIG_NAME}), which would be loaded into this "
+            f"model. Remove them there, or give another repository. {folder} is complete."
+        )
 
 
-def command_for(folder: Path, repo_id: str, private: bool | None, allowed: Any, ignored: Any) -> str:
-    """A command line that uploads the same files, to a repository that is private if it was to be."""
+def command_for(
+    folder: Path,
+    repo_id: str,
+    private: bool | None,
+    delete_patterns: Iterable[str] = (),
+    allow_patterns: Any = None,
+    ignore_patterns: Any = None,
+) -> str:
+    """A command line that uploads and deletes the same files, in a repository that is private if it was to be."""
     files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-    chosen = list(filter_repo_objects(files, allow_patterns=allowed, ignore_patterns=ignored))
+    chosen = list(filter_repo_objects(files, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns))
     words = ["hf", "upload", repo_id, str(folder), *(["--private"] if private else [])]
     if chosen != files:  # names the top of each path, since folders go as a whole
         tops = sorted({f"{Path(name).parts[0]}/**" if len(Path(name).parts) > 1 else name for name in chosen})
         words += [word for top in tops for word in ("--include", top)]
+    words += [word for name in delete_patterns if name not in chosen for word in ("--delete", name)]
     return shlex.join(words)

@@ -85,22 +85,30 @@ def check_words(study: Study, more: list[str]) -> None:
 OF_TIMES = ("cpu", "gpu", "threads", "processes", "torch", "transformers")
 
 
-def known_costs(study: Study, results: Path) -> dict[str, Any]:
-    """Those of arms that were timed here before; none where all arms were, which are then timed anew."""
+def known_costs(study: Study, results: Path, words: list[str]) -> dict[str, Any]:
+    """Those of arms that were timed before in the same way and place; none where all arms were, which are then timed anew."""
     known, where = with_new_arms(study, load_costs(results)), environment()
-    if is_timed(study, known) or any(known.get("environment", {}).get(name) != where[name] for name in OF_TIMES):
-        return {}
-    return known
+    alike = all(known.get("environment", {}).get(name) == where[name] for name in OF_TIMES)
+    return known if alike and known.get("words", words) == words and not is_timed(study, known) else {}
 
 
 def time_arms(study: Study, results: Path, more: list[str]) -> None:
     """Times steps of each arm by turns, and keeps that; of arms that came later, by turns with the baseline alone."""
-    recipe, known = import_module(Path(study.recipe).stem), known_costs(study, results)
-    later = [arm for arm in study.arms if arm not in known.get("settings", {})]
+    recipe, words = import_module(Path(study.recipe).stem), [Path(word).name if Path(word).exists() else word for word in more]
     with TemporaryDirectory() as folder:
+
+        def load(arm: str) -> Any:
+            return recipe.load_experiment([*study.words(arm), *more, "--output_dir", folder])
+
         experiments = {}
-        for arm in {study.timed_as(arm): None for arm in (study.baseline, *later)}:
-            experiments[arm], task, _ = recipe.load_experiment([*study.words(arm), *more, "--output_dir", folder])
+        # starts with the baseline, since the arguments of a run say how its processes find each other
+        experiments[study.timed_as(study.baseline)], task, _ = load(study.timed_as(study.baseline))
+        known = known_costs(study, results, words)
+        later = [arm for arm in study.arms if arm not in known.get("settings", {})]
+        for arm in dict.fromkeys(map(study.timed_as, later)):
+            experiments.setdefault(arm, None)
+        for arm in (arm for arm, experiment in experiments.items() if experiment is None):
+            experiments[arm] = load(arm)[0]
         for metric in (study.metric, study.choose_by, *study.also):
             if metric not in task.metrics:
                 raise SystemExit(f"{study.recipe} measures no {metric!r}, but {', '.join(task.metrics)}.")
@@ -128,6 +136,7 @@ def time_arms(study: Study, results: Path, more: list[str]) -> None:
                 "steps": steps | steps_that_stay(study, load_costs(results)),
                 "settings": {arm: study.settings(arm) for arm in study.arms},
                 "environment": known.get("environment", environment()),
+                "words": words,
                 "later": [arm for arm in study.arms if known and arm in (*known.get("later", ()), *later)],
             }
             results.mkdir(parents=True, exist_ok=True)

@@ -364,7 +364,9 @@ def test_a_hub_gives_back_what_it_was_sent(tmp_path: Path):
         assert script(EXPORT, tmp_path, **environment).strip() == ""
         assert hub.repositories["somebody/tiny"].keys() == exported | kept.keys()
         hub.repositories["somebody/tiny"]["adapter_config.json"] = b"{}"
-        assert "it has adapters (adapter_config.json), which would be loaded" in script(EXPORT, tmp_path, **environment)
+        assert "it has adapters (adapter_config.json), which would be loaded into this model. Remove them" in script(
+            EXPORT, tmp_path, **environment
+        )
         del hub.repositories["somebody/tiny"]["adapter_config.json"]
         for code in (SAVE, WITHOUT, UNTRUSTED, PIPELINE["gpt2"]):
             code = code.format(name="somebody/tiny", auto=AUTO["gpt2"], inputs=INPUTS["gpt2"])

@@ -269,6 +269,7 @@ def neural_attention_forward(
         keys_projected=key.shape[-1] != query.shape[-1],
         need_weights=implementation == "eager",
     )
+    weights = None if weights is None else weights.to(value.dtype)
     return output.to(value.dtype).transpose(1, 2).contiguous(), weights
 
 

@@ -79,15 +79,6 @@ def library_for(dtype: torch.dtype) -> ctypes.CDLL:
     return library
 
 
-def check_memory(failed: int, what: str) -> None:
-    """Raises RuntimeError, as torch does, if a kernel could not get the memory that it needs."""
-    if failed:
-        raise RuntimeError(
-            f"The native kernel of Neural Attention cannot allocate memory for its {what} pass: take a smaller batch or "
-            "shorter sequences, or fewer threads (`torch.set_num_threads`)."
-        )
-
-
 def describe_problem(arguments: NativeArguments) -> tuple[bytes, list[torch.Tensor | None]]:
     """The arguments as the kernels take them, and the tensors that must outlive the call."""
     query, key, value, weight2 = arguments.query, arguments.key, arguments.value, arguments.weight2
@@ -149,9 +140,8 @@ def run_forward(arguments: NativeArguments, output: torch.Tensor, softmax: torch
     problem, keep = describe_problem(arguments)
     features = arguments.weight2.new_empty(library.working_memory(problem))
     result = pack(ForwardResult, output=describe_tensor(output), softmax=softmax.data_ptr())
-    failed = library.forward(problem, Pointer(features.data_ptr()), result)
+    library.forward(problem, Pointer(features.data_ptr()), result)
     del keep
-    check_memory(failed, "forward")
 
 
 def allocate_gradient(name: str, tensor: torch.Tensor) -> torch.Tensor:
@@ -184,7 +174,11 @@ def run_backward(
     )
     failed = library.backward(problem, result)
     del keep
-    check_memory(failed, "backward")
+    if failed:
+        raise RuntimeError(
+            "The native kernel of Neural Attention cannot allocate memory for its backward pass: take a smaller batch or "
+            "shorter sequences, or fewer threads (`torch.set_num_threads`)."
+        )
     if arguments.sinks is not None:
         pivot, inverse = softmax.unbind(-1)
         weight = torch.exp2(arguments.sinks[:, None] * LOG2_E - pivot + inverse.log2())

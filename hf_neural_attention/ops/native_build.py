@@ -172,7 +172,7 @@ def compile_library(compiler: list[str], dtype: torch.dtype, target: Path) -> No
                 problem = run([*compiler, *flags, "-c", str(SOURCES / MAIN_SOURCE), "-o", str(compiled)])
                 if problem is None:
                     problem = link(compiler, compiled, linked, openmp)
-                    if problem is None and not architecture:
+                    if problem is None and not architecture and not extra_flags():
                         logger.warning("%s: to change that, %s, and delete %s.", ANY_PROCESSOR, NEWER, target)
                     break
                 problems.append(problem)

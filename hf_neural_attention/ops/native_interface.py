@@ -26,9 +26,8 @@ FUNCTIONS = {
     "describe_interface": ctypes.c_char_p,
     "has_threads": Int,
     "working_memory": Int,
-    # are zero, or not if there was not memory enough
-    "forward": Int,
-    "backward": Int,
+    "forward": None,
+    "backward": Int,  # zero, or not if there was not memory enough
 }
 
 TOKENS = ("query", "key", "value")

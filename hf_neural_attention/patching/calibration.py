@@ -180,12 +180,20 @@ def capture(model: nn.Module, name: str, module: Any, batches: list[dict[str, An
     return captured
 
 
+def in_turns(batches: list[list[Call]]) -> list[Call]:
+    """The calls of some batches, one of each batch after the other, so that few steps see something of every batch."""
+    generator = torch.Generator().manual_seed(0)
+    orders = [torch.randperm(len(batch), generator=generator).tolist() for batch in batches]
+    mixed = [[batch[place] for place in order] for batch, order in zip(batches, orders, strict=True)]
+    return [call for turn in itertools.zip_longest(*mixed) for call in turn if call is not None]
+
+
 def calibrate_layer(
     name: str, module: Any, calls: list[list[Call]], steps: int, learning_rate: float, bar: tqdm
 ) -> CalibratedLayer:
     started = time.perf_counter()
     kept = range(3, len(calls), 4) or range(1, len(calls))[-1:]
-    fitted = [call for index, batch in enumerate(calls) if index not in kept for call in batch]
+    fitted = in_turns([batch for index, batch in enumerate(calls) if index not in kept])
     held_out = [call for index in kept for call in calls[index]] or fitted
     # fits in float32 whatever the model's dtype is, since steps this small would be lost in bfloat16
     scorer = copy.deepcopy(module.scorer).float().requires_grad_()

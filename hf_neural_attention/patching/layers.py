@@ -155,7 +155,8 @@ def tokens_of_queries(
     of the text that looks at images, if it is as long."""
     if not is_cross_attention(name, module):
         return None
-    has_encoder = getattr(model.config, "is_encoder_decoder", False) and "encoder_hidden_states" not in inputs
+    is_whole = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    has_encoder = is_whole and "encoder_hidden_states" not in inputs
     mask = inputs.get("decoder_attention_mask" if has_encoder else "attention_mask")
     return mask if mask is not None and mask.dim() == 2 and mask.shape[1] == num_queries else torch.ones(1, 1)
 

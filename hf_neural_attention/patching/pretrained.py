@@ -16,6 +16,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils import CONFIG_NAME
+from transformers.utils.quantization_config import QuantizationMethod
 
 import hf_neural_attention
 
@@ -89,12 +90,12 @@ def neural_fields(record: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def check_quantised_alike(model: Any) -> None:
-    """Raises a PatchError if a model was quantised before it got its scorers: its config.json would have these quantised as
-    well when they are loaded, from weights that are not."""
+    """Raises a PatchError if a model was quantised by bitsandbytes before it got its scorers: its config.json would have these
+    quantised as well when they are loaded, from weights that are not."""
     config = getattr(model.config, "quantization_config", None)
-    if config is None:
+    fields = config if isinstance(config, dict) else vars(config or object())
+    if fields.get("quant_method") != QuantizationMethod.BITS_AND_BYTES:  # leaves others be, which may choose layers otherwise
         return
-    fields = config if isinstance(config, dict) else vars(config)
     kept = [name for key, names in fields.items() if "skip" in key or "not_convert" in key for name in names or ()]
     quantised_again = [
         name

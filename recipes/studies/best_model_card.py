@@ -40,7 +40,8 @@ def best_card(study: Study, found: Results, rows: list[dict[str, Any]]) -> str |
         notes=(
             f"{study.note} The best neural arm of the study `{study.name}` by `{study.choose_by}`, *{row['arm']}*, and "
             f"{words}. Its `{study.metric}` over {row['seeds']} seeds is {form.value(row['mean'])}{form.unit}; the "
-            f"dot-product models' are, with the difference and its 95 % interval: {others} ([all arms](report.md))."
+            f"dot-product models' are, with the difference and its 95 % interval (in square "
+            f"brackets, of all runs together): {others} ([all arms](report.md))."
         ).strip(),
         picture="Training loss of the study's arms, as difference to the dot product",
         step="whole",

@@ -37,13 +37,15 @@ class Form(NamedTuple):
         return f"{self.signed(row['low'])} to {self.signed(row['high'])}"
 
     def pooled(self, row: dict[str, Any]) -> str:
-        """Of the interval of all runs together."""
-        return "" if row["pooled_low"] is None else f"{self.signed(row['pooled_low'])} to {self.signed(row['pooled_high'])}"
+        """The difference by all runs together, and its interval."""
+        if row["pooled"] is None:
+            return ""
+        return f"{self.signed(row['pooled'])} [{self.signed(row['pooled_low'])} to {self.signed(row['pooled_high'])}]"
 
     def with_bounds(self, row: dict[str, Any]) -> str:
-        """A difference with its interval, or in square brackets the one of all runs together."""
-        difference, bounds, pooled = self.signed(row["difference"]), self.bounds(row), self.pooled(row)
-        return f"{difference} ({bounds})" if bounds else f"{difference} [{pooled}]" if pooled else difference
+        """A difference with its interval by pairs, or by all runs together, in square brackets, or alone."""
+        difference, bounds = self.signed(row["difference"]), self.bounds(row)
+        return f"{difference} ({bounds})" if bounds else self.pooled(row) or difference
 
 
 def form_of(study: Study, rows: list[dict[str, Any]], metric: str) -> Form:

@@ -11,8 +11,8 @@ The other has all arms that have run (`report.summary`), and stands below a line
 
 In a sentence, a comment says what follows it: an arm's mean, or the difference to another arm with its interval. A new one
 is followed by a question mark. ` by FIGURE` asks for another one than the study's main figure (`by validation_accuracy`). Plus
-signs between arms, ` + `, ask for their mean, whose interval is the pooled one. None may begin a line, where Markdown takes it
-for a block of its own.
+signs between the arms of a difference, ` + `, ask for their mean, whose interval is the pooled one. None may begin a line,
+where Markdown takes it for a block of its own.
 
     It is <!-- spread-images: dot, spread 1 less dot -->+4.45 points (95 % interval: +1.89 to +7.00),
     up to <!-- spread-images: dot, spread 1 -->?.
@@ -83,12 +83,12 @@ def with_new_tables(page: str, study: Study, found: Results, costs: dict[str, An
 
     def figure(match: re.Match[str]) -> str:
         metric = match["metric"] or study.metric
-        row = row_of(match["arm"].split(PLUS)[0])
+        row = row_of(match["arm"] if match["base"] is None else match["arm"].split(PLUS)[0])
         if metric not in (study.metric, study.choose_by, *study.also):
             raise SystemExit(f"A figure of {study.name} asks for {metric!r}, which is none that the study reports.")
         own = form_of(study, rows, metric)
-        if PLUS in match["arm"] + (match["base"] or ""):
-            return match["head"] + of_groups(own, match["arm"].split(PLUS), (match["base"] or "").split(PLUS), metric)
+        if match["base"] is not None and PLUS in match["arm"] + match["base"]:
+            return match["head"] + of_groups(own, match["arm"].split(PLUS), match["base"].split(PLUS), metric)
         if match["base"] is None:
             return f"{match['head']}{own.value(row['mean' if metric == study.metric else metric])}{own.unit}"
         change = difference(study, found, match["arm"], row_of(match["base"])["arm"], metric)
@@ -104,7 +104,7 @@ def with_new_tables(page: str, study: Study, found: Results, costs: dict[str, An
         if change is None:
             raise SystemExit(f"A figure of {study.name} compares groups of arms, which have too few runs: {arms}, {bases}.")
         mean, low, high = change
-        return f"{form.signed(mean)} {kind_of(form)} (pooled interval: {form.signed(low)} to {form.signed(high)})"
+        return f"{form.signed(mean)} {kind_of(form)} (pooled: [{form.signed(low)} to {form.signed(high)}])"
 
     of_chosen, of_all, of_figures = patterns(study)
     page = of_chosen.sub(chosen_arms, page)
@@ -116,7 +116,7 @@ def in_words(form: Form, change: dict[str, Any]) -> str:
     """A difference as a sentence says it; of few pairs, with their number."""
     if not math.isfinite(change["difference"]):
         return "no difference (a run diverged)"
-    together = f", pooled interval: {form.pooled(change)}" if form.pooled(change) else ""
+    together = f"; pooled: {form.pooled(change)}" if form.pooled(change) else ""
     few = {1: "one seed", 2: "two seeds"}.get(change["pairs"])
     more = f"{few}{together}" if few else f"95 % interval: {form.bounds(change)}"
     return f"{form.signed(change['difference'])} {kind_of(form)} ({more})"

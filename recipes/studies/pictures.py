@@ -25,9 +25,10 @@ def draw_differences(study: Study, found: Results, rows: list[dict[str, Any]], p
             change = difference(study, found, arm, base)
             if len(pairs) >= FEWEST_PAIRS and (bar := interval(pairs)) is not None:
                 axis.plot(bar, [place, place], color="black", linewidth=1)
-            elif change["pooled_low"] is not None:
+            elif change["pooled"] is not None:
                 bar = form.factor * change["pooled_low"], form.factor * change["pooled_high"]
                 axis.plot(bar, [place, place], color="tab:gray", linewidth=1, linestyle=":")
+                axis.plot(form.factor * change["pooled"], place, "|", color="tab:gray", markersize=8)
             if pairs:
                 axis.plot(statistics.mean(pairs), place, "|", color="black", markersize=14)
         axis.axvline(0.0, color="tab:gray", linestyle="--")

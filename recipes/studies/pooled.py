@@ -38,13 +38,16 @@ class Pooled(NamedTuple):
 
 
 def pooled(study: Study, found: dict[str, dict[int, dict[str, Any]]], metric: str | None = None) -> Pooled | None:
-    """None where too few runs are left to tell chance by. Runs that diverged are left out."""
+    """None where too few runs are left to tell chance by, or the study says that chance is not alike. Runs that diverged are
+    left out."""
     runs = [
         (arm, seed, figure)
         for arm, records in found.items()
         for seed, record in records.items()
         if math.isfinite(figure := record["metrics"][metric or study.metric])
     ]
+    if not study.pooled or not runs:
+        return None
     arms, seeds = list(dict.fromkeys(arm for arm, _, _ in runs)), sorted({seed for _, seed, _ in runs})
     design = np.zeros((len(runs), len(arms) + len(seeds)))
     for row, (arm, seed, _) in enumerate(runs):

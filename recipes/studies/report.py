@@ -81,8 +81,9 @@ def markdown(study: Study, found: Results, rows: list[dict[str, Any]], where: di
         f"Differences are to `{study.baseline}` with the same seed, data order and dropout rate. Neural models copy the "
         "initial weights of the dot product with the same settings for all that both have; models of other settings draw "
         "their own. Intervals are of 95 %, by Student's t over pairs of seeds, from three on. A word says what they show: of "
-        "twenty arms without any effect, one is called better or worse on average. Pooled intervals (in square brackets "
-        "elsewhere) are of all runs together, as if chance did as much in every arm (`studies/pooled.py`).",
+        "twenty arms without any effect, one is called better or worse on average. In square brackets are "
+        "intervals of all runs together, around differences of all of them, as if chance did as much in every arm "
+        "(`studies/pooled.py`).",
         figures(study, rows),
         *diverged(study, found),
         f"Best by `{study.choose_by}`, of the arms with as many seeds as any other or with all of theirs: "
@@ -112,7 +113,7 @@ def markdown(study: Study, found: Results, rows: list[dict[str, Any]], where: di
     if len(rows_with(study, rows, Arm.DOT)) > 1:
         parts += [
             "Neural arms beside every dot-product arm: difference and interval, in bold where that is of three pairs or more "
-            "and holds no zero; pooled intervals in square brackets.",
+            "and holds no zero.",
             beside_all(study, found, rows),
         ]
     later = (

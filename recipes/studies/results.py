@@ -165,17 +165,15 @@ def interval(pairs: list[float]) -> tuple[float, float] | None:
 
 
 def difference(study: Study, found: Results, arm: str, base: str, metric: str | None = None) -> dict[str, Any]:
-    """The mean of the paired differences (of `study.metric`), its interval, of how many pairs they are, and the interval of
-    all runs together (`pooled`)."""
+    """The mean of the paired differences (of `study.metric`), its interval, of how many pairs they are, and what all runs
+    together say of it (`pooled`)."""
     pairs = differences(study, found, arm, base, metric) if arm != base else []
     low, high = interval(pairs) or (None, None)
     fit = pooled(study, found, metric) if pairs and all(map(math.isfinite, pairs)) else None
-    _, pooled_low, pooled_high = (fit and fit.contrast([arm], [base])) or (None, None, None)
+    together = (fit and fit.contrast([arm], [base])) or (None, None, None)
     mean = statistics.mean(pairs) if pairs else None
-    return {"difference": mean, "low": low, "high": high, "pairs": len(pairs)} | {
-        "pooled_low": pooled_low,
-        "pooled_high": pooled_high,
-    }
+    of_pairs = {"difference": mean, "low": low, "high": high, "pairs": len(pairs)}
+    return of_pairs | dict(zip(("pooled", "pooled_low", "pooled_high"), together, strict=True))
 
 
 def seeds_and_pairs(seeds: int, change: dict[str, Any]) -> str:

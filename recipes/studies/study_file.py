@@ -51,6 +51,7 @@ class Study:
     also: list[str] = field(default_factory=list)
     lower_is_better: bool = True
     shapes: bool = False  # draw error against what scorers cost
+    pooled: bool = True  # intervals of all runs together: chance does as much in every arm
     note: str = ""
 
     @classmethod
@@ -179,7 +180,9 @@ def with_new_arms(study: Study, costs: dict[str, Any]) -> dict[str, Any]:
         found = next((each for each in (arm, *timed) if each in timed and of_a_step(timed[each]) == step), None)
         if found is not None:
             alike[arm] = found
-    taken = {name: {arm: costs[name][each] for arm, each in alike.items()} for name in PER_ARM}
+    taken: dict[str, Any] = {name: {arm: costs[name][each] for arm, each in alike.items()} for name in PER_ARM}
+    if "later" in costs:
+        taken["later"] = [arm for arm, source in alike.items() if source in costs["later"]]
     return costs | taken | {"settings": {arm: study.settings(arm) for arm in alike}}
 
 

@@ -27,7 +27,8 @@ def publish(folder: Path, arms: Iterable[Arm], training: TrainingArguments) -> N
         name = f"{training.hub_model_id or folder.resolve().name}-{arm}"
         try:
             message, private = f"Upload the {arm} model", training.hub_private_repo
-            upload(folder / arm, name, training.hub_token, private, message, ignore_patterns=LEFT_OUT)
+            token = training.hub_token
+            upload(folder / arm, name, token, private, message, whole_model=True, ignore_patterns=LEFT_OUT)
         except RuntimeError as error:
             raise SystemExit(f"{error}") from None
         print(f"Uploaded: {name}, {json.loads((folder / arm / RESULTS).read_text(encoding='utf-8'))['steps']} steps")

@@ -39,7 +39,7 @@ long has_threads() {{ return 0; }}
 #endif
 long table[100000] = {{7}};
 long working_memory(const void*) {{ return table[0]; }}
-long forward() {{ return 0; }}
+void forward() {{}}
 long backward() {{ return 0; }}
 }}
 """

@@ -95,6 +95,15 @@ def test_a_layer_that_runs_several_times_is_fitted_to_all_of_its_calls():
     assert of_all_calls(whole) < 0.9 * of_all_calls(first_alone)
 
 
+def test_few_steps_see_every_batch():
+    batches = [[(batch, call) for call in range(5)] for batch in range(3)]
+    mixed = calibration.in_turns(batches)
+    assert [batch for batch, _ in mixed] == [0, 1, 2] * 5 and sorted(mixed) == sorted(
+        call for batch in batches for call in batch
+    )
+    assert calibration.in_turns([["a"], ["b"]]) == ["a", "b"]
+
+
 def test_layers_are_fitted_in_the_order_in_which_they_run():
     class Backwards(nn.Module):
         """Has its layers in another order than it runs them in."""

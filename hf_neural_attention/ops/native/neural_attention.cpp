@@ -14,7 +14,8 @@ static void for_block_of_units(const Problem& problem, F&& f) {
   else f(std::integral_constant<int, 8>{});
 }
 
-// Returns 0, or 1 if there was not memory enough: an exception must not leave for a caller that knows none
+// Returns 0, or 1 if there was not memory enough for what threads share, which is what can be large: an exception must not leave
+// for a caller that knows none
 template <class F>
 static int64_t within_memory(F&& f) {
   try {
@@ -44,11 +45,9 @@ int64_t has_threads() {
 // Returns how many numbers (of Real) the forward pass wants as working memory
 int64_t working_memory(const Problem* problem) { return feature_numbers(*problem); }
 
-int64_t forward(const Problem* problem, Real* features, const ForwardResult* result) {
-  return within_memory([&] {
-    prepare_features(*problem, features);
-    for_block_of_units(*problem, [&](auto units) { Forward<units>(*problem, features, *result).run(); });
-  });
+void forward(const Problem* problem, Real* features, const ForwardResult* result) {
+  prepare_features(*problem, features);
+  for_block_of_units(*problem, [&](auto units) { Forward<units>(*problem, features, *result).run(); });
 }
 
 int64_t backward(const Problem* problem, const BackwardResult* result) {

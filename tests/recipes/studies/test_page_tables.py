@@ -90,12 +90,15 @@ def test_few_runs_and_groups_have_intervals_of_all_runs_together(tmp_path):
     found, costs = load_results(study, tmp_path), costs_of(study)
     page = "<!-- n: longer less dot -->? <!-- n: first layer + unfinished less dot -->?\n" + HEAD + "| longer |\n"
     new = with_new_tables(page, study, found, costs)
-    low, high = (pooled(study, found).contrast(["longer"], ["dot"])[place] for place in (1, 2))
-    assert f"-->-3.00 in perplexity (one seed, pooled interval: {low:.2f} to {high:.2f}) " in new
+    mean, low, high = pooled(study, found).contrast(["longer"], ["dot"])
+    assert f"-->-3.00 in perplexity (one seed; pooled: {mean:.2f} [{low:.2f} to {high:.2f}]) " in new
+    assert f"| longer | 1 | 6.00 | -3.00 |  |  | {mean:.2f} [{low:.2f} to {high:.2f}] |" in new
     mean, low, high = pooled(study, found).contrast(["first layer", "unfinished"], ["dot"])
-    assert f"-->{mean:.2f} in perplexity (pooled interval: {low:.2f} to {high:.2f})\n" in new
+    assert f"-->{mean:.2f} in perplexity (pooled: [{low:.2f} to {high:.2f}])\n" in new
     assert mean == pytest.approx(-(2 + 1.5 + 2 + 1 + 1 + 1.3) / 6)
     assert with_new_tables(new, study, found, costs) == new
+    with pytest.raises(SystemExit, match=r"names 'dot \+ longer', of which no run is finished"):
+        with_new_tables("<!-- n: dot + longer -->?", study, found, costs)
     with pytest.raises(SystemExit, match="names 'second layer', of which no run is finished"):
         with_new_tables("<!-- n: first layer + second layer less dot -->?", study, found, costs)
     write_results(study, tmp_path / "few", {"dot": [9.0], "first layer": [7.0], "longer": [6.0]})

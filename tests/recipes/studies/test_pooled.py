@@ -50,14 +50,17 @@ def test_arms_with_few_runs_have_wider_ones(tmp_path):
     assert high - low > 1.2 * (less_high - less_low)
     row = next(row for row in rows if row["arm"] == "longer")
     form = form_of(study, rows, "m")
-    assert form.bounds(row) == "" and form.with_bounds(row) == f"-0.300 [{low:+.3f} to {high:+.3f}]"
+    assert form.bounds(row) == "" and form.with_bounds(row) == f"{mean:+.3f} [{low:+.3f} to {high:+.3f}]"
 
 
 def test_too_few_runs_and_those_that_diverged(tmp_path):
     study = make_study()
     write_results(study, tmp_path, {"dot": [1.0, 2.0, 3.0], "first layer": [0.5, 1.4, 2.6]})
     found = load_results(study, tmp_path)
+    assert pooled(study, {"dot": {}}) is None
     assert pooled(study, found) is None and difference(study, found, "first layer", "dot")["pooled_low"] is None
     write_results(study, tmp_path, {**ARMS, "longer": [float("nan"), 1.0]})
     fit = pooled(study, load_results(study, tmp_path))
+    study.pooled = False
+    assert pooled(study, load_results(study, tmp_path)) is None
     assert fit.freedom == 4 and "longer" in fit.arms and all(effect < 10 for effect in fit.effects)

@@ -42,6 +42,9 @@ def test_arms_of_the_same_step_need_no_timing():
         assert new[name] == {"faster": costs[name]["dot"], **costs[name]}
     another = make_study(arms={**study.arms, "spread": {"attention": "dot", "score_spread": 1.0}})
     changed = make_study(arms={**larger.arms, "dot": {"attention": "dot", "weight_decay": 0.1}})
+    costs["later"] = ["dot"]
+    assert with_new_arms(larger, costs)["later"] == ["faster", "dot"]
+    del costs["later"]
     # knows the others where one is to be timed, and none where one is not what it was
     assert with_new_arms(another, costs) == costs and not is_timed(another, with_new_arms(another, costs))
     assert with_new_arms(changed, costs) == {}
