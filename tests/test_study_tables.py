@@ -1,5 +1,6 @@
 """What the documents say of studies follows from the runs whose JSON is in the repository."""
 
+import json
 import re
 import statistics
 from functools import cache
@@ -7,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from scipy.stats import t as student
 
 from studies.page_tables import has_tables, with_new_tables
+from studies.pooled import pooled
 from studies.results import Results, difference, load_results, verdict
 from studies.study_file import Study, load_costs
 
@@ -150,13 +151,66 @@ def test_the_first_layer_of_the_paper():
         assert first_layer(arm, "end", "spread") == 0.0 and first_layer(arm, "end", "entropy") > 4.57
 
 
-def test_what_few_seeds_can_show():
+def test_where_scores_end():
+    """Accuracy follows how far scores have come by the end, whatever makes them, at the study's own rate."""
     text = words_of(PAPER_LIKE)
-    change = change_of(IMAGES, "network 16, spread 1", "dot, spread 1")
-    deviation = 100 * (change["high"] - change["low"]) / 2 * 3**0.5 / student.ppf(0.975, 2)
-    assert f"vary by {deviation:.1f} points from seed to seed" in text
-    halves = [student.ppf(0.975, seeds - 1) * deviation / seeds**0.5 for seeds in (3, 5, 14)]
-    assert "{:.1f} points to each side with three seeds, {:.1f} with five and {:.1f} with fourteen".format(*halves) in text
+    study, found = loaded(IMAGES)
+
+    def spread(arm: str, when: str) -> float:
+        return statistics.mean(layer["spread"] for run in found[arm].values() for layer in run["score_statistics"][when])
+
+    def accuracy(arm: str) -> float:
+        return 100 * statistics.mean(run["metrics"]["test_accuracy"] for run in found[arm].values())
+
+    assert f"It starts with a spread of {spread('network 16', 'start'):.2f}" in text
+    ends = [spread(arm, "end") for arm in ("dot, spread 0.14", "network 16")]
+    assert "scores of the dot product spread by {:.2f} and those of the network by {:.2f}".format(*ends) in text
+    fit = pooled(study, found)
+    assert fit is not None
+    change = fit.contrast(["network 16"], ["dot, spread 0.14"])
+    assert change is not None and change[1] > 0, "is shown by all runs together"
+    change = fit.contrast(["thin 16, spread 0.14"], ["network 16"])
+    assert change is not None and (change[2] < 0) == ("and so is `thin 16` that starts likewise" in text)
+    own = [arm for arm, runs in found.items() if runs and not {"learning_rate", "config_overrides"} & study.arms[arm].keys()]
+    rising = [arm for arm in own if spread(arm, "end") < 1.8 and "uniform" not in arm]
+    by_end = {arm: accuracy(arm) for arm in sorted(rising, key=lambda arm: spread(arm, "end"))}
+    for low, high, least, most in ((0.2, 0.45, 34, 37), (0.6, 1.0, 37, 39.5), (1.3, 1.8, 39, 41)):
+        assert all(least < by_end[arm] < most for arm in by_end if low < spread(arm, "end") < high), by_end
+
+
+def test_four_times_as_many_steps():
+    text = words_of(PAPER_LIKE)
+    _, found = loaded("paper-architecture-text-longer")
+    _, shorter = loaded(PAPER)
+
+    def percent(runs: Results, arm: str, base: str) -> float:
+        one, two = (runs[each][0]["metrics"]["test_perplexity_stride"] for each in (arm, base))
+        return 100 * (one / two - 1)
+
+    saturated, network = (found[f"{kind}, {AUTHORS}"][0]["score_statistics"]["end"][0] for kind in ("dot", "neural"))
+    said = "{:.0f} % of its rows are saturated, and scores spread by {:.0f}."
+    assert said.format(100 * saturated["saturated"], saturated["spread"]) in text
+    assert f"still near uniform (an entropy of {network['entropy']:.2f} nats)" in text
+    leads = [-percent(runs, f"neural, {AUTHORS}", f"dot, {AUTHORS}") for runs in (found, shorter)]
+    assert "It is ahead by {:.1f} %, where it was by {:.1f} % after 600 steps.".format(*leads) in text
+    assert f"With unit embeddings it is behind by {percent(found, f'neural, {UNIT}', f'dot, {UNIT}'):.1f} %." in text
+
+
+def test_what_ran_is_counted():
+    rows = re.findall(r"^\| \[`([\w-]+)`\]\(([^)]+)\) \| .+ \| (\d+) \| (\d+) of (\d+) \|$", PAPER_LIKE, re.MULTILINE)
+    assert len(rows) == 13
+    for name, report, *numbers in rows:
+        study, found = loaded(name)
+        assert (ROOT / "docs" / report).resolve() == STUDIES / name / "report.md"
+        assert list(map(int, numbers)) == [len(study.arms), sum(map(len, found.values())), len(study.runs())], name
+
+
+def test_where_the_code_of_runs_is_from():
+    records = [json.loads(path.read_text()) for path in STUDIES.glob("*/*-[0-9].json")]
+    commits = [record["environment"].get("commit") for record in records]
+    unknown, changed = sum(each is None for each in commits), sum((each or "").endswith("+") for each in commits)
+    said = f"Of {len(commits)} records, {unknown} name no commit, {changed} one with changes beside it"
+    assert said in words_of(PAPER_LIKE)
 
 
 def test_three_epochs():
