@@ -162,7 +162,7 @@ def test_where_scores_end():
     def accuracy(arm: str) -> float:
         return 100 * statistics.mean(run["metrics"]["test_accuracy"] for run in found[arm].values())
 
-    assert f"It starts with a spread of {spread('network 16', 'start'):.2f}" in text
+    assert f"it starts with a spread of {spread('network 16', 'start'):.2f}" in text
     ends = [spread(arm, "end") for arm in ("dot, spread 0.14", "network 16")]
     assert "scores of the dot product spread by {:.2f} and those of the network by {:.2f}".format(*ends) in text
     fit = pooled(study, found)
@@ -170,7 +170,11 @@ def test_where_scores_end():
     change = fit.contrast(["network 16"], ["dot, spread 0.14"])
     assert change is not None and change[1] > 0, "is shown by all runs together"
     change = fit.contrast(["thin 16, spread 0.14"], ["network 16"])
-    assert change is not None and (change[2] < 0) == ("and so is `thin 16` that starts likewise" in text)
+    assert change is not None and (change[2] < 0) == (
+        "it is behind the network, too, which all runs together just show" in text
+    )
+    ends = [spread(arm, "end") for arm in ("thin 16", "thin 16, spread 0.14")]
+    assert "its scores end with {:.2f} and {:.2f}.".format(*ends) in text
     own = [arm for arm, runs in found.items() if runs and not {"learning_rate", "config_overrides"} & study.arms[arm].keys()]
     rising = [arm for arm in own if spread(arm, "end") < 1.8 and "uniform" not in arm]
     by_end = {arm: accuracy(arm) for arm in sorted(rising, key=lambda arm: spread(arm, "end"))}
