@@ -29,6 +29,7 @@ from hf_neural_attention import (
 from hf_neural_attention.models import neural_attention_functional
 from hf_neural_attention.models.neural_attention_backends import BACKENDS
 from hf_neural_attention.models.neural_attention_pytorch import PYTORCH_BACKENDS
+from hf_neural_attention.models.neural_attention_scorer import LARGE
 from hf_neural_attention.ops import choice
 from tests.helpers.numerics import CPU_BACKENDS, randomize
 
@@ -201,7 +202,7 @@ def test_forward_hooks_are_not_called():
     # checks that what computes a weight, as pruning does, is called, and with the identity matrix
     model.transformer.h[0].attn.scorer.q_proj.register_forward_pre_hook(lambda layer, inputs: None)
     logits(model)
-    assert torch.equal(calls[-1][1][0], torch.eye(8))
+    assert torch.equal(calls[-1][1][0], LARGE * torch.eye(8))
     called = "called for its forward pre-hooks, which pruning and norms of weights use"
     assert [layer.notes for layer in explain(model)] == [(f"scorer.q_proj: {called}; {HONOURED}",), ()]
 

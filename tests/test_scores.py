@@ -21,7 +21,7 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from hf_neural_attention import NeuralViTConfig, NeuralViTForImageClassification, analysis, patch, scores, start_scores
+from hf_neural_attention import NeuralViTConfig, NeuralViTForImageClassification, analysis, patch, start_scores
 from hf_neural_attention.models.neural_attention_initialization import mirrored_weights, relu_sum_spread
 from hf_neural_attention.models.neural_attention_reference import first_layer_of_key, first_layer_of_query
 from hf_neural_attention.patching.layers import tokens_of_queries
@@ -324,7 +324,7 @@ def test_few_rows_at_a_time(implementation: str, monkeypatch: pytest.MonkeyPatch
     """So that no layer that is looked at holds all its scores."""
     model, inputs = FAMILIES["llama"].model(implementation), FAMILIES["llama"].inputs()
     expected = analysis.score_statistics(model, **inputs)
-    monkeypatch.setattr(scores, "NUMBERS_AT_ONCE", 100)
+    monkeypatch.setattr("hf_neural_attention.attending.NUMBERS_AT_ONCE", 100)
     for layer, whole in zip(analysis.score_statistics(model, **inputs), expected, strict=True):
         assert layer[2:] == pytest.approx(whole[2:], rel=1e-4)
 

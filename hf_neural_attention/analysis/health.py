@@ -6,10 +6,10 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn.functional import relu
 
+from ..attending import NUMBERS_AT_ONCE
 from ..introspection import Call
 from ..models.neural_attention_blockwise import without_autocast
 from ..models.neural_attention_reference import apply_linear, key_features, query_features
-from ..patching.calibration import NUMBERS_AT_ONCE
 from ..patching.reports import table
 from ..scores import RowFigures
 from .layer_recording import watch

@@ -4,11 +4,11 @@ from typing import Any
 
 import torch
 
+from ..attending import scores_of
 from ..introspection import Call, implementations_restored, left_as_it_was, moved, unwrap, use_eager
 from ..models.neural_attention_blockwise import without_autocast
 from ..models.neural_attention_reference import softmax_or_zero
 from ..models.neural_attention_scorer import is_compact
-from ..scores import scores_of
 from .layer_recording import watch
 
 

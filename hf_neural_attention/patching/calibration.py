@@ -19,6 +19,7 @@ from torch import nn
 from torch.nn.functional import kl_div, log_softmax
 from tqdm.auto import tqdm
 
+from ..attending import NUMBERS_AT_ONCE, attend, attend_by_dot_products
 from ..introspection import Call, call_of, left_as_it_was, moved, neural_layers, observed, once, place_of, unwrap
 from ..models.neural_attention_names import forget_names
 from ..models.neural_attention_reference import key_features, reference_scores
@@ -29,8 +30,6 @@ from .records import check_plain
 from .reports import table
 
 
-# Limits the numbers in the largest tensor of a step, [B, H, rows, Tk, h1]: 32 MiB in float32
-NUMBERS_AT_ONCE = 2**23
 ROWS_OF_AN_EVALUATION = 64
 
 
@@ -136,9 +135,6 @@ def calibrate(
 @torch.no_grad()
 def numbers_of_calls(model: nn.Module, layers: dict[str, Any], batches: list[dict[str, Any]]) -> dict[str, int]:
     """How often each layer calls its attention function in a forward at most, in the order of their first calls."""
-    # imports here, since that file imports this one
-    from ..scores import attend
-
     names, most = {module: name for name, module in layers.items()}, dict[str, int]()
 
     def count(module: Any, *args: Any, **kwargs: Any) -> Any:
@@ -158,9 +154,6 @@ def numbers_of_calls(model: nn.Module, layers: dict[str, Any], batches: list[dic
 @torch.no_grad()
 def capture(model: nn.Module, name: str, module: Any, batches: list[dict[str, Any]], number: int) -> list[list[Call]]:
     """The calls of one layer's attention function in each batch, without padding; the forward ends at the last of `number`."""
-    # imports here, since that file imports this one
-    from ..scores import attend_by_dot_products
-
     calls: list[Call] = []
 
     def keep(*args: Any, **kwargs: Any) -> Any:

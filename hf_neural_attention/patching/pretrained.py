@@ -93,7 +93,7 @@ def check_quantised_alike(model: Any) -> None:
     """Raises a PatchError if a model was quantised by bitsandbytes before it got its scorers: its config.json would have these
     quantised as well when they are loaded, from weights that are not."""
     config = getattr(model.config, "quantization_config", None)
-    fields = config if isinstance(config, dict) else vars(config or object())
+    fields = config if isinstance(config, dict) else {} if config is None else vars(config)
     if fields.get("quant_method") != QuantizationMethod.BITS_AND_BYTES:  # leaves others be, which may choose layers otherwise
         return
     kept = [name for key, names in fields.items() if "skip" in key or "not_convert" in key for name in names or ()]

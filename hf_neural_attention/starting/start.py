@@ -9,13 +9,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from ..attending import attend
 from ..introspection import call_of, left_as_it_was, looked_at, moved, observed, unwrap
 from ..patching.layers import Layers, attention_modules, choose_layers, listed, tokens_of_queries
 from ..patching.patching import check_unsharded, check_weights_together
 from ..patching.probing import probe
 from ..patching.reports import table
 from ..patching.tracing import run_until_reached
-from ..scores import attend, statistics_of_layer
+from ..scores import statistics_of_layer
 from .closed_form import spread_in_closed_form
 from .sources import Source, Sources, is_norm, merged, offset_of_gain, rms
 

@@ -389,7 +389,7 @@ def test_tools_see_compact_layers(family: Family, fields: dict, tmp_path):
     chosen = (maps[0] > 0).sum(-1) > 1  # leaves out the first token of a text, which has no choice
     assert health[0].entropy == pytest.approx(torch.special.entr(maps[0]).sum(-1)[chosen].mean().item(), rel=1e-4)
     seen = analysis.queries_and_keys(model, **inputs)
-    assert all(query.shape == key.shape == (2, 4, maps[0].shape[-1], 4) for query, key, _ in seen.values())
+    assert all(query.shape == key.shape == (2, 4, maps[0].shape[-1], 4) for query, key, *_ in seen.values())
     axes = [analysis.draw_attention(maps[0][0, 0], [str(i) for i in range(maps[0].shape[-1])])]
     axes += analysis.draw_surface(analysis.score_surface(scorers(model)[0]))
     axes += analysis.draw_health(health)
