@@ -41,12 +41,13 @@ def test_little_shared_memory(case: Case, monkeypatch: pytest.MonkeyPatch):
 
 
 def test_features_that_lie_far_apart(monkeypatch: pytest.MonkeyPatch):
-    tensors, scorer = Case(queries=40, mode="residual").draw()
+    case = Case(queries=40, mode="residual")
+    tensors, scorer = case.draw()
     tensors = {name: tensor.permute(3, 0, 1, 2).contiguous().permute(1, 2, 3, 0) for name, tensor in tensors.items()}
-    exact = run_with_gradients(literal_attention, tensors, scorer, torch.float64, mode="residual")
+    exact = run_with_gradients(literal_attention, tensors, scorer, torch.float64, **case.options)
     monkeypatch.setattr(backend, "MAX_ROW", 8)
     assert backend.within_reach(tensors["query"]).stride() != tensors["query"].stride()
-    assert_equals_oracle(run_with_gradients(triton, tensors, scorer, torch.float64, mode="residual"), exact)
+    assert_equals_oracle(run_with_gradients(triton, tensors, scorer, torch.float64, **case.options), exact)
 
 
 @pytest.mark.parametrize("keys", [16, 32, 64, 128])
