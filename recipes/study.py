@@ -100,15 +100,15 @@ def time_arms(study: Study, results: Path, more: list[str]) -> None:
         def load(arm: str) -> Any:
             return recipe.load_experiment([*study.words(arm), *more, "--output_dir", folder])
 
-        experiments = {}
         # starts with the baseline, since the arguments of a run say how its processes find each other
-        experiments[study.timed_as(study.baseline)], task, _ = load(study.timed_as(study.baseline))
+        baseline = study.timed_as(study.baseline)
+        first, task, _ = load(baseline)
+        experiments = {baseline: first}
         known = known_costs(study, results, words)
         later = [arm for arm in study.arms if arm not in known.get("settings", {})]
-        for arm in dict.fromkeys(map(study.timed_as, later)):
-            experiments.setdefault(arm, None)
-        for arm in (arm for arm, experiment in experiments.items() if experiment is None):
-            experiments[arm] = load(arm)[0]
+        for arm in map(study.timed_as, later):
+            if arm not in experiments:
+                experiments[arm], _, _ = load(arm)
         for metric in (study.metric, study.choose_by, *study.also):
             if metric not in task.metrics:
                 raise SystemExit(f"{study.recipe} measures no {metric!r}, but {', '.join(task.metrics)}.")
@@ -117,7 +117,7 @@ def time_arms(study: Study, results: Path, more: list[str]) -> None:
             for arm, experiment in experiments.items()
         }
         measured = time_by_turns(one_step, TURNS)
-        if experiments[study.timed_as(study.baseline)].training.should_save:
+        if first.training.should_save:
             turns = {arm: measured[study.timed_as(arm)] for arm in (study.baseline, *later)}
             base = statistics.median(turns[study.baseline])
             before = known.get("seconds_per_step", {}).get(study.baseline, base)

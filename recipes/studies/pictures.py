@@ -7,7 +7,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from studies.number_format import FEWEST_PAIRS, form_of
-from studies.results import Results, compared_with, difference, differences, interval
+from studies.results import Results, compared_with, difference, differences
 from studies.study_file import SAME_TIME, Study
 
 
@@ -23,10 +23,11 @@ def draw_differences(study: Study, found: Results, rows: list[dict[str, Any]], p
             pairs = [form.factor * pair for pair in differences(study, found, arm, base)]
             axis.plot(pairs, [place] * len(pairs), "o", color=study.attention(arm).color, alpha=0.5)
             change = difference(study, found, arm, base)
-            if len(pairs) >= FEWEST_PAIRS and (bar := interval(pairs)) is not None:
+            if change["low"] is not None and change["pairs"] >= FEWEST_PAIRS:
+                bar = [form.factor * change[end] for end in ("low", "high")]
                 axis.plot(bar, [place, place], color="black", linewidth=1)
             elif change["pooled"] is not None:
-                bar = form.factor * change["pooled_low"], form.factor * change["pooled_high"]
+                bar = [form.factor * change[end] for end in ("pooled_low", "pooled_high")]
                 axis.plot(bar, [place, place], color="tab:gray", linewidth=1, linestyle=":")
                 axis.plot(form.factor * change["pooled"], place, "|", color="tab:gray", markersize=8)
             if pairs:
