@@ -182,6 +182,20 @@ def test_where_scores_end():
         assert all(least < by_end[arm] < most for arm in by_end if low < spread(arm, "end") < high), by_end
 
 
+def test_scores_of_few_numbers_run_away_on_text():
+    text = words_of(PAPER_LIKE)
+    _, found = loaded("thin-text")
+    thin, network = (found[f"{kind} 2, {BEST_RATE}"][0]["score_statistics"]["end"][-1] for kind in ("thin", "network"))
+    said = "scores of `thin 2` end with a spread of {:.0f}, and {:.0f} % of its rows are saturated; "
+    said += "those of the network of two end with {:.1f}"
+    assert said.format(thin["spread"], 100 * thin["saturated"], network["spread"]) in text and network["saturated"] == 0
+
+    def mean(arm: str) -> float:
+        return statistics.mean(run["metrics"]["test_perplexity_stride"] for run in found[f"{arm}, {BEST_RATE}"].values())
+
+    assert all(mean(f"network {n}") < mean("uniform") < mean(f"thin {n}") for n in (2, 4))
+
+
 def test_four_times_as_many_steps():
     text = words_of(PAPER_LIKE)
     _, found = loaded("paper-architecture-text-longer")
