@@ -53,23 +53,27 @@ def error_of(study: Study, base: float, row: dict[str, Any]) -> float:
 
 
 def draw_shapes(study: Study, found: Results, rows: list[dict[str, Any]], path: Path) -> None:
-    """A panel for each cost, with the arms that no other one beats in both joined by a line (the Pareto front). Arms without a
-    seed of the baseline's have no place yet, and there is no picture without the baseline."""
+    """A panel for each cost, with the arms that no other one beats in both joined by a line (the Pareto front). Arms at another
+    learning rate than the baseline's differ in more than their shape, and are left out. Arms without a seed of the baseline's
+    have no place yet, and there is no picture without the baseline."""
     base = next((row["mean"] for row in rows if row["arm"] == study.baseline), None)
     if base is None:
         return
     figure, form = Figure(figsize=(15, 5), layout="constrained"), form_of(study, rows, study.metric)
-    places = []
+    places, rate = [], study.settings(study.baseline).get("learning_rate")
     for row in rows:
+        if study.settings(row["arm"]).get("learning_rate") != rate:
+            continue
         if row["arm"] != study.baseline and (row["difference"] is None or not math.isfinite(row["difference"])):
             continue
         size = head_dim(next(iter(found[row["arm"]].values()))["run"])
         places.append({"arm": row["arm"], "error": form.factor * error_of(study, base, row), "step": row["relative_time"]})
         places[-1] |= cost_of(study.settings(row["arm"]), size)
+    shared = shared_ending([place["arm"] for place in places])
     for axis, (cost, title) in zip(figure.subplots(1, len(PANELS), sharey=True), PANELS.items(), strict=True):
         for place in places:
             axis.plot(place[cost], place["error"], "o", color=study.attention(place["arm"]).color)
-            axis.annotate(place["arm"], (place[cost], place["error"]), (4, 3), textcoords="offset points", fontsize=8)
+            axis.annotate(place["arm"].removesuffix(shared), (place[cost], place["error"]), (4, 3), textcoords="offset points", fontsize=8)
         front = pareto_front([(place[cost], place["error"]) for place in places])
         axis.plot(*zip(*front, strict=True), color="tab:red", linewidth=1, drawstyle="steps-post", zorder=0)
         axis.set_xlabel(title)
@@ -80,6 +84,13 @@ def draw_shapes(study: Study, found: Results, rows: list[dict[str, Any]], path: 
             axis.xaxis.set_major_formatter(ScalarFormatter())
     figure.supylabel(f"error, {form.unit.strip()}" if form.unit else study.metric)
     save(figure, path)
+
+
+def shared_ending(names: list[str]) -> str:
+    """What all names say behind a comma, which a picture of them need not repeat."""
+    _, comma, words = names[0].rpartition(", ")
+    ending = comma + words
+    return ending if comma and all(name.endswith(ending) for name in names) else ""
 
 
 def pareto_front(points: list[tuple[float, float]]) -> list[tuple[float, float]]:

@@ -7,7 +7,7 @@ import pytest
 from studies.report import CARD, report, summary
 from studies.results import adopt_runs, compared_with, difference, interval, is_same, load_results, summarize, verdict
 from studies.score_pictures import first_layer, points
-from studies.shape_pictures import cost_of, error_of, pareto_front
+from studies.shape_pictures import cost_of, error_of, pareto_front, shared_ending
 from studies.study_file import COSTS, file_name
 from tests.helpers.study_records import change_run, costs_of, make_study, record_of, write_results
 
@@ -93,9 +93,10 @@ def test_arms_with_few_seeds_stand_where_their_differences_put_them():
         assert tuple(error_of(study, 0.4, row) for row in rows) == pytest.approx(errors)
 
 
-def test_arms_beside_no_baseline_have_no_place_yet(tmp_path, monkeypatch):
+def test_arms_beside_no_baseline_or_at_another_rate_have_no_place(tmp_path, monkeypatch):
     drawn: list[str] = []
-    arms = {"dot": {"attention": "dot"}, "first layer": {"attention": "neural"}, "longer": {"attention": "dot"}}
+    dot = {"attention": "dot"}
+    arms = {"dot": dot, "first layer": {"attention": "neural"}, "longer": dot, "faster": {**dot, "learning_rate": 1.0}}
     study = make_study(shapes=True, arms=arms)
     monkeypatch.setattr("matplotlib.axes.Axes.annotate", lambda axis, text, *_, **__: drawn.append(text))
 
@@ -107,10 +108,15 @@ def test_arms_beside_no_baseline_have_no_place_yet(tmp_path, monkeypatch):
     write({"first layer": [0.3], "longer": [0.2]})
     report(study, tmp_path)
     assert not (tmp_path / "shapes.png").exists()
-    write({"dot": [0.4], "first layer": [0.3, 0.3], "longer": [0.2]})
+    write({"dot": [0.4], "first layer": [0.3, 0.3], "longer": [0.2], "faster": [0.1]})
     (tmp_path / "first-layer-0.json").unlink()
     report(study, tmp_path)
     assert set(drawn) == {"dot", "longer"}
+
+
+def test_what_all_names_end_with_is_not_drawn():
+    assert shared_ending(["dot, high rate", "thin 2, high rate"]) == ", high rate"
+    assert shared_ending(["dot, high rate", "thin 2"]) == "" == shared_ending(["dot", "thin 2"])
 
 
 def test_scores_that_were_watched_are_drawn(tmp_path):
