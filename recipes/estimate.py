@@ -106,7 +106,7 @@ def operations(experiment: Experiment) -> float:
     counted on the CPU."""
     model = build(experiment, Arm.DOT)
     model.set_attn_implementation("eager")  # picks the one whose products are counted
-    size = experiment.training.per_device_train_batch_size
+    size = experiment.training.train_batch_size  # of all GPUs of this process
     with FlopCounterMode(display=False) as counter:
         model(**experiment.first_batch("train_dataset", size)).loss.backward()
     return float(counter.get_total_flops() * experiment.training.gradient_accumulation_steps)
@@ -115,7 +115,7 @@ def operations(experiment: Experiment) -> float:
 def total_steps(experiment: Experiment) -> tuple[int, int]:
     """Of the whole run in one process, and how many evaluations of the validation data it has."""
     training = experiment.training
-    batches = math.ceil(len(experiment.trainer_arguments["train_dataset"]) / training.per_device_train_batch_size)
+    batches = math.ceil(len(experiment.trainer_arguments["train_dataset"]) / training.train_batch_size)
     per_epoch = math.ceil(batches / training.gradient_accumulation_steps)
     steps = training.max_steps if training.max_steps > 0 else math.ceil(training.num_train_epochs * per_epoch)
     between = training.eval_steps or training.logging_steps

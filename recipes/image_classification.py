@@ -24,6 +24,7 @@ from transformers import (
 from tools.command_lines import at_least, parse_arguments
 from training.argument_checks import check_halving, check_starts, check_training
 from training.arms import Arm
+from training.augmentation import BICUBIC
 from training.checkpoints import is_neural, load_checkpoint_config
 from training.data_checks import check_sizes, fit_labels, load_classifier, load_processor, names_of
 from training.experiment import Experiment
@@ -139,7 +140,7 @@ def make_processor(model: ModelArguments, image: ImageArguments) -> BaseImagePro
     if model.model_name_or_path is not None:
         return load_processor(model.model_name_or_path)
     side = {"height": image.image_size, "width": image.image_size}
-    return ViTImageProcessorPil(size=side)
+    return ViTImageProcessorPil(size=side, resample=BICUBIC)
 
 
 ARGUMENTS = (ModelArguments, ImageArguments, NeuralArguments, TrainingArguments)

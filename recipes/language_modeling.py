@@ -108,7 +108,7 @@ def check_fit(model: ModelArguments, text: TextArguments, neural: NeuralArgument
                 "vocab_size out of --config_overrides, or make it as large."
             )
     positions = getattr(config.get_text_config(), "max_position_embeddings", None) or text.block_size
-    check_positions(text, positions)
+    check_positions(text, positions, None if model.model_name_or_path or model.config_name else "--n_positions")
     return positions
 
 

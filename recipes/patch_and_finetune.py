@@ -137,7 +137,14 @@ def measure_stages(experiment: Experiment, checkpoint: CheckpointArguments, stag
 
     def measure(stage: str, model: PreTrainedModel) -> None:
         arguments = experiment.arguments_of(Arm.DOT if stage == "checkpoint" else Arm.NEURAL)
-        stages[stage] = experiment.evaluate(Trainer(model=model, args=arguments, **experiment.trainer_arguments))
+        # moves it, since with models that are sharded `Trainer` leaves that to their training
+        trainer = Trainer(model=model.to(arguments.device), args=arguments, **experiment.trainer_arguments)
+        if "compute_metrics" in experiment.trainer_arguments and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+            raise SystemExit(
+                "FSDP and DeepSpeed shard models, and images are classified before the training by a whole one: take several "
+                "GPUs without them (recipes/accelerate_configs/several_gpus_ddp.yaml), or one."
+            )
+        stages[stage] = experiment.evaluate(trainer)
         say(f"{stage}: {stages[stage]}")
         if arguments.should_save:
             write_json(experiment.folder / STAGES, stages)

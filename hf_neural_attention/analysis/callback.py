@@ -29,7 +29,6 @@ class WatchingCallback(TrainerCallback):
 
     def __init__(self, inputs: Mapping[str, Any], every: int = 1):
         self.inputs, self.every = dict(inputs), every
-        self.logs = 0
 
     def look(self, model: Any) -> dict[str, float]:
         """The figures of a model, by the name that they are logged under."""
@@ -38,8 +37,8 @@ class WatchingCallback(TrainerCallback):
     def on_log(self, args, state, control, model=None, logs=None, **kwargs):
         if model is None or "loss" not in (logs or {}):  # passes over evaluations and the end of training
             return
-        self.logs += 1
-        if (self.logs - 1) % self.every:
+        # counts those of the history, which a resumed training goes on with
+        if sum("loss" in entry for entry in state.log_history[:-1]) % self.every:
             return
         figures = self.look(model)
         logs.update(figures)  # shows them to the callbacks that come after

@@ -53,9 +53,11 @@ def error_of(study: Study, base: float, row: dict[str, Any]) -> float:
 
 
 def draw_shapes(study: Study, found: Results, rows: list[dict[str, Any]], path: Path) -> None:
-    """A panel for each cost, with the arms that no other one beats in both joined by a line (the Pareto front). Arms at another
-    learning rate than the baseline's differ in more than their shape, and are left out. Arms without a seed of the baseline's
-    have no place yet, and there is no picture without the baseline."""
+    """A panel for each cost, with the arms that no other one beats in both joined by a line (the Pareto front).
+
+    Arms at another learning rate than the baseline's differ in more than their shape, and are left out. Arms without a seed of
+    the baseline's have no place yet, and there is no picture without the baseline.
+    """
     base = next((row["mean"] for row in rows if row["arm"] == study.baseline), None)
     if base is None:
         return
@@ -73,7 +75,8 @@ def draw_shapes(study: Study, found: Results, rows: list[dict[str, Any]], path: 
     for axis, (cost, title) in zip(figure.subplots(1, len(PANELS), sharey=True), PANELS.items(), strict=True):
         for place in places:
             axis.plot(place[cost], place["error"], "o", color=study.attention(place["arm"]).color)
-            axis.annotate(place["arm"].removesuffix(shared), (place[cost], place["error"]), (4, 3), textcoords="offset points", fontsize=8)
+            name = place["arm"].removesuffix(shared)
+            axis.annotate(name, (place[cost], place["error"]), (4, 3), textcoords="offset points", fontsize=8)
         front = pareto_front([(place[cost], place["error"]) for place in places])
         axis.plot(*zip(*front, strict=True), color="tab:red", linewidth=1, drawstyle="steps-post", zorder=0)
         axis.set_xlabel(title)

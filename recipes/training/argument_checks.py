@@ -2,6 +2,7 @@
 
 import torch
 from transformers import SchedulerType, TrainingArguments
+from transformers.trainer_utils import IntervalStrategy
 
 from tools.command_lines import at_least
 from training.arms import Arm
@@ -42,6 +43,14 @@ def check_training(training: TrainingArguments, neural: NeuralArguments, measure
     except ValueError as error:
         raise SystemExit(f"{error}") from None
     check_processes(training)
+    if training.resume_from_checkpoint:
+        raise SystemExit("--resume_from_checkpoint: a run resumes from its last checkpoint by itself, for each arm.")
+    asked = "do_predict" if training.do_predict else "do_eval"
+    if getattr(training, asked) and training.eval_strategy == IntervalStrategy.NO and not training.do_train:
+        raise SystemExit(
+            f"--{asked} without --do_train: recipes train models, and evaluate them on validation and test data in the end. "
+            "Leave it out, or take --do_train as well."
+        )
     if training.label_names not in (None, ["labels"]):
         raise SystemExit(
             f"--label_names {' '.join(training.label_names)}: the recipes' examples have theirs in `labels` alone."

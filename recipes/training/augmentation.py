@@ -18,6 +18,7 @@ from hf_neural_attention.analysis import to_rgb
 
 
 AUGMENTATIONS = ("none", "crop", "paper")
+BICUBIC = PIL.Resampling.BICUBIC
 
 
 class AugmentedImages(torch.utils.data.Dataset[dict[str, Any]]):
@@ -42,7 +43,8 @@ class AugmentedImages(torch.utils.data.Dataset[dict[str, Any]]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         generator = random.Random(f"{self.seed} {int(self.epoch)} {index}")
         example = self.data[index]
-        image = augment(to_rgb(example["image"]), self.augmentation, self.size, generator)
+        resample = resampling_of(self.processor)
+        image = augment(to_rgb(example["image"]), self.augmentation, self.size, generator, resample)
         pixels = self.processor(image, return_tensors="pt")["pixel_values"][0]
         return {"pixel_values": pixels, "labels": example["label"]}
 
@@ -57,14 +59,18 @@ class CountEpochs(TrainerCallback):
         self.images.epoch.fill_(int(state.epoch or 0))
 
 
-def augment(image: PIL.Image, kind: str, size: int, generator: random.Random) -> PIL.Image:
-    """A random variant of an RGB image, `size` pixels square."""
+def augment(image: PIL.Image, kind: str, size: int, generator: random.Random, resample: int = BICUBIC) -> PIL.Image:
+    """A random variant of an RGB image, `size` pixels square.
+
+    Args:
+        resample: Pillow's number of how the whole image is made so large; a random part of it is always resized bilinearly.
+    """
     if kind == "paper":
         image = random_resized_crop(image, size, scale=(0.05, 1.0), ratio=(3 / 4, 4 / 3), generator=generator)
         image = flip(image, generator)
         image = colour_jitter(image, brightness=0.2, contrast=0.2, saturation=0.2, hue=0.1, generator=generator)
         return image.rotate(generator.uniform(-10, 10))
-    image = resize(image, size)
+    image = resize(image, size, resample)
     if kind == "crop":
         margin = size // 8
         left, top = generator.randint(0, 2 * margin), generator.randint(0, 2 * margin)
@@ -72,8 +78,14 @@ def augment(image: PIL.Image, kind: str, size: int, generator: random.Random) ->
     return image
 
 
-def resize(image: PIL.Image, size: int) -> PIL.Image:
-    return image.resize((size, size), PIL.Resampling.BICUBIC) if image.size != (size, size) else image
+def resampling_of(processor: BaseImageProcessor) -> int:
+    """How an image processor makes images larger or smaller, by Pillow's number: models shall see images as it will."""
+    found = getattr(processor, "resample", None)
+    return BICUBIC if found is None else int(found)
+
+
+def resize(image: PIL.Image, size: int, resample: int = BICUBIC) -> PIL.Image:
+    return image.resize((size, size), resample) if image.size != (size, size) else image
 
 
 def flip(image: PIL.Image, generator: random.Random) -> PIL.Image:

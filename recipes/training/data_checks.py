@@ -40,12 +40,19 @@ def check_tokens(text: TextArguments, tokenizer: PreTrainedTokenizerBase, checkp
         )
 
 
-def check_positions(text: TextArguments, positions: int) -> None:
-    """Raises SystemExit if a block is longer than the model's sequences."""
+def check_positions(text: TextArguments, positions: int, flag: str | None = None) -> None:
+    """Whether the model's sequences are as long as a block.
+
+    Args:
+        flag: that gives a new model more of them.
+
+    Raises:
+        SystemExit: if they are not.
+    """
     if text.block_size > positions:
+        more = "" if flag is None else f", or raise {flag}"
         raise SystemExit(
-            f"--block_size {text.block_size} is more than the {positions} positions of the model. Lower it, or raise "
-            "--n_positions for a new model."
+            f"--block_size {text.block_size} is more than the {positions} positions of the model. Lower it{more}."
         )
 
 

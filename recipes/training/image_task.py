@@ -20,7 +20,7 @@ from hf_neural_attention.analysis import to_rgb
 from hf_neural_attention.metrics import Accuracy
 from tools.messages import say
 from training.augmentation import AugmentedImages, CountEpochs
-from training.images import EMBEDDED, ImageArguments, LabelledImages
+from training.images import EMBEDDED, ImageArguments, LabelledImages, fingerprint
 from training.pixel_values import with_pixels
 from training.prepared_data import PreparedData
 from training.reporting import ACCURACY_AND_LOSS, Task
@@ -59,6 +59,7 @@ def prepare(
             "callbacks": [CountEpochs(training_images), *callbacks],
         },
         task=describe_task(images, image, training),
+        fingerprints={"images": fingerprint(images.splits)},
     )
 
 

@@ -1,5 +1,6 @@
 """Images to classify: where they come from, and which of their columns are images and labels."""
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from glob import escape
@@ -183,6 +184,19 @@ def the_column(
 def described(features: Features) -> str:
     """Columns with what they hold."""
     return ", ".join(f"{name} ({kind_of(feature)})" for name, feature in features.items()) or "no other columns"
+
+
+def fingerprint(splits: DatasetDict) -> str:
+    """Of all labels and images: of their files as they are stored, or of names and sizes where files are in a folder."""
+    found = hashlib.sha256()
+    for split in sorted(splits):
+        found.update(split.encode())
+        for batch in splits[split].cast_column("image", Image(decode=False)).iter(1000):
+            for image, label in zip(batch["image"], batch["label"], strict=True):
+                path = Path(image["path"] or "")
+                content = image["bytes"] or f"{path.name} {path.stat().st_size}".encode()
+                found.update(f" {label} {len(content)} ".encode() + content)
+    return found.hexdigest()[:16]
 
 
 def embedded_digits() -> DatasetDict:

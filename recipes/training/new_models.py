@@ -45,7 +45,7 @@ class FamilyArguments:
     )
     config_overrides: str | None = field(
         default=None,
-        metadata={"help": "Fields of a new model's config, over all others: num_key_value_heads=2,rope_theta=1e6 say."},
+        metadata={"help": "Fields of a new model's config, over all others: num_key_value_heads=2,rms_norm_eps=1e-6 say."},
     )
 
 

@@ -9,7 +9,7 @@ from PIL import Image as PIL
 from transformers import BaseImageProcessor
 
 from hf_neural_attention.analysis import to_rgb
-from training.augmentation import resize
+from training.augmentation import resampling_of, resize
 from training.data_files import in_one_line
 
 
@@ -71,5 +71,5 @@ def with_pixels(data: Dataset, processor: BaseImageProcessor, size: int) -> Data
 
 
 def make_pixels(batch: dict[str, Any], processor: BaseImageProcessor, size: int) -> dict[str, Any]:
-    images = [resize(to_rgb(image), size) for image in batch["image"]]
+    images = [resize(to_rgb(image), size, resampling_of(processor)) for image in batch["image"]]
     return {"pixel_values": processor(images, return_tensors="pt")["pixel_values"], "labels": batch["label"]}

@@ -1,7 +1,7 @@
 """What a recipe makes of its data, whatever the model."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ class PreparedData:
     show: Callable[[PreTrainedModel, Path | None], str]
     trainer_arguments: dict[str, Any]
     task: Task
-    fingerprint: str = ""  # of data that `settings` do not pin down
+    fingerprints: dict[str, str] = field(default_factory=dict)  # of the data, by a name of `run_folder.FINGERPRINTS`
 
     def experiment(
         self,
@@ -57,7 +57,7 @@ class PreparedData:
             evaluate=self.evaluate,
             show=self.show,
             trainer_arguments=self.trainer_arguments,
-            settings=settings_of(*others, neural, training) | ({"train_tokens": self.fingerprint} if self.fingerprint else {}),
+            settings=settings_of(*others, neural, training) | self.fingerprints,
             scorer_settings=neural.scorer_settings(),
             score_spread=neural.score_spread,
             score_spread_layers=neural.score_spread_layers,

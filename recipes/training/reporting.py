@@ -86,7 +86,7 @@ def verdict(results: Results, task: Task) -> str:
     """One sentence on the main metric, whatever it says, and how far one run carries."""
     if len(results) < 2:
         return "One model was trained; nothing is compared."
-    if lost := [arm for arm in results if not math.isfinite(results[arm]["metrics"][task.main_metric])]:
+    if lost := [arm for arm in results if diverged(results[arm]["metrics"], task)]:
         return f"Training diverged with {' and '.join(arm.noun for arm in lost)}, so nothing is compared."
     beside = [(difference(results, task, Arm.NEURAL, arm), arm.noun) for arm in results if not arm.is_neural]
     more = "".join(f", and {amount} compared with {noun}" for amount, noun in beside[1:])
@@ -98,6 +98,12 @@ def verdict(results: Results, task: Task) -> str:
         "This is one run of each with one seed: it shows neither the spread between seeds "
         "nor what happens at other sizes."
     )
+
+
+def diverged(metrics: dict[str, float], task: Task) -> bool:
+    """By the main metric, or by the loss beside an accuracy, which is a number even where all scores are none."""
+    names = {task.main_metric, task.main_metric.replace("accuracy", "loss")}
+    return not all(math.isfinite(metrics[name]) for name in names if name in metrics)
 
 
 def difference(results: Results, task: Task, arm: Arm, other: Arm) -> str:

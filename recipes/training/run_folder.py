@@ -30,6 +30,9 @@ FREE_ARGUMENTS = {
     "card",
     "card_note",
     "disable_tqdm",
+    "do_eval",
+    "do_predict",
+    "do_train",
     "hub_model_id",
     "hub_private_repo",
     "hub_token",
@@ -39,6 +42,8 @@ FREE_ARGUMENTS = {
     "push_to_hub",
     "resume_from_checkpoint",
 }
+# Lists what is recorded of the data itself, since its name does not say what is in a folder
+FINGERPRINTS = ("train_tokens", "held_out_tokens", "images")
 # Lists those that are free unless the best checkpoint is kept, which hangs on them
 CHECKPOINTS = {"save_steps", "save_strategy", "save_total_limit"}
 
@@ -55,7 +60,7 @@ def claim_folder(folder: Path, settings: dict[str, Any]) -> None:
     begun = any(any(folder.glob(pattern)) for pattern in ("*/checkpoint-*", f"*/{RESULTS}", STAGES))
     if record.exists() and begun:
         earlier = json.loads(record.read_text(encoding="utf-8"))
-        unknown = {*CHECKPOINTS, BATCHES} - {*earlier}  # which runs of before do not say
+        unknown = {*CHECKPOINTS, *FINGERPRINTS, BATCHES} - {*earlier}  # which runs of before do not say
         names = sorted({*settings, *earlier} - free - unknown)
         different = [name for name in names if settings.get(name) != earlier.get(name)]
         if different:

@@ -60,12 +60,10 @@ def run(experiment: Experiment, arms: tuple[Arm, ...]) -> Results:
         SystemExit: if the folder holds another run, the model cannot be built, or an argument cannot be honoured.
     """
     training = experiment.training
-    if training.resume_from_checkpoint:
-        raise SystemExit("--resume_from_checkpoint: a run resumes from its last checkpoint by itself, for each arm.")
     if training.should_save:
         claim_folder(experiment.folder, experiment.settings)
-    for arm in arms[1:]:  # lets scores that cannot be started be known before the first arm is trained
-        if experiment.spread_of(arm) is not None and not (experiment.folder / arm / RESULTS).exists():
+    for arm in arms[1:]:  # lets what cannot be built, or started, be known before the first arm is trained
+        if not (experiment.folder / arm / RESULTS).exists():
             initial_model(experiment, arm)
     try:
         results = {arm: run_arm(experiment, arm) for arm in arms}

@@ -1,8 +1,10 @@
-"""A `Trainer` whose scorers may have a learning rate and a weight decay of their own, and that never goes beyond its end."""
+"""A `Trainer` whose scorers may have a learning rate and a weight decay of their own, that never goes beyond its end, and that
+evaluates on all examples."""
 
 from typing import Any
 
 import torch
+from torch.utils.data import DataLoader
 from transformers import Trainer
 
 
@@ -25,6 +27,17 @@ class ScorerTrainer(Trainer):
         if self.state.global_step >= self.state.max_steps:
             return [], None
         return super().get_batch_samples(epoch_iterator, num_batches, device)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """All examples of a data set. By itself, `Trainer` leaves out the last ones with `dataloader_drop_last`, and gives the
+        first data set's loader for every other with `dataloader_persistent_workers`."""
+        drops, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        try:
+            if eval_dataset is None or eval_dataset is self.eval_dataset:
+                return super().get_eval_dataloader(eval_dataset)
+            return self.get_test_dataloader(eval_dataset)
+        finally:
+            self.args.dataloader_drop_last = drops
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         exists = self.optimizer is not None

@@ -14,13 +14,14 @@ from training.new_models import family_note
 from training.perplexity import perplexity
 from training.prepared_data import PreparedData
 from training.reporting import Task
-from training.text import EMBEDDED, TextArguments, TokenizedText, cut_into_blocks, tokenize
+from training.text import EMBEDDED, TextArguments, TokenizedText, cut_into_blocks, fingerprint, tokenize
 
 
 TASK = "language modelling"
 PIPELINE_TAG = "text-generation"
 SAMPLE_TOKENS = 60
 MEASURES = ("loss",)  # by an evaluation on the way
+NOTHING = -100  # a label of what is not to be predicted
 
 
 def prepare(
@@ -53,7 +54,10 @@ def prepare(
             "processing_class": tokenizer,
         },
         task=describe_task(text, texts, tokenizer),
-        fingerprint=texts["train"].fingerprint,
+        fingerprints={
+            "train_tokens": fingerprint(texts["train"].tokens),
+            "held_out_tokens": fingerprint(*(part.tokens for part in held_out.values())),
+        },
     )
 
 
@@ -73,9 +77,12 @@ def fit_to(data: PreparedData, model: PreTrainedModel, name: str) -> None:
 
 
 def collate(examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """A batch of blocks, which are their own labels."""
+    """A batch of blocks, which are their own labels. The first has nothing before it that could predict it: a label would be
+    counted, and not predicted, so that losses would be logged too low."""
     batch = default_data_collator(examples)
-    return {"input_ids": batch["input_ids"], "labels": batch["input_ids"].clone()}
+    labels = batch["input_ids"].clone()
+    labels[:, 0] = NOTHING
+    return {"input_ids": batch["input_ids"], "labels": labels}
 
 
 def final_figures(trainer: Trainer, texts: dict[str, TokenizedText], text: TextArguments) -> dict[str, float]:

@@ -252,6 +252,11 @@ def test_the_callback_logs_scores_of_any_layer(tmp_path):
     logged = [entry for entry in trainer.state.log_history if "loss" in entry]
     names = {f"scores/transformer.h.{i}.attn/{name}" for i in range(3) for name in ("spread", "entropy", "saturated")}
     assert [names <= entry.keys() for entry in logged] == [True, False, True, False]
+    resumed = analysis.ScoreCallback(inputs, every=2)  # counts on from the history, as after a checkpoint
+    history = [{"loss": 1.0}, {"loss": 0.9}, {"loss": 0.8}]
+    for state in (TrainerState(log_history=history[:2]), TrainerState(log_history=history)):
+        resumed.on_log(None, state, None, model=trainer.model, logs=state.log_history[-1])
+    assert [len(entry) > 1 for entry in history] == [False, False, True]
     spreads = [[entry[f"scores/transformer.h.{i}.attn/spread"] for i in range(3)] for entry in (logged[0], logged[2])]
     assert spreads[0][2] == 0.0 < spreads[0][0] != spreads[1][0]
     assert_same_state(trainer.model, train_watched(tmp_path).model)

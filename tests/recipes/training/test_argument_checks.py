@@ -35,6 +35,9 @@ def arguments(tmp_path: Any, **given: Any) -> TrainingArguments:
         ({"auto_find_batch_size": True}, "--auto_find_batch_size: where memory runs out it goes on with smaller batches"),
         ({"bf16_full_eval": True}, "--bf16_full_eval: figures are of the weights that were trained"),
         ({"fp16_full_eval": True}, "--fp16_full_eval: figures are"),
+        ({"resume_from_checkpoint": "there"}, "--resume_from_checkpoint: a run resumes from its last checkpoint by itself"),
+        ({"do_eval": True}, "--do_eval without --do_train: recipes train models"),
+        ({"do_predict": True, "eval_strategy": "no"}, "--do_predict without --do_train: recipes train models"),
     ),
 )
 def test_arguments_of_training(tmp_path, given, message):
@@ -46,6 +49,8 @@ def test_those_that_are_honoured(tmp_path):
     given = arguments(tmp_path, batch_eval_metrics=True, metric_for_best_model="eval_accuracy")
     check_training(given, NeuralArguments(scorer_learning_rate=0.0), image_task.MEASURES)
     check_training(arguments(tmp_path, prediction_loss_only=True), NeuralArguments(), text_task.MEASURES)
+    check_training(arguments(tmp_path, eval_strategy="epoch"), NeuralArguments(), text_task.MEASURES)  # sets do_eval itself
+    check_training(arguments(tmp_path, do_train=True, do_eval=True), NeuralArguments(), text_task.MEASURES)
     with pytest.raises(SystemExit, match="--metric_for_best_model is eval_accuracy; expected loss"):
         check_training(given, NeuralArguments(), text_task.MEASURES)
     with pytest.raises(SystemExit, match=r"--scorer_learning_rate is -0\.1; expected at least 0"):

@@ -3,8 +3,11 @@
 import pickle
 
 import pytest
+import torch
 from datasets import ClassLabel, Dataset, Features, Image, Value
+from PIL.Image import Resampling
 from transformers import (
+    AutoImageProcessor,
     Trainer,
     TrainingArguments,
     ViTConfig,
@@ -13,10 +16,14 @@ from transformers import (
     default_data_collator,
 )
 
+from image_classification import ModelArguments as ImageModelArguments
+from image_classification import make_processor
 from tests.helpers.pictures import random_pictures
+from training.augmentation import AugmentedImages
 from training.image_task import AccuracyOfBatches, final_figures
-from training.images import ImageArguments, load_images
+from training.images import ImageArguments, fingerprint, load_images
 from training.pixel_values import make_pixels, with_pixels
+from training.scorer_trainer import ScorerTrainer
 
 
 def write_parquet(folder, names=("cat", "dog"), labels=("label",), **counts):
@@ -115,6 +122,80 @@ def test_pixels_are_what_the_model_takes(tmp_path):
     assert -1.0 <= batch["pixel_values"].min() < batch["pixel_values"].max() <= 1.0
     assert batch["labels"] == images.splits["train"]["label"][:3]
     pickle.dumps(make_pixels)  # pickles it, as it travels to data loader workers that are spawned
+
+
+def test_what_is_recorded_of_images_follows_from_them(tmp_path):
+    folder = tmp_path / "pictures"
+    for split in ("train", "test"):
+        for name in ("cat", "dog"):
+            (folder / split / name).mkdir(parents=True)
+            for index, picture in enumerate(random_pictures(10)):
+                picture.save(folder / split / name / f"{index}.png")
+
+    def found(**arguments):
+        return fingerprint(load_images(ImageArguments(dataset_name=str(folder), **arguments), seed=0).splits)
+
+    first = found()
+    assert found() == first != found(max_eval_samples=4)
+    (folder / "test/cat/3.png").rename(folder / "test/dog/30.png")
+    moved = found()
+    random_pictures(1, side=20)[0].save(folder / "test/cat/4.png")
+    assert len({first, moved, found()}) == 3
+    parquet = [
+        write_parquet(tmp_path / name, names=names, train=60) for name, names in (("a", "cd"), ("b", "cd"), ("c", "cde"))
+    ]
+    figures = [fingerprint(load_images(ImageArguments(dataset_name=each), seed=0).splits) for each in parquet]
+    assert figures[0] == figures[1] != figures[2]
+
+
+@pytest.mark.parametrize(
+    "given", ({"dataloader_drop_last": True}, {"dataloader_num_workers": 1, "dataloader_persistent_workers": True})
+)
+def test_figures_are_of_all_images_of_their_split(tmp_path, given):
+    labelled = load_images(ImageArguments(max_train_samples=20), seed=0)
+    processor = ViTImageProcessorPil(size={"height": 8, "width": 8})
+    test = labelled.splits["test"]
+    data = {
+        split: with_pixels(test.select(rows), processor, 8)
+        for split, rows in (("validation", range(7)), ("test", range(7, 18)))
+    }
+    sizes = {"image_size": 8, "patch_size": 4, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = ViTForImageClassification(ViTConfig(**sizes, num_labels=10)).eval()
+    common = {
+        "data_collator": default_data_collator,
+        "compute_metrics": AccuracyOfBatches(),
+        "eval_dataset": data["validation"],
+    }
+    figures = []
+    for arguments in ({}, given):
+        training = TrainingArguments(
+            str(tmp_path),
+            per_device_eval_batch_size=4,
+            remove_unused_columns=False,
+            report_to="none",
+            use_cpu=True,
+            **arguments,
+        )
+        trainer = ScorerTrainer(model, training, **common)
+        on_the_way = trainer.evaluate()["eval_loss"]
+        figures.append({"on the way": on_the_way, **final_figures(trainer, data)})
+        assert training.dataloader_drop_last == arguments.get("dataloader_drop_last", False)
+    assert figures[0] == pytest.approx(figures[1]) and figures[0]["test_loss"] != figures[0]["validation_loss"]
+
+
+def test_images_are_resized_in_training_as_they_will_be_later(tmp_path):
+    """By the image processor that is saved with the model."""
+    new = make_processor(ImageModelArguments(), ImageArguments(image_size=16))
+    new.save_pretrained(tmp_path)
+    pictures = random_pictures(3, side=11)
+    data = Dataset.from_dict(
+        {"image": pictures, "label": [0] * 3}, features=Features({"image": Image(), "label": Value("int64")})
+    )
+    other = ViTImageProcessorPil(size={"height": 16, "width": 16}, resample=Resampling.NEAREST)
+    for trained_with, seen_with in ((new, AutoImageProcessor.from_pretrained(tmp_path, backend="pil")), (other, other)):
+        later = seen_with(pictures, return_tensors="pt")["pixel_values"]
+        assert torch.equal(with_pixels(data, trained_with, 16)[:]["pixel_values"], later)
+        assert torch.equal(AugmentedImages(data, trained_with, "none", 16, seed=0)[1]["pixel_values"], later[1])
 
 
 def test_the_final_loss_is_that_of_true_labels(tmp_path):

@@ -1,12 +1,13 @@
 """Tables, sentences and cards say what the figures say."""
 
+import dataclasses
 import json
 
 import pytest
 import yaml
 
 from training.arms import Arm
-from training.reporting import Task, card_text, comparison_table, report, verdict
+from training.reporting import ACCURACY_AND_LOSS, Task, card_text, comparison_table, report, verdict
 
 
 def task(**changes):
@@ -54,6 +55,17 @@ def test_without_times_by_turns_none_are_said():
 def test_a_run_that_diverged_is_called_so(value):
     for given, noun in (({"neural": value}, Arm.NEURAL.noun), ({"dot": value}, Arm.DOT.noun)):
         assert verdict(results(**given), task()) == f"Training diverged with {noun}, so nothing is compared."
+
+
+def test_a_classifier_that_diverged_is_known_by_its_loss():
+    """Of scores that are no numbers one is the largest nevertheless, and right now and then."""
+    classifier = dataclasses.replace(task(is_accuracy=True), main_metric="test_accuracy", metrics=ACCURACY_AND_LOSS)
+    compared = results()
+    for arm, loss in ((Arm.DOT, 2.0), (Arm.NEURAL, float("nan"))):
+        compared[arm]["metrics"] = {"test_accuracy": 0.1, "test_loss": loss}
+    assert verdict(compared, classifier) == f"Training diverged with {Arm.NEURAL.noun}, so nothing is compared."
+    compared[Arm.NEURAL]["metrics"]["test_loss"] = 1.9
+    assert "the same" in verdict(compared, classifier)
 
 
 def test_the_table_has_a_column_per_arm_and_the_ratio():

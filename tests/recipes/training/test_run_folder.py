@@ -33,7 +33,9 @@ def test_with_the_best_checkpoint_kept_its_choice_stays_the_same(tmp_path):
         claim_folder(tmp_path / "run", kept | {"save_steps": 500})
     # goes on with a run of before, which does not say
     (tmp_path / "run/run.json").write_text(json.dumps({"seed": 0, "load_best_model_at_end": True}))
-    claim_folder(tmp_path / "run", kept | {"batches_at_once": 2})
+    claim_folder(tmp_path / "run", kept | {"batches_at_once": 2, "images": "a1"})
+    with pytest.raises(SystemExit, match="holds another run:\n  images: 'a1' there, 'b2' now"):
+        claim_folder(tmp_path / "run", kept | {"batches_at_once": 2, "images": "b2"})
 
 
 def test_what_the_launcher_decides_is_part_of_the_settings(tmp_path, monkeypatch):

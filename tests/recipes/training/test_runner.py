@@ -319,12 +319,20 @@ def test_models_that_cannot_be_built_are_said_plainly(tmp_path):
         run(experiment, (Arm.DOT,))
 
 
-@pytest.mark.parametrize(("argument", "value"), [("resume_from_checkpoint", "there")])
-def test_arguments_that_would_be_ignored_are_refused(tmp_path, argument, value):
-    experiment = make_experiment(tmp_path)
-    setattr(experiment.training, argument, value)
-    with pytest.raises(SystemExit, match=f"--{argument}"):
-        run(experiment, (Arm.DOT,))
+def test_what_cannot_be_built_is_said_before_any_training(tmp_path):
+    recorder = Recorder()
+    experiment = make_experiment(tmp_path, recorder)
+    build = experiment.build_model
+
+    def refuse(arm):
+        if arm.is_neural:
+            raise ValueError("`neural_layers` has 12.")
+        return build(arm)
+
+    experiment.build_model = refuse
+    with pytest.raises(SystemExit, match="The neural model cannot be built: `neural_layers` has 12"):
+        run(experiment, (Arm.DOT, Arm.NEURAL))
+    assert not recorder.starts
 
 
 def test_the_clock_goes_on_from_a_checkpoint():

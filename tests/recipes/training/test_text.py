@@ -2,11 +2,13 @@
 
 import numpy as np
 import pytest
+import torch
 from datasets import Dataset
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, Trainer, TrainingArguments
 
-from training.text import TextArguments, cut_into_blocks, load_text, load_tokenizer, tokenize
-from training.text_task import prepare
+from tests.helpers.stock_models import FAMILIES
+from training.text import TextArguments, cut_into_blocks, fingerprint, load_text, load_tokenizer, tokenize
+from training.text_task import collate, prepare
 
 
 LINES = [f"line {index} of the text .\n" for index in range(40)]
@@ -17,6 +19,33 @@ def write_folder(folder, **files):
     for name, lines in files.items():
         (folder / name.replace("_", ".")).write_text("".join(lines))
     return str(folder)
+
+
+def test_what_is_recorded_of_a_text_follows_from_its_tokens():
+    one, two = np.arange(5, dtype=np.int32), np.arange(6, dtype=np.int32)
+    assert fingerprint(one) == fingerprint(np.arange(5, dtype=np.int32)) != fingerprint(two)
+    assert fingerprint(one, two) != fingerprint(two, one) != fingerprint(np.concatenate((two, one)))
+
+
+def test_losses_are_those_of_tokens_that_can_be_predicted():
+    batch = collate([{"input_ids": torch.tensor([5, 6, 7])}, {"input_ids": torch.tensor([8, 9, 10])}])
+    assert batch["labels"].tolist() == [[-100, 6, 7], [-100, 9, 10]]
+    assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 9, 10]]
+
+
+@pytest.mark.parametrize("family", (FAMILIES["gpt2"], FAMILIES["llama"]), ids=("gpt2", "llama"))
+def test_what_trainer_logs_is_the_loss_of_a_model(tmp_path, family):
+    """GPT-2 has no name of a loss, so that `Trainer` counts each of its labels as predicted."""
+    model = family.model()
+    rows = Dataset.from_dict({"input_ids": torch.randint(3, 98, (8, 4))}).with_format("torch")
+    arguments = TrainingArguments(
+        str(tmp_path), max_steps=1, logging_steps=1, learning_rate=0.0, report_to="none", use_cpu=True, save_strategy="no"
+    )
+    trainer = Trainer(model, arguments, train_dataset=rows, eval_dataset=rows, data_collator=collate)
+    loss = model.eval()(input_ids=rows[:]["input_ids"], labels=rows[:]["input_ids"]).loss.item()
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(loss, rel=1e-4)
+    trainer.train()
+    assert trainer.state.log_history[-2]["loss"] == pytest.approx(loss, rel=0.02)  # with dropout
 
 
 def test_the_embedded_text_has_three_disjoint_splits():
