@@ -23,8 +23,10 @@ help: ## Show this list
 	@echo
 	@echo "  Variables: PYTHON=$(PYTHON) makes .venv, WORKERS=$(WORKERS) test processes"
 
-# Lets the pins choose torch as well: without them pip would take whatever build is newest
+# Lets the pins choose torch as well: without them pip would take whatever build is newest. Asks for Python first, since an
+# environment keeps the one that it was made with
 $(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed: make ... PYTHON=python3.12")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/$(INSTALL) -c constraints.txt -e '.[dev]'
 	@touch $@
@@ -84,7 +86,7 @@ test-newest: ## Run the fast tests with the newest versions of all libraries
 test-clients: BIN := .venv-clients/bin
 test-clients: .venv-clients/installed .venv-demo/testable ## Run the tests of TRL, DeepSpeed, torchao and other clients, and the page's
 	$(TESTS) tests/clients
-	OMP_NUM_THREADS=1 .venv-demo/bin/python -m pytest -q tests/clients/test_demo.py
+	OMP_NUM_THREADS=1 .venv-demo/bin/python -m pytest -q -rs tests/clients/test_demo.py
 
 .venv-clients/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv --clear .venv-clients

@@ -366,7 +366,7 @@ with a small network instead of a dot product. {description}
 ## Use
 
 ```python
-{first_line}# with the package: pip install hf_neural_attention
+{first_line}# with the package hf_neural_attention installed
 import hf_neural_attention
 
 model = {loader}.from_pretrained("{name}")

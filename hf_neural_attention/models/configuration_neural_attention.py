@@ -49,7 +49,7 @@ def check_shape(value: Any) -> None:
 def check_format_version(value: int) -> None:
     if not 1 <= value <= FORMAT_VERSION:
         raise ValueError(
-            f"It is {value!r}; this code reads versions up to {FORMAT_VERSION}. If the checkpoint was saved by a newer "
+            f"It is {value!r}; this code reads formats up to {FORMAT_VERSION}. If the checkpoint was saved by a newer "
             "hf_neural_attention, install that."
         )
 

@@ -84,5 +84,7 @@ def add_gradients_cores(
         PAIRS: tl.constexpr = ROWS * COLUMNS // PARTS
         b_transposed = tl.permute(tl.reshape(b_opened, [PARTS, PAIRS, b_opened.shape[1]]), (0, 2, 1))
         b_weight_sums = matmul(b_transposed, tl.reshape(b_hidden1, [PARTS, PAIRS, UNITS1]), b_weight_sums, WIDEN)
-        b_opened_sums = matmul(b_transposed, tl.full([PARTS, PAIRS, 16], 1.0, HALF), b_opened_sums, WIDEN)
+        # converts, since the interpreter of Triton 3.7 makes no number of bfloat16
+        b_ones = tl.full([PARTS, PAIRS, 16], 1.0, tl.float32).to(HALF)
+        b_opened_sums = matmul(b_transposed, b_ones, b_opened_sums, WIDEN)
     return b_sums, b_weight_sums, b_opened_sums

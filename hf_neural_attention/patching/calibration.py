@@ -87,7 +87,7 @@ def calibrate(
     Raises:
         PatchError: if the model has no neural layer, a layer has mode `"residual"` (it computes the dot product already) or
             is compact (it has no queries and keys), or the batches do not reach a layer. All scorers are what they were then.
-        ValueError: if there is no data, it is a single batch, or a number is out of range.
+        ValueError: if there is no data, it is one batch instead of several in a list or loader, or a number is out of range.
     """
     for name, number in (("steps", steps), ("max_batches", max_batches), ("learning_rate", learning_rate)):
         if not number > 0:

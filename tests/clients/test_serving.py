@@ -126,7 +126,8 @@ def test_patched_models(options: tuple[str, ...], tokenizer: Any, tmp_path: Path
             check_answers(address, tmp_path / name, generated(model, tokenizer))
 
 
-def test_exported_models_without_this_package(tokenizer: Any, tmp_path: Path):
+@pytest.mark.parametrize("options", ((), ("--continuous-batching",)), ids=("one by one", "continuous batching"))
+def test_exported_models_without_this_package(options: tuple[str, ...], tokenizer: Any, tmp_path: Path):
     models = {"gpt2": patched("gpt2", mode="replace"), "llama": patched("llama", mode="replace", per_head=True)}
     models["compact"] = compact(patched("gpt2", mode="replace", hidden_dims=(4, 2)))
     for name, model in models.items():
@@ -135,7 +136,7 @@ def test_exported_models_without_this_package(tokenizer: Any, tmp_path: Path):
     code = 'import importlib.util\nassert importlib.util.find_spec("hf_neural_attention") is None'
     paths = os.pathsep.join(path for path in sys.path if path.endswith("site-packages")) or sysconfig.get_path("purelib")
     modules = {"HF_MODULES_CACHE": str(tmp_path / "modules"), "PYTHONPATH": paths}
-    with serving(tmp_path, "--trust-remote-code", code=code, **modules) as address:
+    with serving(tmp_path, "--trust-remote-code", *options, code=code, **modules) as address:
         for name, model in models.items():
             with torch.no_grad():
                 check_answers(address, tmp_path / name, generated(model, tokenizer))

@@ -68,7 +68,7 @@ INVALID = [
     ),
     *(("neural_per_head", value, "expected bool") for value in (1, 0, None, "True", [True])),
     *(("neural_init", value, "one of ('mirrored', 'paper')") for value in ("Paper", "normal", "", None, 0, ["paper"])),
-    *(("neural_format_version", value, "this code reads versions up to 1") for value in (0, 2)),
+    *(("neural_format_version", value, "this code reads formats up to 1") for value in (0, 2)),
     *(("neural_format_version", value, "expected int") for value in ("1", 1.0, None, True)),
 ]
 invalid_values = pytest.mark.parametrize(("field", "value", "allowed"), INVALID)
