@@ -142,7 +142,7 @@ def neural_attention_bwd_query_kernel(
             columns = (p_w + o_n.to(tl.int64) * s_w[2], m_n, s_w[3])
             if CORES1:
                 b_columns = load_units(columns, H1, CORES1)
-                b_scores, b_hidden1, b_hidden2 = score_tile_cores(b_zero, b_rows, b_columns, layer_tiles, WIDEN)
+                b_scores, b_hidden1, b_hidden2 = score_tile_cores(b_zero, b_rows, b_columns, layer_tiles, 0, WIDEN)
             else:
                 b_scores, tiles = score_tile(b_zero, rows, columns, layers, H1, H2, UNITS, UNROLL)
             if p_q is not None:
@@ -164,7 +164,7 @@ def neural_attention_bwd_query_kernel(
                 b_dq = matmul((b_ds * b_slope).to(b_k.dtype), b_k, b_dq, WIDEN)
             if CORES1:
                 sums, weight_sums, b_opened_sums = add_gradients_cores(
-                    sums, weight_sums, b_opened_sums, b_hidden1, b_hidden2, b_ds, b_weights, True, WIDEN
+                    sums, weight_sums, b_opened_sums, b_hidden1, b_hidden2, b_ds, b_weights, True, 0, WIDEN
                 )
             elif UNROLL:
                 sums, weight_sums = add_gradients_unrolled(sums, weight_sums, tiles, b_ds, rows, columns, layers, H1, H2, True)
@@ -246,6 +246,7 @@ def neural_attention_bwd_key_kernel(
     SOFTCAP: tl.constexpr,
     MASK: tl.constexpr,
     WIDEN: tl.constexpr,
+    BATCHES: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -298,7 +299,7 @@ def neural_attention_bwd_key_kernel(
                 columns = (p_u + batch * s_u[0] + head * s_u[1] + o_m.to(tl.int64) * s_u[2], m_m, s_u[3])
                 if CORES1:
                     b_columns = load_units(columns, H1, CORES1)
-                    b_scores, b_hidden1, b_hidden2 = score_tile_cores(b_zero, b_rows, b_columns, layer_tiles, WIDEN)
+                    b_scores, b_hidden1, b_hidden2 = score_tile_cores(b_zero, b_rows, b_columns, layer_tiles, BATCHES, WIDEN)
                 else:
                     b_scores, tiles = score_tile(b_zero, rows, columns, layers, H1, H2, UNITS, UNROLL)
                 if p_q is not None:
@@ -322,7 +323,9 @@ def neural_attention_bwd_key_kernel(
                 if p_q is not None:
                     b_dk = matmul((b_ds * b_slope).to(b_q.dtype), b_q, b_dk, WIDEN)
                 if CORES1:
-                    sums, _, _ = add_gradients_cores(sums, b_zero, b_zero, b_hidden1, b_hidden2, b_ds, b_weights, False, WIDEN)
+                    sums, _, _ = add_gradients_cores(
+                        sums, b_zero, b_zero, b_hidden1, b_hidden2, b_ds, b_weights, False, BATCHES, WIDEN
+                    )
                 elif UNROLL:
                     sums, _ = add_gradients_unrolled(sums, (), tiles, b_ds, rows, columns, layers, H1, H2, False)
                 else:

@@ -42,14 +42,32 @@ def backward_weights(
 
 
 @triton.jit
-def score_tile_cores(b_zero, b_rows, b_columns, layers, WIDEN: tl.constexpr):
+def matmul_of_pairs(b_left, b_right, b_sum, BATCHES: tl.constexpr, WIDEN: tl.constexpr):
+    """`matmul` of a matrix with a row per pair, as one product, or with BATCHES above 0 as so many: one for each warp.
+
+    Triton may give a product the warps of another one that its results go into, and where that has fewer rows than there are
+    warps, all of them compute the same. It gives batches to warps in any case.
+    """
+    if BATCHES == 0:
+        return matmul(b_left, b_right, b_sum, WIDEN)
+    else:
+        UNITS: tl.constexpr = b_right.shape[1]
+        PAIRS: tl.constexpr = b_left.shape[0] // BATCHES
+        b_parts = tl.reshape(b_left, [BATCHES, PAIRS, b_left.shape[1]])
+        b_same = tl.broadcast_to(b_right[None, :, :], [BATCHES, b_right.shape[0], UNITS])
+        b_product = matmul(b_parts, b_same, tl.reshape(b_sum, [BATCHES, PAIRS, UNITS]), WIDEN)
+        return tl.reshape(b_product, [b_left.shape[0], UNITS])
+
+
+@triton.jit
+def score_tile_cores(b_zero, b_rows, b_columns, layers, BATCHES: tl.constexpr, WIDEN: tl.constexpr):
     """Scores `[rows, columns]`, and both layers of all pairs, `[rows * columns, units]`: the first after its ReLU."""
     ROWS: tl.constexpr = b_rows.shape[0]
     COLUMNS: tl.constexpr = b_columns.shape[0]
     b_hidden1 = relu(b_rows[:, None, :] + b_columns[None, :, :]).to(layers[0].dtype)
     b_hidden1 = tl.reshape(b_hidden1, [ROWS * COLUMNS, b_rows.shape[1]])
     b_bias = tl.zeros([ROWS * COLUMNS, layers[1].shape[0]], tl.float32) + layers[1][None, :]
-    b_hidden2 = matmul(b_hidden1, layers[0], b_bias, WIDEN)
+    b_hidden2 = matmul_of_pairs(b_hidden1, layers[0], b_bias, BATCHES, WIDEN)
     b_scores = tl.reshape(tl.sum(relu(b_hidden2) * layers[2][None, :], 1), [ROWS, COLUMNS])
     return b_zero + b_scores, b_hidden1, b_hidden2
 
@@ -64,7 +82,16 @@ def two_parts(b, HALF: tl.constexpr):
 
 @triton.jit
 def add_gradients_cores(
-    b_sums, b_weight_sums, b_opened_sums, b_hidden1, b_hidden2, b_ds, b_weights, WEIGHTS: tl.constexpr, WIDEN: tl.constexpr
+    b_sums,
+    b_weight_sums,
+    b_opened_sums,
+    b_hidden1,
+    b_hidden2,
+    b_ds,
+    b_weights,
+    WEIGHTS: tl.constexpr,
+    BATCHES: tl.constexpr,
+    WIDEN: tl.constexpr,
 ):
     """Adds a tile's gradients of the first layer to `b_sums` `[rows, 8, UNITS1]`, over which they are still to be summed.
 
@@ -76,7 +103,8 @@ def add_gradients_cores(
     UNITS1: tl.constexpr = b_hidden1.shape[1]
     HALF: tl.constexpr = b_hidden1.dtype
     b_opened = two_parts(tl.where(b_hidden2 > 0.0, tl.reshape(b_ds, [ROWS * COLUMNS])[:, None], 0.0), HALF)
-    b_gradient = matmul(b_opened, b_weights, tl.zeros([ROWS * COLUMNS, UNITS1], tl.float32), WIDEN)
+    b_zero = tl.zeros([ROWS * COLUMNS, UNITS1], tl.float32)
+    b_gradient = matmul_of_pairs(b_opened, b_weights, b_zero, BATCHES, WIDEN)
     b_gradient = tl.where(b_hidden1.to(tl.float32) > 0.0, b_gradient, 0.0)
     b_sums += tl.sum(tl.reshape(b_gradient, [ROWS, COLUMNS // 8, 8, UNITS1]), 1)
     if WEIGHTS:

@@ -109,7 +109,7 @@ def neural_attention_fwd_kernel(
         if any_pair(m_pairs, MASK):
             columns = (p_w + o_n.to(tl.int64) * s_w[2], m_n, s_w[3])
             if CORES1:
-                b_scores, _, _ = score_tile_cores(b_zero, b_rows, load_units(columns, H1, CORES1), layer_tiles, WIDEN)
+                b_scores, _, _ = score_tile_cores(b_zero, b_rows, load_units(columns, H1, CORES1), layer_tiles, 0, WIDEN)
             else:
                 b_scores, _ = score_tile(b_zero, rows, columns, layers, H1, H2, UNITS, UNROLL)
             if p_q is not None:

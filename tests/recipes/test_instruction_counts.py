@@ -143,3 +143,16 @@ def test_counts_of_real_kernels(tmp_path: Path):
             first, second = row["hidden_dims"]
             assert (first + 1) * second / packed <= counted["fma"] < (first + 1) * second / packed + 4
     assert (tmp_path / "card.md").read_text().count("\n| ") == len(rows) + 2
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+def test_of_two_ways_the_one_that_is_chosen_issues_less(tmp_path: Path):
+    """With Triton 3.7, a kernel whose warps all compute the same would issue several times as much."""
+    script = ROOT / "recipes" / "compile_triton_kernels.py"
+    flags = ["--instructions", "--targets", "sm_90", "--sizes", "2", "--output", tmp_path / "card"]
+    run_python(script, *flags, TRITON_CACHE_DIR=str(tmp_path / "cache"))
+    rows = [row for row in json.loads((tmp_path / "card.json").read_text())["results"] if "network" in row]
+    issued = {(row["kernel"], row["chosen"]): row["instructions"]["all"] for row in rows}
+    assert {kernel for kernel, _ in issued} == {"forward", "query", "key"}
+    assert all(issued[kernel, True] < issued[kernel, False] for kernel, _ in issued)
