@@ -36,7 +36,7 @@ def is_unrolled(hidden: tuple[int, int]) -> bool:
 def uses_cores(hidden: tuple[int, int], itemsize: int, lanes: int) -> bool:
     """Whether the network is multiplied by tensor cores: numbers of 16 bits, and neither too few units nor too many.
 
-    Not on AMD's GPUs, where it takes more instructions by count: gfx942 has no arithmetic of bfloat16.
+    Not on AMD's GPUs, where half of the kernels take more instructions so, by count: gfx942 has no arithmetic of bfloat16.
     """
     return itemsize <= 2 and lanes == 32 and not is_unrolled(hidden) and hidden[0] <= MAX_CORES1 and hidden[1] <= MAX_CORES2
 
@@ -72,9 +72,13 @@ def preferred_sizes(kernel: str, residual: bool, wide: bool, unrolled: bool, hal
             return (32, 32, 4) if kernel == "query" and residual else (64, 32, 4)
         return 64, 64, 4
     if kernel == "forward":
-        return (16, 16, 4) if wide and residual else (32, 32, 8 if residual else 4)
+        if not residual:
+            return 32, 32, 4
+        return (16, 16, 4) if wide else (32 if unrolled else 16, 32, 8)
     if kernel == "query":
-        return (16, 16, 4) if residual else (32, 32, 4 if unrolled else 8)
+        if residual:
+            return 16, 16, 8 if wide else 4
+        return (32, 16, 4) if wide and unrolled else (32, 32, 4 if unrolled else 8)
     return (32, 32, 4) if unrolled and not residual and not wide else (16, 16, 4)
 
 
