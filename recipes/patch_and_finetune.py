@@ -28,7 +28,6 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageClassification,
     PreTrainedModel,
-    Trainer,
     TrainingArguments,
     set_seed,
 )
@@ -50,6 +49,7 @@ from training.prepared_data import PreparedData
 from training.reporting import Results, Task
 from training.run_folder import STAGES, check_all_see, claim_folder
 from training.runner import carry_out
+from training.scorer_trainer import ScorerTrainer
 from training.text import TextArguments, load_text, load_tokenizer
 from training.unsharded_models import whole
 
@@ -138,7 +138,7 @@ def measure_stages(experiment: Experiment, checkpoint: CheckpointArguments, stag
     def measure(stage: str, model: PreTrainedModel) -> None:
         arguments = experiment.arguments_of(Arm.DOT if stage == "checkpoint" else Arm.NEURAL)
         # moves it, since with models that are sharded `Trainer` leaves that to their training
-        trainer = Trainer(model=model.to(arguments.device), args=arguments, **experiment.trainer_arguments)
+        trainer = ScorerTrainer(model=model.to(arguments.device), args=arguments, **experiment.trainer_arguments)
         if "compute_metrics" in experiment.trainer_arguments and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
             raise SystemExit(
                 "FSDP and DeepSpeed shard models, and images are classified before the training by a whole one: take several "

@@ -100,8 +100,9 @@ def markdown(study: Study, found: Results, rows: list[dict[str, Any]], where: di
             )
     if study.shapes:
         parts.append(
-            "Error against cost: what a training step takes (measured, by turns), what a pair's score takes and what a cache "
-            "keeps of a key (counted). Arms on the line are beaten by none in both.\n\n![Error against cost](shapes.png)"
+            "Error against cost, of arms at the baseline's learning rate: what a training step takes (measured, by turns), "
+            "and what a pair's score takes and a cache keeps of a key (counted). Arms on the line are beaten by none in "
+            "both.\n\n![Error against cost](shapes.png)"
         )
     if were_watched(found):
         parts.append(

@@ -14,7 +14,7 @@ from studies.pooled import pooled
 from studies.study_file import BESIDE, COSTS, SAME_TIME, Study, file_name, is_timed, load_costs
 from tools.json_files import write_json
 from training.arms import Arm
-from training.run_folder import BATCHES
+from training.run_folder import BATCHES, FINGERPRINTS, FREE_ARGUMENTS
 
 
 # Lists arguments of a run that say where it runs, not what is learned
@@ -107,8 +107,9 @@ def check_alike(records: list[tuple[str, dict[str, Any]]]) -> None:
 
     What an arm asks for, its runs must have had; what arms do not ask for must be the same in all of them.
     """
-    keys = sorted(set().union(*(record["run"] for _, record in records)) - {"seed", BATCHES, *OF_THE_MACHINE})
-    firsts: dict[tuple[str, str | None], tuple[str, Any]] = {}
+    said = set().union(*(record["run"] for _, record in records))
+    keys = sorted(said - {"seed", BATCHES, *OF_THE_MACHINE, *FREE_ARGUMENTS})
+    firsts: dict[tuple[str, Any], tuple[str, Any]] = {}
     for name, record in records:
         run, settings = record["run"], record["settings"]
         own = record["arm"] if SAME_TIME in settings else None  # marks steps that only an arm's seeds have in common
@@ -117,9 +118,10 @@ def check_alike(records: list[tuple[str, dict[str, Any]]]) -> None:
         if wrong:
             raise SystemExit(f"{name} is of a run with {wrong}, for which the study does not ask. Delete it to run it again.")
         for key in keys:
-            if key in asked:
+            if key in asked or (key in FINGERPRINTS and key not in run):  # records of before do not say all of their data
                 continue
-            group = own if key == "max_steps" else None
+            # allows for held-out images that are drawn by the seed
+            group = run["seed"] if key in FINGERPRINTS else own if key == "max_steps" else None
             first, value = firsts.setdefault((key, group), (name, run.get(key)))
             if run.get(key) != value:
                 raise SystemExit(

@@ -46,7 +46,9 @@ def check_training(training: TrainingArguments, neural: NeuralArguments, measure
     if training.resume_from_checkpoint:
         raise SystemExit("--resume_from_checkpoint: a run resumes from its last checkpoint by itself, for each arm.")
     asked = "do_predict" if training.do_predict else "do_eval"
-    if getattr(training, asked) and training.eval_strategy == IntervalStrategy.NO and not training.do_train:
+    # passes over what evaluations on the way switch on
+    is_asked = training.do_predict or (training.do_eval and training.eval_strategy == IntervalStrategy.NO)
+    if is_asked and not training.do_train:
         raise SystemExit(
             f"--{asked} without --do_train: recipes train models, and evaluate them on validation and test data in the end. "
             "Leave it out, or take --do_train as well."

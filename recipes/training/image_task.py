@@ -59,7 +59,8 @@ def prepare(
             "callbacks": [CountEpochs(training_images), *callbacks],
         },
         task=describe_task(images, image, training),
-        fingerprints={"images": fingerprint(images.splits)},
+        # leaves out digits that are stored anew in each run, whose bytes are Pillow's affair
+        fingerprints={} if image.dataset_name == EMBEDDED else {"images": fingerprint(images.splits)},
     )
 
 

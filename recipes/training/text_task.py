@@ -77,8 +77,8 @@ def fit_to(data: PreparedData, model: PreTrainedModel, name: str) -> None:
 
 
 def collate(examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """A batch of blocks, which are their own labels. The first has nothing before it that could predict it: a label would be
-    counted, and not predicted, so that losses would be logged too low."""
+    """A batch of blocks, which are their own labels. The first token has none, since nothing is before it: `Trainer` would
+    count it for GPT-2, though nothing predicts it, and divide losses and gradients by one too many."""
     batch = default_data_collator(examples)
     labels = batch["input_ids"].clone()
     labels[:, 0] = NOTHING

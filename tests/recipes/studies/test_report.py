@@ -66,6 +66,21 @@ def test_a_report_names_the_code_of_its_runs(tmp_path):
     assert "The runs are of commits `a1`, `b2+` and commits that were not recorded." in report(study, tmp_path)
 
 
+def test_runs_of_before_and_of_now_are_compared_and_other_data_are_not(tmp_path):
+    """Held-out images are drawn by the seed, and records of before say neither them nor the same arguments."""
+    study = make_study()
+    write_results(study, tmp_path, {"dot": [1.0, 2.0, 3.0], "first layer": [0.5, 1.4]})
+    paths = {(arm, seed): tmp_path / file_name(arm, seed) for arm in ("dot", "first layer") for seed in (0, 1)}
+    change_run(paths["dot", 0], do_eval=False, do_train=False)
+    for (arm, seed), path in paths.items():
+        if (arm, seed) != ("dot", 0):
+            change_run(path, images=f"of seed {seed}")
+    assert len(load_results(study, tmp_path)["dot"]) == 3
+    change_run(paths["first layer", 1], images="others")
+    with pytest.raises(SystemExit, match=r"with images 'others', dot-1\.json of one with 'of seed 1': they cannot"):
+        load_results(study, tmp_path)
+
+
 def test_error_against_cost(tmp_path):
     network = {"attention": "neural", "neural_proj_dim": 8}
     arms = {"dot": {"attention": "dot"}, "first layer": network, "longer": {"attention": "dot", "score_spread": 0.0}}

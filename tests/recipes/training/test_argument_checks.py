@@ -37,7 +37,7 @@ def arguments(tmp_path: Any, **given: Any) -> TrainingArguments:
         ({"fp16_full_eval": True}, "--fp16_full_eval: figures are"),
         ({"resume_from_checkpoint": "there"}, "--resume_from_checkpoint: a run resumes from its last checkpoint by itself"),
         ({"do_eval": True}, "--do_eval without --do_train: recipes train models"),
-        ({"do_predict": True, "eval_strategy": "no"}, "--do_predict without --do_train: recipes train models"),
+        ({"do_predict": True, "eval_strategy": "epoch"}, "--do_predict without --do_train: recipes train models"),
     ),
 )
 def test_arguments_of_training(tmp_path, given, message):

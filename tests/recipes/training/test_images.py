@@ -4,7 +4,7 @@ import pickle
 
 import pytest
 import torch
-from datasets import ClassLabel, Dataset, Features, Image, Value
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 from PIL.Image import Resampling
 from transformers import (
     AutoImageProcessor,
@@ -141,6 +141,10 @@ def test_what_is_recorded_of_images_follows_from_them(tmp_path):
     moved = found()
     random_pictures(1, side=20)[0].save(folder / "test/cat/4.png")
     assert len({first, moved, found()}) == 3
+    features = Features({"image": Image(), "label": Value("int64")})
+    inside = [{"bytes": None, "path": f"zip://cat/{index}.png::somewhere/train.zip"} for index in range(2)]
+    one, other = (Dataset.from_dict({"image": [each], "label": [0]}, features=features) for each in inside)
+    assert fingerprint(DatasetDict(train=one)) != fingerprint(DatasetDict(train=other))
     parquet = [
         write_parquet(tmp_path / name, names=names, train=60) for name, names in (("a", "cd"), ("b", "cd"), ("c", "cde"))
     ]
