@@ -135,7 +135,7 @@ def build_model(arm: Arm, build: Build, neural: NeuralArguments, folder: Path, s
 def measure_stages(experiment: Experiment, checkpoint: CheckpointArguments, stages: dict[str, Any]) -> None:
     """Figures of the checkpoint, of the patched model, and of the calibrated one, whose scorers are kept in a folder."""
 
-    def measure(stage: str, model: PreTrainedModel) -> None:
+    def measure(stage: str, model: Any) -> None:
         arguments = experiment.arguments_of(Arm.DOT if stage == "checkpoint" else Arm.NEURAL)
         # moves it, since with models that are sharded `Trainer` leaves that to their training
         trainer = ScorerTrainer(model=model.to(arguments.device), args=arguments, **experiment.trainer_arguments)

@@ -196,6 +196,28 @@ def test_scores_of_few_numbers_run_away_on_text():
     assert all(mean(f"network {n}") < mean("uniform") < mean(f"thin {n}") for n in (2, 4))
 
 
+def test_llama():
+    text = words_of(PAPER_LIKE)
+    _, found = loaded("llama-text")
+
+    def of(arm: str) -> float:
+        return statistics.mean(run["metrics"]["test_perplexity_stride"] for run in found[arm].values())
+
+    dot, uniform = of("dot"), of("uniform")
+    lost = [(of(arm) - dot) / (uniform - dot) for arm in ("thin 16", "thin 64", "network 16")]
+    assert all(0.4 < share < 0.7 for share in lost), "about half of what scores are worth"
+    saturated = statistics.mean(
+        layer["saturated"] for layer in found["dot, twice the rate"][0]["score_statistics"]["end"]
+    )
+    assert f"At 8e-3, {100 * saturated:.0f} % of the dot product's rows are saturated at the end" in text
+    remedies = [of(f"{kind}, twice the rate") for kind in ("network 16", "normalised dot")]
+    assert dot < min(remedies) < max(remedies) < of("uniform, twice the rate") < of("dot, twice the rate")
+    for rate in ("", ", half the rate"):
+        assert of(f"normalised dot{rate}") > of(f"dot{rate}") + 4, "a norm is no help at these rates"
+    rates = [f"dot{rate}" for rate in ("", ", half the rate", ", twice the rate")]
+    assert min(rates, key=lambda arm: found[arm][0]["metrics"]["validation_perplexity_stride"]) == "dot", "its best rate"
+
+
 def test_four_times_as_many_steps():
     text = words_of(PAPER_LIKE)
     _, found = loaded("paper-architecture-text-longer")
@@ -216,7 +238,7 @@ def test_four_times_as_many_steps():
 
 def test_what_ran_is_counted():
     rows = re.findall(r"^\| \[`([\w-]+)`\]\(([^)]+)\) \| .+ \| (\d+) \| (\d+) of (\d+) \|$", PAPER_LIKE, re.MULTILINE)
-    assert len(rows) == 13
+    assert len(rows) == 14
     for name, report, *numbers in rows:
         study, found = loaded(name)
         assert (ROOT / "docs" / report).resolve() == STUDIES / name / "report.md"
@@ -305,8 +327,9 @@ def test_other_rates_in_the_papers_architecture():
         "{:.1f} % below that of the saturated dot product at 1.5e-4, and {:.1f}, {:.1f} and {:.1f} % at 3e-4, 6e-4 and 1.2e-3"
     )
     assert said.format(*leads) in text
-    behind = [percent(f"neural, {UNIT}", f"dot, {UNIT}", rate) for rate in rates[1:]]
-    assert "behind by {:.1f}, {:.1f} and {:.1f} % at 3e-4, 6e-4 and 1.2e-3".format(*behind) in text
+    behind = [percent(f"neural, {UNIT}", f"dot, {UNIT}", rate) for rate in rates]
+    assert "behind by {:.1f}, {:.1f}, {:.1f} and {:.1f} % at 1.5e-4, 3e-4, 6e-4 and 1.2e-3".format(*behind) in text
+    assert f"by {behind[0]:.1f} % at half of it, and by {behind[-1]:.1f} % at four times of it" in text
     averaging = [percent(f"neural, {AUTHORS}", f"dot, {AUTHORS}, first layer uniform", rate) for rate in rates[1:]]
     assert all(abs(difference) < 0.35 for difference in averaging)
     entropies = [found[f"{arm}, four times the rate"][0]["score_statistics"]["end"][0]["entropy"] for arm in ARMS_OF_RATES]

@@ -33,8 +33,9 @@ class ScorerTrainer(Trainer):
         first data set's loader for every other with `dataloader_persistent_workers`."""
         drops, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
         try:
-            if eval_dataset is None or isinstance(eval_dataset, str) or eval_dataset is self.eval_dataset:
-                return super().get_eval_dataloader(eval_dataset)
+            is_own = eval_dataset is self.eval_dataset
+            if is_own or eval_dataset is None or isinstance(eval_dataset, str):
+                return super().get_eval_dataloader(None if is_own else eval_dataset)
             return self.get_test_dataloader(eval_dataset)
         finally:
             self.args.dataloader_drop_last = drops
