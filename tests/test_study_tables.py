@@ -168,9 +168,7 @@ def test_where_scores_end():
     change = fit.contrast(["network 16"], ["dot, spread 0.14"])
     assert change is not None and change[1] > 0, "is shown by all runs together"
     change = fit.contrast(["thin 16, spread 0.14"], ["network 16"])
-    assert change is not None and (change[2] < 0) == (
-        "it is behind the network, too, which all runs together show" in text
-    )
+    assert change is not None and (change[2] < 0) == ("it is behind the network, too, which all runs together show" in text)
     ends = [spread(arm, "end") for arm in ("thin 16", "thin 16, spread 0.14")]
     assert "its scores end with {:.2f} and {:.2f}.".format(*ends) in text
     own = [arm for arm, runs in found.items() if runs and not {"learning_rate", "config_overrides"} & study.arms[arm].keys()]

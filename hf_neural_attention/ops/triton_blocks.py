@@ -152,7 +152,6 @@ def kernel_constants(
     if kernel != "forward":
         # sums weights in as many parts as there are warps, or multiplies in as many batches
         constants["PARTS" if kernel == "query" else "BATCHES"] = blocks.warps
-    if kernel != "forward":
         # counts a column more than there are units, for the gradient of the bias
         constants |= {"H1_PADDED": 1 << first.bit_length(), "H2_PADDED": 1 << (second - 1).bit_length()}
     return constants

@@ -7,6 +7,7 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 
+NOTHING = -100  # a label where nothing is to be predicted
 TOKENS = 8
 ROUNDING = 1e-5  # of the largest logit
 

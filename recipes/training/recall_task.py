@@ -21,6 +21,7 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, Trainer, default_data_collator
 
 from tools.command_lines import at_least
+from training.causal_models import NOTHING
 from training.prepared_data import PreparedData
 from training.reporting import ACCURACY_AND_LOSS, Task
 
@@ -30,7 +31,6 @@ PIPELINE_TAG = "text-generation"
 MEASURES = ("loss",)
 TASKS = ("recall", "nearest", "first_above")
 POWER = 0.01  # of the law that questions' places are drawn by, as in Zoology
-NOTHING = -100  # a label where nothing is asked
 
 
 @dataclass

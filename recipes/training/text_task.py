@@ -8,7 +8,7 @@ from datasets import DatasetDict
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, default_data_collator, set_seed
 
 from tools.messages import say
-from training.causal_models import loss_of_the_next_token, predicts_the_next_token
+from training.causal_models import NOTHING, loss_of_the_next_token, predicts_the_next_token
 from training.data_files import in_one_line
 from training.new_models import family_note
 from training.perplexity import perplexity
@@ -21,7 +21,6 @@ TASK = "language modelling"
 PIPELINE_TAG = "text-generation"
 SAMPLE_TOKENS = 60
 MEASURES = ("loss",)  # by an evaluation on the way
-NOTHING = -100  # a label of what is not to be predicted
 
 
 def prepare(
