@@ -141,8 +141,9 @@ def test_counts_of_real_kernels(tmp_path: Path):
             assert counted["fma"] < 16 < 40 < counted["all"] or (row["target"] == "gfx942" and not row["chosen"])
         else:
             first, second = row["hidden_dims"]
-            # allows for products with the third layer that Triton 3.7 does not pack
-            assert (first + 1) * second / packed <= counted["fma"] < first * second / packed + second + 4.5
+            # allows for products with the third layer that Triton 3.7 does not pack on AMD
+            more = 4 if packed == 1 else second / 2 + 4.5
+            assert (first + 1) * second / packed <= counted["fma"] < (first + 1) * second / packed + more
     assert (tmp_path / "card.md").read_text().count("\n| ") == len(rows) + 2
 
 
