@@ -21,6 +21,8 @@ from training.scorer_trainer import ScorerTrainer
 
 
 HEALTH_EXAMPLES = 4
+# Bounds the time that scores take to start, where a step is of many machines
+START_EXAMPLES = 64
 
 
 @dataclass
@@ -82,7 +84,10 @@ class Experiment:
             share_weights(model, self.build_model(Arm.DOT))
         spread = self.spread_of(arm)
         if spread is not None:
-            batch = self.first_batch("train_dataset", self.training.per_device_train_batch_size)
+            training = self.training
+            # counts those of all processes and of a whole step: where scores start does not hang on what shares the work
+            step = training.train_batch_size * training.world_size * training.gradient_accumulation_steps
+            batch = self.first_batch("train_dataset", min(step, START_EXAMPLES))
             self.score_starts[arm] = start_scores(model, batch, spread, layers=self.score_spread_layers)
         return model
 

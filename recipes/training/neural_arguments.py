@@ -49,8 +49,8 @@ class NeuralArguments:
         default=None,
         metadata={
             "help": "Standard deviation within rows that attention scores start with, in every model that is trained, dot "
-            "product or neural (`start_scores`, measured on the first batch). 0: attention without scores, uniform for ever "
-            "(dot product only). Default: what the models' own initialisation gives."
+            "product or neural (`start_scores`, on the examples of one step, 64 at most). 0: attention without scores, "
+            "uniform for ever (dot product only). Default: what the models' own initialisation gives."
         },
     )
     score_spread_layers: list[int] | None = field(
