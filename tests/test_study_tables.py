@@ -160,7 +160,7 @@ def test_where_scores_end():
     def accuracy(arm: str) -> float:
         return 100 * statistics.mean(run["metrics"]["test_accuracy"] for run in found[arm].values())
 
-    assert f"It starts with a spread of {spread('network 16', 'start'):.2f}" in text
+    assert f"The network's scores start with a spread of {spread('network 16', 'start'):.2f}" in text
     ends = [spread(arm, "end") for arm in ("dot, spread 0.14", "network 16")]
     assert "scores of the dot product spread by {:.2f} and those of the network by {:.2f}".format(*ends) in text
     fit = pooled(study, found)

@@ -105,8 +105,9 @@ def markdown(study: Study, found: Results, rows: list[dict[str, Any]], where: di
             "both.\n\n![Error against cost](shapes.png)"
         )
     if were_watched(found):
+        those = "the arms that the study pictures" if study.pictured else "arms at the study's own rate"
         parts.append(
-            "The first layer's scores during training, of arms at the study's own rate (mean over seeds, on a few validation "
+            f"The first layer's scores during training, of {those} (mean over seeds, on a few validation "
             "examples; at step 0 before any training): rows in which one key has over 0.99 of the weight, entropy of rows, "
             "and the norm of the gradient that reaches the weights of queries and keys (before clipping).\n\n"
             "![Scores of the first layer](scores.png)"

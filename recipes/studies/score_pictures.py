@@ -31,9 +31,13 @@ def first_layer(run: dict[str, Any]) -> str | None:
 
 
 def draw_first_layer(study: Study, found: Results, path: Path) -> None:
-    """Panels of saturation, entropy and gradient norm against the step, a line per arm, mean over seeds. Arms with a learning
-    rate of their own are left out where others have none: their lines would hide the rest."""
-    arms = [arm for arm in found if "learning_rate" not in study.arms[arm]] or list(found)
+    """Panels of saturation, entropy and gradient norm against the step, a line per arm, mean over seeds.
+
+    Of the arms that `study.pictured` names. Where it names none, of all but those with a learning rate of their own, if others
+    have none: their lines would hide the rest.
+    """
+    arms = [arm for arm in found if arm in study.pictured or (not study.pictured and "learning_rate" not in study.arms[arm])]
+    arms = arms or list(found)
     figure = Figure(figsize=(15, 4.5), layout="constrained")
     axes = figure.subplots(1, len(PANELS))
     for axis, (figure_name, title) in zip(axes, PANELS.items(), strict=True):
@@ -43,7 +47,8 @@ def draw_first_layer(study: Study, found: Results, path: Path) -> None:
             steps = sorted(set.intersection(*(set(curve) for curve in curves)))
             means = [statistics.mean(curve[step] for curve in curves) for step in steps]
             style = "-" if study.attention(arm).is_neural else "--"
-            axis.plot(steps, means, style, label=arm, color=f"C{number % 10}", linewidth=1.5 + 1.5 * (number // 10))
+            label = f"{arm} ({len(curves)} seed{'s' * (len(curves) > 1)})"
+            axis.plot(steps, means, style, label=label, color=f"C{number % 10}", linewidth=1.5 + 1.5 * (number // 10))
         axis.set(title=title, xlabel="step", xscale="symlog", xlim=(0, None))
         axis.grid(alpha=0.3)
         if figure_name == "gradient":

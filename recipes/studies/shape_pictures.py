@@ -4,8 +4,10 @@ import math
 from pathlib import Path
 from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import ScalarFormatter
+from matplotlib.transforms import Bbox, BboxBase
 
 from hf_neural_attention.models.configuration_neural_attention import resolve_sizes
 from studies.number_format import form_of
@@ -75,8 +77,6 @@ def draw_shapes(study: Study, found: Results, rows: list[dict[str, Any]], path: 
     for axis, (cost, title) in zip(figure.subplots(1, len(PANELS), sharey=True), PANELS.items(), strict=True):
         for place in places:
             axis.plot(place[cost], place["error"], "o", color=study.attention(place["arm"]).color)
-            name = place["arm"].removesuffix(shared)
-            axis.annotate(name, (place[cost], place["error"]), (4, 3), textcoords="offset points", fontsize=8)
         front = pareto_front([(place[cost], place["error"]) for place in places])
         axis.plot(*zip(*front, strict=True), color="tab:red", linewidth=1, drawstyle="steps-post", zorder=0)
         axis.set_xlabel(title)
@@ -86,7 +86,32 @@ def draw_shapes(study: Study, found: Results, rows: list[dict[str, Any]], path: 
             axis.set_xscale("symlog", base=2)
             axis.xaxis.set_major_formatter(ScalarFormatter())
     figure.supylabel(f"error, {form.unit.strip()}" if form.unit else study.metric)
+    figure.draw_without_rendering()  # settles where all is, which names go by
+    for axis, cost in zip(figure.axes, PANELS, strict=True):
+        write_names(axis, {place["arm"].removesuffix(shared): (place[cost], place["error"]) for place in places})
     save(figure, path)
+
+
+def write_names(axis: Axes, points: dict[str, tuple[float, float]]) -> None:
+    """Writes each point's name at the first of its corners where neither names nor points are, nor the frame."""
+    taken = [Bbox.from_bounds(x - 4, y - 4, 8, 8) for x, y in axis.transData.transform(list(points.values()))]
+    for name, point in points.items():
+        texts = [
+            axis.annotate(name, point, (4 * right, 3 * up), textcoords="offset points", fontsize=8, ha=side, va=place)
+            for up, place in ((1, "bottom"), (-1, "top"))
+            for right, side in ((1, "left"), (-1, "right"))
+        ]
+        boxes = {text: text.get_window_extent() for text in texts}
+        free = (text for text, box in boxes.items() if not box.count_overlaps(taken) and inside(axis.bbox, box))
+        chosen = next(free, texts[0])
+        taken.append(boxes[chosen])
+        for text in texts:
+            if text is not chosen:
+                text.remove()
+
+
+def inside(frame: BboxBase, box: BboxBase) -> bool:
+    return bool(frame.x0 <= box.x0 and box.x1 <= frame.x1 and frame.y0 <= box.y0 and box.y1 <= frame.y1)
 
 
 def shared_ending(names: list[str]) -> str:

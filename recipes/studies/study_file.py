@@ -51,6 +51,7 @@ class Study:
     also: list[str] = field(default_factory=list)
     lower_is_better: bool = True
     shapes: bool = False  # draw error against what scorers cost
+    pictured: list[str] = field(default_factory=list)  # arms of the picture of the first layer
     pooled: bool = True  # intervals of all runs together: chance does as much in every arm
     note: str = ""
 
@@ -75,6 +76,8 @@ class Study:
             return f"the recipe is {self.recipe!r}; expected {' or '.join(RECIPES)}."
         if self.baseline not in self.arms:
             return f"the baseline {self.baseline!r} is none of the arms, {', '.join(self.arms)}."
+        if unknown := [arm for arm in self.pictured if arm not in self.arms]:
+            return f"`pictured` names {unknown[0]!r}, which is none of the arms, {', '.join(self.arms)}."
         names: dict[str, str] = {}
         for arm, settings in self.arms.items():
             if not isinstance(settings, dict) or settings.get("attention") not in ATTENTIONS:

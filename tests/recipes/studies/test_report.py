@@ -3,11 +3,12 @@
 import json
 
 import pytest
+from matplotlib.figure import Figure
 
 from studies.report import CARD, report, summary
 from studies.results import adopt_runs, compared_with, difference, interval, is_same, load_results, summarize, verdict
 from studies.score_pictures import first_layer, points
-from studies.shape_pictures import cost_of, error_of, pareto_front, shared_ending
+from studies.shape_pictures import cost_of, error_of, inside, pareto_front, shared_ending, write_names
 from studies.study_file import COSTS, file_name
 from tests.helpers.study_records import change_run, costs_of, make_study, record_of, write_results
 
@@ -100,6 +101,20 @@ def test_error_against_cost(tmp_path):
     assert pareto_front([(2, 1.0), (1, 3.0), (3, 2.0), (4, 0.5), (1, 4.0)]) == [(1, 3.0), (2, 1.0), (4, 0.5)]
 
 
+def test_names_lie_on_no_other_name_or_point_nor_beyond_the_frame():
+    figure = Figure(figsize=(5, 5))
+    axis = figure.subplots()
+    points = {"network 8": (1.0, 1.0), "network 16 to 2": (1.01, 1.01), "thin 2": (3.0, 1.0), "dot": (3.0, 3.0)}
+    for point in points.values():
+        axis.plot(*point, "o")
+    figure.draw_without_rendering()
+    write_names(axis, points)
+    boxes = [text.get_window_extent() for text in axis.texts]
+    assert [text.get_text() for text in axis.texts] == list(points)
+    assert all(inside(axis.bbox, box) and box.count_overlaps(boxes) == 1 for box in boxes)
+    assert not any(box.contains(*place) for box in boxes for place in axis.transData.transform(list(points.values())))
+
+
 def test_arms_with_few_seeds_stand_where_their_differences_put_them():
     study = make_study()
     rows = [{"arm": "dot", "mean": 0.4, "difference": None}, {"arm": "first layer", "mean": 0.1, "difference": -0.1}]
@@ -113,7 +128,7 @@ def test_arms_beside_no_baseline_or_at_another_rate_have_no_place(tmp_path, monk
     dot = {"attention": "dot"}
     arms = {"dot": dot, "first layer": {"attention": "neural"}, "longer": dot, "faster": {**dot, "learning_rate": 1.0}}
     study = make_study(shapes=True, arms=arms)
-    monkeypatch.setattr("matplotlib.axes.Axes.annotate", lambda axis, text, *_, **__: drawn.append(text))
+    monkeypatch.setattr("studies.shape_pictures.write_names", lambda axis, points: drawn.extend(points))
 
     def write(figures):
         write_results(study, tmp_path, figures)
@@ -148,6 +163,9 @@ def test_scores_that_were_watched_are_drawn(tmp_path):
         path.write_text(json.dumps(record))
     assert "![Scores of the first layer](scores.png)" in report(study, tmp_path)
     assert (tmp_path / "scores.png").stat().st_size > 5_000
+    assert "of arms at the study's own rate" in (tmp_path / "report.md").read_text()
+    study.pictured = ["dot"]
+    assert "of the arms that the study pictures" in report(study, tmp_path)
     assert first_layer(record) == "a.b" and points(record, "saturated") == {0: 0.9, 5: 0.9, 10: 0.9}
 
 

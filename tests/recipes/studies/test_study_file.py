@@ -104,6 +104,9 @@ def test_studies_that_are_none(tmp_path):
         f"{{{given}, shapes: true, arms: {{a: {{attention: dot}}, b: {{attention: neural}}}}}}",
         "'b' has other than neural layers",
     )
+    refused(
+        f"{{{given}, pictured: [b], arms: {{a: {{attention: dot}}}}}}", "`pictured` names 'b', which is none of the arms, a"
+    )
     refused(f"{{{given}, arms: {{a: }}}}", "'a' must say `attention: dot` or `attention: neural`")
     refused(f"{{{given}, arms: {{a: {{attention: dot}}}}}}".replace("[0]", "3"), "`seeds` is 3; expected a list")
     refused(f"{{{given}, arms: {{b: {{attention: dot}}}}}}", "baseline 'a' is none of the arms, b")
