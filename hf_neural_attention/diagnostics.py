@@ -231,7 +231,8 @@ def base_of(layer: Any) -> Any:
 def lacks_weights(scorer: Any, inputs: Inputs) -> bool:
     """Whether a layer is on the meta device by itself: not with the tokens, and not since accelerate has offloaded it."""
     bases = [base_of(layer) for layer in layers_of(scorer).values()]
-    return inputs.device_type != "meta" and any(base.weight.is_meta and not hooks_of(base) for base in bases)
+    lacking = [base for base in bases if getattr(base.weight, "is_meta", False)]  # is a method of layers that torch quantised
+    return inputs.device_type != "meta" and not all(map(hooks_of, lacking))
 
 
 def is_plain(layer: nn.Module) -> bool:

@@ -1,6 +1,7 @@
 """Looks at models: unwraps them, finds their neural layers, sees what their attention is called with, and leaves them as they
 were."""
 
+import copy
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -12,7 +13,8 @@ from accelerate.utils import extract_model_from_parallel
 from accelerate.utils.other import is_compiled_module
 from torch import nn
 from torch.utils._pytree import tree_map_only
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, Cache, PreTrainedModel
+from transformers.cache_utils import CacheLayerMixin
 from transformers.masking_utils import sdpa_mask
 
 from .models.neural_attention_interface import (
@@ -24,6 +26,7 @@ from .models.neural_attention_interface import (
     share_batch,
 )
 from .models.neural_attention_masking import mask_scores
+from .models.neural_attention_parallel import gathered, is_distributed, mesh_of_heads
 from .models.neural_attention_reference import cap, expand_heads
 from .models.neural_attention_scorer import is_compact
 from .models.neural_attention_zero3 import is_run_by_deepspeed, whole_shape
@@ -176,8 +179,23 @@ def implementations_restored(model: nn.Module) -> Iterator[None]:
 
 
 def moved(inputs: Any, device: torch.device) -> Any:
-    """Inputs of a model, however nested, with their tensors on a device."""
+    """Inputs of a model, however nested, with their tensors on a device; of caches, which a forward adds to, copies."""
+    inputs = tree_map_only(Cache, copied, inputs, is_leaf=lambda each: isinstance(each, Cache))
     return tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), inputs)
+
+
+def copied(cache: Cache) -> Cache:
+    """A cache with tensors of its own, without a history, which `deepcopy` refuses to copy."""
+    tensors: dict[int, torch.Tensor] = {}
+    parts: list[Any] = [cache]
+    while parts:
+        for value in vars(parts.pop()).values():
+            for each in value if isinstance(value, list | tuple) else (value,):
+                if isinstance(each, torch.Tensor):
+                    tensors[id(each)] = each.detach().clone()
+                elif isinstance(each, Cache | CacheLayerMixin):
+                    parts.append(each)
+    return copy.deepcopy(cache, tensors)
 
 
 OBSERVER_NAME = "neural_attention_observer"
@@ -301,3 +319,22 @@ def call_of(
     if sinks is not None and tuple(sinks.shape) != (query.shape[1],):
         raise ValueError(f"sinks of shape {tuple(sinks.shape)} are not a logit per head: these scores cannot be looked at")
     return Call(query.float(), key.float(), mask, causal, scaling, softcap, None if sinks is None else sinks.float())
+
+
+def of_all_heads(module: Any, call: Call) -> Call:
+    """The call of a running module with the heads of all processes that share them (tensor parallelism), in each of these; its
+    scorer has the weights of all heads then, until attention runs."""
+    here = call.query.shape[1]
+    mesh = mesh_of_heads(module, here) if is_distributed() else None
+    if mesh is None:
+        return call
+    for part in module.scorer.modules() if hasattr(module, "scorer") else ():
+        if hasattr(type(part), "mesh_of_heads"):
+            part.mesh_of_heads = None
+    mask, sinks = call.mask, call.sinks
+    return call._replace(
+        query=gathered(call.query, mesh),
+        key=gathered(call.key, mesh),
+        mask=gathered(mask, mesh) if mask is not None and mask.shape[1] == here > 1 else mask,
+        sinks=None if sinks is None else gathered(sinks, mesh, 0),
+    )

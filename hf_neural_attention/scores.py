@@ -1,6 +1,7 @@
 """What the scores of attention are like, layer by layer, whatever makes them: dot product or scorer."""
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -8,7 +9,7 @@ import torch
 from torch import nn
 
 from .attending import attend, blocks_of_rows, scores_of
-from .introspection import Call, call_of, left_as_it_was, looked_at, moved, observed, unwrap
+from .introspection import WRAPPERS, Call, call_of, left_as_it_was, looked_at, moved, observed, of_all_heads, unwrap
 from .models.neural_attention_blockwise import without_autocast
 from .models.neural_attention_reference import key_features, softmax_or_zero
 from .patching.layers import attention_modules, tokens_of_queries
@@ -82,16 +83,20 @@ def watch_layers(
         padded: whether `look` gets queries of padding as well, and all in their places.
 
     Raises:
-        ValueError: if the inputs reach none of them.
+        ValueError: if the inputs reach none of them, or hold a `NeuralCache`, whose keys are projected already.
     """
+    if any(parent.__name__ == "NeuralCache" for given in inputs.values() for parent in type(given).__mro__):
+        raise ValueError(
+            "A `NeuralCache` keeps no keys that could be looked at. Leave it out, or give one of Transformers' own caches."
+        )
     seen: dict[Any, Any] = {}
     names = {module: name for name, module in modules.items()}
 
     def look_and_go_on(module: Any, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
         if module not in seen:
-            call = call_of(module, *args, **kwargs)
+            call = of_all_heads(module, call_of(module, *args, **kwargs))
             if not padded:
-                call = call.without_padding(tokens_of_queries(base, names[module], module, inputs, call.query.shape[2]))
+                call = call.without_padding(tokens_of_queries(base, names[module], module, inputs, call))
             # looks here, where a sharded model has its weights together
             seen[module] = look(module, call)
         return attend(module, *args, **kwargs)
@@ -100,7 +105,7 @@ def watch_layers(
         model(**moved(dict(inputs), device))
     if not seen:
         raise ValueError(f"These inputs reach none of these layers of this {type(base).__name__}.")
-    return {name: seen[module] for name, module in modules.items() if module in seen}
+    return {re.sub(WRAPPERS, "", name): seen[module] for name, module in modules.items() if module in seen}
 
 
 def statistics_of_layer(module: Any, call: Call) -> LayerScores:

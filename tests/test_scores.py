@@ -307,7 +307,8 @@ def test_padded_queries_of_text_that_looks_at_images_do_not_count():
 
     def tokens(is_encoder_decoder: bool, num_queries: int = 3, **inputs: Any) -> torch.Tensor | None:
         model = SimpleNamespace(config=SimpleNamespace(is_encoder_decoder=is_encoder_decoder))
-        return tokens_of_queries(model, "text.layers.0.crossattention", cross, inputs, num_queries)
+        call: Any = SimpleNamespace(query=torch.zeros(1, 1, num_queries, 2), key=torch.zeros(1, 1, 5, 2))
+        return tokens_of_queries(model, "text.layers.0.crossattention", cross, inputs, call)
 
     everything = torch.ones(1, 1)
     assert tokens(False, attention_mask=mask) is mask
@@ -342,6 +343,20 @@ def test_what_cannot_be_started_is_said_and_nothing_changes():
     used.vit.layers[0].attention.scorer.linear3.weight.data.fill_(1.0)
     refused(used, "is not new", images())
     refused(nn.Sequential(nn.Linear(2, 2)), "cannot be patched")
+    tokens = torch.randint(3, 90, (2, 6))
+    filled = tiny_causal(LlamaConfig)
+    cache = filled(tokens).past_key_values
+    refused(filled, "A cache among the `inputs` holds keys already", {"input_ids": tokens, "past_key_values": cache})
+    shared = tiny_causal(LlamaConfig)
+    attention = shared.model.layers[1].self_attn
+    attention.v_proj.weight = attention.k_proj.weight
+    refused(
+        shared, r"'model\.layers\.1\.self_attn': 'model\.layers\.1\.self_attn\.v_proj' has weights of its queries and keys too"
+    )
+    with torch.inference_mode():
+        refused(stock_vit(), r"outside of `torch\.inference_mode\(\)`")
+    capped = tiny_causal(Gemma2Config, attn_logit_softcapping=2.0)
+    refused(capped, r"its dot products are capped at 2\.0; give `inputs`")
 
 
 def test_thin_scorers_with_biases_are_scaled_themselves():

@@ -27,7 +27,10 @@ def to_rgb(image: Any) -> Any:
     form = image.format  # is lost where the image is turned
     image = ImageOps.exif_transpose(image)
     if image.mode in SIXTEEN_BITS or (image.mode == "I" and form in HAVE_SIXTEEN_BITS):
-        image = Image.fromarray(np.round(np.asarray(image) / 257).astype(np.uint8))
+        values, clear = np.asarray(image), image.info.get("transparency")
+        image = Image.fromarray(np.round(values / 257).astype(np.uint8))
+        if clear is not None:
+            image.putalpha(Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8)))
     elif image.mode in ("I", "F"):
         kind = "integers of 32 bits" if image.mode == "I" else "floating-point numbers"
         raise ValueError(

@@ -5,10 +5,12 @@ from typing import Any
 import torch
 
 from ..attending import scores_of
-from ..introspection import Call, implementations_restored, left_as_it_was, moved, unwrap, use_eager
+from ..introspection import Call, implementations_restored, is_sharded, left_as_it_was, moved, unwrap, use_eager
 from ..models.neural_attention_blockwise import without_autocast
+from ..models.neural_attention_parallel import gathered, is_distributed, mesh_of_heads
 from ..models.neural_attention_reference import softmax_or_zero
 from ..models.neural_attention_scorer import is_compact
+from ..patching.layers import attention_modules
 from .layer_recording import watch
 
 
@@ -34,11 +36,14 @@ def attention_maps(model: Any, **inputs: Any) -> tuple[torch.Tensor, ...]:
         use_eager(base)
         # asks for names where a config asks for none
         names = {} if getattr(base.config, "return_dict", True) else {"return_dict": True}
-        outputs = base(**moved(inputs, device), output_attentions=True, **names)
+        run = model if is_sharded(model) else base  # FSDP has weights together inside its own forward alone
+        outputs = run(**moved(inputs, device), output_attentions=True, **names)
     found = outputs.get("attentions")
     if not found or any(weights is None for weights in found):
         raise ValueError(f"This {type(base).__name__} gives no attention weights of one stack of layers (`attentions`).")
-    return tuple(found)
+    modules = attention_modules(base) if is_distributed() else {}
+    meshes = [mesh_of_heads(module, found[0].shape[1]) for module in list(modules.values())[:1]]
+    return tuple(gathered(weights, meshes[0]) if any(meshes) else weights for weights in found)
 
 
 def dot_product_maps(model: Any, **inputs: Any) -> dict[str, torch.Tensor]:

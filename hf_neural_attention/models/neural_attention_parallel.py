@@ -2,7 +2,8 @@
 part of the sequence (context and sequence parallelism), which is refused.
 
 Under tensor parallelism every process holds all weights of a scorer. Its heads' share of their gradients is summed over the
-processes in the backward pass, so that all of them make the same step, as one process would.
+processes in the backward pass, so that all of them make the same step, as one process would. Dropout of attention weights
+draws alike in all of them where their random numbers are alike: heads of different processes then lose the same pairs.
 """
 
 from typing import Any
@@ -40,15 +41,22 @@ def mesh_of_heads(attention: Any, num_heads: int) -> Any:
         mesh = mesh["tp"]
     if total != num_heads * mesh.size():
         raise ValueError(
-            f"A neural {type(attention).__name__} has {num_heads} heads here, one of {mesh.size()} processes of tensor "
+            f"A {type(attention).__name__} has {num_heads} heads here, one of {mesh.size()} processes of tensor "
             f"parallelism, and its config {total} in all. It works if each process has all heads, or as many as each other."
         )
-    if not hasattr(attention.scorer, "q_proj"):
+    if hasattr(attention, "scorer") and not hasattr(attention.scorer, "q_proj"):
         raise ValueError(
             f"A compact {type(attention).__name__} cannot share its heads among processes: the layers that project for its "
             "scorer are packed otherwise than stock ones. Load the checkpoint that was there before `compact`."
         )
     return mesh
+
+
+def gathered(tensor: torch.Tensor, mesh: Any, dim: int = 1) -> torch.Tensor:
+    """What each process has of some heads, put together in each."""
+    parts = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(mesh.size())]
+    torch.distributed.all_gather(parts, tensor.contiguous(), group=mesh.get_group())
+    return torch.cat(parts, dim)
 
 
 def share_heads(attention: Any, num_heads: int) -> None:

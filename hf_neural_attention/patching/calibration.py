@@ -167,7 +167,7 @@ def capture(model: nn.Module, name: str, module: Any, batches: list[dict[str, An
         for batch in batches:
             with suppress(LayerReached):
                 model(**batch)
-            tokens = [tokens_of_queries(model, name, module, batch, call.query.shape[2]) for call in calls]
+            tokens = [tokens_of_queries(model, name, module, batch, call) for call in calls]
             captured.append([call.without_padding(each) for call, each in zip(calls, tokens, strict=True)])
             calls.clear()
     return captured

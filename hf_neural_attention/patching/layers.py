@@ -6,6 +6,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
+from ..introspection import Call
 from ..models.neural_attention_compact import CompactAttentionMixin
 from .attention_arguments import fetching_forward
 from .errors import NoPatchableLayerError, PatchError, ProbeError
@@ -147,18 +148,22 @@ def self_attention_stacks(
     return kept
 
 
-def tokens_of_queries(
-    model: Any, name: str, module: nn.Module, inputs: Mapping[str, Any], num_queries: int
-) -> torch.Tensor | None:
+def tokens_of_queries(model: Any, name: str, module: nn.Module, inputs: Mapping[str, Any], call: Call) -> torch.Tensor | None:
     """Which queries of an attention layer are no padding, `[B or 1, Tq or 1]`, as `Call.without_padding` wants it. None leaves
-    that to the mask, but that of cross-attention says nothing of queries: there, it is what the inputs say of the decoder, or
-    of the text that looks at images, if it is as long."""
-    if not is_cross_attention(name, module):
+    that to the mask, which says nothing of queries where keys are others. In cross-attention, it is what the inputs say of the
+    decoder, or of the text that looks at images, if it is as long. With keys of a cache, or of virtual tokens, it is what
+    they say of the last tokens."""
+    batch, _, num_queries, _ = call.query.shape
+    is_cross = is_cross_attention(name, module)
+    if not is_cross and call.key.shape[2] == num_queries:
         return None
     is_whole = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
     has_encoder = is_whole and "encoder_hidden_states" not in inputs
-    mask = inputs.get("decoder_attention_mask" if has_encoder else "attention_mask")
-    return mask if mask is not None and mask.dim() == 2 and mask.shape[1] == num_queries else torch.ones(1, 1)
+    mask: Any = inputs.get("decoder_attention_mask" if has_encoder else "attention_mask")
+    is_known = mask is not None and mask.dim() == 2
+    if is_cross:
+        return mask if is_known and mask.shape[1] == num_queries else torch.ones(1, 1)
+    return mask[:, -num_queries:] if is_known and len(mask) == batch and mask.shape[1] >= num_queries else None
 
 
 def is_index(value: Any) -> bool:

@@ -135,6 +135,15 @@ class Sources:
                         stack.callback(layer.register_forward_hook(self.note_layer(module, name)).remove)
             yield
 
+    def sharer_of(self, sources: Iterable[Source]) -> str | None:
+        """Another module of the model that has weights of some sources, in words."""
+        mine = {id(source.layer): source.layer for source in sources}
+        held = {id(parameter) for layer in mine.values() for parameter in layer.parameters(recurse=False)}
+        for name, other in self.model.named_modules():
+            if id(other) not in mine and any(id(parameter) in held for parameter in other.parameters(recurse=False)):
+                return repr(name)
+        return None
+
     def note_norm(self, norm: Any, args: Any, output: Any) -> None:
         if isinstance(output, torch.Tensor):
             self.of_norms[id(output)] = output, norm

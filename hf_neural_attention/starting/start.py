@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from transformers import Cache
 
 from ..attending import attend
 from ..introspection import call_of, left_as_it_was, looked_at, moved, observed, unwrap
@@ -17,7 +18,7 @@ from ..patching.probing import probe
 from ..patching.reports import table
 from ..patching.tracing import run_until_reached
 from ..scores import statistics_of_layer
-from .closed_form import spread_in_closed_form
+from .closed_form import ASK, spread_in_closed_form
 from .sources import Source, Sources, is_norm, merged, offset_of_gain, rms
 
 
@@ -110,11 +111,16 @@ def start_scores(
         `ScoreStart`: for each attention layer what was multiplied and the spread before and after; printing it shows a table.
 
     Raises:
-        ValueError: if `spread` is negative or not finite; if `layers` chooses none, or one that is not there (PatchError); if
-            the model seems trained; or if a layer's spread cannot be set, with the reason. The model is then what it was.
+        ValueError: if `spread` is negative or not finite; under `torch.inference_mode()`; if a cache in `inputs` is not empty;
+            if `layers` chooses none, or one that is not there (PatchError); if the model seems trained; or if a layer's spread
+            cannot be set, with the reason. The model is then what it was.
     """
     if not (isinstance(spread, int | float) and 0 <= spread < math.inf):
         raise ValueError(f"`spread` is {spread!r}; it must be a number of at least zero.")
+    if torch.is_inference_mode_enabled():
+        raise ValueError("`start_scores` takes derivatives: call it outside of `torch.inference_mode()`.")
+    if any(isinstance(given, Cache) and given.get_seq_length() for given in (inputs or {}).values()):
+        raise ValueError("A cache among the `inputs` holds keys already, which no longer grow. Leave it out.")
     base = unwrap(model)
     check_unsharded(model, "Start")
     check_weights_together(model, "started")
@@ -189,7 +195,7 @@ def survey(
 
     def look(module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if module in plans and module not in pending:
-            plans[module] = "it calls its attention function several times in one forward, of different tokens"
+            plans[module] = "it calls its attention function several times in one forward"
         pending.discard(module)
         if module not in plans:
             found = sources.of(module, query, key, value)
@@ -197,8 +203,12 @@ def survey(
             with torch.no_grad():
                 call = call_of(module, query, key, value, *args, **kwargs)
                 if inputs is not None:
-                    call = call.without_padding(tokens_of_queries(model, names[module], module, inputs, query.shape[2]))
+                    call = call.without_padding(tokens_of_queries(model, names[module], module, inputs, call))
                 plan = found if isinstance(found, str) else plan_of(module, *found, query, key, call, inputs is not None)
+                if isinstance(plan, Plan) and wanted and inputs is None and is_capped(plan, call, wanted):
+                    plan = f"its dot products are capped at {call.softcap}; {ASK}"
+                if isinstance(plan, Plan) and (other := sources.sharer_of(plan.sources)) is not None:
+                    plan = f"{other} has weights of its queries and keys too, and would be scaled as well"
                 plans[module] = plan
                 if wanted is not None and isinstance(plan, Plan):
                     try:
@@ -287,6 +297,11 @@ def plan_of(
         why = "its scorer may be dead, draw another (`reset_parameters()`)" if scorer else "its weights may be zero"
         return f"its scores have a spread of {spread}, which no factor changes; {why}"
     return Plan("dot product" if scorer is None else scorer.mode, sources, degree, spread)
+
+
+def is_capped(plan: Plan, call: Any, wanted: float) -> bool:
+    """Whether a soft cap makes the spread of dot products smaller than the closed form has it, by a hundredth or more."""
+    return plan.scorer in ("dot product", "residual") and call.softcap is not None and wanted > call.softcap / 10
 
 
 def has_biases(scorer: Any) -> bool:

@@ -76,6 +76,9 @@ def test_what_is_transparent_is_white():
     colour.putpixel((1, 0), (0, 0, 0))
     colour.info["transparency"] = (0, 0, 0)  # one colour, as PNG and GIF may have it
     assert rgb(colour) == [RED, WHITE] and rgb(through(colour, "PNG")) == [RED, WHITE]
+    deep = PIL.fromarray(np.array([[0, 65535, 257]], dtype=np.uint16))
+    deep.info["transparency"] = 0
+    assert rgb(deep) == [WHITE, WHITE, [1] * 3]
 
 
 def test_inks_are_subtracted_from_white():

@@ -4,8 +4,9 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import DynamicCache, StaticCache
 
-from hf_neural_attention import analysis, calibrate, patch
+from hf_neural_attention import NeuralCache, analysis, calibrate, patch
 from tests.helpers.stock_models import FAMILIES
 
 
@@ -75,3 +76,32 @@ def test_cross_attention():
     inputs = padded("bart", "right", 23)
     counted = figures(analysis.scorer_health(model, **{**inputs, "decoder_attention_mask": torch.ones(2, 32)}))[-7:]
     assert counted != pytest.approx(first, rel=1e-4)
+
+
+def statistics(scores: Any) -> list[float]:
+    return [number for layer in scores for number in layer[2:]]
+
+
+@pytest.mark.parametrize("family", ("gpt2", "llama"))
+def test_queries_beside_other_keys(family: str):
+    """Padding counts no more where keys are those of a cache too: an empty one of fixed length, or one with earlier tokens."""
+    model, inputs = FAMILIES[family].model("sdpa"), padded(family, "right")
+    expected = statistics(analysis.score_statistics(model, **inputs))
+    fixed = StaticCache(model.config, max_cache_len=20)
+    assert statistics(analysis.score_statistics(model, past_key_values=fixed, **inputs)) == pytest.approx(expected, rel=1e-4)
+    assert fixed.get_seq_length() == 0, "is copied"
+    earlier = DynamicCache(config=model.config)
+    first = {name: tensor[:, :4] for name, tensor in inputs.items()}
+    model(**first, past_key_values=earlier)  # with a history, which cannot be copied
+    later = {name: tensor[:, 4:] for name, tensor in inputs.items()} | {"attention_mask": inputs["attention_mask"]}
+    found = analysis.score_statistics(model, past_key_values=earlier, **later)
+    assert earlier.get_seq_length() == 4
+    keys = [float(position + 1) for length in LENGTHS for position in range(4, length)]
+    uniform = torch.tensor(keys).log().mean().item()
+    assert [layer.uniform_entropy for layer in found] == pytest.approx([uniform] * len(found), rel=1e-5)
+
+
+def test_a_cache_without_keys_is_refused():
+    model = patch(FAMILIES["llama"].model(), "all", mode="replace")
+    with pytest.raises(ValueError, match="A `NeuralCache` keeps no keys that could be looked at"):
+        analysis.queries_and_keys(model, **padded("llama", "right"), past_key_values=NeuralCache(model))

@@ -13,10 +13,11 @@ import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.experimental import context_parallel
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface, AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
-from hf_neural_attention import NeuralCache, calibrate, compact, from_pretrained, load_patch, patch, save_patch
+from hf_neural_attention import NeuralCache, analysis, calibrate, compact, from_pretrained, load_patch, patch, save_patch
 from hf_neural_attention.patching import PatchError
 from tests.helpers.comparing import assert_near, assert_same_gradients, assert_same_state
 from tests.helpers.stock_models import FAMILIES
@@ -66,6 +67,30 @@ def check_gradients_and_outputs(folder: Path) -> None:
     assert old.model.layers[0].self_attn.q_proj.weight.to_local().shape == (16, 32)
     with torch.no_grad():
         assert_near(old(**LLAMA.inputs()).logits, from_pretrained(folder / "0")(**LLAMA.inputs()).logits)
+
+
+def figures_of(model: Any) -> list[Any]:
+    """What analysis says of a model, by kind."""
+    inputs = LLAMA.inputs()
+    found: list[Any] = [analysis.score_statistics(model, **inputs), analysis.attention_maps(model, **inputs)]
+    if hasattr(model.model.layers[0].self_attn, "scorer"):
+        found += [analysis.dot_product_maps(model, **inputs), analysis.queries_and_keys(model, **inputs)]
+        if model.model.layers[0].self_attn.scorer.mode != "thin":
+            found.append(analysis.scorer_health(model, **inputs))
+    return [list(each.values()) if isinstance(each, dict) else list(each) for each in found]
+
+
+def check_figures(folder: Path) -> None:
+    """Analysis sees all heads in each process, before the first forward and after."""
+    for name, loader in (*((str(number), None) for number in range(len(SETTINGS))), ("stock", AutoModelForCausalLM)):
+        alone = figures_of((loader.from_pretrained if loader else from_pretrained)(folder / name))
+        model = share(folder / name, loader)
+        for _ in range(2):
+            for ours, expected in zip(tree_leaves(figures_of(model)), tree_leaves(alone), strict=True):
+                if isinstance(expected, torch.Tensor):
+                    assert_near(ours, expected)
+                else:
+                    assert ours == (pytest.approx(expected, rel=1e-3) if isinstance(expected, float) else expected)
 
 
 def check_steps(folder: Path) -> None:
@@ -140,6 +165,7 @@ if __name__ == "__main__":
         make_models(path)
     torch.distributed.barrier()
     check_gradients_and_outputs(path)
+    check_figures(path)
     check_steps(path)
     check_what_is_refused(path)
     torch.distributed.destroy_process_group()

@@ -20,7 +20,17 @@ from transformers import (
 )
 from transformers.integrations.peft import MIN_PEFT_VERSION
 
-from hf_neural_attention import NeuralCache, compact, from_pretrained, load_patch, patch, patch_status, save_patch, unpatch
+from hf_neural_attention import (
+    NeuralCache,
+    compact,
+    explain,
+    from_pretrained,
+    load_patch,
+    patch,
+    patch_status,
+    save_patch,
+    unpatch,
+)
 from hf_neural_attention.models.neural_attention_interface import neural_attention_forward
 from hf_neural_attention.patching import PatchError
 from tests.helpers.comparing import assert_far, assert_near, assert_same_gradients, assert_same_state, backward, run
@@ -375,6 +385,7 @@ def test_dynamically_quantised_scorers(mode: str):
                 continue
             assert (ours - exact).abs().max() <= 0.02 * max(exact.abs().max(), 1)  # rounds inputs and weights to 8 bits
     assert run(quantised, **VIT.inputs()).isfinite().all()
+    assert "quantised or wrapped" in str(explain(quantised))
 
 
 @pytest.mark.parametrize("mode", ("replace", "compact"))
