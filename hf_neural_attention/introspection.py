@@ -75,8 +75,13 @@ def is_sharded(module: nn.Module) -> bool:
 
 def count(tensors: Iterable[torch.Tensor]) -> tuple[int, int]:
     """Numbers in tensors, and their bytes; of parameters that processes share, those of all together."""
-    sizes = [(whole_shape(tensor).numel(), tensor.element_size()) for tensor in tensors]
-    return sum(number for number, _ in sizes), sum(number * size for number, size in sizes)
+    sizes = [(whole_shape(tensor).numel(), tensor.element_size(), numbers_of_element(tensor)) for tensor in tensors]
+    return sum(number * held for number, _, held in sizes), sum(number * size for number, size, _ in sizes)
+
+
+def numbers_of_element(tensor: Any) -> int:
+    """How many numbers an element of a tensor holds: two in every byte of bitsandbytes' weights of four bits."""
+    return 2 * tensor.element_size() if hasattr(tensor, "quant_type") and getattr(tensor, "bnb_quantized", False) else 1
 
 
 def is_scorer(module: nn.Module) -> bool:

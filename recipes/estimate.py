@@ -115,13 +115,16 @@ def operations(experiment: Experiment) -> float:
 def total_steps(experiment: Experiment) -> tuple[int, int]:
     """Of the whole run in one process, and how many evaluations of the validation data it has."""
     training = experiment.training
-    batches = math.ceil(len(experiment.trainer_arguments["train_dataset"]) / training.train_batch_size)
+    whole = math.floor if training.dataloader_drop_last else math.ceil
+    batches = whole(len(experiment.trainer_arguments["train_dataset"]) / training.train_batch_size)
     per_epoch = math.ceil(batches / training.gradient_accumulation_steps)
     steps = training.max_steps if training.max_steps > 0 else math.ceil(training.num_train_epochs * per_epoch)
     between = training.eval_steps or training.logging_steps
     between = between if between >= 1 else math.ceil(between * steps)  # takes a share of the run, as Trainer does
     every = {"steps": between, "epoch": per_epoch, "no": math.inf}
-    return steps, int(steps / every[IntervalStrategy(training.eval_strategy).value])
+    # rounds up, since Trainer evaluates at the end as well
+    evaluations = math.ceil(steps / every[IntervalStrategy(training.eval_strategy).value])
+    return steps, evaluations + (training.eval_on_start and training.eval_strategy != IntervalStrategy.NO)
 
 
 def duration(seconds: float) -> str:

@@ -85,15 +85,17 @@ def main() -> None:
     if (embeddings := getattr(config, "vocab_size", None)) is not None:
         check_tokens(text, tokenizer, arguments.model_name_or_path, embeddings)
     test = tokenize(splits["test"], text.text_column_name, tokenizer)
-    # keeps the head, since it is tied to the embeddings, which stay as they are
-    kept = ["lm_head", *([r".*\.scorer"] if arguments.keep_scorers else [])]
-    settings = {"float32": None, "int8": BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=kept)}
+    kept = [r".*\.scorer"] if arguments.keep_scorers else []
     rows: list[dict[str, Any]] = []
-    for name, quantization in settings.items():
+    for name in ("float32", "int8"):
         options: dict[str, Any] = {"dtype": torch.float32}  # whatever the checkpoint is stored in
-        if quantization is not None:
+        if name == "int8":
+            quantization = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=kept)
             options |= {"quantization_config": quantization, "device_map": "auto"}
         model = load(arguments.model_name_or_path, **options)
+        if name == "float32":  # keeps the head, since it is tied to the embeddings, which stay as they are
+            head = model.get_output_embeddings()
+            kept += [label for label, module in model.named_modules() if module is head]
         figures = perplexity(
             model,
             test.tokens[: text.max_eval_tokens],

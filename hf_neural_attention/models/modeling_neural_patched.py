@@ -79,6 +79,19 @@ def make_compact(model: nn.Module, name: str, attention: Any, settings: Mapping[
     return made.scorer
 
 
+class NotingPreTrainedModel(PreTrainedModel):
+    """Comes after a stock class among the bases of a loader, and keeps what Transformers says of the loading: classes with a
+    `from_pretrained` of their own expect a model from the one that they extend, and nothing beside it."""
+
+    loading_info: dict[str, Any]
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        model, cls.loading_info = loaded
+        return model
+
+
 def loading_class(base: Any, record: Mapping[str, Any], where: str) -> Any:
     """The class of a model whose instances are patched when they are made, so that all weights are loaded in one go."""
 
@@ -87,7 +100,8 @@ def loading_class(base: Any, record: Mapping[str, Any], where: str) -> Any:
         attach_record(self, record, where)
 
     # keeps the name, by which Transformers looks up what to rename in old checkpoints
-    return type(base.__name__, (ScoredAttentionMixin, base), {"__init__": __init__, "__module__": base.__module__})
+    bases = (ScoredAttentionMixin, base, NotingPreTrainedModel)
+    return type(base.__name__, bases, {"__init__": __init__, "__module__": base.__module__})
 
 
 def load_patched(base: Any, record: Mapping[str, Any], where: str, config: Any, *args: Any, **kwargs: Any) -> tuple[Any, dict]:
@@ -103,7 +117,8 @@ def load_patched(base: Any, record: Mapping[str, Any], where: str, config: Any, 
             "than stock ones, for which Transformers' plans are. Load the checkpoint that was there before `compact`."
         )
     loader = loading_class(base, record, where)
-    model, info = loader.from_pretrained(where, *args, config=config, output_loading_info=True, **kwargs)
+    model = loader.from_pretrained(where, *args, config=config, **kwargs)
+    info = loader.loading_info
     compact = tuple(f"{name_in(model, name)}." for name, settings in record["layers"].items() if settings.get("compact"))
     if missing := sorted(name for name in info["missing_keys"] if ".scorer." in name or name.startswith(compact)):
         raise PatchError(

@@ -87,11 +87,14 @@ def calibrate(
     Raises:
         PatchError: if the model has no neural layer, a layer has mode `"residual"` (it computes the dot product already) or
             is compact (it has no queries and keys), or the batches do not reach a layer. All scorers are what they were then.
-        ValueError: if there is no data, it is one batch instead of several in a list or loader, or a number is out of range.
+        ValueError: if there is no data, it is one batch instead of several in a list or loader, a number is out of range, or
+            it is called under `torch.inference_mode()`.
     """
     for name, number in (("steps", steps), ("max_batches", max_batches), ("learning_rate", learning_rate)):
         if not number > 0:
             raise ValueError(f"`{name}` is {number!r}; it must be positive.")
+    if torch.is_inference_mode_enabled():
+        raise ValueError("`calibrate` trains scorers: call it outside of `torch.inference_mode()`.")
     check_unsharded(model)
     check_weights_together(model, "calibrated")
     base = unwrap(model)

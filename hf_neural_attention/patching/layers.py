@@ -62,6 +62,7 @@ def choose_layers(
         PatchError: if `layers` is neither of what is allowed, or names what is not there.
         ProbeError: if it takes a layer's call to see whether it is meant.
     """
+    layers = layers.tolist() if hasattr(layers, "tolist") else layers  # of an array
     if callable(layers):
         if names := [name for name, module in found.items() if layers(name, module)]:
             return names

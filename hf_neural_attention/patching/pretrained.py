@@ -229,6 +229,11 @@ def from_pretrained(pretrained_model_name_or_path: Any, *, model_class: Any = No
             f"`{RECORD}`. Load it with Transformers, and give it neural layers by `hf_neural_attention.patch`, or by "
             "`load_patch` if what you have is a patch for it."
         )
+    elif "config" in kwargs:
+        raise PatchError(
+            f"`from_pretrained` takes no `config`: that of {where} says which layers are neural. Give what shall differ by "
+            "name (`attn_implementation=...`), or change its config.json."
+        )
     else:
         record = content.pop(RECORD)
         check_version(record, f"config.json of {where}")

@@ -36,7 +36,7 @@ class PatchedLayer(NamedTuple):
             scorer.num_heads is not None,
             scorer.init,
             is_compact(scorer),
-            *count(scorer.parameters()),
+            *count(getattr(scorer, "original_module", scorer).parameters()),  # counts once what peft keeps copies of
         )
 
 

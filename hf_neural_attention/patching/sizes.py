@@ -47,8 +47,13 @@ def cache_bytes(model: nn.Module, calls: Calls | None, example_inputs: Mapping[s
     """Bytes that a stock cache keeps of each token that the model itself has read or written, in all layers together."""
     base: Any = unwrap(model)
     decoder = base.get_decoder() if getattr(getattr(base, "config", None), "is_encoder_decoder", False) else base
-    if not hasattr(getattr(decoder, "config", None), "use_cache"):
+    config: Any = getattr(decoder, "config", None)
+    if hasattr(config, "get_text_config"):  # finds the language model of several parts
+        config = config.get_text_config(decoder=True)
+    if not hasattr(config, "use_cache"):
         return 0
+    if hasattr(config, "kv_lora_rank"):  # keeps what keys and values are made of, which attention does not get
+        return None
     try:
         found = attention_modules(base)
     except NoPatchableLayerError:
@@ -57,9 +62,14 @@ def cache_bytes(model: nn.Module, calls: Calls | None, example_inputs: Mapping[s
     caching = [module for name, module in found.items() if module in inside and caches(name, module)]
     if caching and calls is None:
         calls, _ = probe(base, found, example_inputs)
+    if decoder is not base and not caching:
+        return None
     seen = [next(iter((calls or {}).get(module, [])), None) for module in caching]
     if None in seen:
         return None
+    heads = getattr(config, "num_key_value_heads", None)
+    if isinstance(heads, int) and any(call.key[1] > heads for call in seen if call is not None):
+        return None  # are repeated behind the cache
     numbers = sum(shape[1] * shape[3] for call in seen if call is not None for shape in (call.key, call.value))
     return numbers * getattr(base, "dtype", torch.get_default_dtype()).itemsize
 

@@ -9,6 +9,7 @@ import torch
 from transformers import BitsAndBytesConfig, QuantoConfig
 
 from hf_neural_attention import compact, from_pretrained, patch
+from hf_neural_attention.introspection import count
 from tests.helpers.comparing import main_output, run
 from tests.helpers.neural_models import GPT2, VIT, Family, scorers
 from tests.helpers.stock_models import FAMILIES
@@ -69,6 +70,7 @@ def test_four_bits_leave_scorers_and_the_output_layer(fields: dict[str, Any], tm
     settings = BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=[".*scorer", "lm_head"])
     ours = from_pretrained(tmp_path, quantization_config=settings, dtype=torch.float32)
     assert ours.transformer.h[0].attn.c_attn.weight.dtype is torch.uint8
+    assert count(ours.parameters())[0] == ours.num_parameters() == model.num_parameters()
     assert {parameter.dtype for parameter in scorers(ours)[0].parameters()} == {torch.float32}
     actual, expected = run(ours, **inputs), run(model, **inputs)
     assert 0 < (actual - expected).norm() / expected.norm() < 0.3

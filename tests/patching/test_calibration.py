@@ -197,6 +197,8 @@ def test_what_cannot_be_calibrated():
         calibrate(model, batches(FAMILIES["gpt2"]))
     with pytest.raises(ValueError, match="`data` is one batch; expected several"):
         calibrate(patch(FAMILIES["gpt2"].model(), mode="replace"), next(iter(batches(FAMILIES["gpt2"]))))
+    with torch.inference_mode(), pytest.raises(ValueError, match=r"outside of `torch\.inference_mode\(\)`"):
+        calibrate(patch(FAMILIES["gpt2"].model(), mode="replace"), batches(FAMILIES["gpt2"]))
     patch(model)
     with pytest.raises(PatchError, match=r'transformer.h.0.attn: mode "residual"'):
         calibrate(model, batches(FAMILIES["gpt2"]))

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 from transformers import AutoConfig, AutoModel, MarianConfig, MarianForCausalLM
 
@@ -16,7 +17,15 @@ GPT2, T5 = FAMILIES["gpt2"], FAMILIES["t5"]
 
 @pytest.mark.parametrize(
     ("layers", "indices"),
-    [((0,), [0]), ([-1], [2]), ([2, 0], [0, 2]), (range(1, 3), [1, 2]), ("all", [0, 1, 2]), ([0, -1], [0, 2])],
+    [
+        ((0,), [0]),
+        ([-1], [2]),
+        ([2, 0], [0, 2]),
+        (range(1, 3), [1, 2]),
+        (np.arange(2), [0, 1]),
+        ("all", [0, 1, 2]),
+        ([0, -1], [0, 2]),
+    ],
     ids=str,
 )
 def test_indices_count_each_stack_by_itself(layers: Any, indices: list[int]):
@@ -27,6 +36,7 @@ def test_indices_count_each_stack_by_itself(layers: Any, indices: list[int]):
 
 
 def test_names_and_predicates():
+    assert planned_layers(GPT2.model(), np.arange(2)) == GPT2.layers[:2]
     model = T5.model()
     cross = "decoder.block.1.layer.1.EncDecAttention"
     assert planned_layers(model, [cross, "encoder.block.0.layer.0.SelfAttention"]) == [

@@ -217,7 +217,10 @@ def test_lora(family: Family, patch_first: bool):
     only_attention = LoraConfig(r=4, exclude_modules=r".*\.scorer\..*", modules_to_save=["scorer"], **LORA[family.model_type])
     without_scorer = LoraConfig(r=4, **LORA[family.model_type])
     if patch_first:
-        model = get_peft_model(patch(family.model(), **ALL), only_attention)
+        base = patch(family.model(), **ALL)
+        status = patch_status(base)
+        model = get_peft_model(base, only_attention)
+        assert patch_status(model).num_parameters == status.num_parameters, "counts no copies"
     else:
         model = patch(get_peft_model(family.model(), without_scorer), **ALL)
     assert len(patch_status(model)) == len(family.layers)

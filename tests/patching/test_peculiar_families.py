@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModel
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, AutoModelForCausalLM
 
 from hf_neural_attention import patch, patched
 from hf_neural_attention.patching import ProbeError, UnsupportedLayerError
@@ -108,6 +108,22 @@ def test_example_inputs_need_not_reach_every_part():
     both = {"language_model.layers.*.self_attn", "vision_tower.encoder.layers.*.self_attn"}
     assert stacks(model) == stacks(model, example_inputs={"input_ids": TOKENS}) == both
     assert_patchable(model, {"input_ids": TOKENS}, example_inputs={"input_ids": TOKENS})
+    cache = model(input_ids=TOKENS).past_key_values
+    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    assert (
+        patch(model, "all", dry_run=True, example_inputs={"input_ids": TOKENS}).stock.cache_bytes_per_token
+        == held / TOKENS.numel()
+    )
+
+
+def test_caches_that_keep_other_numbers_than_attention_gets_are_not_counted():
+    sizes = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8}
+    layers = {"num_hidden_layers": 1, "first_k_dense_replace": 1, "hidden_size": 32, "intermediate_size": 32}
+    config = AutoConfig.for_model(
+        "deepseek_v3", num_attention_heads=2, num_key_value_heads=2, vocab_size=99, **sizes, **layers
+    )
+    plan = patch(AutoModelForCausalLM.from_config(config), "all", dry_run=True)
+    assert plan.stock.cache_bytes_per_token is None and "unknown" in str(plan)
 
 
 def test_arguments_that_are_left_over_change_nothing():

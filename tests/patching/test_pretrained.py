@@ -193,6 +193,8 @@ def test_arguments_of_from_pretrained(tmp_path: Path):
     assert {parameter.dtype for parameter in loaded.parameters()} == {torch.bfloat16}
     assert loaded.config._attn_implementation == "eager" and loaded.config.use_cache is False
     assert torch.equal(run(from_pretrained(str(folder)), **LLAMA.inputs()), run(model, **LLAMA.inputs()))
+    with pytest.raises(PatchError, match=r"`from_pretrained` takes no `config`.*says which layers are neural"):
+        from_pretrained(folder, config=model.config)
 
 
 def test_parts_of_a_model_know_it_too(tmp_path: Path):
@@ -235,6 +237,28 @@ def test_classes_that_transformers_does_not_have(tmp_path: Path):
         from_pretrained(tmp_path, model_class=transformers.AutoModelForSequenceClassification)
     loaded = from_pretrained(tmp_path, model_class=Mine)
     assert type(loaded) is Mine and torch.equal(run(loaded, **LLAMA.inputs()), run(model, **LLAMA.inputs()))
+
+
+class Speaking(transformers.LlamaForCausalLM):
+    """Does something to what it has loaded, as Qwen2.5-Omni does."""
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        model = super().from_pretrained(*args, **kwargs)
+        model.loaded_by = cls.__name__
+        return model
+
+
+def test_classes_that_load_in_a_way_of_their_own(tmp_path: Path):
+    model = patch(Speaking(LLAMA.model().config), "all")
+    model.save_pretrained(tmp_path)
+    loaded, info = from_pretrained(tmp_path, model_class=Speaking, output_loading_info=True)
+    assert type(loaded) is Speaking and loaded.loaded_by == "Speaking" and not info["missing_keys"]
+    assert torch.equal(run(loaded, **LLAMA.inputs()), run(model, **LLAMA.inputs()))
+    weights = {name: tensor for name, tensor in model.state_dict().items() if ".0.self_attn.scorer" not in name}
+    model.save_pretrained(tmp_path, state_dict=weights)
+    with pytest.raises(PatchError, match="lacks weights of its neural layers"):
+        from_pretrained(tmp_path, model_class=Speaking)
 
 
 class InPlace(LlamaModel):
