@@ -40,6 +40,9 @@ SAID = (
     (IMAGES, "dot, spread 0.14", "dot", NOTHING),
     (IMAGES, "network 16", "dot, spread 0.14", NOTHING),
     ("spread-images-longer", "network 16", "dot", "better"),
+    ("paper-architecture-images", f"neural, {AUTHORS}", f"dot, {AUTHORS}", NOTHING),
+    ("paper-architecture-images", f"dot, {AUTHORS}, first layer uniform", f"dot, {AUTHORS}", NOTHING),
+    ("paper-architecture-images", f"dot, {AUTHORS}, spread 1", f"dot, {AUTHORS}", "better"),
     ("shapes-images", "16 to 2", "16 to 8", "better"),
     ("compact-images", "compact 16 to 2, spread 1", "dot, spread 1", NOTHING),
     (PAPER, f"neural, {AUTHORS}", f"dot, {AUTHORS}", "better"),
@@ -260,6 +263,16 @@ def test_three_epochs():
     )
     assert f"({stock[0]:.1f} % to {stock[-1]:.1f} %)" in words_of(PAPER_LIKE)
     assert f"({network[0]:.1f} % to {network[-1]:.1f} %)" in words_of(PAPER_LIKE)
+    both = sorted(100 * each["metrics"]["test_accuracy"] for each in found["network 16, spread 1"].values())
+    assert len(both) == 2 and both[0] > network[-1]
+    assert f"a network with the better start ({both[0]:.1f} % and {both[1]:.1f} %)" in words_of(PAPER_LIKE)
+
+
+def test_a_network_that_does_not_average_beside_a_saturated_dot_product():
+    _, found = loaded(PAPER)
+    start, end = (found[f"neural mirrored, {AUTHORS}"][0]["score_statistics"][when][0] for when in ("start", "end"))
+    said = f"with a spread of {start['spread']:.1f}, and {100 * start['saturated']:.0f} % of its rows are saturated; "
+    assert f"{said}it ends at {end['spread']:.1f} and {100 * end['saturated']:.0f} %" in words_of(PAPER_LIKE)
 
 
 def test_sizes_of_compact_models():
