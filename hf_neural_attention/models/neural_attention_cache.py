@@ -159,9 +159,10 @@ def neural_attentions(model: Any) -> dict[int, AttentionModule]:
 
 
 def saves_memory(attention: AttentionModule, dtype: torch.dtype) -> bool:
-    """Whether a key of `dtype` takes fewer bytes projected. Never in mode "residual", whose dot product needs it whole."""
+    """Whether a key of `dtype` takes fewer bytes projected. Never in mode "residual", whose dot product needs it whole, nor
+    with latent attention (DeepSeek's), which caches the few numbers that keys are made of."""
     scorer = attention.scorer
-    if scorer.mode == "residual":
+    if scorer.mode == "residual" or hasattr(attention, "kv_lora_rank"):
         return False
     # counts a key once for each query head that shares it, since weights per head project it for each
     repeats = 1 if scorer.num_heads is None else getattr(attention, "num_key_value_groups", 1)
@@ -240,7 +241,7 @@ class NeuralCache(Cache):
             raise ValueError(
                 f"NeuralCache would save nothing with this {type(model).__name__}: no layer has a scorer that needs less than "
                 'the whole key (layers with the dot product, of mode "residual", or with scorers as wide as a key need all of '
-                "it). Use a DynamicCache or a StaticCache."
+                "it; latent attention caches no keys). Use a DynamicCache or a StaticCache."
             )
         Cache.__init__(
             self,

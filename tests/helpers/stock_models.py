@@ -44,6 +44,13 @@ def small_model(model_type: str, **fields) -> Any:
     return AutoModel.from_config(AutoConfig.for_model(model_type, vocab_size=99, **fields))
 
 
+def latent_model() -> Any:
+    """One with latent attention, which caches the numbers that keys and values are made of."""
+    ranks = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8}
+    sizes = {"num_hidden_layers": 1, "first_k_dense_replace": 1, "hidden_size": 32, "intermediate_size": 32}
+    return small_model("deepseek_v3", num_attention_heads=2, num_key_value_heads=2, **ranks, **sizes)
+
+
 @dataclass(frozen=True)
 class Family:
     model_type: str

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import DynamicCache, EncoderDecoderCache, GenerationConfig, StaticCache
 
-from hf_neural_attention import NeuralCache, NeuralScorer
+from hf_neural_attention import NeuralCache, NeuralScorer, patch
 from hf_neural_attention.models.neural_attention_cache import (
     GrowingNeuralCache,
     ProjectedKeys,
@@ -20,6 +20,7 @@ from hf_neural_attention.models.neural_attention_interface import detach_scorer
 from tests.helpers.comparing import assert_far, assert_near, run, use
 from tests.helpers.generating import generate, neural, prompt, stock_model
 from tests.helpers.neural_models import eager_and_sdpa
+from tests.helpers.stock_models import latent_model
 from tests.helpers.versions import CACHE, STATIC_CACHES_CROP
 
 
@@ -301,6 +302,12 @@ def test_models_for_which_it_would_do_nothing(length: int | None, make):
     model = make()
     with pytest.raises(ValueError, match="NeuralCache would save nothing with this"):
         NeuralCache(model, length)
+
+
+def test_latent_attention_caches_no_keys():
+    model = patch(latent_model(), "all", mode="replace")
+    with pytest.raises(ValueError, match="latent attention caches no keys"):
+        NeuralCache(model)
 
 
 def test_models_whose_layers_may_share_keys():

@@ -5,13 +5,13 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModel
 
 from hf_neural_attention import patch, patched
 from hf_neural_attention.patching import ProbeError, UnsupportedLayerError
 from hf_neural_attention.patching.module_names import stack_name
 from tests.helpers.comparing import assert_near
-from tests.helpers.stock_models import BART, FAMILIES, GROUPED
+from tests.helpers.stock_models import BART, FAMILIES, GROUPED, latent_model
 
 
 GROUPED_HEADS = {**GROUPED, "num_hidden_layers": 2, "head_dim": 8, "initializer_range": 0.2}
@@ -117,12 +117,7 @@ def test_example_inputs_need_not_reach_every_part():
 
 
 def test_caches_that_keep_other_numbers_than_attention_gets_are_not_counted():
-    sizes = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8}
-    layers = {"num_hidden_layers": 1, "first_k_dense_replace": 1, "hidden_size": 32, "intermediate_size": 32}
-    config = AutoConfig.for_model(
-        "deepseek_v3", num_attention_heads=2, num_key_value_heads=2, vocab_size=99, **sizes, **layers
-    )
-    plan = patch(AutoModelForCausalLM.from_config(config), "all", dry_run=True)
+    plan = patch(latent_model(), "all", dry_run=True)
     assert plan.stock.cache_bytes_per_token is None and "unknown" in str(plan)
 
 
