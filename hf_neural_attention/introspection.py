@@ -14,7 +14,6 @@ from accelerate.utils.other import is_compiled_module
 from torch import nn
 from torch.utils._pytree import tree_map_only
 from transformers import AttentionInterface, AttentionMaskInterface, Cache, PreTrainedModel
-from transformers.cache_utils import CacheLayerMixin
 from transformers.masking_utils import sdpa_mask
 
 from .models.neural_attention_interface import (
@@ -191,16 +190,19 @@ def moved(inputs: Any, device: torch.device) -> Any:
 
 def copied(cache: Cache) -> Cache:
     """A cache with tensors of its own, without a history, which `deepcopy` refuses to copy."""
-    tensors: dict[int, torch.Tensor] = {}
+    copies: dict[int, Any] = {}
     parts: list[Any] = [cache]
     while parts:
-        for value in vars(parts.pop()).values():
-            for each in value if isinstance(value, list | tuple) else (value,):
+        for name, value in vars(parts.pop()).items():
+            several = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else (value,)
+            for each in several:
                 if isinstance(each, torch.Tensor):
-                    tensors[id(each)] = each.detach().clone()
-                elif isinstance(each, Cache | CacheLayerMixin):
+                    copies[id(each)] = each.detach().clone()
+                elif isinstance(each, torch.Stream):  # is shared, as of caches that are offloaded
+                    copies[id(each)] = each
+                elif isinstance(each, Cache) or name == "layers":
                     parts.append(each)
-    return copy.deepcopy(cache, tensors)
+    return copy.deepcopy(cache, copies)
 
 
 OBSERVER_NAME = "neural_attention_observer"
@@ -340,6 +342,6 @@ def of_all_heads(module: Any, call: Call) -> Call:
     return call._replace(
         query=gathered(call.query, mesh),
         key=gathered(call.key, mesh),
-        mask=gathered(mask, mesh) if mask is not None and mask.shape[1] == here > 1 else mask,
+        mask=gathered(mask, mesh) if mask is not None and mask.shape[1] == here else mask,
         sinks=None if sinks is None else gathered(sinks, mesh, 0),
     )

@@ -117,14 +117,14 @@ def total_steps(experiment: Experiment) -> tuple[int, int]:
     training = experiment.training
     whole = math.floor if training.dataloader_drop_last else math.ceil
     batches = whole(len(experiment.trainer_arguments["train_dataset"]) / training.train_batch_size)
-    per_epoch = math.ceil(batches / training.gradient_accumulation_steps)
+    per_epoch = max(1, math.ceil(batches / training.gradient_accumulation_steps))
     steps = training.max_steps if training.max_steps > 0 else math.ceil(training.num_train_epochs * per_epoch)
     between = training.eval_steps or training.logging_steps
     between = between if between >= 1 else math.ceil(between * steps)  # takes a share of the run, as Trainer does
     every = {"steps": between, "epoch": per_epoch, "no": math.inf}
     # rounds up, since Trainer evaluates at the end as well
     evaluations = math.ceil(steps / every[IntervalStrategy(training.eval_strategy).value])
-    return steps, evaluations + (training.eval_on_start and training.eval_strategy != IntervalStrategy.NO)
+    return steps, evaluations + training.eval_on_start
 
 
 def duration(seconds: float) -> str:

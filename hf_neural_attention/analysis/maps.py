@@ -10,6 +10,7 @@ from ..models.neural_attention_blockwise import without_autocast
 from ..models.neural_attention_parallel import gathered, is_distributed, mesh_of_heads
 from ..models.neural_attention_reference import softmax_or_zero
 from ..models.neural_attention_scorer import is_compact
+from ..patching.errors import NoPatchableLayerError
 from ..patching.layers import attention_modules
 from .layer_recording import watch
 
@@ -41,9 +42,22 @@ def attention_maps(model: Any, **inputs: Any) -> tuple[torch.Tensor, ...]:
     found = outputs.get("attentions")
     if not found or any(weights is None for weights in found):
         raise ValueError(f"This {type(base).__name__} gives no attention weights of one stack of layers (`attentions`).")
-    modules = attention_modules(base) if is_distributed() else {}
-    meshes = [mesh_of_heads(module, found[0].shape[1]) for module in list(modules.values())[:1]]
-    return tuple(gathered(weights, meshes[0]) if any(meshes) else weights for weights in found)
+    mesh = mesh_of_maps(base, found[0].shape[1])
+    return tuple(found) if mesh is None else tuple(gathered(weights, mesh) for weights in found)
+
+
+def mesh_of_maps(model: Any, num_heads: int) -> Any:
+    """The processes that share the heads of a model's maps (tensor parallelism), or None if each has them all."""
+    if not is_distributed():
+        return None
+    try:
+        modules = list(attention_modules(model).values())
+    except NoPatchableLayerError:
+        return None
+    config = model.config.get_text_config(decoder=True)
+    # passes over parts of other kinds, whose heads may be others in number
+    own = [module for module in modules if getattr(module.config, "base", module.config) is config] or modules
+    return next((mesh for module in own if (mesh := mesh_of_heads(module, num_heads)) is not None), None)
 
 
 def dot_product_maps(model: Any, **inputs: Any) -> dict[str, torch.Tensor]:

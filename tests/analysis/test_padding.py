@@ -1,5 +1,6 @@
 """Padding is no text: on whichever side it is, and how much of it there is, it makes no difference."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -7,7 +8,8 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 from hf_neural_attention import NeuralCache, analysis, calibrate, patch
-from tests.helpers.stock_models import FAMILIES
+from hf_neural_attention.patching.layers import tokens_of_queries
+from tests.helpers.stock_models import FAMILIES, small_model
 
 
 LENGTHS = (9, 5)
@@ -99,6 +101,29 @@ def test_queries_beside_other_keys(family: str):
     keys = [float(position + 1) for length in LENGTHS for position in range(4, length)]
     uniform = torch.tensor(keys).log().mean().item()
     assert [layer.uniform_entropy for layer in found] == pytest.approx([uniform] * len(found), rel=1e-5)
+
+
+def test_hybrid_caches_with_a_history_are_copied():
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    linear = {"linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
+    kinds = {"layer_types": ["linear_attention", "full_attention"], "num_key_value_heads": 2, "head_dim": 8}
+    experts = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16}
+    model = small_model("qwen3_next", **sizes, **linear, **kinds, **experts)
+    ids = torch.randint(3, 98, (1, 6))
+    cache = DynamicCache(config=model.config)
+    model(ids[:, :4], past_key_values=cache)
+    one, two = (analysis.score_statistics(model, input_ids=ids[:, 4:], past_key_values=cache) for _ in range(2))
+    assert one == two and cache.get_seq_length() == 4
+
+
+def test_text_is_no_mask_of_what_looks_at_images():
+    call: Any = SimpleNamespace(query=torch.zeros(1, 2, 3, 8), key=torch.zeros(1, 2, 8, 8))
+    model, text = SimpleNamespace(config=SimpleNamespace()), {"attention_mask": torch.tensor([[1, 1, 1, 1, 0]])}
+    for index, expected in ((None, None), (0, [[1, 1, 0]])):
+        module = torch.nn.Module()
+        module.layer_idx = index
+        tokens = tokens_of_queries(model, "layers.0.self_attn", module, text, call)
+        assert (tokens if tokens is None else tokens.tolist()) == expected
 
 
 def test_a_cache_without_keys_is_refused():

@@ -26,6 +26,7 @@ def test_steps_and_evaluations(tmp_path):
     assert total_steps(experiment(tmp_path, **epochs, max_steps=50, eval_strategy="steps", eval_steps=20)) == (50, 3)
     dropping = {"dataloader_drop_last": True, "eval_strategy": "epoch", "eval_on_start": True}
     assert total_steps(experiment(tmp_path, **epochs, **dropping)) == (30, 4)
+    assert total_steps(experiment(tmp_path, **epochs, eval_on_start=True)) == (33, 1)
     assert total_steps(experiment(tmp_path, max_steps=50, eval_strategy="steps", eval_steps=0.1)) == (50, 10)  # takes a share
     several = experiment(tmp_path, **epochs)
     several.training._n_gpu = 4  # of one process, whose steps take as many batches
