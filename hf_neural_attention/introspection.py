@@ -25,7 +25,7 @@ from .models.neural_attention_interface import (
     share_batch,
 )
 from .models.neural_attention_masking import mask_scores
-from .models.neural_attention_parallel import gathered, is_distributed, mesh_of_heads
+from .models.neural_attention_parallel import gathered, is_distributed, mesh_of_heads, tell_scorer
 from .models.neural_attention_reference import cap, expand_heads
 from .models.neural_attention_scorer import is_compact
 from .models.neural_attention_zero3 import is_run_by_deepspeed, whole_shape
@@ -335,9 +335,8 @@ def of_all_heads(module: Any, call: Call) -> Call:
     mesh = mesh_of_heads(module, here) if is_distributed() else None
     if mesh is None:
         return call
-    for part in module.scorer.modules() if hasattr(module, "scorer") else ():
-        if hasattr(type(part), "mesh_of_heads"):
-            part.mesh_of_heads = None
+    if hasattr(module, "scorer"):
+        tell_scorer(module, None)
     mask, sinks = call.mask, call.sinks
     return call._replace(
         query=gathered(call.query, mesh),

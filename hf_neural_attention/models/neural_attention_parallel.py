@@ -62,10 +62,14 @@ def gathered(tensor: torch.Tensor, mesh: Any, dim: int = 1) -> torch.Tensor:
 def share_heads(attention: Any, num_heads: int) -> None:
     """Lets the scorer of a running attention module know the processes that share its heads, if there are any."""
     if is_distributed():
-        mesh = mesh_of_heads(attention, num_heads)
-        for part in attention.scorer.modules():  # reaches copies of it that peft may have put into a wrapper
-            if hasattr(type(part), "mesh_of_heads"):
-                part.mesh_of_heads = mesh
+        tell_scorer(attention, mesh_of_heads(attention, num_heads))
+
+
+def tell_scorer(attention: Any, mesh: Any) -> None:
+    """Lets the scorer of an attention module know the processes that share its heads; None has it take all heads."""
+    for part in attention.scorer.modules():  # reaches copies of it that peft may have put into a wrapper
+        if hasattr(type(part), "mesh_of_heads"):
+            part.mesh_of_heads = mesh
 
 
 def weights_of_share(weights: ScorerWeights, mesh: Any) -> ScorerWeights:

@@ -156,14 +156,13 @@ def tokens_of_queries(model: Any, name: str, module: nn.Module, inputs: Mapping[
     they say of the last tokens."""
     batch, _, num_queries, _ = call.query.shape
     is_cross = is_cross_attention(name, module)
-    if not is_cross and call.key.shape[2] == num_queries:
+    # leaves out what attends to more than its own tokens without a cache, as resamplers of images
+    if not is_cross and (call.key.shape[2] == num_queries or not isinstance(getattr(module, "layer_idx", None), int)):
         return None
     is_whole = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
     has_encoder = is_whole and "encoder_hidden_states" not in inputs
     mask: Any = inputs.get("decoder_attention_mask" if has_encoder else "attention_mask")
     is_known = mask is not None and mask.dim() == 2
-    # leaves out what attends to more than a cache without having one, as resamplers of images
-    is_known = is_known and (is_cross or isinstance(getattr(module, "layer_idx", None), int))
     if is_cross:
         return mask if is_known and mask.shape[1] == num_queries else torch.ones(1, 1)
     if is_whole and not getattr(module, "is_causal", True):

@@ -36,8 +36,8 @@ def draw_first_layer(study: Study, found: Results, path: Path) -> None:
     Of the arms that `study.pictured` names. Where it names none, of all but those with a learning rate of their own, if others
     have none: their lines would hide the rest.
     """
-    arms = [arm for arm in found if arm in study.pictured or (not study.pictured and "learning_rate" not in study.arms[arm])]
-    arms = arms or list(found)
+    wanted = study.pictured or [arm for arm, settings in study.arms.items() if "learning_rate" not in settings]
+    arms = [arm for arm in found if arm in wanted] or list(found)
     figure = Figure(figsize=(15, 4.5), layout="constrained")
     axes = figure.subplots(1, len(PANELS))
     for axis, (figure_name, title) in zip(axes, PANELS.items(), strict=True):
