@@ -6,7 +6,8 @@
 MODEL is a folder or a name on the Hub: a neural model of this package, or a patched one that was saved whole. Written are
 NAME-attention.png (each layer's and head's attention; for an image that of the class token, over the picture),
 NAME-surface.png (one head's scores in each neural layer against its queries and keys, beside the dot product's, which no
-compact layer has) and, where layers have a network, NAME-health.png.
+compact layer has), NAME-scores.png (spread, entropy and saturation of every layer's scores) and, where layers have a network,
+NAME-health.png.
 """
 
 import argparse
@@ -29,7 +30,7 @@ from training.data_files import in_one_line
 from training.pixel_values import UNREADABLE
 
 
-PICTURES = ("attention", "surface", "health")
+PICTURES = ("attention", "surface", "scores", "health")
 SIDE = 512  # pixels, at most, of an image that attention is laid over
 LABELLED = 60  # tokens, at most, that are named at a map's sides
 MAP, ALL_MAPS = 10.0, 80.0  # inches that one map and a row of them may have
@@ -73,6 +74,12 @@ def draw_surfaces(model: Any, inputs: dict[str, torch.Tensor], head: int) -> Fig
         for axis in analysis.draw_surface(surface, column[0] if is_compact else column):
             axis.set_title(f"{name}, head {head}:\n{axis.get_title()}", fontsize=9)
         column[-1].set_visible(rows == 1 or not is_compact)
+    return figure
+
+
+def draw_scores(statistics: analysis.ScoreStatistics) -> Figure:
+    figure = Figure(figsize=(12, 2.5 + 0.3 * len(statistics)), layout="constrained")
+    analysis.draw_scores(statistics, figure.subplots(1, 3))
     return figure
 
 
@@ -127,7 +134,9 @@ def main() -> None:
         pictures = {
             "attention": draw_maps(maps, tokens) if image is None else draw_maps_over(maps, image, grid),
             "surface": draw_surfaces(model, inputs, arguments.head),
+            "scores": draw_scores(scores := analysis.score_statistics(model, **inputs)),
         }
+        print(scores)
         # leaves out thin scorers, which are dot products: none can be dead
         if any(scorer.mode != "thin" for *_, scorer in neural_layers(model)):
             health = analysis.scorer_health(model, **inputs)

@@ -18,12 +18,10 @@ from studies.study_file import Study
 
 
 SPREAD, NUMBERS = "score_spread", "neural_proj_dim"
-# Gives by setting the panels of a picture: what their axes are of, and how these are named
+# Names the axes of pictures
 START, END = "start", "end"
-PANELS = {
-    SPREAD: {START: "spread of scores within rows at the start", END: "and at the end of training"},
-    NUMBERS: {START: "numbers that a head compares (neural_proj_dim)"},
-}
+TITLES = {START: "spread of scores within rows at the start", END: "and at the end of training"}
+NUMBERS_TITLE = "numbers that a head compares (neural_proj_dim)"
 FEWEST = {SPREAD: 3, NUMBERS: 2}  # points of a curve
 SMALLEST_SPREAD = 0.02  # below which the axis is linear, so that it has a zero
 
@@ -69,41 +67,60 @@ def has_curves(study: Study, found: Results, setting: str) -> bool:
 def draw_curves_of(study: Study, found: Results, rows: list[dict[str, Any]], setting: str, path: Path) -> None:
     """A line per curve through the means of its arms, with every seed as a dot and intervals where an arm has three. All are
     placed by their paired differences to the baseline, since arms have other seeds while a study runs."""
-    panels, form = PANELS[setting], form_of(study, rows, study.metric)
+    curves, form = curves_of(study, found, setting), form_of(study, rows, study.metric)
+    panels = panels_of(found, curves, setting)
     figure = Figure(figsize=(4 + 5 * len(panels), 5.5), layout="constrained")
+    colors = {name: f"C{number % 10}" for number, name in enumerate(curves)}
     base = statistics.mean(run["metrics"][study.metric] for run in found[study.baseline].values())
 
     def placed(arm: str) -> list[float]:
         pairs = differences(study, found, arm, study.baseline) if arm != study.baseline else [0.0]
         return [form.factor * (base + pair) for pair in pairs if math.isfinite(pair)]
 
-    for axis, (when, title) in zip(
-        figure.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels.items(), strict=True
-    ):
-        for number, (name, points) in enumerate(curves_of(study, found, setting).items()):
+    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for axis, (title, when, names) in zip(axes, panels, strict=True):
+        for name in names:
+            points, color = curves[name], colors[name]
             places = [measured_spread(found[arm], END) if when == END else place for place, arm in points]
             drawn = [(place, values) for place, (_, arm) in zip(places, points, strict=True) if (values := placed(arm))]
             means = [statistics.mean(values) for _, values in drawn]
-            color, style = f"C{number % 10}", "-" if number < 10 else "--"
-            axis.plot([place for place, _ in drawn], means, style, color=color, label=name)
+            axis.plot([place for place, _ in drawn], means, color=color, label=name)
             for (place, values), mean in zip(drawn, means, strict=True):
                 axis.plot([place] * len(values), values, "o", color=color, alpha=0.4, markersize=5)
                 if len(values) >= FEWEST_PAIRS and (bar := interval(values)) is not None:
                     axis.plot([place, place], bar, color=color, linewidth=1)
                 axis.plot(place, mean, "_", color=color, markersize=10)
-        for arm in found:
-            if setting == NUMBERS and NUMBERS not in study.arms[arm] and (values := placed(arm)):
-                axis.axhline(statistics.mean(values), color="tab:gray", linestyle="--", linewidth=0.8)
+        rates = {study.settings(arm).get("learning_rate") for name in names for _, arm in curves[name]}
+        for arm in found if setting == NUMBERS else ():
+            settings = study.settings(arm)
+            if NUMBERS in settings or settings.get("learning_rate") not in rates or not (values := placed(arm)):
+                continue
+            axis.axhline(statistics.mean(values), color="tab:gray", linestyle="--", linewidth=0.8)
+            if axis is axes[-1]:
                 beside = axis.get_yaxis_transform()
                 axis.text(1.01, statistics.mean(values), arm, transform=beside, fontsize=8, verticalalignment="center")
         scale(axis, setting)
         axis.set_xlabel(title)
         axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
+        if setting == NUMBERS or axis is axes[-1]:
+            axis.legend(fontsize=8)
     figure.supylabel(
-        f"{study.metric}{form.unit and ','}{form.unit} (each seed by its difference to {study.baseline})", fontsize=10
+        f"{form.words}{form.unit and ','}{form.unit} (each seed by its difference to {study.baseline})", fontsize=10
     )
     save(figure, path)
+
+
+def panels_of(found: Results, curves: dict[str, list[Point]], setting: str) -> list[tuple[str, str, list[str]]]:
+    """Titles, what their places are of, and curves: of spreads at the start and at the end, of numbers by the layers that are
+    neural."""
+    if setting == SPREAD:
+        return [(title, when, list(curves)) for when, title in TITLES.items()]
+    by_layers: dict[str, list[str]] = defaultdict(list)
+    for name, points in curves.items():
+        run = next(iter(found[points[0].arm].values()))["run"]
+        by_layers[" ".join(map(str, run["neural_layers"]))].append(name)
+    more = len(by_layers) > 1
+    return [(NUMBERS_TITLE + f", neural layers: {layers}" * more, START, names) for layers, names in by_layers.items()]
 
 
 def scale(axis: Axes, setting: str) -> None:

@@ -21,6 +21,11 @@ class Form(NamedTuple):
     def label(self) -> str:
         return f"`{self.metric}`,{self.unit}" if self.unit else f"`{self.metric}`"
 
+    @property
+    def words(self) -> str:
+        """The metric without its unit, for pictures, whose reports say how it is measured."""
+        return self.metric.removesuffix("_stride").replace("_", " ")
+
     def value(self, number: float) -> str:
         return f"{self.factor * number:.{self.decimals}f}"
 

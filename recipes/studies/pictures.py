@@ -37,7 +37,7 @@ def draw_differences(study: Study, found: Results, rows: list[dict[str, Any]], p
         axis.set_ylim(len(arms) - 0.5, -0.5)
     direction = "left" if study.lower_is_better else "right"
     figure.supxlabel(
-        f"{study.metric}{', points' if form.unit else ''} ({direction} is better); bars: 95 % intervals, dotted: pooled",
+        f"{form.words}{', points' if form.unit else ''} ({direction} is better); bars: 95 % intervals, dotted: pooled",
         fontsize=10,
     )
     save(figure, path)

@@ -53,7 +53,7 @@ def report(study: Study, folder: Path) -> str:
     draw_differences(study, found, rows, folder / "report.png")
     draw_curves(study, found, rows, folder / "curves.png")
     if were_watched(found):
-        draw_first_layer(study, found, folder / "scores.png")
+        draw_first_layer(study, found, rows, folder / "scores.png")
     if study.shapes:
         draw_shapes(study, found, rows, folder / "shapes.png")
     for setting, (name, _) in CURVES.items():
@@ -100,16 +100,18 @@ def markdown(study: Study, found: Results, rows: list[dict[str, Any]], where: di
             )
     if study.shapes:
         parts.append(
-            "Error against cost, of arms at the baseline's learning rate: what a training step takes (measured, by turns), "
-            "and what a pair's score takes and a cache keeps of a key (counted). Arms on the line are beaten by none in "
-            "both.\n\n![Error against cost](shapes.png)"
+            "Error against cost, of arms at the baseline's learning rate: what attention takes by itself (as the benchmark of "
+            "shapes has it, which has none of few numbers without a network), what a training step takes (measured, by "
+            "turns), and what a pair's score takes and a cache keeps of a key (counted). Arms on the line are beaten by none "
+            "in both.\n\n![Error against cost](shapes.png)"
         )
     if were_watched(found):
         those = "the arms that the study pictures" if study.pictured else "arms at the study's own rate"
         parts.append(
             f"The first layer's scores during training, of {those} (mean over seeds, on a few validation "
             "examples; at step 0 before any training): rows in which one key has over 0.99 of the weight, entropy of rows, "
-            "and the norm of the gradient that reaches the weights of queries and keys (before clipping).\n\n"
+            "and the norm of the gradient that reaches the weights of queries and keys (before clipping), of which a layer "
+            "without scores has none. The last panel has what the models reach.\n\n"
             "![Scores of the first layer](scores.png)"
         )
     if len(rows_with(study, rows, Arm.DOT)) > 1:

@@ -1,5 +1,7 @@
-"""A picture of what shapes of scorers are worth: error against what a pair of tokens, a key and a step cost."""
+"""A picture of what shapes of scorers are worth: error against what attention, a step, a pair of tokens and a key cost."""
 
+import functools
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -10,13 +12,15 @@ from matplotlib.ticker import ScalarFormatter
 from matplotlib.transforms import Bbox, BboxBase
 
 from hf_neural_attention.models.configuration_neural_attention import resolve_sizes
-from studies.number_format import form_of
+from studies.number_format import FEWEST_PAIRS, form_of
 from studies.pictures import save
 from studies.results import Results
 from studies.study_file import Study
 
 
+BENCHMARK = Path(__file__).parents[2] / "model_cards" / "benchmarks" / "shapes.json"
 PANELS = {
+    "attention": "time of attention, forward and backward, to SDPA's (1,024 tokens)",
     "step": "time of a training step, to that of the dot product with SDPA",
     "pair": "multiplications and additions for a pair's score",
     "key": "bytes of a key in a float32 cache, per head",
@@ -30,22 +34,36 @@ def head_dim(run: dict[str, Any]) -> int:
 
 
 def cost_of(settings: dict[str, Any], size: int) -> dict[str, float]:
-    """What a pair's score takes, in multiplications and additions that a processor does as one, and a key, in bytes.
+    """What a pair's score takes, in multiplications and additions that a processor does as one, a key, in bytes, and
+    attention, in times of SDPA where that was measured.
 
     Args:
         settings: of an arm.
         size: of a head.
     """
     if settings["attention"] == "dot":
-        first, pair = size, 0 if settings.get("score_spread") == 0 else size
+        # needs no key without scores
+        first = pair = 0 if settings.get("score_spread") == 0 else size
+        row: str | None = None
     elif settings.get("neural_mode") == "thin":
         first = pair = resolve_sizes(size, settings.get("neural_proj_dim"), "auto")[0]
+        row = "thin"
     else:
         shape = settings.get("neural_hidden_dims", "auto")
         _, (first, second) = resolve_sizes(size, settings.get("neural_proj_dim"), shape)
         # adds u + w, multiplies by the second layer, and weighs its units; of ReLU one each for both layers
         pair = first + first * second + 2 * second
-    return {"pair": pair, "key": 4 * first}
+        row = f"{first}x{second}"
+    timed = attention_times(size)
+    return {"pair": pair, "key": 4 * first} | ({"attention": timed[row]} if row in timed else {})
+
+
+@functools.cache
+def attention_times(size: int) -> dict[str | None, float]:
+    """Of attention with each of the benchmark's hidden layers, and with the dot product (`None`); none for heads of a size
+    that it has not timed. It has no dot product of few numbers."""
+    rows = json.loads(BENCHMARK.read_text(encoding="utf-8"))["rows"] if BENCHMARK.exists() else []
+    return {row["shape"]: row["to_sdpa"] for row in rows if row["phase"] == "both" and row["head_dim"] == size}
 
 
 def error_of(study: Study, base: float, row: dict[str, Any]) -> float:
@@ -63,7 +81,7 @@ def draw_shapes(study: Study, found: Results, rows: list[dict[str, Any]], path: 
     base = next((row["mean"] for row in rows if row["arm"] == study.baseline), None)
     if base is None:
         return
-    figure, form = Figure(figsize=(15, 5), layout="constrained"), form_of(study, rows, study.metric)
+    form = form_of(study, rows, study.metric)
     places, rate = [], study.settings(study.baseline).get("learning_rate")
     for row in rows:
         if study.settings(row["arm"]).get("learning_rate") != rate:
@@ -72,23 +90,28 @@ def draw_shapes(study: Study, found: Results, rows: list[dict[str, Any]], path: 
             continue
         size = head_dim(next(iter(found[row["arm"]].values()))["run"])
         places.append({"arm": row["arm"], "error": form.factor * error_of(study, base, row), "step": row["relative_time"]})
-        places[-1] |= cost_of(study.settings(row["arm"]), size)
+        places[-1] |= cost_of(study.settings(row["arm"]), size) | {"seeds": row["seeds"]}
     shared = shared_ending([place["arm"] for place in places])
-    for axis, (cost, title) in zip(figure.subplots(1, len(PANELS), sharey=True), PANELS.items(), strict=True):
-        for place in places:
-            axis.plot(place[cost], place["error"], "o", color=study.attention(place["arm"]).color)
-        front = pareto_front([(place[cost], place["error"]) for place in places])
+    panels = {cost: title for cost, title in PANELS.items() if any(cost in place for place in places)}
+    figure = Figure(figsize=(5 * len(panels), 5), layout="constrained")
+    for axis, (cost, title) in zip(figure.subplots(1, len(panels), sharey=True), panels.items(), strict=True):
+        for place in (place for place in places if cost in place):
+            fill = "full" if place["seeds"] >= FEWEST_PAIRS else "none"
+            axis.plot(place[cost], place["error"], "o", color=study.attention(place["arm"]).color, fillstyle=fill)
+        front = pareto_front([(place[cost], place["error"]) for place in places if cost in place])
         axis.plot(*zip(*front, strict=True), color="tab:red", linewidth=1, drawstyle="steps-post", zorder=0)
-        axis.set_xlabel(title)
+        axis.set_xlabel(title, fontsize=9)
         axis.grid(alpha=0.3)
         axis.margins(x=0.2)  # leaves room for names
-        if cost != "step":
+        if cost in ("pair", "key"):
             axis.set_xscale("symlog", base=2)
             axis.xaxis.set_major_formatter(ScalarFormatter())
-    figure.supylabel(f"error, {form.unit.strip()}" if form.unit else study.metric)
+    few = f" (hollow: fewer than {FEWEST_PAIRS} seeds)" if any(place["seeds"] < FEWEST_PAIRS for place in places) else ""
+    figure.supylabel((f"error, {form.unit.strip()}" if form.unit else form.words) + few)
     figure.draw_without_rendering()  # settles where all is, which names go by
-    for axis, cost in zip(figure.axes, PANELS, strict=True):
-        write_names(axis, {place["arm"].removesuffix(shared): (place[cost], place["error"]) for place in places})
+    for axis, cost in zip(figure.axes, panels, strict=True):
+        points = {place["arm"].removesuffix(shared): (place[cost], place["error"]) for place in places if cost in place}
+        write_names(axis, points)
     save(figure, path)
 
 

@@ -19,7 +19,7 @@ def look(monkeypatch: Any, *flags: Any) -> None:
 
 
 def check_pictures(folder: Any) -> None:
-    assert {path.name for path in folder.iterdir()} == {f"a-{name}.png" for name in ("attention", "surface", "health")}
+    assert {path.name for path in folder.iterdir()} == {f"a-{name}.png" for name in look_inside.PICTURES}
     assert all(path.stat().st_size > 5000 for path in folder.iterdir())
 
 
@@ -52,7 +52,7 @@ def test_scorers_without_a_network_have_no_health(tmp_path, monkeypatch, is_comp
     (tmp_path / "pictures").mkdir()
     (tmp_path / "pictures/a-health.png").touch()  # of another model
     look(monkeypatch, tmp_path / "model", "--image", tmp_path / "i.png", "--output", tmp_path / "pictures/a")
-    assert sorted(path.name for path in (tmp_path / "pictures").iterdir()) == ["a-attention.png", "a-surface.png"]
+    assert sorted(path.name for path in (tmp_path / "pictures").iterdir()) == ["a-attention.png", "a-scores.png", "a-surface.png"]
 
 
 @pytest.mark.parametrize("is_compact", (False, True), ids=("whole", "compact"))
