@@ -118,7 +118,7 @@ def panels_of(found: Results, curves: dict[str, list[Point]], setting: str) -> l
     by_layers: dict[str, list[str]] = defaultdict(list)
     for name, points in curves.items():
         run = next(iter(found[points[0].arm].values()))["run"]
-        by_layers[" ".join(map(str, run["neural_layers"]))].append(name)
+        by_layers[" ".join(map(str, run.get("neural_layers", ())))].append(name)
     more = len(by_layers) > 1
     return [(NUMBERS_TITLE + f", neural layers: {layers}" * more, START, names) for layers, names in by_layers.items()]
 

@@ -52,7 +52,11 @@ def test_scorers_without_a_network_have_no_health(tmp_path, monkeypatch, is_comp
     (tmp_path / "pictures").mkdir()
     (tmp_path / "pictures/a-health.png").touch()  # of another model
     look(monkeypatch, tmp_path / "model", "--image", tmp_path / "i.png", "--output", tmp_path / "pictures/a")
-    assert sorted(path.name for path in (tmp_path / "pictures").iterdir()) == ["a-attention.png", "a-scores.png", "a-surface.png"]
+    assert sorted(path.name for path in (tmp_path / "pictures").iterdir()) == [
+        "a-attention.png",
+        "a-scores.png",
+        "a-surface.png",
+    ]
 
 
 @pytest.mark.parametrize("is_compact", (False, True), ids=("whole", "compact"))

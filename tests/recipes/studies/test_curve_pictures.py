@@ -5,7 +5,7 @@ import json
 import pytest
 from matplotlib.axes import Axes
 
-from studies.curve_pictures import NUMBERS, SPREAD, Point, curves_of, has_curves
+from studies.curve_pictures import NUMBERS, SPREAD, Point, curves_of, has_curves, panels_of
 from studies.report import report
 from studies.results import load_results
 from studies.study_file import file_name
@@ -87,3 +87,14 @@ def test_means_and_seeds_are_drawn_where_their_differences_put_them(tmp_path, mo
     monkeypatch.setattr(Axes, "plot", noted)
     report(study, tmp_path)
     assert ([2, 16], pytest.approx([1.5 + 4.0, 1.5 + 5.5])) in lines
+
+
+def test_curves_of_other_layers_have_a_panel_of_their_own():
+    curves = {name: [Point(2, arm)] for name, arm in (("thin", "a"), ("network", "b"), ("last, thin", "c"))}
+    found = {arm: {0: {"run": {"neural_layers": layers}}} for arm, layers in (("a", ["all"]), ("b", ["all"]), ("c", ["1"]))}
+    panels = panels_of(found, curves, NUMBERS)
+    assert [(title.rpartition(": ")[2], names) for title, _, names in panels] == [
+        ("all", ["thin", "network"]),
+        ("1", ["last, thin"]),
+    ]
+    assert [names for *_, names in panels_of(found, curves, SPREAD)] == [list(curves)] * 2

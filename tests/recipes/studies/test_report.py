@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from studies.report import CARD, report, summary
 from studies.results import adopt_runs, compared_with, difference, interval, is_same, load_results, summarize, verdict
 from studies.score_pictures import first_layer, points
-from studies.shape_pictures import cost_of, error_of, inside, pareto_front, shared_ending, write_names
+from studies.shape_pictures import BENCHMARK, cost_of, error_of, inside, pareto_front, shared_ending, write_names
 from studies.study_file import COSTS, file_name
 from tests.helpers.study_records import change_run, costs_of, make_study, record_of, write_results
 
@@ -93,11 +93,16 @@ def test_error_against_cost(tmp_path):
         path.write_text(json.dumps(record | {"settings": study.settings(record["arm"])}))
     assert "![Error against cost](shapes.png)" in report(study, tmp_path)
     assert (tmp_path / "shapes.png").stat().st_size > 5_000
-    assert cost_of(arms["dot"], 64) == {"pair": 64, "key": 256} and cost_of(arms["longer"], 64)["pair"] == 0
-    assert cost_of(network, 64) == {"pair": 8 + 16 + 4, "key": 32}
-    assert cost_of({**network, "neural_hidden_dims": "paper"}, 64) == {"pair": 8 + 32 + 8, "key": 32}
-    assert cost_of({**network, "neural_hidden_dims": [16, 2]}, 64) == {"pair": 16 + 32 + 4, "key": 64}
-    assert cost_of({**network, "neural_mode": "thin"}, 64) == {"pair": 8, "key": 32}
+    assert cost_of(arms["dot"], 32) == {"pair": 32, "key": 128} and cost_of(arms["longer"], 32) == {"pair": 0, "key": 0}
+    assert cost_of(network, 32) == {"pair": 8 + 16 + 4, "key": 32}
+    assert cost_of({**network, "neural_hidden_dims": "paper"}, 32) == {"pair": 8 + 32 + 8, "key": 32}
+    assert cost_of({**network, "neural_hidden_dims": [16, 2]}, 32) == {"pair": 16 + 32 + 4, "key": 64}
+    assert cost_of({**network, "neural_mode": "thin"}, 32) == {"pair": 8, "key": 32}
+    # has been timed with heads of 64, and networks alone
+    rows = json.loads(BENCHMARK.read_text())["rows"]
+    (ratio,) = (row["to_sdpa"] for row in rows if (row["phase"], row["shape"]) == ("both", "8x2"))
+    assert cost_of(network, 64)["attention"] == ratio and cost_of(arms["longer"], 64)["attention"] == 1.0
+    assert "attention" not in cost_of({**network, "neural_mode": "thin"}, 64)
     assert pareto_front([(2, 1.0), (1, 3.0), (3, 2.0), (4, 0.5), (1, 4.0)]) == [(1, 3.0), (2, 1.0), (4, 0.5)]
 
 
