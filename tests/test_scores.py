@@ -342,7 +342,7 @@ def test_what_cannot_be_started_is_said_and_nothing_changes():
     used = neural_vit(neural_mode="residual")
     used.vit.layers[0].attention.scorer.linear3.weight.data.fill_(1.0)
     refused(used, "is not new", images())
-    refused(nn.Sequential(nn.Linear(2, 2)), "cannot be patched")
+    refused(nn.Sequential(nn.Linear(2, 2)), "cannot be reached")
     tokens = torch.randint(3, 90, (2, 6))
     filled = tiny_causal(LlamaConfig)
     cache = filled(tokens).past_key_values

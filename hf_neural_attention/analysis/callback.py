@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping
+from numbers import Integral
 from typing import Any
 
 from transformers import TrainerCallback
@@ -25,9 +26,15 @@ class WatchingCallback(TrainerCallback):
     Args:
         inputs (`dict`): Arguments for the model's forward: a few examples, always the same.
         every (`int`): Look at each so many-th log of training. Default: 1.
+
+    Raises:
+        ValueError: if `every` is no whole number of at least one.
     """
 
     def __init__(self, inputs: Mapping[str, Any], every: int = 1):
+        number: Any = every
+        if not isinstance(number, Integral) or number < 1:
+            raise ValueError(f"`every` is {every!r}; it must be a whole number of at least one.")
         self.inputs, self.every = dict(inputs), every
 
     def look(self, model: Any) -> dict[str, float]:

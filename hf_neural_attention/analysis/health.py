@@ -80,7 +80,7 @@ def health_in_float32(scorer: Any, call: Call) -> LayerHealth:
         if scorer.mode == "residual":
             scores = scores + call.dot_products(rows)
         scores = call.masked_rows(scores, rows)
-        seen = scores > float("-inf")
+        seen = scores != float("-inf")
         active_pairs = active_pairs + ((active > 0) & seen.unsqueeze(-1)).sum((0, 2, 3))
         figures.add(network, scores)
         pairs += seen.sum().item()

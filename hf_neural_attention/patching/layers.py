@@ -1,6 +1,7 @@
 """Finds a model's attention layers, and chooses among them."""
 
 from collections.abc import Callable, Iterable, Mapping
+from numbers import Integral
 from typing import Any, TypeAlias
 
 import torch
@@ -35,9 +36,9 @@ def attention_modules(model: nn.Module) -> dict[str, Any]:
     similar = sorted({type(module).__name__ for module in model.modules() if "attention" in type(module).__name__.lower()})
     looks = f"{', '.join(similar)} compute it themselves" if similar else "none of its modules looks like attention"
     raise NoPatchableLayerError(
-        f"{type(model).__name__} cannot be patched: no module of it fetches its attention function from Transformers' "
-        f"`AttentionInterface` ({looks}). Patching works for models whose attention modules do "
-        "(`ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, ...)`)."
+        f"The attention of this {type(model).__name__} cannot be reached: no module of it fetches its function from "
+        f"Transformers' `AttentionInterface` ({looks}). Patching, `start_scores` and analysis work for models whose attention "
+        "modules do (`ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, ...)`)."
     )
 
 
@@ -171,7 +172,7 @@ def tokens_of_queries(model: Any, name: str, module: nn.Module, inputs: Mapping[
 
 
 def is_index(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def listed(names: Iterable[str]) -> str:

@@ -4,6 +4,7 @@ Each layer inside an attention module hands on a tensor without a history. What 
 that ends there, and its derivatives say which outputs of which layers it is made of, of how many degrees.
 """
 
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -14,6 +15,10 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..models.neural_attention_reference import in_float64
+
+
+# Takes a norm's output for as large as its gains from here on: scores are then less than 4 % off
+SMALLEST_SHARE = 0.98
 
 
 @dataclass
@@ -56,6 +61,14 @@ class Source:
             return rms(gain_of(self.layer)[self.units])
         weight = self.rows() * gain_of(self.normalised)
         return weight.square().sum(-1).mean().sqrt().item()
+
+    def is_small(self) -> bool:
+        """Whether the norm that this hangs on hands on less than the size of its gains, since the constant that it adds counts
+        beside what it gets."""
+        norm: Any = self.layer if is_norm(self.layer) else self.normalised
+        states = self.layer.forward(self.inputs) if norm is self.layer else self.inputs
+        sizes = states.float().square().mean(-1).sqrt()
+        return bool(sizes.median() < SMALLEST_SHARE * rms(gain_of(norm)))
 
     def rows(self) -> torch.Tensor:
         """`[units, inputs]`."""
@@ -173,9 +186,14 @@ class Sources:
                 continue
             if degree is None:
                 return "its queries or keys are not made by layers of its own"
+            if math.isnan(degree):
+                return "its queries or keys are no numbers, or too large: look at its weights and at the inputs"
+            if degree == 0.0:
+                return "its queries or keys are zero, which no factor changes; its weights may be zero"
             if not abs(degree - 1.0) < 0.01:
                 return (
-                    "its queries or keys do not grow as the weights that make them (a norm without gains, say, is in between)"
+                    "its queries or keys do not grow as the weights that make them (what is in between is neither a linear "
+                    "layer nor a norm with gains of one dimension)"
                 )
         of_query, of_key, of_value = used
 
@@ -193,7 +211,7 @@ class Sources:
 
 def derivatives(states: torch.Tensor, leaves: list[torch.Tensor]) -> tuple[list[torch.Tensor], float | None]:
     """Of a random sum of some states by the outputs of layers, and of how many degrees the states are in them (Euler's
-    theorem); None if they do not depend on them."""
+    theorem); None if they do not depend on them, 0 if they are zero, NaN if they are no finite numbers."""
     if not states.requires_grad:
         return [torch.zeros_like(leaf) for leaf in leaves], None
     generator = torch.Generator().manual_seed(0)
@@ -205,8 +223,8 @@ def derivatives(states: torch.Tensor, leaves: list[torch.Tensor]) -> tuple[list[
 
     # takes the degree along the states themselves, since a sum of squares bears the rounding of half precision
     total = in_float64(states.detach()).square().sum().item()
-    if not total > 0:
-        return gradients_along(direction), None
+    if not 0 < total < math.inf:
+        return gradients_along(direction), 0.0 if total == 0 else math.nan
     along = gradients_along(states.detach())
     pairs = zip(along, leaves, strict=True)
     reached = sum((in_float64(gradient) * in_float64(leaf.detach())).sum().item() for gradient, leaf in pairs)

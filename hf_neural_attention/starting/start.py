@@ -4,9 +4,11 @@ import math
 from collections.abc import Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
+from accelerate.utils import extract_model_from_parallel
 from torch import nn
 from transformers import Cache
 
@@ -41,10 +43,13 @@ class ScoreStart(tuple[StartedLayer, ...]):
     """One `StartedLayer` per attention layer, in the order of the model. `str()` makes a table of it."""
 
     measured: bool  # on inputs; otherwise in closed form
+    unreached: tuple[str, ...] = ()  # names of attention layers that the run did not reach, and that are as they were
 
     def __str__(self) -> str:
         rows = [(*each[:3], *(f"{number:.4g}" for number in each[3:])) for each in self]
-        return f"{table([StartedLayer._fields, *rows])}\n{'measured' if self.measured else 'in closed form'}"
+        how = "measured" if self.measured else "in closed form"
+        left = f"; not reached, and left as they were: {listed(self.unreached)}" if self.unreached else ""
+        return f"{table([StartedLayer._fields, *rows])}\n{how}{left}"
 
     __repr__ = __str__
 
@@ -57,6 +62,7 @@ class Plan:
     sources: list[Source]  # empty if the scorer itself is scaled
     degree: int  # of the scores, in all that is scaled
     spread: float
+    cap: float | None  # of its dot products
 
     @property
     def goes_to_zero(self) -> bool:
@@ -79,17 +85,19 @@ def start_scores(
 ) -> ScoreStart:
     """Scales weights of a new model, in place, so that the scores of each attention layer start with a given spread.
 
-    Stock initialisations make query and key weights of one small size, whatever the width of the model: scores start near
-    zero there, and attention uniform. Models with embeddings that are not normalised start with scores so large that attention
-    is saturated. The spread is the standard deviation of scores within rows (a row: a query of one head and example), after
-    `1 / sqrt(head_dim)` and before masks and biases of positions, over the keys that the row may see; pooled over all rows of
-    the layer (root of the mean variance, each row counted by its degrees of freedom), as `analysis.score_statistics` has it.
+    Stock initialisations make query and key weights of one small size, whatever the width of the model: scores start near zero
+    there, and attention uniform. Models with embeddings that are not normalised start with scores so large that attention is
+    saturated. The spread is the standard deviation of scores within rows (a row: a query of one head and example), after the
+    model's own scaling (`1 / sqrt(head_dim)` in most) and soft cap, before masks and biases of positions, over the keys that
+    the row may see; pooled over all rows of the layer (root of the mean variance, each row counted by its degrees of freedom),
+    as `analysis.score_statistics` has it. A layer that runs several times in one forward (ALBERT's) takes a spread of zero
+    alone: no factor is right for all its runs.
 
     What is multiplied: the weights and biases that make queries and keys (gains of the norms that come after them, if there
     are such), both by the same factor: by its square root in layers of the dot product, thin or not, whose scores grow with
     both. Fused projections keep their values. A layer whose queries or keys make values as well has the other one scaled
-    alone. Scorers with biases (`init="paper"`) are scaled themselves: the last layer, or both of mode `"thin"`. Nothing is
-    drawn anew.
+    alone. Frozen weights are multiplied like others. Scorers with biases (`init="paper"`) are scaled themselves: the last
+    layer, or both of mode `"thin"`. Nothing is drawn anew.
 
     Args:
         model (`nn.Module`): A new model: stock, patched, or of this package's own classes, compact or not, whose attention
@@ -102,21 +110,33 @@ def start_scores(
             dot products alone: query and key weights of zero get no gradient from each other, so attention is uniform and
             stays so, however long the model is trained. For a start that is almost uniform and learns, take 0.01.
         layers (*optional*): Which attention layers, as `patch` takes them: indices, names, a predicate, or `"all"` that attend
-            to their own tokens. Default: every attention layer, cross-attention included.
+            to their own tokens. Default: every attention layer that the run reaches, cross-attention included.
         allow_trained (`bool`): Change a model also if it seems trained. A model seems trained if gains or biases of one of its
             norms differ: they start equal, and training changes them at once, but for gains in pure bfloat16, which may stay
             equal. Where no norm has any, a model seems trained that was loaded by a name. Default: False.
 
     Returns:
-        `ScoreStart`: for each attention layer what was multiplied and the spread before and after; printing it shows a table.
+        `ScoreStart`: for each attention layer what was multiplied and the spread before and after, and in `unreached` the
+        names of those that the run did not reach; printing it shows a table.
 
     Raises:
-        ValueError: if `spread` is negative or not finite; under `torch.inference_mode()`; if a cache in `inputs` is not empty;
-            if `layers` chooses none, or one that is not there (PatchError); if the model seems trained; or if a layer's spread
-            cannot be set, with the reason. The model is then what it was.
+        ValueError: if `spread` is negative or not finite, or `inputs` is no dict; under `torch.inference_mode()`; if a cache
+            in `inputs` is not empty, or peft adds virtual tokens; if `layers` chooses none, or one that is not there
+            (PatchError) or that the run does not reach; if the model seems trained; or if a layer's spread cannot be set, with
+            the reason. The model is then what it was.
     """
-    if not (isinstance(spread, int | float) and 0 <= spread < math.inf):
-        raise ValueError(f"`spread` is {spread!r}; it must be a number of at least zero.")
+    if not is_spread(spread):
+        raise ValueError(f"`spread` is {spread!r}; it must be a finite number of at least zero.")
+    if inputs is not None and not isinstance(inputs, Mapping):
+        raise ValueError(
+            f"`inputs` is a {type(inputs).__name__}; expected a dict of what the model's forward takes: "
+            "{'input_ids': ...}, say."
+        )
+    if is_prompted(model):
+        raise ValueError(
+            "This model has virtual tokens of peft's, which are keys as well and no layer makes. Start the model that "
+            "`get_peft_model` gets."
+        )
     if torch.is_inference_mode_enabled():
         raise ValueError("`start_scores` takes derivatives: call it outside of `torch.inference_mode()`.")
     if any(isinstance(given, Cache) and given.get_seq_length() for given in (inputs or {}).values()):
@@ -137,17 +157,44 @@ def start_scores(
         modules = {name: modules[name] for name in choose_layers(layers, modules, calls, reasons, "inputs")}
     with restored_after_errors(base):
         before, factors = survey(base, modules, inputs, spread)
+        unreached = [name for name in modules if name not in before]
+        if unreached and layers is not None:
+            raise ValueError(
+                f"No run of the model reached {listed(unreached)}, which `layers` chooses. Give `inputs` that do."
+            )
         # takes zero as it is, since weights of zero show no more what they make
         after = {name: plan.spread for name, plan in survey(base, modules, inputs, None)[0].items()} if spread else {}
         wrong = [name for name in before if spread and not abs(after[name] / spread - 1) < TOLERANCE]
         if wrong:
+            caps = {name: before[name].cap for name in wrong}
+            if (cap := min((each for each in caps.values() if each is not None), default=None)) is not None:
+                raise ValueError(
+                    f"The scores of {listed(wrong)} cannot spread by {spread}: dot products are capped at {cap} there, and "
+                    f"spread by {min(after[name] for name in wrong):.3g} instead. Ask for a smaller spread."
+                )
             raise ValueError(f"The scores of {listed(wrong)} do not grow as expected with the weights that make them.")
     report = ScoreStart(
         StartedLayer(name, plan.scorer, changed_in(plan), factors[name], plan.spread, after.get(name, 0.0))
         for name, plan in before.items()
     )
-    report.measured = inputs is not None
+    report.measured, report.unreached = inputs is not None, tuple(unreached)
     return report
+
+
+def is_spread(value: Any) -> bool:
+    """Whether it is a finite number of at least zero, of any type of numbers."""
+    if not isinstance(value, Real) or isinstance(value, bool):
+        return False
+    try:
+        return 0 <= float(value) < math.inf
+    except OverflowError:
+        return False
+
+
+def is_prompted(model: Any) -> bool:
+    """Whether peft puts virtual tokens before the others (prefix and prompt tuning)."""
+    config = getattr(extract_model_from_parallel(model, keep_torch_compile=False), "active_peft_config", None)
+    return bool(getattr(config, "is_prompt_learning", False))
 
 
 def sign_of_training(model: nn.Module) -> str | None:
@@ -196,6 +243,8 @@ def survey(
     def look(module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if module in plans and module not in pending:
             plans[module] = "it calls its attention function several times in one forward"
+        elif module in plans and inputs is not None and wanted != 0:
+            plans[module] = "it runs several times in one forward, on other states each time, for which no one factor is right"
         pending.discard(module)
         if module not in plans:
             found = sources.of(module, query, key, value)
@@ -205,8 +254,8 @@ def survey(
                 if inputs is not None:
                     call = call.without_padding(tokens_of_queries(model, names[module], module, inputs, call))
                 plan = found if isinstance(found, str) else plan_of(module, *found, query, key, call, inputs is not None)
-                if isinstance(plan, Plan) and wanted and inputs is None and is_capped(plan, call, wanted):
-                    plan = f"its dot products are capped at {call.softcap}; {ASK}"
+                if isinstance(plan, Plan) and wanted and inputs is None and is_capped(plan, wanted):
+                    plan = f"its dot products are capped at {plan.cap}; {ASK}"
                 if isinstance(plan, Plan) and (other := sources.sharer_of(plan.sources)) is not None:
                     plan = f"{other} has weights of its queries and keys too, and would be scaled as well"
                 plans[module] = plan
@@ -281,27 +330,33 @@ def plan_of(
         sources, degree = [], 2 if is_dot else 1  # scales the scorer itself
     elif not sources:
         return "what makes its queries and keys makes its values as well"
+    rows = True
     if measured:
-        spread: float | str = statistics_of_layer(module, call).spread
+        found = statistics_of_layer(module, call)
+        spread: float | str = found.spread
+        rows = not math.isnan(found.uniform_entropy)
     else:
         factors = tuple(
-            rms(states) / max(rms(torch.cat([part.output() for part in parts], -1)), 1e-30) if parts else 1.0
+            rms(states) / max(rms(torch.cat([part.output().flatten() for part in parts])), 1e-30) if parts else 1.0
             for states, parts in ((query, of_query), (key, of_key))
         )
         spread = spread_in_closed_form(module, of_query, of_key, query.shape[-1], call.scaling, factors)  # type: ignore[arg-type]
     if isinstance(spread, str):
         return spread
-    if math.isnan(spread):
+    if not rows:
         return "no query of these inputs may see two keys or more: give longer `inputs`"
-    if not 0 < spread < math.inf:
+    if not spread < math.inf:
+        return "its scores are no numbers, or too large: look at its weights and at the inputs, or ask for a smaller spread"
+    if spread == 0:
         why = "its scorer may be dead, draw another (`reset_parameters()`)" if scorer else "its weights may be zero"
         return f"its scores have a spread of {spread}, which no factor changes; {why}"
-    return Plan("dot product" if scorer is None else scorer.mode, sources, degree, spread)
+    cap = call.softcap if scorer is None or scorer.mode == "residual" else None
+    return Plan("dot product" if scorer is None else scorer.mode, sources, degree, spread, cap)
 
 
-def is_capped(plan: Plan, call: Any, wanted: float) -> bool:
+def is_capped(plan: Plan, wanted: float) -> bool:
     """Whether a soft cap makes the spread of dot products smaller than the closed form has it, by a hundredth or more."""
-    return plan.scorer in ("dot product", "residual") and call.softcap is not None and wanted > call.softcap / 10
+    return plan.cap is not None and wanted > plan.cap / 10
 
 
 def has_biases(scorer: Any) -> bool:

@@ -111,10 +111,10 @@ def test_bad_settings(settings: dict, match: str):
 
 def test_models_without_the_interface():
     assert_refused(
-        nn.Linear(2, 2), NoPatchableLayerError, "Linear cannot be patched.*none of its modules looks like attention"
+        nn.Linear(2, 2), NoPatchableLayerError, "Linear cannot be reached.*none of its modules looks like attention"
     )
     bloom = small_model("bloom", hidden_size=32, n_layer=1, n_head=4)
-    assert_refused(bloom, NoPatchableLayerError, r"BloomModel cannot be patched.*\(BloomAttention compute it themselves\)")
+    assert_refused(bloom, NoPatchableLayerError, r"BloomModel cannot be reached.*\(BloomAttention compute it themselves\)")
     with pytest.raises(TypeError, match="takes a model, not a GPT2Config"):
         patch(GPT2.model().config)
 

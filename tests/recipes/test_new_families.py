@@ -143,7 +143,7 @@ def test_a_compact_arm_starts_as_the_whole_one(tmp_path: Path):
         (
             "language_modeling.py",
             ("--model_type", "bloom"),
-            "The neural model of type bloom cannot be built: .*cannot be patched",
+            "The neural model of type bloom cannot be built: .*cannot be reached",
         ),
         ("language_modeling.py", ("--model_type", "llama", "--neural_compact", True), "cannot be built: .*compact: .*rotary"),
         ("language_modeling.py", ("--model_type", "llama", "--neural_layers", 7), "cannot be built: .*7 is no layer"),
