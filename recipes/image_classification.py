@@ -103,6 +103,7 @@ def config_of(model: ModelArguments, image: ImageArguments, labels: list[str]) -
         MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
         sizes_of(model),
         {"image_size": image.image_size, **names_of(labels)},
+        fixed=("image_size", "num_channels", "num_labels", "id2label", "label2id"),
     )
 
 

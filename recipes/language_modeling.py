@@ -133,7 +133,7 @@ def load_experiment(words: list[str] | None = None) -> tuple[Experiment, Task, N
     else:
         some = build(neural.arms[0])
     data = prepare(text, splits, tokenizer, model.prompt, training.seed)
-    fit_to(data, some, f"A model of type {some.config.model_type}")
+    fit_to(data, some, f"A model of type {some.config.model_type}", text.block_size)
     data.task.checkpoint = model.model_name_or_path
     is_shared = not is_neural(model.model_name_or_path, GPT2)
     return data.experiment(build, training, neural, model, text, is_shared=is_shared), data.task, neural

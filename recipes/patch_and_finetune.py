@@ -91,7 +91,7 @@ def text_data(checkpoint: CheckpointArguments, text: TextArguments, training: Tr
     def build() -> PreTrainedModel:
         return AutoModelForCausalLM.from_pretrained(checkpoint.model_name_or_path)
 
-    text_task.fit_to(data, build(), checkpoint.model_name_or_path)
+    text_task.fit_to(data, build(), checkpoint.model_name_or_path, text.block_size)
     return build, data
 
 

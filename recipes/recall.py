@@ -64,7 +64,7 @@ def load_experiment(words: list[str] | None = None) -> tuple[Experiment, Task, N
     stock = check_new(build, config, neural)
     data = prepare(recall, training.seed if training.data_seed is None else training.data_seed)
     data.task.notes += f" {family_note(stock)}"
-    if not predicts_the_next_token(stock, f"A model of type {config.model_type}"):
+    if not predicts_the_next_token(stock, f"A model of type {config.model_type}", recall.sequence_length):
         data.trainer_arguments["compute_loss_func"] = loss_of_the_next_token
     return data.experiment(build, training, neural, model, recall), data.task, neural
 

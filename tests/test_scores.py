@@ -5,7 +5,6 @@ import math
 from types import SimpleNamespace
 from typing import Any
 
-import matplotlib
 import pytest
 import torch
 from torch import nn
@@ -29,8 +28,6 @@ from tests.helpers.comparing import assert_same_state
 from tests.helpers.neural_models import GPT2
 from tests.helpers.stock_models import FAMILIES
 
-
-matplotlib.use("Agg")
 
 SIZES: dict[str, Any] = {
     "image_size": 32,
@@ -57,7 +54,7 @@ SHAPE: dict[str, Any] = {"neural_proj_dim": 8, "neural_hidden_dims": "paper"}
 
 def neural_vit(**fields: Any) -> Any:
     torch.manual_seed(0)
-    return NeuralViTForImageClassification(NeuralViTConfig(**SIZES, neural_layers="all", **fields)).eval()
+    return NeuralViTForImageClassification(NeuralViTConfig(**{**SIZES, **fields}, neural_layers="all")).eval()
 
 
 def spreads(model: Any, inputs: dict[str, Any]) -> list[float]:
@@ -392,9 +389,3 @@ def test_embeddings_without_a_norm_need_inputs():
     refused(model, "its input is not what a norm hands on; give `inputs`")
     start_scores(model, inputs)
     assert spreads(model, inputs) == pytest.approx([1.0], rel=0.01)
-
-
-def test_pictures_of_scores():
-    axes = analysis.draw_scores(analysis.score_statistics(neural_vit(), **images()))
-    assert [ax.get_title() for ax in axes] == ["spread of scores", "entropy of attention", "saturated rows"]
-    assert all(len(ax.patches) == 2 for ax in axes)

@@ -1,6 +1,6 @@
 """Pictures of what the other functions return. They need matplotlib (`pip install 'hf_neural_attention[analysis]'`)."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -11,9 +11,16 @@ from .surface import ScoreSurface
 
 
 def new_axes(axes: Any, count: int = 1, size: tuple[float, float] = (4.5, 4.0)) -> list[Any]:
-    """The axes that are given, or as many of a new figure."""
+    """The axes that are given, or as many of a new figure.
+
+    Raises:
+        ValueError: if they are not as many as are needed.
+    """
     if axes is not None:
-        return list(axes) if count > 1 else [axes]
+        given = list(axes) if isinstance(axes, Iterable) else [axes]
+        if len(given) != count:
+            raise ValueError(f"`axes` has {len(given)}; this picture needs {count}.")
+        return given
     from matplotlib import pyplot as plt
 
     _, made = plt.subplots(1, count, figsize=(size[0] * count, size[1]), squeeze=False, layout="constrained")
@@ -68,7 +75,7 @@ def draw_surface(surface: ScoreSurface, axes: Any = None, *, less_row_mean: bool
 
 def draw_health(health: ScorerHealth, axes: Any = None) -> list[Any]:
     """Spread of scores and entropy of attention, layer by layer. Returns both axes."""
-    both = new_axes(axes, 2)
+    both = new_axes(axes, 2, size_for(len(health)))
     colors = ["tab:red" if layer.dead else "tab:blue" for layer in health]
     draw_spread(both[0], [layer.layer for layer in health], [layer.score_std for layer in health], colors)
     draw_entropy(both[1], health)
@@ -80,7 +87,7 @@ def draw_scores(statistics: ScoreStatistics, axes: Any = None) -> list[Any]:
 
     Dot products are gray and scorers blue.
     """
-    three = new_axes(axes, 3)
+    three = new_axes(axes, 3, size_for(len(statistics)))
     names = [layer.layer for layer in statistics]
     colors = ["tab:gray" if layer.scorer == "dot product" else "tab:blue" for layer in statistics]
     draw_spread(three[0], names, [layer.spread for layer in statistics], colors)
@@ -91,6 +98,11 @@ def draw_scores(statistics: ScoreStatistics, axes: Any = None) -> list[Any]:
     for ax in three[1:]:
         ax.set_yticklabels([])
     return three
+
+
+def size_for(layers: int) -> tuple[float, float]:
+    """Inches of a panel in which the names of so many layers lie on no other."""
+    return 4.5, max(4.0, 1.5 + 0.22 * layers)
 
 
 def draw_spread(ax: Any, names: list[str], spreads: list[float], colors: list[str]) -> None:

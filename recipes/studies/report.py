@@ -202,9 +202,9 @@ def beside_all(study: Study, found: Results, rows: list[dict[str, Any]]) -> str:
 
 # Gives title and form of a column, of all scores, whatever makes them
 SCORE_COLUMNS = {
-    "spread_at_start": ("of all scores at start", "{:.3f}"),
-    "spread_at_end": ("at end", "{:.2f}"),
-    "saturated_at_end": ("saturated rows", "{:.1%}"),
+    "spread_at_start": ("all scores: spread at start", "{:.3f}"),
+    "spread_at_end": ("all scores: spread at end", "{:.2f}"),
+    "saturated_at_end": ("saturated rows at end", "{:.1%}"),
 }
 
 
@@ -229,7 +229,12 @@ def costs_table(study: Study, rows: list[dict[str, Any]]) -> str:
 
     base = study.baseline
     header = ["arm", "steps", "parameters", "of scorers", "s / step", f"/ {base}", f"all steps / {base}", "MiB"]
-    header += ["dead scorers at start", "at end", "spread at end", *(title for title, _ in looked_at.values())]
+    header += [
+        "dead scorers at start",
+        "dead scorers at end",
+        "network's scores: spread at end",
+        *(title for title, _ in looked_at.values()),
+    ]
     return markdown_table(header, [line(row) for row in rows])
 
 

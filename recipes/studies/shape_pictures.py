@@ -27,10 +27,13 @@ PANELS = {
 }
 
 
-def head_dim(run: dict[str, Any]) -> int:
-    """Of a run's arguments."""
-    width, heads = ("hidden_size", "num_attention_heads") if "hidden_size" in run else ("n_embd", "n_head")
-    return int(run[width]) // int(run[heads])
+def head_dim(record: dict[str, Any]) -> int:
+    """By the model's config, which names what is no default, or else by the run's arguments."""
+    known = record["run"] | record.get("config", {})
+    if known.get("head_dim") is not None:
+        return int(known["head_dim"])
+    width, heads = ("hidden_size", "num_attention_heads") if "hidden_size" in known else ("n_embd", "n_head")
+    return int(known[width]) // int(known[heads])
 
 
 def cost_of(settings: dict[str, Any], size: int) -> dict[str, float]:
@@ -54,6 +57,9 @@ def cost_of(settings: dict[str, Any], size: int) -> dict[str, float]:
         # adds u + w, multiplies by the second layer, and weighs its units; of ReLU one each for both layers
         pair = first + first * second + 2 * second
         row = f"{first}x{second}"
+        if settings.get("neural_mode") == "residual":
+            # makes and keeps the dot product as well, which the benchmark has not timed
+            return {"pair": pair + size, "key": 4 * (first + size)}
     timed = attention_times(size)
     return {"pair": pair, "key": 4 * first} | ({"attention": timed[row]} if row in timed else {})
 
@@ -88,7 +94,7 @@ def draw_shapes(study: Study, found: Results, rows: list[dict[str, Any]], path: 
             continue
         if row["arm"] != study.baseline and (row["difference"] is None or not math.isfinite(row["difference"])):
             continue
-        size = head_dim(next(iter(found[row["arm"]].values()))["run"])
+        size = head_dim(next(iter(found[row["arm"]].values())))
         places.append({"arm": row["arm"], "error": form.factor * error_of(study, base, row), "step": row["relative_time"]})
         places[-1] |= cost_of(study.settings(row["arm"]), size) | {"seeds": row["seeds"]}
     shared = shared_ending([place["arm"] for place in places])

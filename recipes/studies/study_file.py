@@ -34,6 +34,19 @@ ATTENTIONS = (Arm.DOT, Arm.NEURAL)
 RECIPES = {"language_modeling.py": text_task, "image_classification.py": image_task, "recall.py": recall_task}
 
 
+class NamesOnce(yaml.SafeLoader):
+    """Refuses a name that stands twice in one place, of which YAML would keep the last."""
+
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        node = super().compose_mapping_node(anchor)
+        seen: set[Any] = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.composer.ComposerError(None, None, f"{key.value!r} stands here twice", key.start_mark)
+            seen.add(key.value)
+        return node
+
+
 @dataclass
 class Study:
     """A study file."""
@@ -59,7 +72,8 @@ class Study:
     def load(cls, path: Path) -> "Study":
         """Raises SystemExit if the file is not there, or lacks or has what a study has not."""
         try:
-            study = cls(**{"name": path.stem, "flags": {}, **yaml.safe_load(path.read_text(encoding="utf-8"))})
+            words = yaml.load(path.read_text(encoding="utf-8"), Loader=NamesOnce)
+            study = cls(**{"name": path.stem, "flags": {}, **words})
         except (OSError, yaml.YAMLError, TypeError) as error:
             raise SystemExit(f"{path} is no study: {error}") from None
         if (fault := study.fault()) is not None:
@@ -72,6 +86,8 @@ class Study:
             expected: Any = get_origin(each.type) or each.type
             if not isinstance(value := getattr(self, each.name), expected):
                 return f"`{each.name}` is {value!r}; expected a {expected.__name__}."
+        if numbers := [arm for arm in self.arms if not isinstance(arm, str)]:
+            return f"an arm is named {numbers[0]!r}, which is no text: put it in quotes."
         if self.recipe not in RECIPES:
             return f"the recipe is {self.recipe!r}; expected {' or '.join(RECIPES)}."
         if self.baseline not in self.arms:

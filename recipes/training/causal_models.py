@@ -6,6 +6,8 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
+from training.data_files import in_one_line
+
 
 NOTHING = -100  # a label where nothing is to be predicted
 TOKENS = 8
@@ -13,26 +15,35 @@ ROUNDING = 1e-5  # of the largest logit
 
 
 @torch.no_grad()
-def predicts_the_next_token(model: PreTrainedModel, name: str) -> bool:
+def predicts_the_next_token(model: PreTrainedModel, name: str, length: int = TOKENS) -> bool:
     """Whether a model's loss compares what it says at a token with the next label, as most families do. Decoders that are
     taken from an encoder-decoder (Marian, BART, Pegasus ...) compare it with that of the same token, which they have read.
 
     Args:
         name: of the model, in errors.
+        length: how many tokens it must be able to read at once.
 
     Raises:
-        SystemExit: if it sees tokens that are still to come.
+        SystemExit: if it cannot read so many, or sees tokens that are still to come.
     """
     config: Any = model.config.get_text_config()
-    length = min(TOKENS, getattr(config, "max_position_embeddings", None) or TOKENS)
+    few = min(TOKENS, length)
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(0, config.vocab_size, (2, length), generator=generator).to(model.device)
+    tokens = torch.randint(0, config.vocab_size, (2, few), generator=generator).to(model.device)
     changed = tokens.clone()
     changed[:, -1] = (changed[:, -1] + 1) % config.vocab_size
     was_training = model.training
     model.eval()
-    outputs, others = model(input_ids=tokens, labels=tokens), model(input_ids=changed)
-    model.train(was_training)
+    try:
+        outputs, others = model(input_ids=tokens, labels=tokens), model(input_ids=changed)
+        model(input_ids=tokens[:1].repeat(1, -(-length // few))[:, :length])
+    except Exception as error:  # noqa: BLE001, since models of hundreds of families may raise anything
+        raise SystemExit(
+            f"{name} cannot read {length} tokens: {type(error).__name__}: {in_one_line(error)} Fields of its config may "
+            "have to be set, by --config_overrides."
+        ) from None
+    finally:
+        model.train(was_training)
     difference = (outputs.logits - others.logits)[:, :-1].abs().max()
     if difference > ROUNDING * outputs.logits.abs().max():
         raise SystemExit(

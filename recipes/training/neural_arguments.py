@@ -60,7 +60,8 @@ class NeuralArguments:
         default=None,
         metadata={
             "help": "Record at each so many-th log, in `results.json`, the spread, entropy and saturation of every layer's "
-            "scores and the norm of the gradient of its query and key weights. Default: at start and end, without gradients."
+            "scores and the norm of the gradient of its query and key weights, where these are no part of a larger layer (but "
+            "for GPT-2's). Default: at start and end, without gradients."
         },
     )
     scorer_learning_rate: float | None = field(

@@ -1,6 +1,6 @@
 """New models of any family: their configs from flags, their stock classes, and their neural layers by `patch`."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,12 +11,23 @@ from hf_neural_attention import compact, patch
 from hf_neural_attention.models.configuration_neural_patched import PATCHED_TYPE
 from hf_neural_attention.registration import FAMILIES
 from training.arms import Arm
+from training.data_files import in_one_line
 from training.model_families import GPT2, VIT, ModelFamily
 from training.neural_arguments import NeuralArguments
 from training.paper_models import PaperDecoderConfig, PaperEncoderConfig
 
 
-FAULTS = (ValueError, TypeError, AttributeError, KeyError, StrictDataclassError)  # of configs and models that cannot be made
+FAULTS = (ValueError, TypeError, AttributeError, KeyError, StrictDataclassError)  # of configs that cannot be read
+
+# Gives for fields of configs that no override can set what does
+NOT_OVERRIDES = {
+    "dtype": "--bf16 or --fp16 trains in half precision",
+    "torch_dtype": "--bf16 or --fp16 trains in half precision",
+    "attn_implementation": "recipes train under Transformers' default",
+    "_attn_implementation": "recipes train under Transformers' default",
+    "model_type": "--model_type names the family",
+    "architectures": "--model_type names the family",
+}
 
 GENERAL = ("id2label", "label2id")  # fields that all configs take
 
@@ -36,8 +47,9 @@ class FamilyArguments:
     model_type: str | None = field(
         default=None,
         metadata={
-            "help": "Family of a new model, llama or deit say: the sizes that it is given here are those of its config where "
-            "that has them, whatever they are called there. Default: the recipe's own family."
+            "help": "Family of a new model, llama or deit say: the sizes that have a flag here are those of its config where "
+            "that has them, whatever they are called there. Fields without a flag keep the family's default, such as "
+            "head_dim=128 of Qwen3: give them by --config_overrides. Default: the recipe's own family."
         },
     )
     config_name: str | None = field(
@@ -83,7 +95,12 @@ def causal_sizes(n_embd: int, n_layer: int, n_head: int, n_inner: int | None, po
 
 
 def new_config(
-    arguments: FamilyArguments, family: ModelFamily, mapping: Any, sizes: Iterable[Size], data: Fields
+    arguments: FamilyArguments,
+    family: ModelFamily,
+    mapping: Any,
+    sizes: Iterable[Size],
+    data: Fields,
+    fixed: Collection[str] = (),
 ) -> PreTrainedConfig:
     """The config of a new stock model.
 
@@ -91,6 +108,7 @@ def new_config(
         family: the recipe's own.
         mapping: Transformers', of the configs of all models that do what the recipe trains them for.
         data: fields that the data decides, of which a config gets those that it has.
+        fixed: those that nothing else may decide.
 
     Raises:
         SystemExit: if there is no such family, it lacks what a flag sets, or its config refuses a value.
@@ -107,12 +125,14 @@ def new_config(
     fields |= {name: value for name, value in data.items() if name in vars(stock) or name in GENERAL}
     names = stock.attribute_map  # from names that many configs have to its own
     given = overrides(arguments.config_overrides, stock)
+    if decided := sorted(given.keys() & fixed):
+        raise SystemExit(f"--config_overrides: {decided[0]} is what the data and --image_size say. Leave it out.")
     fields = {names.get(name, name): value for each in (fields, given) for name, value in each.items()}
     try:
         config: PreTrainedConfig = CONFIG_MAPPING[stock.model_type](**fields)
-    except FAULTS as error:
-        raise SystemExit(f"This config of type {stock.model_type} cannot be made: {error}") from None
-    check_heads(config)
+        check_heads(config)
+    except Exception as error:  # noqa: BLE001, since configs of hundreds of families may raise anything
+        raise SystemExit(f"This config of type {stock.model_type} cannot be made: {in_one_line(error)}") from None
     return config
 
 
@@ -167,6 +187,8 @@ def overrides(text: str | None, stock: PreTrainedConfig) -> Fields:
         name, is_pair, value = pair.partition("=")
         if not is_pair:
             raise SystemExit(f"--config_overrides {text}: expected name=value,name=value; {pair!r} is no such pair.")
+        if name.strip() in NOT_OVERRIDES:
+            raise SystemExit(f"--config_overrides cannot set {name.strip()}: {NOT_OVERRIDES[name.strip()]}. Leave it out.")
         if not hasattr(stock, name.strip()):
             raise SystemExit(f"--config_overrides: configs of type {stock.model_type} have no field {name.strip()!r}.")
         fields[name.strip()] = value_of(value.strip())
@@ -248,8 +270,8 @@ def check_new(build: Callable[[Arm], PreTrainedModel], config: PreTrainedConfig,
         for arm in neural.arms:
             if arm.is_neural:
                 build(arm)
-    except (*FAULTS, ImportError, NotImplementedError, RuntimeError) as error:
-        raise SystemExit(f"The {arm} model of type {what} cannot be built: {error}") from None
+    except Exception as error:  # noqa: BLE001, since models of hundreds of families may raise anything
+        raise SystemExit(f"The {arm} model of type {what} cannot be built: {in_one_line(error)}") from None
     return stock
 
 

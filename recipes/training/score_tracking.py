@@ -1,5 +1,7 @@
 """Attention scores during training: how they spread, whether they are saturated, and whether a gradient reaches them."""
 
+import logging
+import re
 from typing import Any
 
 import torch
@@ -7,8 +9,11 @@ from torch import nn
 from transformers.trainer_utils import IntervalStrategy
 
 from hf_neural_attention.analysis import ScoreCallback
-from hf_neural_attention.introspection import unwrap
+from hf_neural_attention.introspection import WRAPPERS, unwrap
+from hf_neural_attention.patching.layers import listed
 
+
+logger = logging.getLogger(__name__)
 
 # Lists what families call the layers that make queries and keys alone
 QUERY_AND_KEY_LAYERS = {"q_proj", "k_proj", "query", "key", "q", "k", "q_lin", "k_lin"}
@@ -25,6 +30,7 @@ class WatchScores(ScoreCallback):
         super().__init__(inputs, every)
         self.shares: dict[str, float] = {}  # layer -> of the norm of the whole gradient, which clipping leaves as it is
         self.step = 0  # that they are of
+        self.has_warned = False
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         step = state.global_step + 1
@@ -37,7 +43,7 @@ class WatchScores(ScoreCallback):
         self.shares = {}
         for name, module in base.named_modules():
             if gradients := query_and_key_gradients(module):
-                self.shares[name] = norm_of(gradients) / whole if whole else 0.0
+                self.shares[re.sub(WRAPPERS, "", name)] = norm_of(gradients) / whole if whole else 0.0
 
     def on_log(self, args: Any, state: Any, control: Any, model: Any = None, logs: Any = None, **kwargs: Any) -> None:
         before = set(logs or ())
@@ -45,6 +51,13 @@ class WatchScores(ScoreCallback):
         layers = {name.split("/")[1] for name in set(logs or ()) - before if name.startswith("scores/")}
         if logs is None or "grad_norm" not in logs or state.global_step != self.step:
             return
+        if (without := sorted(layers - self.shares.keys())) and not self.has_warned:
+            self.has_warned = True
+            logger.warning(
+                "No gradient of queries and keys is recorded of %s: no layer that makes them alone has one there (they are "
+                "fused, or frozen).",
+                listed(without),
+            )
         figures = {
             f"scores/{name}/{GRADIENT}": share * float(logs["grad_norm"])
             for name, share in self.shares.items()

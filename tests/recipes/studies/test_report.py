@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from studies.report import CARD, report, summary
 from studies.results import adopt_runs, compared_with, difference, interval, is_same, load_results, summarize, verdict
 from studies.score_pictures import first_layer, points
-from studies.shape_pictures import BENCHMARK, cost_of, error_of, inside, pareto_front, shared_ending, write_names
+from studies.shape_pictures import BENCHMARK, cost_of, error_of, head_dim, inside, pareto_front, shared_ending, write_names
 from studies.study_file import COSTS, file_name
 from tests.helpers.study_records import change_run, costs_of, make_study, record_of, write_results
 
@@ -98,6 +98,10 @@ def test_error_against_cost(tmp_path):
     assert cost_of({**network, "neural_hidden_dims": "paper"}, 32) == {"pair": 8 + 32 + 8, "key": 32}
     assert cost_of({**network, "neural_hidden_dims": [16, 2]}, 32) == {"pair": 16 + 32 + 4, "key": 64}
     assert cost_of({**network, "neural_mode": "thin"}, 32) == {"pair": 8, "key": 32}
+    assert cost_of({**network, "neural_mode": "residual"}, 32) == {"pair": 28 + 32, "key": 32 + 128}
+    run = {"n_embd": 192, "n_head": 3}
+    records = ({"run": run}, {"run": run, "config": {"n_head": 6}}, {"run": run, "config": {"head_dim": 16}})
+    assert [head_dim(record) for record in records] == [64, 32, 16]
     # has been timed with heads of 64, and networks alone
     rows = json.loads(BENCHMARK.read_text())["rows"]
     (ratio,) = (row["to_sdpa"] for row in rows if (row["phase"], row["shape"]) == ("both", "8x2"))

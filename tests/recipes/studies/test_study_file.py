@@ -108,6 +108,8 @@ def test_studies_that_are_none(tmp_path):
         f"{{{given}, pictured: [b], arms: {{a: {{attention: dot}}}}}}", "`pictured` names 'b', which is none of the arms, a"
     )
     refused(f"{{{given}, arms: {{a: }}}}", "'a' must say `attention: dot` or `attention: neural`")
+    refused(f"{{{given}, arms: {{a: {{attention: dot}}, a: {{attention: neural}}}}}}", "is no study: 'a' stands here twice")
+    refused(f"{{{given}, arms: {{a: {{attention: dot}}, 16: {{attention: dot}}}}}}", "an arm is named 16, which is no text")
     refused(f"{{{given}, arms: {{a: {{attention: dot}}}}}}".replace("[0]", "3"), "`seeds` is 3; expected a list")
     refused(f"{{{given}, arms: {{b: {{attention: dot}}}}}}", "baseline 'a' is none of the arms, b")
     refused(f"{{{given}, arms: {{a: {{attention: both}}}}}}", "'a' must say `attention: dot` or `attention: neural`")

@@ -58,3 +58,14 @@ def test_the_norm_is_that_before_clipping(tmp_path: Any):
     (gradient,) = query_and_key_gradients(attention)
     width = attention.split_size
     assert torch.equal(gradient, attention.c_attn.weight.grad[:, : 2 * width]) and query_and_key_gradients(model) == []
+
+
+def test_layers_without_such_a_gradient_are_named_once(tmp_path: Any, caplog: Any):
+    model: Any = FAMILIES["llama"].model()
+    attention = model.model.layers[0].self_attn
+    for layer in (attention.q_proj, attention.k_proj):
+        layer.requires_grad_(False)
+    history = watched(tmp_path, model).state.log_history
+    assert not any(f"scores/{FAMILIES['llama'].layers[0]}/gradient" in entry for entry in history)
+    said = [record.getMessage() for record in caplog.records if "No gradient of queries and keys" in record.getMessage()]
+    assert len(said) == 1 and FAMILIES["llama"].layers[0] in said[0] and FAMILIES["llama"].layers[1] not in said[0]
