@@ -16,7 +16,7 @@ VERSION_TESTS := tests/test_export.py tests/models/test_flat_folder.py tests/tes
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help quickstart demo test test-slow test-triton gpu test-versions test-oldest test-newest test-clients coverage lint format types
-.PHONY: docs build release clean
+.PHONY: docs reports build release clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 22
@@ -114,6 +114,14 @@ types: $(STAMP) ## Check types
 docs: $(STAMP) ## Build the documents as a site into site/, and check their links
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	@echo "Open site/index.html, or serve it with its search: $(PYTHON) -m http.server --directory site"
+
+reports: $(STAMP) ## Write the reports, pictures and tables of all studies anew from the JSON of their runs
+	@for study in recipes/studies/*.yaml; do \
+		name=$$(basename $$study .yaml); results=model_cards/studies/$${name%-small}; \
+		[ -d $$results ] || continue; echo $$results; \
+		OMP_NUM_THREADS=1 $(BIN)/python recipes/study.py $$study --results $$results --report_only \
+			--pages README.md docs/*.md docs/evidence/*.md > /dev/null || exit 1; \
+	done
 
 build: $(STAMP) ## Build sdist and wheel into dist/
 	$(BIN)/python -m build --no-isolation

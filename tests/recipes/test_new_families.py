@@ -116,6 +116,35 @@ def test_the_recipes_own_families_keep_their_classes(tmp_path: Path):
     )
 
 
+@pytest.mark.parametrize(
+    "flags",
+    (
+        ("--neural_mode", "thin", "--neural_proj_dim", 4),
+        ("--neural_mode", "residual"),
+        ("--neural_per_head", True, "--neural_init", "paper"),
+        ("--neural_hidden_dims", 6, 3, "--neural_proj_dim", 6),
+    ),
+    ids=("thin", "residual", "per head", "hidden layers"),
+)
+@pytest.mark.parametrize("from_a_config", (False, True), ids=("by type", "by config"))
+def test_neural_options_go_to_patch(flags: tuple[Any, ...], from_a_config: bool, tmp_path: Path):
+    sizes = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    LlamaConfig(**sizes, num_key_value_heads=2, vocab_size=99).save_pretrained(tmp_path / "config")
+    family = ("--config_name", tmp_path / "config") if from_a_config else ("--model_type", "llama")
+    heads = () if from_a_config else ("--config_overrides", GROUPED)
+    model: Any = load("language_modeling.py", tmp_path / "run", *family, *heads, *flags)[0].initial_model(Arm.NEURAL)
+    assert model.config.hidden_size == (24 if from_a_config else 16) and model.config.num_key_value_heads == 2
+    scorers = [layer.self_attn.scorer for layer in model.model.layers]
+    name, value = flags[0].removeprefix("--neural_"), flags[1]
+    for scorer in scorers:
+        if name == "mode":
+            assert scorer.mode == value
+        elif name == "per_head":
+            assert scorer.num_heads == 4
+        else:
+            assert (scorer.linear2.in_features, scorer.linear2.out_features) == (6, 3)
+
+
 def test_a_compact_arm_starts_as_the_whole_one(tmp_path: Path):
     flags = ("--model_type", "deit", "--neural_proj_dim", 4)
     whole, packed = (
