@@ -21,7 +21,7 @@ from transformers import (
     Olmo2Model,
 )
 
-from hf_neural_attention import analysis, start_scores
+from hf_neural_attention import analysis, patch, start_scores
 from hf_neural_attention.analysis import ScoreCallback
 from tests.helpers.comparing import assert_same_state
 from tests.test_scores import refused
@@ -54,6 +54,16 @@ def test_a_layer_that_runs_again_and_again_is_looked_at_each_time_and_not_starte
     # is right in every run where it is zero
     start_scores(model, IDS, 0.0)
     assert analysis.score_statistics(model, **IDS)[0].spread == 0.0
+
+
+def test_the_health_of_a_scorer_is_that_of_all_its_calls():
+    torch.manual_seed(0)
+    model: Any = AlbertModel(AlbertConfig(**{**SIZES, "num_hidden_layers": 3}, vocab_size=99, embedding_size=16)).eval()
+    patch(model, mode="replace", proj_dim=4)
+    (layer,) = analysis.scorer_health(model, **IDS)
+    (statistics,) = analysis.score_statistics(model, **IDS)
+    assert layer.entropy == pytest.approx(statistics.entropy, rel=1e-5)
+    assert layer.dead == 0 and 0 < layer.active_pairs <= 1
 
 
 def test_layers_that_the_inputs_do_not_reach_are_named():

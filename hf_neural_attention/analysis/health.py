@@ -48,29 +48,57 @@ def scorer_health(model: Any, **inputs: Any) -> ScorerHealth:
             count.
 
     Returns:
-        `ScorerHealth`: of each layer that the forward reaches (its first call), in the order of the model.
+        `ScorerHealth`: of each layer that the forward reaches, all its calls together, in the order of the model.
 
     Raises:
         ValueError: if no neural layer of the model has a network (mode `"thin"` has none), or the inputs reach none.
     """
-    found = watch(model, inputs, health_of_layer, networks_alone=True)
+    sums: dict[Any, HealthSums] = {}
+
+    def look(scorer: Any, call: Call) -> LayerHealth:
+        return health_of_layer(scorer, call, sums.setdefault(scorer, HealthSums(call.sinks)))
+
+    found = watch(model, inputs, look, networks_alone=True, all_calls=True)
     return ScorerHealth(health._replace(layer=name) for name, health in found.items())
 
 
-def health_of_layer(scorer: Any, call: Call) -> LayerHealth:
-    """Over all pairs, in float32 as the backends compute scores."""
+class HealthSums:
+    """Sums over the pairs of a layer's calls."""
+
+    def __init__(self, sinks: torch.Tensor | None = None) -> None:
+        self.active_pairs: Any = 0  # [H, h2]
+        self.pairs = 0.0
+        self.rows = RowFigures(sinks)
+
+
+def health_of_layer(scorer: Any, call: Call, sums: HealthSums | None = None) -> LayerHealth:
+    """Over all pairs, in float32 as the backends compute scores; together with those that are in `sums` already."""
+    sums = sums or HealthSums(call.sinks)
     with without_autocast(call.query):
-        return health_in_float32(scorer, call)
+        add_pairs(sums, scorer, call)
+    scorers = sums.active_pairs if scorer.num_heads else sums.active_pairs.sum(0, keepdim=True)
+    alive, figures = scorers > 0, sums.rows
+    deviations, entropy, uniform = (
+        total / figures.rows if figures.rows else math.nan for total in (figures.deviations, figures.entropy, figures.uniform)
+    )
+    return LayerHealth(
+        "",
+        len(alive),
+        int((~alive.any(-1)).sum()),
+        alive.float().mean().item(),
+        (sums.active_pairs.sum(0) / sums.pairs).mean().item(),
+        deviations,
+        entropy,
+        uniform,
+    )
 
 
-def health_in_float32(scorer: Any, call: Call) -> LayerHealth:
+def add_pairs(sums: HealthSums, scorer: Any, call: Call) -> None:
     """Some queries at a time."""
     weights = scorer.weights().to(torch.float32)
     keys = key_features(call.key, weights).unsqueeze(2)
     batch, heads, num_queries, _ = call.query.shape
     at_once = max(1, NUMBERS_AT_ONCE // (batch * heads * keys.shape[3] * keys.shape[4]))
-    active_pairs: Any = 0  # [H, h2]
-    figures, pairs = RowFigures(call.sinks), 0.0
     for rows in torch.arange(num_queries, device=call.query.device).split(at_once):
         query = call.query[:, :, rows]
         hidden = relu(query_features(query, weights).unsqueeze(3) + keys)
@@ -81,18 +109,6 @@ def health_in_float32(scorer: Any, call: Call) -> LayerHealth:
             scores = scores + call.dot_products(rows)
         scores = call.masked_rows(scores, rows)
         seen = scores != float("-inf")
-        active_pairs = active_pairs + ((active > 0) & seen.unsqueeze(-1)).sum((0, 2, 3))
-        figures.add(network, scores)
-        pairs += seen.sum().item()
-    scorers = active_pairs if scorer.num_heads else active_pairs.sum(0, keepdim=True)
-    alive = scorers > 0
-    sums = figures.deviations, figures.entropy, figures.uniform
-    mean_over_rows = [total / figures.rows if figures.rows else math.nan for total in sums]
-    return LayerHealth(
-        "",
-        len(alive),
-        int((~alive.any(-1)).sum()),
-        alive.float().mean().item(),
-        (active_pairs.sum(0) / pairs).mean().item(),
-        *mean_over_rows,
-    )
+        sums.active_pairs = sums.active_pairs + ((active > 0) & seen.unsqueeze(-1)).sum((0, 2, 3))
+        sums.rows.add(network, scores)
+        sums.pairs += seen.sum().item()

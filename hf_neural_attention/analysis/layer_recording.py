@@ -16,6 +16,7 @@ def watch(
     *,
     padded: bool = False,
     networks_alone: bool = False,
+    all_calls: bool = False,
 ) -> dict[str, Any]:
     """What `look` makes of each neural layer's scorer and its call (the first, if there are several), by name.
 
@@ -24,6 +25,7 @@ def watch(
     Args:
         padded: whether `look` gets queries of padding as well, and all in their places.
         networks_alone: leave out scorers without a network, those of mode `"thin"`.
+        all_calls: whether `look` gets later calls as well; what it makes of the last one counts.
 
     Raises:
         ValueError: if the model has no such layer, or the inputs reach none.
@@ -34,7 +36,11 @@ def watch(
     }
     if not layers:
         raise ValueError(f"This {type(base).__name__} has no neural layer{' with a network' if networks_alone else ''}.")
-    return watch_layers(model, base, inputs, layers, lambda module, call: look(module.scorer, call), padded=padded)
+
+    def look_at(module: Any, call: Call) -> Any:
+        return look(module.scorer, call)
+
+    return watch_layers(model, base, inputs, layers, look_at, padded=padded, all_calls=all_calls)
 
 
 class QueriesAndKeys(NamedTuple):
