@@ -116,12 +116,12 @@ docs: $(STAMP) ## Build the documents as a site into site/, and check their link
 	@echo "Open site/index.html, or serve it with its search: $(PYTHON) -m http.server --directory site"
 
 reports: $(STAMP) ## Write the reports, pictures and tables of all studies anew from the JSON of their runs
-	@for study in recipes/studies/*.yaml; do \
+	@failed=0; for study in recipes/studies/*.yaml; do \
 		name=$$(basename $$study .yaml); results=model_cards/studies/$${name%-small}; \
 		[ -d $$results ] || continue; echo $$results; \
 		OMP_NUM_THREADS=1 $(BIN)/python recipes/study.py $$study --results $$results --report_only \
-			--pages README.md docs/*.md docs/evidence/*.md > /dev/null || exit 1; \
-	done
+			--pages README.md docs/*.md docs/evidence/*.md > /dev/null || failed=1; \
+	done; exit $$failed
 
 build: $(STAMP) ## Build sdist and wheel into dist/
 	$(BIN)/python -m build --no-isolation

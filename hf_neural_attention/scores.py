@@ -42,11 +42,11 @@ class ScoreStatistics(tuple[LayerScores, ...]):
 
 
 def score_statistics(model: Any, **inputs: Any) -> ScoreStatistics:
-    """Looks at the scores of every attention layer of a model, dot product or neural, while it runs on some inputs.
+    """Looks at the scores of the attention layers of a model, dot product or neural, while it runs on some inputs.
+
     Scores are those that the softmax gets, after the model's own scaling (`1 / sqrt(head_dim)` in most) and soft cap, without
-    masks and biases of positions; entropy and
-    saturation are of the attention weights themselves, with both. The model runs in evaluation mode, without dropout, and is
-    left as it was.
+    masks and biases of positions; entropy and saturation are of the attention weights themselves, with both. The model runs in
+    evaluation mode, without dropout, and is left as it was.
 
     Args:
         model: whose attention modules fetch their function from Transformers' `AttentionInterface`, as `patch` needs it.

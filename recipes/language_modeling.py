@@ -26,7 +26,7 @@ from training.data_checks import check_positions, check_tokens
 from training.experiment import Experiment
 from training.model_families import GPT2
 from training.neural_arguments import NeuralArguments
-from training.new_models import FamilyArguments, build_new, causal_sizes, check_new, check_one_source, new_config
+from training.new_models import FIELDS_HINT, FamilyArguments, build_new, causal_sizes, check_new, check_one_source, new_config
 from training.reporting import Task
 from training.runner import carry_out
 from training.text import TextArguments, load_text, load_tokenizer
@@ -133,7 +133,8 @@ def load_experiment(words: list[str] | None = None) -> tuple[Experiment, Task, N
     else:
         some = build(neural.arms[0])
     data = prepare(text, splits, tokenizer, model.prompt, training.seed)
-    fit_to(data, some, f"A model of type {some.config.model_type}", text.block_size)
+    hint = FIELDS_HINT if model.model_name_or_path is None else ""
+    fit_to(data, some, f"A model of type {some.config.model_type}", text.block_size, hint)
     data.task.checkpoint = model.model_name_or_path
     is_shared = not is_neural(model.model_name_or_path, GPT2)
     return data.experiment(build, training, neural, model, text, is_shared=is_shared), data.task, neural

@@ -19,7 +19,16 @@ from training.causal_models import loss_of_the_next_token, predicts_the_next_tok
 from training.experiment import Experiment
 from training.model_families import GPT2
 from training.neural_arguments import NeuralArguments
-from training.new_models import FamilyArguments, build_new, causal_sizes, check_new, check_one_source, family_note, new_config
+from training.new_models import (
+    FIELDS_HINT,
+    FamilyArguments,
+    build_new,
+    causal_sizes,
+    check_new,
+    check_one_source,
+    family_note,
+    new_config,
+)
 from training.recall_task import MEASURES, RecallArguments, prepare
 from training.reporting import Task
 from training.runner import carry_out
@@ -64,7 +73,7 @@ def load_experiment(words: list[str] | None = None) -> tuple[Experiment, Task, N
     stock = check_new(build, config, neural)
     data = prepare(recall, training.seed if training.data_seed is None else training.data_seed)
     data.task.notes += f" {family_note(stock)}"
-    if not predicts_the_next_token(stock, f"A model of type {config.model_type}", recall.sequence_length):
+    if not predicts_the_next_token(stock, f"A model of type {config.model_type}", recall.sequence_length, FIELDS_HINT):
         data.trainer_arguments["compute_loss_func"] = loss_of_the_next_token
     return data.experiment(build, training, neural, model, recall), data.task, neural
 

@@ -56,6 +56,26 @@ def test_a_layer_that_runs_again_and_again_is_looked_at_each_time_and_not_starte
     assert analysis.score_statistics(model, **IDS)[0].spread == 0.0
 
 
+class Pairs(torch.nn.Module):
+    """Runs one model on two batches of the same kind, as training on pairs does."""
+
+    def __init__(self, model: Any):
+        super().__init__()
+        self.model, self.config = model, model.config
+
+    def forward(self, input_ids: torch.Tensor, others: torch.Tensor) -> Any:
+        return self.model(input_ids).logits - self.model(others).logits
+
+
+def test_a_layer_that_runs_again_on_the_like_is_started():
+    torch.manual_seed(0)
+    model = Pairs(llama())
+    first, second = torch.randint(3, 99, (2, 32, 24))
+    start_scores(model, {"input_ids": first, "others": second})
+    found = analysis.score_statistics(model, input_ids=first, others=second)
+    assert [layer.spread for layer in found] == pytest.approx([1.0, 1.0], rel=0.02)
+
+
 def test_the_health_of_a_scorer_is_that_of_all_its_calls():
     torch.manual_seed(0)
     model: Any = AlbertModel(AlbertConfig(**{**SIZES, "num_hidden_layers": 3}, vocab_size=99, embedding_size=16)).eval()
@@ -73,17 +93,19 @@ def test_layers_that_the_inputs_do_not_reach_are_named():
     config = Gemma3Config(text_config=text, vision_config=vision, image_token_id=98, mm_tokens_per_image=4)
     model: Any = Gemma3Model(config).eval()
     names = ["vision_tower.encoder.layers.0.self_attn", "language_model.layers.0.self_attn"]
-    refused(model, rf"No run of the model reached '{names[0]}', which `layers` chooses", IDS, layers=names)
+    refused(model, rf"No run of the model reached '{names[0]}', which `layers` names", IDS, layers=names)
     report = start_scores(model, IDS)
     assert report.unreached == tuple(f"vision_tower.encoder.layers.{number}.self_attn" for number in (0, 1))
     assert f"not reached, and left as they were: {names[0]!r}" in str(report) and len(report) == 2
     assert start_scores(model).unreached == ()
+    for layers in ("all", [0], lambda name, module: True):  # mean layers of each stack, and not that one
+        assert start_scores(model, IDS, layers=layers, allow_trained=True).unreached[0] == names[0]
 
 
 def test_states_that_are_small_beside_the_constant_of_a_norm_have_no_closed_form():
     torch.manual_seed(0)
     model: Any = Olmo2Model(Olmo2Config(**SIZES, vocab_size=99, pad_token_id=0, eos_token_id=1)).eval()
-    refused(model, "a norm before its scores gets states so small that the constant in it counts; give `inputs`")
+    refused(model, "what a norm before its scores hands on has not the size of its gains; give `inputs`")
     start_scores(model, IDS)
     assert [layer.spread for layer in analysis.score_statistics(model, **IDS)] == pytest.approx([1.0, 1.0], rel=0.01)
 
@@ -145,7 +167,7 @@ def test_virtual_tokens_are_refused():
     assert_same_state(model.get_base_model(), llama())
 
 
-@pytest.mark.parametrize("every", (0, -1, 1.5, None, "2"))
+@pytest.mark.parametrize("every", (0, -1, 1.5, None, "2", True))
 def test_a_callback_looks_at_every_so_many_th_log(every: Any):
     with pytest.raises(ValueError, match=r"`every` is .*; it must be a whole number of at least one"):
         ScoreCallback(IDS, every=every)

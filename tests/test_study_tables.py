@@ -261,9 +261,11 @@ def test_four_times_as_many_steps():
     said = "{:.0f} % of its rows are saturated, and scores spread by {:.0f}."
     assert said.format(100 * saturated["saturated"], saturated["spread"]) in text
     assert f"still near uniform (an entropy of {network['entropy']:.2f} nats)" in text
+    averaging = f"dot, {AUTHORS}, first layer uniform"
+    assert f"A first layer that averages is ahead by {-percent(found, averaging, f'dot, {AUTHORS}'):.1f} %" in text
     leads = [-percent(runs, f"neural, {AUTHORS}", f"dot, {AUTHORS}") for runs in (found, shorter)]
     assert "It is ahead by {:.1f} %, where it was by {:.1f} % after 600 steps.".format(*leads) in text
-    assert f"With unit embeddings it is behind by {percent(found, f'neural, {UNIT}', f'dot, {UNIT}'):.1f} %." in text
+    assert f"With unit embeddings the network is behind by {percent(found, f'neural, {UNIT}', f'dot, {UNIT}'):.1f} %." in text
 
 
 def test_what_ran_is_counted():
@@ -347,6 +349,12 @@ def test_the_start_at_other_rates():
     for arm in ("dot", "dot, spread 1"):
         best = max((f"{arm}{rate}" for rate in rates), key=lambda each: of_one_seed(each, study.choose_by))
         assert best == arm
+    lower = (", a quarter of the rate", *rates[:3])
+    for arm in ("dot, spread 1", "network 16, spread 1"):  # has its best rates between others
+        tried = [of_one_seed(f"{arm}{rate}", study.metric) for rate in lower]
+        assert max(tried) not in (tried[0], tried[-1])
+    best = max(lower, key=lambda rate: of_one_seed(f"network 16, spread 1{rate}", study.choose_by))
+    assert best == ", half the rate"
     high = {arm: of_one_seed(f"{arm}, four times the rate", study.metric) for arm in ("dot", "dot, spread 1", "network 16")}
     assert max(high, key=lambda arm: high[arm]) == "network 16"
     assert all(high[arm] < of_one_seed(arm, study.metric) for arm in high)

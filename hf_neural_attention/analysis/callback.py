@@ -33,7 +33,7 @@ class WatchingCallback(TrainerCallback):
 
     def __init__(self, inputs: Mapping[str, Any], every: int = 1):
         number: Any = every
-        if not isinstance(number, Integral) or number < 1:
+        if not isinstance(number, Integral) or isinstance(number, bool) or number < 1:
             raise ValueError(f"`every` is {every!r}; it must be a whole number of at least one.")
         self.inputs, self.every = dict(inputs), every
 

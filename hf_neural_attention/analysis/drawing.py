@@ -17,6 +17,7 @@ def new_axes(axes: Any, count: int = 1, size: tuple[float, float] = (4.5, 4.0)) 
         ValueError: if they are not as many as are needed.
     """
     if axes is not None:
+        axes = axes.flat if hasattr(axes, "flat") else axes  # of an array, as matplotlib makes it
         given = list(axes) if isinstance(axes, Iterable) else [axes]
         if len(given) != count:
             raise ValueError(f"`axes` has {len(given)}; this picture needs {count}.")

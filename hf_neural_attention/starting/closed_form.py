@@ -37,8 +37,8 @@ def spread_in_closed_form(
     layers = [layer for source in (*query, *key) for layer in (source.layer, source.normalised)]
     if any(getattr(layer, "bias", None) is not None and layer.bias.any() for layer in layers):  # type: ignore[union-attr]
         return f"it has biases that are not zero; {ASK}"
-    if any(source.is_small() for source in (*query, *key)):
-        return f"a norm before its scores gets states so small that the constant in it counts; {ASK}"
+    if any(source.is_off_size() for source in (*query, *key)):
+        return f"what a norm before its scores hands on has not the size of its gains; {ASK}"
     scorer: Any = getattr(module, "scorer", None)
     sizes = [factor * source.size() for factor, (source,) in zip(factors, (query, key), strict=True)]
     if scorer is None or scorer.mode == "residual":

@@ -17,8 +17,9 @@ from transformers.pytorch_utils import Conv1D
 from ..models.neural_attention_reference import in_float64
 
 
-# Takes a norm's output for as large as its gains from here on: scores are then less than 4 % off
-SMALLEST_SHARE = 0.98
+# Takes what a norm hands on for as large as its gains if it is so near, relative to it: where they are equal, as in new
+# models, and where they are not
+NEAR, NEAR_OF_TRAINED = 0.02, 0.25
 
 
 @dataclass
@@ -62,13 +63,15 @@ class Source:
         weight = self.rows() * gain_of(self.normalised)
         return weight.square().sum(-1).mean().sqrt().item()
 
-    def is_small(self) -> bool:
-        """Whether the norm that this hangs on hands on less than the size of its gains, since the constant that it adds counts
-        beside what it gets."""
+    def is_off_size(self) -> bool:
+        """Whether the norm that this hangs on hands on states of another size than that of its gains: what it gets may be
+        small beside the constant that it adds, or it may be no norm but for its name."""
         norm: Any = self.layer if is_norm(self.layer) else self.normalised
         states = self.layer.forward(self.inputs) if norm is self.layer else self.inputs
         sizes = states.float().square().mean(-1).sqrt()
-        return bool(sizes.median() < SMALLEST_SHARE * rms(gain_of(norm)))
+        gains = gain_of(norm)
+        near = NEAR if gains.min() == gains.max() else NEAR_OF_TRAINED
+        return not abs(sizes.median().item() - rms(gains)) <= near * rms(gains)
 
     def rows(self) -> torch.Tensor:
         """`[units, inputs]`."""

@@ -1,9 +1,9 @@
 """`start_scores`: sets how far attention scores spread in a model that is to be trained."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ from torch import nn
 from transformers import Cache
 
 from ..attending import attend
-from ..introspection import call_of, left_as_it_was, looked_at, moved, observed, unwrap
+from ..introspection import Call, call_of, left_as_it_was, looked_at, moved, observed, unwrap
 from ..patching.layers import Layers, attention_modules, choose_layers, listed, tokens_of_queries
 from ..patching.patching import check_unsharded, check_weights_together
 from ..patching.probing import probe
@@ -40,7 +40,7 @@ class StartedLayer(NamedTuple):
 
 
 class ScoreStart(tuple[StartedLayer, ...]):
-    """One `StartedLayer` per attention layer, in the order of the model. `str()` makes a table of it."""
+    """One `StartedLayer` per attention layer that the run reached, in the order of the model. `str()` makes a table of it."""
 
     measured: bool  # on inputs; otherwise in closed form
     unreached: tuple[str, ...] = ()  # names of attention layers that the run did not reach, and that are as they were
@@ -63,6 +63,7 @@ class Plan:
     degree: int  # of the scores, in all that is scaled
     spread: float
     cap: float | None  # of its dot products
+    later: list[float] = field(default_factory=list)  # spreads of further runs in the same forward
 
     @property
     def goes_to_zero(self) -> bool:
@@ -90,8 +91,8 @@ def start_scores(
     saturated. The spread is the standard deviation of scores within rows (a row: a query of one head and example), after the
     model's own scaling (`1 / sqrt(head_dim)` in most) and soft cap, before masks and biases of positions, over the keys that
     the row may see; pooled over all rows of the layer (root of the mean variance, each row counted by its degrees of freedom),
-    as `analysis.score_statistics` has it. A layer that runs several times in one forward (ALBERT's) takes a spread of zero
-    alone: no factor is right for all its runs.
+    as `analysis.score_statistics` has it. A layer that runs several times in one forward is refused if its runs would differ
+    on `inputs` (ALBERT's), since no factor is right for all of them.
 
     What is multiplied: the weights and biases that make queries and keys (gains of the norms that come after them, if there
     are such), both by the same factor: by its square root in layers of the dot product, thin or not, whose scores grow with
@@ -122,8 +123,8 @@ def start_scores(
     Raises:
         ValueError: if `spread` is negative or not finite, or `inputs` is no dict; under `torch.inference_mode()`; if a cache
             in `inputs` is not empty, or peft adds virtual tokens; if `layers` chooses none, or one that is not there
-            (PatchError) or that the run does not reach; if the model seems trained; or if a layer's spread cannot be set, with
-            the reason. The model is then what it was.
+            (PatchError) or names one that the run does not reach; if the model seems trained; or if a layer's spread cannot be
+            set, with the reason. The model is then what it was.
     """
     if not is_spread(spread):
         raise ValueError(f"`spread` is {spread!r}; it must be a finite number of at least zero.")
@@ -134,8 +135,7 @@ def start_scores(
         )
     if is_prompted(model):
         raise ValueError(
-            "This model has virtual tokens of peft's, which are keys as well and no layer makes. Start the model that "
-            "`get_peft_model` gets."
+            "This model has virtual tokens of peft's, which this would leave out. Start the model that `get_peft_model` gets."
         )
     if torch.is_inference_mode_enabled():
         raise ValueError("`start_scores` takes derivatives: call it outside of `torch.inference_mode()`.")
@@ -152,18 +152,19 @@ def start_scores(
             f"This {type(base).__name__} seems to be trained: {sign}. Other scores would undo what it has learned. To change "
             "it all the same, say `allow_trained=True`; to fit new scorers to a checkpoint, use `calibrate`."
         )
+    layers = list(layers) if isinstance(layers, Iterator) else layers
+    named = {each for each in layers if isinstance(each, str)} if isinstance(layers, list | tuple | set) else set()
     if layers is not None:
         calls, reasons = probe(base, modules, inputs)
         modules = {name: modules[name] for name in choose_layers(layers, modules, calls, reasons, "inputs")}
     with restored_after_errors(base):
         before, factors = survey(base, modules, inputs, spread)
         unreached = [name for name in modules if name not in before]
-        if unreached and layers is not None:
-            raise ValueError(
-                f"No run of the model reached {listed(unreached)}, which `layers` chooses. Give `inputs` that do."
-            )
+        if missing := [name for name in unreached if name in named]:
+            raise ValueError(f"No run of the model reached {listed(missing)}, which `layers` names. Give `inputs` that do.")
         # takes zero as it is, since weights of zero show no more what they make
-        after = {name: plan.spread for name, plan in survey(base, modules, inputs, None)[0].items()} if spread else {}
+        again = survey(base, modules, inputs, None)[0] if spread else {}
+        after = {name: plan.spread for name, plan in again.items()}
         wrong = [name for name in before if spread and not abs(after[name] / spread - 1) < TOLERANCE]
         if wrong:
             caps = {name: before[name].cap for name in wrong}
@@ -173,6 +174,13 @@ def start_scores(
                     f"spread by {min(after[name] for name in wrong):.3g} instead. Ask for a smaller spread."
                 )
             raise ValueError(f"The scores of {listed(wrong)} do not grow as expected with the weights that make them.")
+        for name, plan in again.items():
+            if not all(abs(each / spread - 1) < TOLERANCE for each in plan.later):
+                spreads = [plan.spread, *plan.later]
+                raise ValueError(
+                    f"The scores of {name!r} cannot be set: it runs several times in one forward, on other states each time, "
+                    f"and they would spread by {min(spreads):.3g} to {max(spreads):.3g}. No one factor is right for all runs."
+                )
     report = ScoreStart(
         StartedLayer(name, plan.scorer, changed_in(plan), factors[name], plan.spread, after.get(name, 0.0))
         for name, plan in before.items()
@@ -240,19 +248,24 @@ def survey(
     pending: set[Any] = set()  # modules whose forward has not called its attention function yet
     names = {module: name for name, module in modules.items()}
 
+    def seen_call(module: Any, *args: Any, **kwargs: Any) -> Call:
+        call = call_of(module, *args, **kwargs)
+        if inputs is None:
+            return call
+        return call.without_padding(tokens_of_queries(model, names[module], module, inputs, call))
+
     def look(module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if module in plans and module not in pending:
             plans[module] = "it calls its attention function several times in one forward"
-        elif module in plans and inputs is not None and wanted != 0:
-            plans[module] = "it runs several times in one forward, on other states each time, for which no one factor is right"
+        elif inputs is not None and wanted is None and isinstance(plan := plans.get(module), Plan):
+            with torch.no_grad():
+                plan.later.append(statistics_of_layer(module, seen_call(module, query, key, value, *args, **kwargs)).spread)
         pending.discard(module)
         if module not in plans:
             found = sources.of(module, query, key, value)
             query, key, value = query.detach(), key.detach(), value.detach()
             with torch.no_grad():
-                call = call_of(module, query, key, value, *args, **kwargs)
-                if inputs is not None:
-                    call = call.without_padding(tokens_of_queries(model, names[module], module, inputs, call))
+                call = seen_call(module, query, key, value, *args, **kwargs)
                 plan = found if isinstance(found, str) else plan_of(module, *found, query, key, call, inputs is not None)
                 if isinstance(plan, Plan) and wanted and inputs is None and is_capped(plan, wanted):
                     plan = f"its dot products are capped at {plan.cap}; {ASK}"

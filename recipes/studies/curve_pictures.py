@@ -23,6 +23,7 @@ START, END = "start", "end"
 TITLES = {START: "spread of scores within rows at the start", END: "and at the end of training"}
 NUMBERS_TITLE = "numbers that a head compares (neural_proj_dim)"
 FEWEST = {SPREAD: 3, NUMBERS: 2}  # points of a curve
+FIRST_LAYER = ("0",)  # is neural where flags say nothing
 SMALLEST_SPREAD = 0.02  # below which the axis is linear, so that it has a zero
 
 
@@ -70,7 +71,7 @@ def draw_curves_of(study: Study, found: Results, rows: list[dict[str, Any]], set
     curves, form = curves_of(study, found, setting), form_of(study, rows, study.metric)
     panels = panels_of(found, curves, setting)
     figure = Figure(figsize=(4 + 5 * len(panels), 5.5), layout="constrained")
-    colors = {name: f"C{number % 10}" for number, name in enumerate(curves)}
+    styles = {name: (f"C{number % 10}", "-" if number < 10 else "--") for number, name in enumerate(curves)}
     base = statistics.mean(run["metrics"][study.metric] for run in found[study.baseline].values())
 
     def placed(arm: str) -> list[float]:
@@ -80,11 +81,11 @@ def draw_curves_of(study: Study, found: Results, rows: list[dict[str, Any]], set
     axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for axis, (title, when, names) in zip(axes, panels, strict=True):
         for name in names:
-            points, color = curves[name], colors[name]
+            points, (color, style) = curves[name], styles[name]
             places = [measured_spread(found[arm], END) if when == END else place for place, arm in points]
             drawn = [(place, values) for place, (_, arm) in zip(places, points, strict=True) if (values := placed(arm))]
             means = [statistics.mean(values) for _, values in drawn]
-            axis.plot([place for place, _ in drawn], means, color=color, label=name)
+            axis.plot([place for place, _ in drawn], means, style, color=color, label=name)
             for (place, values), mean in zip(drawn, means, strict=True):
                 axis.plot([place] * len(values), values, "o", color=color, alpha=0.4, markersize=5)
                 if len(values) >= FEWEST_PAIRS and (bar := interval(values)) is not None:
@@ -118,7 +119,7 @@ def panels_of(found: Results, curves: dict[str, list[Point]], setting: str) -> l
     by_layers: dict[str, list[str]] = defaultdict(list)
     for name, points in curves.items():
         run = next(iter(found[points[0].arm].values()))["run"]
-        by_layers[" ".join(map(str, run.get("neural_layers", ())))].append(name)
+        by_layers[" ".join(map(str, run.get("neural_layers") or FIRST_LAYER))].append(name)
     more = len(by_layers) > 1
     return [(NUMBERS_TITLE + f", neural layers: {layers}" * more, START, names) for layers, names in by_layers.items()]
 

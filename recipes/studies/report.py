@@ -100,10 +100,10 @@ def markdown(study: Study, found: Results, rows: list[dict[str, Any]], where: di
             )
     if study.shapes:
         parts.append(
-            "Error against cost, of arms at the baseline's learning rate: what attention takes by itself (as the benchmark of "
-            "shapes has it, which has none of few numbers without a network), what a training step takes (measured, by "
-            "turns), and what a pair's score takes and a cache keeps of a key (counted). Arms on the line are beaten by none "
-            "in both.\n\n![Error against cost](shapes.png)"
+            "Error against cost, of arms at the baseline's learning rate: what attention takes by itself (for heads that the "
+            "benchmark of shapes has timed; it has no dot product of few numbers), what a training step takes (measured, by "
+            "turns), and what a pair's score takes and a cache keeps of a key (counted). Arms on a line are beaten by none in "
+            "error and that cost.\n\n![Error against cost](shapes.png)"
         )
     if were_watched(found):
         those = "the arms that the study pictures" if study.pictured else "arms at the study's own rate"

@@ -46,7 +46,8 @@ def cost_of(settings: dict[str, Any], size: int) -> dict[str, float]:
     """
     if settings["attention"] == "dot":
         # needs no key without scores
-        first = pair = 0 if settings.get("score_spread") == 0 else size
+        is_uniform = settings.get("score_spread") == 0 and "score_spread_layers" not in settings
+        first = pair = 0 if is_uniform else size
         row: str | None = None
     elif settings.get("neural_mode") == "thin":
         first = pair = resolve_sizes(size, settings.get("neural_proj_dim"), "auto")[0]

@@ -41,9 +41,10 @@ class NamesOnce(yaml.SafeLoader):
         node = super().compose_mapping_node(anchor)
         seen: set[Any] = set()
         for key, _ in node.value:
-            if key.value in seen:
+            name = (key.tag, str(key.value))
+            if name in seen and key.tag != "tag:yaml.org,2002:merge":
                 raise yaml.composer.ComposerError(None, None, f"{key.value!r} stands here twice", key.start_mark)
-            seen.add(key.value)
+            seen.add(name)
         return node
 
 

@@ -15,13 +15,14 @@ ROUNDING = 1e-5  # of the largest logit
 
 
 @torch.no_grad()
-def predicts_the_next_token(model: PreTrainedModel, name: str, length: int = TOKENS) -> bool:
+def predicts_the_next_token(model: PreTrainedModel, name: str, length: int = TOKENS, hint: str = "") -> bool:
     """Whether a model's loss compares what it says at a token with the next label, as most families do. Decoders that are
     taken from an encoder-decoder (Marian, BART, Pegasus ...) compare it with that of the same token, which they have read.
 
     Args:
         name: of the model, in errors.
         length: how many tokens it must be able to read at once.
+        hint: what to do where it cannot.
 
     Raises:
         SystemExit: if it cannot read so many, or sees tokens that are still to come.
@@ -39,8 +40,7 @@ def predicts_the_next_token(model: PreTrainedModel, name: str, length: int = TOK
         model(input_ids=tokens[:1].repeat(1, -(-length // few))[:, :length])
     except Exception as error:  # noqa: BLE001, since models of hundreds of families may raise anything
         raise SystemExit(
-            f"{name} cannot read {length} tokens: {type(error).__name__}: {in_one_line(error)} Fields of its config may "
-            "have to be set, by --config_overrides."
+            f"{name} fails on blocks of {length} tokens: {type(error).__name__}: {in_one_line(error)}{hint}"
         ) from None
     finally:
         model.train(was_training)

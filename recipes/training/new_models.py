@@ -29,6 +29,8 @@ NOT_OVERRIDES = {
     "architectures": "--model_type names the family",
 }
 
+FIELDS_HINT = " Fields of its config may have to be set, by --config_overrides."
+
 GENERAL = ("id2label", "label2id")  # fields that all configs take
 
 # Lists what configs call the dropout of embeddings, attention weights and residual branches
@@ -132,8 +134,14 @@ def new_config(
         config: PreTrainedConfig = CONFIG_MAPPING[stock.model_type](**fields)
         check_heads(config)
     except Exception as error:  # noqa: BLE001, since configs of hundreds of families may raise anything
-        raise SystemExit(f"This config of type {stock.model_type} cannot be made: {in_one_line(error)}") from None
+        raise SystemExit(f"This config of type {stock.model_type} cannot be made: {said_by(error)}") from None
     return config
+
+
+def said_by(error: Exception) -> str:
+    """What an error says, with its type where that is not written for readers."""
+    words = in_one_line(error)
+    return words if isinstance(error, ValueError | ImportError) else f"{type(error).__name__}: {words}"
 
 
 def fields_of(config: PreTrainedConfig) -> Fields:
@@ -271,7 +279,7 @@ def check_new(build: Callable[[Arm], PreTrainedModel], config: PreTrainedConfig,
             if arm.is_neural:
                 build(arm)
     except Exception as error:  # noqa: BLE001, since models of hundreds of families may raise anything
-        raise SystemExit(f"The {arm} model of type {what} cannot be built: {in_one_line(error)}") from None
+        raise SystemExit(f"The {arm} model of type {what} cannot be built: {said_by(error)}") from None
     return stock
 
 

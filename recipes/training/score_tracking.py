@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 from transformers.trainer_utils import IntervalStrategy
 
 from hf_neural_attention.analysis import ScoreCallback
@@ -54,8 +55,8 @@ class WatchScores(ScoreCallback):
         if (without := sorted(layers - self.shares.keys())) and not self.has_warned:
             self.has_warned = True
             logger.warning(
-                "No gradient of queries and keys is recorded of %s: no layer that makes them alone has one there (they are "
-                "fused, or frozen).",
+                "No gradient of queries and keys is recorded of %s: no layer there with a usual name (q_proj, query ...) has "
+                "one. It may be fused, frozen, sharded, or named otherwise.",
                 listed(without),
             )
         figures = {
@@ -73,7 +74,10 @@ def query_and_key_gradients(module: nn.Module) -> list[torch.Tensor]:
     if "c_attn" in children and hasattr(module, "split_size"):
         fused: Any = children["c_attn"]
         gradient, width = fused.weight.grad, int(module.split_size)  # type: ignore[arg-type]
-        return [] if gradient is None else [gradient[:, :-width]]  # leaves out the values, which come last
+        if gradient is None:
+            return []
+        # leaves out the values, which come last
+        return [gradient[:, :-width] if isinstance(fused, Conv1D) else gradient[:-width]]
     layers = [child for name, child in children.items() if name in QUERY_AND_KEY_LAYERS]
     weights: list[Any] = [getattr(layer, "weight", None) for layer in layers]
     return [weight.grad for weight in weights if weight is not None and weight.grad is not None]

@@ -60,19 +60,20 @@ def prepare(
     )
 
 
-def fit_to(data: PreparedData, model: PreTrainedModel, name: str, block_size: int) -> None:
+def fit_to(data: PreparedData, model: PreTrainedModel, name: str, block_size: int, hint: str = "") -> None:
     """Makes the data right for the models of a family, and lets cards name it.
 
     Args:
         model: one of them, stock.
         name: of it, in errors.
         block_size: tokens of an example.
+        hint: what to do where it cannot read them.
 
     Raises:
         SystemExit: if it cannot read so many, or is none that predicts each token from those before it.
     """
     data.task.notes += f" {family_note(model)}"
-    if not predicts_the_next_token(model, name, block_size):
+    if not predicts_the_next_token(model, name, block_size, hint):
         data.trainer_arguments["compute_loss_func"] = loss_of_the_next_token
 
 

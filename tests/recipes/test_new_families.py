@@ -191,12 +191,12 @@ def test_a_compact_arm_starts_as_the_whole_one(tmp_path: Path):
         (
             "language_modeling.py",
             ("--model_type", "roberta", "--config_overrides", "is_decoder=true"),
-            "A model of type roberta cannot read 16 tokens: TypeError.*by --config_overrides",
+            "A model of type roberta fails on blocks of 16 tokens: TypeError.*by --config_overrides",
         ),
         (
             "language_modeling.py",
             ("--model_type", "roberta", "--config_overrides", "is_decoder=true,pad_token_id=1"),
-            "A model of type roberta cannot read 16 tokens: .*out of",
+            "A model of type roberta fails on blocks of 16 tokens: .*out of",
         ),
         (
             "image_classification.py",
