@@ -2,11 +2,11 @@
 
 import logging
 from collections.abc import Mapping
-from numbers import Integral
 from typing import Any
 
 from transformers import TrainerCallback
 
+from ..patching.layers import is_index
 from ..scores import score_statistics
 from .health import scorer_health
 
@@ -32,8 +32,7 @@ class WatchingCallback(TrainerCallback):
     """
 
     def __init__(self, inputs: Mapping[str, Any], every: int = 1):
-        number: Any = every
-        if not isinstance(number, Integral) or isinstance(number, bool) or number < 1:
+        if not is_index(every) or every < 1:
             raise ValueError(f"`every` is {every!r}; it must be a whole number of at least one.")
         self.inputs, self.every = dict(inputs), every
 

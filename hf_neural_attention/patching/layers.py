@@ -172,6 +172,7 @@ def tokens_of_queries(model: Any, name: str, module: nn.Module, inputs: Mapping[
 
 
 def is_index(value: Any) -> bool:
+    """Whether it is a whole number, of any type of these."""
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 

@@ -167,11 +167,10 @@ def start_scores(
         after = {name: plan.spread for name, plan in again.items()}
         wrong = [name for name in before if spread and not abs(after[name] / spread - 1) < TOLERANCE]
         if wrong:
-            caps = {name: before[name].cap for name in wrong}
-            if (cap := min((each for each in caps.values() if each is not None), default=None)) is not None:
+            if caps := [cap for name in wrong if (cap := before[name].cap) is not None]:
                 raise ValueError(
-                    f"The scores of {listed(wrong)} cannot spread by {spread}: dot products are capped at {cap} there, and "
-                    f"spread by {min(after[name] for name in wrong):.3g} instead. Ask for a smaller spread."
+                    f"The scores of {listed(wrong)} cannot spread by {spread}: dot products are capped at {min(caps)} there, "
+                    f"and spread by {min(after[name] for name in wrong):.3g} instead. Ask for a smaller spread."
                 )
             raise ValueError(f"The scores of {listed(wrong)} do not grow as expected with the weights that make them.")
         for name, plan in again.items():
@@ -343,11 +342,11 @@ def plan_of(
         sources, degree = [], 2 if is_dot else 1  # scales the scorer itself
     elif not sources:
         return "what makes its queries and keys makes its values as well"
-    rows = True
     if measured:
         found = statistics_of_layer(module, call)
+        if math.isnan(found.uniform_entropy):
+            return "no query of these inputs may see two keys or more: give longer `inputs`"
         spread: float | str = found.spread
-        rows = not math.isnan(found.uniform_entropy)
     else:
         factors = tuple(
             rms(states) / max(rms(torch.cat([part.output().flatten() for part in parts])), 1e-30) if parts else 1.0
@@ -356,8 +355,6 @@ def plan_of(
         spread = spread_in_closed_form(module, of_query, of_key, query.shape[-1], call.scaling, factors)  # type: ignore[arg-type]
     if isinstance(spread, str):
         return spread
-    if not rows:
-        return "no query of these inputs may see two keys or more: give longer `inputs`"
     if not spread < math.inf:
         return "its scores are no numbers, or too large: look at its weights and at the inputs, or ask for a smaller spread"
     if spread == 0:

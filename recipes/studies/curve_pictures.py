@@ -105,9 +105,7 @@ def draw_curves_of(study: Study, found: Results, rows: list[dict[str, Any]], set
         axis.grid(alpha=0.3)
         if setting == NUMBERS or axis is axes[-1]:
             axis.legend(fontsize=8)
-    figure.supylabel(
-        f"{form.words}{form.unit and ','}{form.unit} (each seed by its difference to {study.baseline})", fontsize=10
-    )
+    figure.supylabel(f"{form.title} (each seed by its difference to {study.baseline})", fontsize=10)
     save(figure, path)
 
 

@@ -26,6 +26,11 @@ class Form(NamedTuple):
         """The metric without its unit, for pictures, whose reports say how it is measured."""
         return self.metric.removesuffix("_stride").replace("_", " ")
 
+    @property
+    def title(self) -> str:
+        """The words, and the unit where there is one."""
+        return f"{self.words},{self.unit}" if self.unit else self.words
+
     def value(self, number: float) -> str:
         return f"{self.factor * number:.{self.decimals}f}"
 

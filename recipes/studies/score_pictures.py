@@ -67,7 +67,7 @@ def draw_first_layer(study: Study, found: Results, rows: list[dict[str, Any]], p
         last.plot([number] * len(finite), finite, "o", color=f"C{number % 10}", alpha=0.4, markersize=5)
         if finite:
             last.plot(number, statistics.mean(finite), "_", color=f"C{number % 10}", markersize=18, markeredgewidth=2)
-    last.set(title=f"{form.words}{form.unit and ','}{form.unit}, by arm", xticks=[], xlim=(-0.5, len(arms) - 0.5))
+    last.set(title=f"{form.title}, by arm", xticks=[], xlim=(-0.5, len(arms) - 0.5))
     last.grid(alpha=0.3)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
     save(figure, path)

@@ -60,7 +60,7 @@ def cost_of(settings: dict[str, Any], size: int) -> dict[str, float]:
         row = f"{first}x{second}"
         if settings.get("neural_mode") == "residual":
             # makes and keeps the dot product as well, which the benchmark has not timed
-            return {"pair": pair + size, "key": 4 * (first + size)}
+            first, pair, row = first + size, pair + size, "residual"
     timed = attention_times(size)
     return {"pair": pair, "key": 4 * first} | ({"attention": timed[row]} if row in timed else {})
 
