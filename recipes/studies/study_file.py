@@ -73,7 +73,7 @@ class Study:
     def load(cls, path: Path) -> "Study":
         """Raises SystemExit if the file is not there, or lacks or has what a study has not."""
         try:
-            words = yaml.load(path.read_text(encoding="utf-8"), Loader=NamesOnce)
+            words = NamesOnce(path.read_text(encoding="utf-8")).get_single_data()  # makes plain values alone, as safe_load
             study = cls(**{"name": path.stem, "flags": {}, **words})
         except (OSError, yaml.YAMLError, TypeError) as error:
             raise SystemExit(f"{path} is no study: {error}") from None
